@@ -1,0 +1,31 @@
+"""Cooling-Weighted DPO for vision-language models.
+
+Importing this package loads no torch: heavy names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CWDPOConfig": "cwdpo.training.trl_style",
+    "CWDPOTrainer": "cwdpo.training.trl_style",
+    "train_two_stage": "cwdpo.training.two_stage",
+    "Recipe": "cwdpo.config",
+}
+__all__ = ["CWDPOConfig", "CWDPOTrainer", "Recipe", "__version__", "train_two_stage"]
+
+if TYPE_CHECKING:
+    from cwdpo.config import Recipe
+    from cwdpo.training.trl_style import CWDPOConfig, CWDPOTrainer
+    from cwdpo.training.two_stage import train_two_stage
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'cwdpo' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,302 @@
+"""The recipe: a typed schema, YAML plus ``section.key=value`` overrides. No torch is imported here.
+
+Unknown keys are refused with the nearest known name; a recipe is data and is loaded safely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from cwdpo.errors import CwdpoError, RecipeError
+from cwdpo.models.tiny import TinyModelSettings
+from cwdpo.negatives.base import NEGATIVES
+from cwdpo.objectives.base import OBJECTIVES, Objective
+from cwdpo.registry import Settings, explain
+from cwdpo.worlds.shapes import ShapesSettings
+
+Spec = dict[str, Any]
+"""A component in a recipe: ``name`` plus its settings."""
+
+
+class LoraSettings(Settings):
+    """LoRA by peft; ``target_modules`` may be ``all-linear``, a regular expression or a list of names."""
+
+    r: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class ModelSettings(Settings):
+    """Which model, and what of it is trained."""
+
+    path: str = Field("embedded", description="'embedded', 'init', a local folder, or a hub id")
+    init: TinyModelSettings = Field(
+        default_factory=TinyModelSettings,
+        description="shape of the small random LLaVA that path: init makes from the data's own texts",
+    )
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; default: transformers'")
+    tune: Literal["full", "lora"] = "full"
+    lora: LoraSettings = LoraSettings()
+    freeze: tuple[str, ...] = Field((), description="vision, projector, text, or parts of parameter names")
+    trust_remote_code: bool = False
+    processor_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to AutoProcessor, e.g. min_pixels, max_pixels"
+    )
+
+
+class DataSettings(Settings):
+    """Where the examples come from and how they are split."""
+
+    path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
+    world: ShapesSettings | None = Field(None, description="write this embedded world to the run and read it")
+    format: str = "auto"
+    validation_path: str | None = None
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="by image, when no validation_path")
+    stage1_fraction: float = Field(0.75, ge=0, le=1, description="share of training images in stage 1")
+    captions_per_image: int = Field(1, gt=0, description="examples made of one captioned picture")
+    default_prompt: str = Field("Describe the image.", description="for data without prompts")
+    max_length: int | None = Field(None, gt=0, description="most tokens of prompt + completion")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    limit: int | None = Field(None, gt=0, description="read this many rows only")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if (self.path is None) == (self.world is None):
+            raise ValueError("exactly one of 'path' and 'world' must be given")
+        return self
+
+
+class NegativeSettings(Settings):
+    """Where negatives come from: shares by source; ``gentle`` are those of stage 1."""
+
+    mix: dict[str, float] = Field(default_factory=lambda: {"dataset": 1.0})
+    per_prompt: int | None = Field(None, gt=0, description="default: all of the dataset's, else one")
+    gentle: Literal["auto", "dataset", "perturb", "none"] = "auto"
+
+    @field_validator("mix")
+    @classmethod
+    def _known_sources(cls, mix: dict[str, float]) -> dict[str, float]:
+        if not mix or any(share < 0 for share in mix.values()) or sum(mix.values()) <= 0:
+            raise ValueError("shares must be non-negative and not all zero, e.g. {dataset: 1.0}")
+        for name in mix:
+            NEGATIVES.get(name)
+        return mix
+
+
+class StageSettings(Settings):
+    """One stage: its objective and how long and fast it runs."""
+
+    enabled: bool = True
+    objective: Spec
+    learning_rate: float = Field(gt=0)
+    steps: int | None = Field(None, gt=0, description="optimizer steps; wins over epochs")
+    epochs: float = Field(1.0, gt=0)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _spec(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def build(self) -> Objective:
+        """The objective itself."""
+        return OBJECTIVES.build(self.objective)
+
+
+def _stage(objective: str, learning_rate: float) -> StageSettings:
+    return StageSettings(objective={"name": objective}, learning_rate=learning_rate)
+
+
+class TrainSettings(Settings):
+    """What both stages share; names as in transformers' TrainingArguments."""
+
+    batch_size: int = Field(16, gt=0, description="prompts per device and micro-batch")
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    warmup_steps: float = Field(10, ge=0, description="steps, or a share of all steps when below 1")
+    lr_scheduler_type: str = "constant_with_warmup"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(0.98, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    logging_steps: int = Field(10, gt=0)
+    save_steps: int | None = Field(None, gt=0, description="default: only at the end of a stage")
+    save_total_limit: int = Field(2, gt=0)
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    report_to: tuple[str, ...] = ()
+
+
+class ProbeSettings(Settings):
+    """Held-out readings while training."""
+
+    every: int = Field(25, gt=0, description="optimizer steps between two readings")
+    prompts: int = Field(64, gt=0, description="held-out prompts scored each time")
+
+
+class EvaluationSettings(Settings):
+    """What is generated and measured on held-out prompts after the last stage."""
+
+    prompts: int = Field(64, ge=0, description="0 leaves generation out")
+    samples: int = Field(1, ge=0, description="samples at temperature 1 per prompt, besides greedy")
+    max_new_tokens: int = Field(48, gt=0)
+    batch_size: int = Field(64, gt=0)
+
+
+class CalibrationSettings(Settings):
+    """How floor and tau are found when they are ``auto``."""
+
+    samples: int = Field(200, ge=2, description="samples of the reference policy, one per prompt")
+    max_new_tokens: int = Field(48, gt=0)
+
+
+class Recipe(Settings):
+    """A whole two-stage run."""
+
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings
+    negatives: NegativeSettings = NegativeSettings()
+    stage1: StageSettings = Field(default_factory=lambda: _stage("sft_constrained", 1e-5))
+    stage2: StageSettings = Field(default_factory=lambda: _stage("cw_dpo", 1e-5))
+    train: TrainSettings = TrainSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    probes: ProbeSettings = ProbeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Recipe:
+        if not (self.stage1.enabled or self.stage2.enabled):
+            raise ValueError("stage1 and stage2 are both disabled: nothing would be trained")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default spelled out; it parses back to the same recipe."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply ``section.key=value`` overrides (values are YAML too).
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (the nearest is named) or a wrong value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
+    return parse_recipe(tree, overrides, where=str(path))
+
+
+def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Check a recipe tree; see :func:`load_recipe`."""
+    merged: dict[str, Any] = _copied(tree)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        recipe = Recipe.model_validate(merged)
+        for stage in (recipe.stage1, recipe.stage2):
+            stage.build()
+    except ValidationError as error:
+        raise RecipeError(_explained(error, where)) from None
+    except CwdpoError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    return recipe
+
+
+def _copied(tree: Any) -> Any:
+    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"override {override!r}: write section.key=value, e.g. stage2.learning_rate=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value) if value.strip()[:1] in set("0123456789.-+") else value
+    node = tree
+    for part in parts[:-1]:
+        child = node.get(part)
+        if isinstance(child, str) and part == "objective":
+            child = {"name": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {part!r} holds a value, not a section")
+        node[part] = child
+        node = child
+    # A data source given on the command line replaces the recipe's.
+    if parts in (["data", "path"], ["data", "world"]) and value is not None:
+        node.pop("world" if parts[1] == "path" else "path", None)
+    node[parts[-1]] = value
+
+
+def _explained(error: ValidationError, where: str) -> str:
+    """As :func:`cwdpo.registry.explain`, with the known keys of the section in question."""
+    lines = []
+    for item in error.errors():
+        known = _fields_at(Recipe, [str(p) for p in item["loc"][:-1]])
+        single = ValidationError.from_exception_data("recipe", [_line(item)])
+        lines.append(explain(single, where, known))
+    return "\n".join(lines)
+
+
+def _line(item: Any) -> Any:
+    if item["type"] == "value_error":
+        return {"type": "value_error", "loc": item["loc"], "input": item["input"], "ctx": item["ctx"]}
+    return {k: item[k] for k in ("type", "loc", "input", "ctx") if k in item}
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
+    for part in path:
+        field = model.model_fields.get(part)
+        inner = [a for a in _candidates(field.annotation if field else None) if issubclass(a, BaseModel)]
+        if not inner:
+            return {}
+        model = inner[0]
+    return dict(model.model_fields)
+
+
+def _candidates(annotation: Any) -> list[type]:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return [a for a in options if isinstance(a, type)]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, objectives and their settings included, for editors."""
+    schema = Recipe.model_json_schema()
+    branches = []
+    for name in OBJECTIVES.names():
+        cls = OBJECTIVES.get(name)
+        branch = cls.model_json_schema()
+        branch["properties"] = {"name": {"const": name}, **branch.get("properties", {})}
+        branch["required"] = ["name"]
+        branch["description"] = (cls.__doc__ or "").strip()
+        branches.append(branch)
+    own = {"type": "object", "properties": {"name": {"pattern": r"\.py:"}}, "required": ["name"]}
+    schema["$defs"]["Objective"] = {"anyOf": [{"enum": OBJECTIVES.names()}, *branches, own]}
+    schema["$defs"]["StageSettings"]["properties"]["objective"] = {"$ref": "#/$defs/Objective"}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "cwdpo recipe"
+    return schema

@@ -1,0 +1,45 @@
+"""Captioned pictures, as COCO and Flickr give them: several true captions for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+
+from cwdpo.data.problems import RowError
+from cwdpo.data.rowparts import Row, plain_text, text_list
+from cwdpo.records import Example, Message
+
+
+def parse_captions(row: Row) -> list[Example]:
+    """``{"image": ..., "captions": [str, ...]}``: one example for each of ``captions_per_image`` captions.
+
+    Which captions become chosen is drawn by a hash of the id, so it does not hang on the order of rows, and
+    asking for more captions keeps the ones drawn before. All captions are references.
+    """
+    row.take("image", "one image")
+    images = row.images()
+    captions = text_list(row.take("captions", "a list of strings"), "captions")
+    if not captions or not all(caption.strip() for caption in captions):
+        raise RowError(
+            "empty-chosen",
+            "captions",
+            "no caption, or an empty one; allowed: one or more with text",
+            "fill or remove the empty captions",
+        )
+    stem = _picture_name(row)
+    draw = sorted(range(len(captions)), key=lambda i: blake2b(f"{stem}#{i}".encode(), digest_size=8).digest())
+    prompt = (Message("user", (None, plain_text(row.options.default_prompt, "data.default_prompt"))),)
+    return [
+        row.example(prompt, images, captions[i], references=tuple(captions), example_id=f"{stem}#{rank}")
+        for rank, i in enumerate(draw[: row.options.captions_per_image])
+    ]
+
+
+def _picture_name(row: Row) -> str:
+    given = row.given_id()
+    if given is not None:
+        return given
+    image = row.values["image"]
+    path = image.get("path") if isinstance(image, Mapping) else image
+    return Path(path).stem if isinstance(path, str) and path else row.default_id()

@@ -1,0 +1,207 @@
+"""Images of a row: found inside one folder only, checked as deeply as asked, named by their content."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+from cwdpo.data.problems import RowError
+from cwdpo.errors import DataError
+from cwdpo.records import ImageRef
+
+CheckImages = Literal["none", "exists", "identify", "decode"]
+CHECK_LEVELS: tuple[CheckImages, ...] = ("none", "exists", "identify", "decode")
+IMAGE_FORMS = "a path inside the image folder, {'bytes': ..., 'path': ...}, or a PIL image"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the header of an image says: size in pixels, and the colour mode as stored."""
+
+    width: int
+    height: int
+    mode: str
+
+
+class ImageFolder:
+    """Turns the image values of rows into ImageRefs and checks each file once.
+
+    ``check``: ``none`` looks at the path only (it still may not lead outside), ``exists`` wants the file,
+    ``identify`` reads its header, ``decode`` reads every pixel. ``seen`` is told the facts of each image
+    that was identified: once per file, and once per value for images that came as bytes.
+    """
+
+    def __init__(
+        self,
+        root: Path | None,
+        check: CheckImages = "identify",
+        seen: Callable[[ImageFacts], None] | None = None,
+    ) -> None:
+        if check not in CHECK_LEVELS:
+            raise DataError(f"check_images = {check!r}; allowed: {', '.join(CHECK_LEVELS)}")
+        self.root = root.resolve() if root is not None else None
+        self.check, self.seen = check, seen
+        self._refused: dict[Path, tuple[str, str, str] | None] = {}
+
+    def take(self, value: Any, key: str) -> ImageRef:
+        """The image that ``value`` stands for.
+
+        Raises:
+            RowError: not an image value, outside the folder, missing, unreadable, truncated or too large.
+        """
+        if isinstance(value, str):
+            return self._from_path(value, key)
+        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+            if value.get("bytes") is not None:
+                return self._from_bytes(value["bytes"], key)
+            if isinstance(value.get("path"), str):
+                return self._from_path(value["path"], key)
+        elif hasattr(value, "save") and hasattr(value, "getbands"):
+            return self._from_bytes(_as_png(value), key)
+        raise RowError(
+            "wrong-type",
+            key,
+            f"{type(value).__name__} where an image belongs; allowed: {IMAGE_FORMS}",
+            "give each image in one of these forms",
+        )
+
+    def _from_bytes(self, data: Any, key: str) -> ImageRef:
+        if not isinstance(data, bytes) or not data:
+            raise RowError(
+                "image-missing", key, "the image has no bytes", "store the encoded file (JPEG, PNG, ...)"
+            )
+        if self.check in ("identify", "decode"):
+            self._examine(data, key, "the image bytes")
+        return ImageRef(data=data)
+
+    def _from_path(self, text: str, key: str) -> ImageRef:
+        path = self._inside(text, key)
+        if path not in self._refused:
+            try:
+                self._check_file(path, text, key)
+                self._refused[path] = None
+            except RowError as error:
+                self._refused[path] = (error.kind, error.message, error.remedy)
+        refused = self._refused[path]
+        if refused is not None:
+            kind, message, remedy = refused
+            raise RowError(kind, key, message, remedy)
+        return ImageRef(path=path)
+
+    def _inside(self, text: str, key: str) -> Path:
+        """The real path, which must lie in the root whatever dots and links the text goes through."""
+        if text.startswith(("http://", "https://", "data:")):
+            raise RowError(
+                "image-url",
+                key,
+                f"{text[:60]!r} is an address; allowed: {IMAGE_FORMS}",
+                "download the images once and name the local files",
+            )
+        if self.root is None:
+            raise RowError(
+                "image-missing",
+                key,
+                f"{text!r} is a path, and rows from the hub have no folder",
+                "set data.image_root to the folder of the images",
+            )
+        try:
+            path = (self.root / text).resolve()
+        except (OSError, ValueError, RuntimeError):
+            raise RowError(
+                "image-missing", key, f"{text[:100]!r} cannot be a path", "correct the path"
+            ) from None
+        if not path.is_relative_to(self.root):
+            raise RowError(
+                "image-escapes",
+                key,
+                f"{text!r} leads outside {self.root}; allowed: paths that stay inside it, links followed",
+                "move the images below that folder, or set data.image_root to the folder that holds them",
+            )
+        return path
+
+    def _check_file(self, path: Path, text: str, key: str) -> None:
+        if self.check == "none":
+            return
+        try:
+            found = path.is_file()
+        except (OSError, ValueError):
+            found = False
+        if not found:
+            raise RowError(
+                "image-missing",
+                key,
+                f"there is no file {text!r} in {self.root}",
+                "correct the path, or set data.image_root to the folder that image paths start from",
+            )
+        if self.check != "exists":
+            self._examine(path, key, repr(text))
+
+    def _examine(self, source: Path | bytes, key: str, name: str) -> None:
+        from PIL import Image
+
+        stream = io.BytesIO(source) if isinstance(source, bytes) else source
+        try:
+            with warnings.catch_warnings():
+                # Odd EXIF or palettes are no reason to refuse; only the size warning is ours to judge.
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(stream) as image:
+                    if self.check == "decode":
+                        image.load()
+                    facts = ImageFacts(image.width, image.height, image.mode)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise RowError(
+                "image-bomb",
+                key,
+                f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit",
+                "scale the image down",
+            ) from None
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            truncated = "truncated" in str(error)
+            raise RowError(
+                "image-truncated" if truncated else "image-unreadable",
+                key,
+                f"{name} {'ends too early' if truncated else 'is not an image that Pillow can read'}"
+                f" ({type(error).__name__})",
+                "fetch the file again, or leave the row out",
+            ) from None
+        if self.seen is not None:
+            self.seen(facts)
+
+
+def _as_png(image: Any) -> bytes:
+    """A decoded picture without loss; PNG knows no CMYK, YCbCr, LAB, HSV or float."""
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+class ImageDigests:
+    """Names images by the blake2b digest of their encoded bytes; each file is read once."""
+
+    def __init__(self) -> None:
+        self._of_path: dict[Path, bytes] = {}
+
+    def of(self, image: ImageRef) -> bytes:
+        """Digest of 16 bytes.
+
+        Raises:
+            DataError: the file cannot be read any more.
+        """
+        if image.data is not None or image.path is None:
+            return blake2b(image.encoded(), digest_size=16).digest()
+        if image.path not in self._of_path:
+            try:
+                self._of_path[image.path] = blake2b(image.encoded(), digest_size=16).digest()
+            except OSError as error:
+                raise DataError(
+                    f"{image.path}: cannot be read ({error.strerror}); restore it or drop the row"
+                ) from None
+        return self._of_path[image.path]

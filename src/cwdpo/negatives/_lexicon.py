@@ -1,0 +1,269 @@
+"""Words that may replace one another: reading lexicon.yaml, a user's extension, and matching both to a text.
+
+The format is described at the head of lexicon.yaml.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from cwdpo.errors import DataError, nearest
+
+Kind = Literal["colour", "size", "material", "number", "object", "relation", "action", "answer"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SHIPPED = Path(__file__).with_name("lexicon.yaml")
+
+_CONDITIONS = ("before", "not_before", "after", "not_after", "without")
+_GROUP_KEYS = ("words", "from", "to", "alone", *_CONDITIONS)
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+")
+
+Phrase = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a swap may happen: phrases next to the replaced one, all in lower case.
+
+    ``before`` and ``after``: the replaced phrase must stand directly before (after) one of them;
+    ``not_before`` and ``not_after``: it must not. ``without``: the text holds none of them anywhere.
+    ``alone``: it must (``False``: must not) be the whole text.
+    """
+
+    before: frozenset[Phrase] | None = None
+    after: frozenset[Phrase] | None = None
+    not_before: frozenset[Phrase] = frozenset()
+    not_after: frozenset[Phrase] = frozenset()
+    without: frozenset[Phrase] = frozenset()
+    alone: bool | None = None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One allowed replacement; ``means`` holds every phrase that says the same as ``to`` or may do so."""
+
+    kind: Kind
+    to: str
+    means: frozenset[Phrase]
+    context: Context
+
+
+@dataclass
+class Lexicon:
+    """Swaps by the phrase that they replace, and phrases that are never edited."""
+
+    swaps: dict[Phrase, list[Swap]] = field(default_factory=dict)
+    keep: set[Phrase] = field(default_factory=set)
+    longest: int = 1
+
+    def matches(self, text: Words) -> Iterator[tuple[int, int, list[Swap]]]:
+        """Word ranges ``[first, last)`` of ``text`` that may be replaced, each with its swaps.
+
+        Ranges do not overlap; at each word the longest phrase wins, be it a kept one.
+        """
+        first = 0
+        while first < len(text.lower):
+            length, swaps = self._longest_at(text, first)
+            if swaps:
+                yield first, first + length, swaps
+            first += length
+
+    def _longest_at(self, text: Words, first: int) -> tuple[int, list[Swap]]:
+        for length in range(min(self.longest, text.run(first)), 0, -1):
+            phrase = text.lower[first : first + length]
+            if phrase in self.keep:
+                return length, []
+            swaps = self.swaps.get(phrase, [])
+            fitting = [s for s in swaps if text.fits(s.context, first, first + length)]
+            if fitting:
+                return length, fitting
+        return 1, []
+
+
+class Words:
+    """A text cut into words (letters with inner ' or -, or digits), with their places."""
+
+    def __init__(self, text: str) -> None:
+        found = list(_WORD.finditer(text))
+        self.text = text
+        self.spans = [match.span() for match in found]
+        self.lower: Phrase = tuple(match.group().lower() for match in found)
+        ends = [end for _, end in self.spans[:-1]]
+        gaps = (text[end:start] for end, (start, _) in zip(ends, self.spans[1:], strict=True))
+        self._joined = [gap.isspace() for gap in gaps] + [False] if found else []
+
+    def run(self, first: int) -> int:
+        """How many words from ``first`` on stand in a row with nothing but white space between them."""
+        last = first
+        while self._joined[last]:
+            last += 1
+        return last - first + 1
+
+    def contains(self, phrases: frozenset[Phrase], first: int = 0, last: int | None = None) -> bool:
+        """Whether any of ``phrases`` occurs among the words ``[first, last)``."""
+        words = self.lower[first:last]
+        seen = set(words)
+        return any(
+            phrase == words[i : i + len(phrase)]
+            for phrase in phrases
+            if seen.issuperset(phrase)
+            for i in range(len(words) - len(phrase) + 1)
+        )
+
+    def fits(self, context: Context, first: int, last: int) -> bool:
+        """Whether the words ``[first, last)`` stand where ``context`` wants them."""
+        if context.alone not in (None, (first, last) == (0, len(self.lower))) or self.contains(
+            context.without
+        ):
+            return False
+        begin = first
+        while begin > 0 and self._joined[begin - 1]:
+            begin -= 1
+        left = self.lower[begin:first]
+        right = self.lower[last : last + self.run(last - 1) - 1]
+        if context.before is not None and not any(right[: len(p)] == p for p in context.before):
+            return False
+        if context.after is not None and not any(left[-len(p) :] == p for p in context.after):
+            return False
+        if any(right[: len(p)] == p for p in context.not_before):
+            return False
+        return not any(left[-len(p) :] == p for p in context.not_after)
+
+
+@functools.lru_cache(maxsize=8)
+def load_lexicon(extension: str = "") -> Lexicon:
+    """The shipped lexicon, extended by the YAML file ``extension`` where one is named.
+
+    Raises:
+        DataError: a file is missing or malformed; the message names file and key.
+    """
+    paths = [SHIPPED, *([Path(extension)] if extension else [])]
+    files = [_File(path) for path in paths]
+    lists: dict[str, list[str]] = {}
+    for file in files:
+        lists.update(file.lists())
+    synonyms = [group for file in files for group in file.synonyms()]
+    lexicon = Lexicon()
+    for file in files:
+        lexicon.keep |= file.phrases("keep", file.tree.get("keep", []), lists)
+        for source, swap in file.swaps(lists, synonyms):
+            lexicon.swaps.setdefault(source, []).append(swap)
+    lexicon.longest = max(map(len, itertools.chain(lexicon.swaps, lexicon.keep)))
+    return lexicon
+
+
+class _File:
+    """One lexicon file; every complaint names it and the key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # BaseLoader keeps every scalar a string: yes, no, on and 1 are words here, not values.
+            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        except OSError as error:
+            raise DataError(f"lexicon {path}: cannot be read ({error.strerror}); name a YAML file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"lexicon {path}: not YAML in UTF-8: {error}") from None
+        self.tree: dict[str, Any] = self.mapping(
+            "the file", tree or {}, ("lists", "keep", "same", "covers", *KINDS)
+        )
+
+    def wrong(self, key: str, problem: str) -> DataError:
+        return DataError(f"lexicon {self.path}: key {key!r}: {problem}")
+
+    def mapping(self, key: str, value: Any, known: Sequence[str] | None = None) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.wrong(key, f"must be a mapping, not {value!r}")
+        for name in value:
+            if known is not None and name not in known:
+                allowed = ", ".join(known)
+                raise self.wrong(key, f"unknown key {name!r}{nearest(str(name), known)}; allowed: {allowed}")
+        return value
+
+    def strings(self, key: str, value: Any) -> list[str]:
+        if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+            raise self.wrong(key, f"must be a list of words, not {value!r}")
+        return value
+
+    def lists(self) -> dict[str, list[str]]:
+        named = self.mapping("lists", self.tree.get("lists", {}))
+        return {name: self.strings(f"lists.{name}", value) for name, value in named.items()}
+
+    def phrases(self, key: str, value: Any, lists: Mapping[str, list[str]]) -> set[Phrase]:
+        """Phrases in lower case, every ``$name`` replaced by each word of that list in turn."""
+        found: set[Phrase] = set()
+        for text in self.strings(key, value):
+            choices: list[list[Phrase]] = []
+            for part in text.lower().split():
+                if not part.startswith("$"):
+                    choices.append([(part,)])
+                elif part[1:] in lists:
+                    choices.append([tuple(word.lower().split()) for word in lists[part[1:]]])
+                else:
+                    hint = nearest(part[1:], lists)
+                    raise self.wrong(key, f"{part!r} names no list{hint}; known: {', '.join(sorted(lists))}")
+            found |= {tuple(itertools.chain(*combined)) for combined in itertools.product(*choices)}
+        return found
+
+    def groups(self, key: str) -> list[Any]:
+        value = self.tree.get(key, [])
+        if not isinstance(value, list):
+            raise self.wrong(key, f"must be a list of groups, not {value!r}")
+        return value
+
+    def synonyms(self) -> list[frozenset[Phrase]]:
+        """Sets of phrases that may be true together, from ``same`` and ``covers``."""
+        together = [self.strings(f"same[{i}]", group) for i, group in enumerate(self.groups("same"))]
+        for wide, narrow in self.mapping("covers", self.tree.get("covers", {})).items():
+            together += [[wide, entry] for entry in self.strings(f"covers.{wide}", narrow)]
+        return [frozenset(form for entry in group for form in _forms(entry) if form) for group in together]
+
+    def swaps(
+        self, lists: Mapping[str, list[str]], synonyms: Sequence[frozenset[Phrase]]
+    ) -> Iterator[tuple[Phrase, Swap]]:
+        for kind in KINDS:
+            for i, group in enumerate(self.groups(kind)):
+                key = f"{kind}[{i}]"
+                sources, targets, context = self._group(key, group, lists)
+                for source, target in itertools.product(sources, targets):
+                    means = frozenset(filter(None, target))
+                    means = means.union(*(same for same in synonyms if same & means))
+                    for old, new in zip(source, target, strict=True):
+                        if old and new:
+                            yield old, Swap(kind, " ".join(new), means, context)
+
+    def _group(
+        self, key: str, group: Any, lists: Mapping[str, list[str]]
+    ) -> tuple[list[list[Phrase]], list[list[Phrase]], Context]:
+        if isinstance(group, list):
+            group = {"words": group}
+        self.mapping(key, group, _GROUP_KEYS)
+        if ("words" in group) == ("from" in group) or ("from" in group) != ("to" in group):
+            raise self.wrong(key, "needs either 'words' or both 'from' and 'to'")
+        pair = ("words", "words") if "words" in group else ("from", "to")
+        sides = []
+        for name in pair:
+            sides.append([_forms(entry) for entry in self.strings(f"{key}.{name}", group[name])])
+        if len({len(entry) for side in sides for entry in side}) != 1:
+            raise self.wrong(key, f"entries need the same number of forms (dog/dogs): {group!r}")
+        alone = {"true": True, "false": False}.get(str(group.get("alone")))
+        if "alone" in group and alone is None:
+            raise self.wrong(f"{key}.alone", f"must be true or false, not {group['alone']!r}")
+        near = {
+            side: frozenset(self.phrases(f"{key}.{side}", group[side], lists))
+            for side in _CONDITIONS
+            if side in group
+        }
+        return sides[0], sides[1], Context(**near, alone=alone)
+
+
+def _forms(entry: str) -> list[Phrase]:
+    """``dog/dogs`` -> its forms as phrases; ``-`` stands for a form that there is not."""
+    return [() if form.strip() == "-" else tuple(form.lower().split()) for form in entry.split("/")]

@@ -1,0 +1,178 @@
+"""Which negatives an example gets: a mix of sources for stage 2, gentle ones for stage 1.
+
+What an example gets depends on the seed, its id and, where a source looks at the pool, on the set of
+examples; never on their order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from cwdpo.errors import RecipeError, nearest
+from cwdpo.negatives.base import NEGATIVES, NegativeSource, normalised
+from cwdpo.records import Completion, Example
+
+Gentle = Literal["auto", "dataset", "perturb", "none"]
+
+_ASKS = 4  # how often a source is asked again for a text that the example does not have yet
+
+
+@dataclass
+class MixCounts:
+    """What :func:`attach_negatives` did.
+
+    ``by_source`` and ``by_kind`` (:attr:`Completion.kind`) count negatives, ``gentle_by_kind`` gentle ones
+    by their edit (or kind); ``dropped`` and ``without_gentle`` count examples; ``short`` counts kept
+    examples with fewer negatives than asked.
+    """
+
+    examples: int = 0
+    dropped: int = 0
+    short: int = 0
+    without_gentle: int = 0
+    by_source: Counter[str] = field(default_factory=Counter)
+    by_kind: Counter[str] = field(default_factory=Counter)
+    gentle_by_kind: Counter[str] = field(default_factory=Counter)
+
+
+def attach_negatives(
+    examples: Sequence[Example],
+    mix: Mapping[str, float],
+    per_prompt: int | None,
+    seed: int,
+    gentle: str = "auto",
+    *,
+    sources: Mapping[str, NegativeSource] | None = None,
+) -> tuple[list[Example], MixCounts]:
+    """The examples with ``rejected`` and ``gentle`` set, in their order, and the counts.
+
+    Each of the ``per_prompt`` draws chooses a source by its share; one that has nothing new for the example
+    passes the draw on to the next of the mix (in the order given, round once). No text is drawn twice for an
+    example. Examples that end without a negative are left out and counted.
+
+    Args:
+        examples: examples of one split, with different ids; they are also the pool of the sources.
+        mix: share by source name; at least 0, of any positive sum.
+        per_prompt: negatives per example; ``None`` with ``{"dataset": 1.0}`` keeps all that came with it.
+        seed: with the example's id, decides everything that is drawn.
+        gentle: ``dataset`` keeps the example's own, ``perturb`` makes them, ``auto`` makes them where the
+            example has none, ``none`` leaves them out.
+        sources: sources with settings, by their name in ``mix`` (``perturb`` here also makes the gentle
+            ones); names that are missing here are built from the registry with their defaults.
+
+    Raises:
+        RecipeError: a share, ``per_prompt`` or ``gentle`` that cannot be.
+        UnknownComponentError: a name in ``mix`` that no registry knows.
+    """
+    shares = _checked(mix, per_prompt, gentle)
+    built = dict(sources or {})
+    for name in (*shares, "perturb"):
+        if name not in built:
+            built[name] = NEGATIVES.build(name)
+    pool = sorted(examples, key=lambda e: e.id)
+    counts = MixCounts(examples=len(examples))
+    kept = []
+    for example in examples:
+        if per_prompt is None:
+            drawn = [("dataset", completion) for completion in example.rejected]
+        else:
+            drawn = _draw(example, pool, shares, built, per_prompt, seed)
+        if not drawn:
+            counts.dropped += 1
+            continue
+        counts.by_source.update(name for name, _ in drawn)
+        counts.by_kind.update(completion.kind or "unnamed" for _, completion in drawn)
+        counts.short += per_prompt is not None and len(drawn) < per_prompt
+        soft = _gentle(example, pool, built["perturb"], gentle, seed)
+        counts.without_gentle += not soft
+        counts.gentle_by_kind.update(str(g.made.get("edit") or g.kind or "unnamed") for g in soft)
+        kept.append(replace(example, rejected=tuple(c for _, c in drawn), gentle=soft))
+    return kept, counts
+
+
+def _checked(mix: Mapping[str, float], per_prompt: int | None, gentle: str) -> dict[str, float]:
+    for name, share in mix.items():
+        if not (math.isfinite(share) and share >= 0):
+            raise RecipeError(f"negatives.mix.{name}: a share must be a number of at least 0, got {share!r}")
+    shares = {name: share for name, share in mix.items() if share > 0}
+    if not shares:
+        raise RecipeError(f"negatives.mix: give at least one source a positive share, got {dict(mix)!r}")
+    if per_prompt is None and list(shares) != ["dataset"]:
+        raise RecipeError(
+            f"negatives.per_prompt: must be a number with the mix {dict(mix)!r}; "
+            "only {'dataset': 1.0} may go without one (it keeps all)"
+        )
+    if per_prompt is not None and per_prompt < 1:
+        raise RecipeError(f"negatives.per_prompt: must be at least 1, got {per_prompt}")
+    if gentle not in get_args(Gentle):
+        hint, allowed = nearest(gentle, get_args(Gentle)), ", ".join(get_args(Gentle))
+        raise RecipeError(f"negatives.gentle: {gentle!r} is not known{hint}; allowed: {allowed}")
+    return shares
+
+
+def _rng(seed: int, *key: object) -> random.Random:
+    text = "\0".join(map(str, (seed, *key)))
+    return random.Random(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _draw(
+    example: Example,
+    pool: Sequence[Example],
+    shares: Mapping[str, float],
+    sources: Mapping[str, NegativeSource],
+    per_prompt: int,
+    seed: int,
+) -> list[tuple[str, Completion]]:
+    """Up to ``per_prompt`` negatives with the names of their sources."""
+    names = list(shares)
+    choose = _rng(seed, example.id)
+    used: set[str] = set()
+    drawn: list[tuple[str, Completion]] = []
+    for draw in range(per_prompt):
+        start = names.index(choose.choices(names, list(shares.values()))[0])
+        for name in names[start:] + names[:start]:
+            found = _new(sources[name], example, pool, used, seed, f"{name} {draw}")
+            if found is not None:
+                used.add(normalised(found.text))
+                if found not in example.rejected:
+                    found = replace(found, made={**found.made, "source": name, "seed": seed, "draw": draw})
+                drawn.append((name, found))
+                break
+    return drawn
+
+
+def _new(
+    source: NegativeSource,
+    example: Example,
+    pool: Sequence[Example],
+    used: set[str],
+    seed: int,
+    key: str,
+) -> Completion | None:
+    """One completion of ``source`` whose text is not in ``used``, or ``None``."""
+    for ask in range(_ASKS):
+        rng = _rng(seed, example.id, key, ask)
+        offered = source.completions(example, pool, rng)
+        fresh = [c for c in offered if normalised(c.text) not in used]
+        if fresh:
+            return rng.choice(fresh)
+        if not offered:
+            return None
+    return None
+
+
+def _gentle(
+    example: Example, pool: Sequence[Example], perturb: NegativeSource, gentle: str, seed: int
+) -> tuple[Completion, ...]:
+    if gentle == "none":
+        return ()
+    if gentle == "dataset" or (gentle == "auto" and example.gentle):
+        return example.gentle
+    made = perturb.completions(example, pool, _rng(seed, example.id, "gentle"))
+    return tuple(replace(c, made={**c.made, "source": "perturb", "seed": seed}) for c in made)

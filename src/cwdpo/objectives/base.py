@@ -1,0 +1,182 @@
+"""What an objective receives and returns. Tensors are used through their own methods: no torch import,
+so that settings, schema and help stay light.
+
+Notation: B prompts, P pairs, all log-probabilities in nats.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from cwdpo.registry import Component, Registry
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    Prompts = Float[Tensor, " B"]
+    Pairs = Float[Tensor, " P"]
+    Scalar = Float[Tensor, ""]
+
+NegativeMask = Literal["none", "differing_span"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of n completions, each [n].
+
+    Attributes:
+        sum_logp: log-likelihood under the policy, summed over tokens; carries the gradient.
+        n_tokens: completion tokens, the end token included.
+        reference_sum_logp: the same under the frozen reference; ``None`` when no reference is used.
+        span_sum_logp, span_reference_sum_logp: the sums over the differing span only.
+        uniform_sum_logp: sum over tokens of the mean log-probability over the vocabulary.
+    """
+
+    sum_logp: Tensor
+    n_tokens: Tensor
+    reference_sum_logp: Tensor | None = None
+    span_sum_logp: Tensor | None = None
+    span_reference_sum_logp: Tensor | None = None
+    uniform_sum_logp: Tensor | None = None
+
+    @property
+    def mean_logp(self) -> Tensor:
+        """[n] log-likelihood per token, in nats."""
+        return self.sum_logp / self.n_tokens
+
+    @property
+    def shift(self) -> Tensor:
+        """[n] ``sum_logp(policy) - sum_logp(reference)`` (the paper's Delta)."""
+        assert self.reference_sum_logp is not None, "this objective needs reference log-probabilities"
+        return self.sum_logp - self.reference_sum_logp
+
+    def masked_shift(self, mask: NegativeMask) -> Tensor:
+        """[n] the shift, over all tokens or over the differing span only."""
+        if mask == "none":
+            return self.shift
+        assert self.span_sum_logp is not None
+        assert self.span_reference_sum_logp is not None
+        return self.span_sum_logp - self.span_reference_sum_logp
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts over the whole optimizer step: all micro-batches of all processes.
+
+    A loss is a sum over its micro-batch divided by these, so that the losses of the micro-batches add up
+    to the loss of the step. ``negative_nll`` is the step's mean NLL of the negatives, in nats per token,
+    without gradient; only objectives that are not sums need it.
+    """
+
+    prompts: float
+    chosen_tokens: float
+    rejected_tokens: float
+    negative_nll: float | None = None
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """B prompts with their chosen response and P negatives.
+
+    Attributes:
+        chosen: scores of the B chosen responses.
+        rejected: scores of the P negatives.
+        prompt: [P] index into the prompts; a prompt may have several negatives.
+        totals: counts of the optimizer step; ``None`` means that this batch is the whole step.
+    """
+
+    chosen: Scored
+    rejected: Scored
+    prompt: Int[Tensor, " P"]
+    totals: StepTotals | None = None
+
+    @property
+    def chosen_shift(self) -> Pairs:
+        """[P] shift of each pair's chosen response."""
+        return self.chosen.shift[self.prompt]
+
+    def _count(self, name: str, own: float) -> float:
+        return own if self.totals is None else float(getattr(self.totals, name))
+
+    def mean_over_prompts(self, per_pair: Pairs) -> Scalar:
+        """Mean over prompts of the mean over a prompt's pairs; prompts without a pair do not count."""
+        pairs = self.prompt.bincount(minlength=len(self.chosen.sum_logp))
+        total = (per_pair / pairs[self.prompt]).sum()
+        return total / self._count("prompts", float((pairs > 0).sum()))
+
+    def chosen_nll(self) -> Scalar:
+        """NLL of the chosen responses, nats per token: sum over tokens by number of tokens."""
+        own = float(self.chosen.n_tokens.sum())
+        return -self.chosen.sum_logp.sum() / self._count("chosen_tokens", own)
+
+    def rejected_nll(self) -> Scalar:
+        """This batch's share of the step's NLL of the negatives, nats per token."""
+        own = float(self.rejected.n_tokens.sum())
+        return -self.rejected.sum_logp.sum() / max(self._count("rejected_tokens", own), 1.0)
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """A loss and what to log of it.
+
+    Attributes:
+        loss: scalar; this micro-batch's share of the step's loss.
+        per_pair: named detached values [P] (``loss``, ``rewards/chosen``, ``cooling/weight``, ...).
+        parts: named detached scalars that add up over micro-batches (``loss/nll``, ``loss/penalty``, ...).
+    """
+
+    loss: Scalar
+    per_pair: Mapping[str, Pairs] = field(default_factory=dict)
+    parts: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+class Objective(Component):
+    """A pure function :class:`ScoredPairs` -> :class:`ObjectiveOutput` with its settings.
+
+    ``needs_negatives``: prompts without a negative are left out of this objective's data.
+    ``needs_reference``: reference log-probabilities are computed before training.
+    ``needs_uniform``: the mean log-probability over the vocabulary is computed.
+    ``needs_step_negative_nll``: ``totals.negative_nll`` must be the whole step's.
+    """
+
+    needs_negatives: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+    needs_uniform: ClassVar[bool] = False
+    needs_step_negative_nll: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
+        """Compute the loss of one micro-batch."""
+
+    def keeps(self, reference_mean_logp: float) -> bool:
+        """Whether a negative takes part, given its mean_logp under the reference (nats per token)."""
+        del reference_mean_logp
+        return True
+
+
+def negative_log_sigmoid(x: Pairs) -> Pairs:
+    """``-log sigmoid(x)``, finite with a finite gradient for any x.
+
+    >>> import torch
+    >>> negative_log_sigmoid(torch.tensor([0.0, -1000.0])).tolist()
+    [0.6931471824645996, 1000.0]
+    """
+    return x.new_zeros(()).logaddexp(-x)
+
+
+def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Pairs]:
+    """TRL's implicit rewards ``beta * shift`` of both sides, detached, each [P]."""
+    chosen, rejected = beta * pairs.chosen_shift.detach(), beta * pairs.rejected.shift.detach()
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+    }
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective", "cwdpo.objectives", Objective)

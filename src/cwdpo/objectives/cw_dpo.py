@@ -1,0 +1,141 @@
+"""Cooling-Weighted DPO: the rejected side fades for negatives that the policy already finds unlikely.
+
+Source: "Learning Dynamics of VLM Finetuning" (arXiv 2510.11978), stage 2:
+``w = sigmoid((mean_logp_policy(rejected) - floor) / tau)``,
+``L = -log sigmoid(beta * (chosen_shift - w * rejected_shift))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from cwdpo.errors import RecipeError
+from cwdpo.objectives.base import (
+    NegativeMask,
+    Objective,
+    ObjectiveOutput,
+    ScoredPairs,
+    negative_log_sigmoid,
+    rewards,
+)
+
+if TYPE_CHECKING:
+    from cwdpo.objectives.base import Pairs
+
+MIN_TAU = 0.05
+"""Smallest calibrated tau, nats per token: below it the weight is a step."""
+
+
+def cooling_weight(mean_logp: Pairs, floor: float, tau: float) -> Pairs:
+    """``sigmoid((mean_logp - floor) / tau)``, in (0, 1): 0 for easy negatives, 1 for hard ones.
+
+    >>> import torch
+    >>> cooling_weight(torch.tensor([-0.5, -5.0]), floor=-0.5, tau=0.5).round(decimals=4).tolist()
+    [0.5, 0.0001]
+    """
+    return ((mean_logp - floor) / tau).sigmoid()
+
+
+def calibrate(mean_logps: Sequence[float]) -> tuple[float, float]:
+    """``(floor, tau)`` in nats per token from the reference policy's own samples.
+
+    ``floor`` is the 10th percentile of their mean_logp, ``tau`` the median minus that (at least
+    :data:`MIN_TAU`): a negative as likely as the policy's typical sample keeps most of its weight, one
+    that the policy would hardly write loses it. The dataset's negatives are *not* used: mixed
+    pools give a tau so wide that nothing cools (docs/decisions.md).
+
+    >>> floor, tau = calibrate([-1.0, -0.8, -0.6, -0.4, -0.2])
+    >>> round(floor, 2), round(tau, 2)
+    (-0.92, 0.32)
+    """
+    import numpy as np
+
+    if len(mean_logps) < 2:
+        raise RecipeError(
+            f"cooling cannot be calibrated from {len(mean_logps)} sample(s): give floor and tau as numbers"
+        )
+    low, median = np.quantile(np.asarray(mean_logps, dtype=float), [0.1, 0.5])
+    return float(low), max(MIN_TAU, float(median - low))
+
+
+class CwDpo(Objective):
+    """``L = mean -log sigmoid(beta * (chosen_shift - w * rejected_shift)) + sft_weight * mean NLL(chosen)``.
+
+    Args:
+        beta: inverse temperature, per nat.
+        cooling: ``adaptive`` is the method; ``constant`` fixes w to ``constant_weight`` (ablation).
+        floor, tau: nats per token; ``auto`` calibrates both before stage 2, see :func:`calibrate`.
+        constant_weight: w when ``cooling`` is constant; 1 is vanilla DPO.
+        weight_gradient: ``detach`` treats w as a constant. ``through`` differentiates it, which pushes a
+            negative *up* once ``rejected_shift / n_tokens < -tau / (1 - w)``.
+        filter_below: negatives whose mean_logp under the reference is lower (nats per token) are left out.
+        sft_weight: weight of an SFT term on chosen.
+        negative_mask: see :class:`cwdpo.objectives.dpo.Dpo`; w is always computed from the whole negative.
+    """
+
+    beta: float = Field(0.3, gt=0)
+    cooling: Literal["adaptive", "constant"] = "adaptive"
+    floor: float | Literal["auto"] = "auto"
+    tau: float | Literal["auto"] = "auto"
+    constant_weight: float = Field(1.0, ge=0, le=1)
+    weight_gradient: Literal["detach", "through"] = "detach"
+    filter_below: float | None = None
+    sft_weight: float = Field(0.0, ge=0)
+    negative_mask: NegativeMask = "none"
+
+    @model_validator(mode="after")
+    def _positive_tau(self) -> CwDpo:
+        if self.tau != "auto" and self.tau <= 0:
+            raise ValueError(f"tau must be greater than 0 nats per token, got {self.tau}")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether floor or tau must be found before training."""
+        return self.cooling == "adaptive" and "auto" in (self.floor, self.tau)
+
+    def calibrated(self, mean_logps: Sequence[float]) -> CwDpo:
+        """The same objective with ``auto`` replaced, from mean_logps of the reference's own samples."""
+        floor, tau = calibrate(mean_logps)
+        return self.model_copy(
+            update={
+                "floor": floor if self.floor == "auto" else self.floor,
+                "tau": tau if self.tau == "auto" else self.tau,
+            }
+        )
+
+    def weight(self, pairs: ScoredPairs) -> Pairs:
+        """[P] the weight of each negative; carries a gradient only with ``weight_gradient: through``."""
+        mean_logp = pairs.rejected.mean_logp
+        if self.cooling == "constant":
+            return mean_logp.detach().new_full(mean_logp.shape, self.constant_weight)
+        if self.floor == "auto" or self.tau == "auto":
+            raise RecipeError("cw_dpo: floor and tau are 'auto': calibrate first, or give numbers")
+        if self.weight_gradient == "detach":
+            mean_logp = mean_logp.detach()
+        return cooling_weight(mean_logp, self.floor, self.tau)
+
+    def keeps(self, reference_mean_logp: float) -> bool:
+        """Whether a negative survives ``filter_below``."""
+        return self.filter_below is None or reference_mean_logp >= self.filter_below
+
+    def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
+        """Loss over P pairs of B prompts; each pair has its own weight."""
+        weight = self.weight(pairs)
+        rejected_shift = pairs.rejected.masked_shift(self.negative_mask)
+        per_pair = negative_log_sigmoid(self.beta * (pairs.chosen_shift - weight * rejected_shift))
+        preference = pairs.mean_over_prompts(per_pair)
+        nll = pairs.chosen_nll()
+        loss = preference + self.sft_weight * nll if self.sft_weight else preference
+        return ObjectiveOutput(
+            loss,
+            per_pair={
+                "loss/pair": per_pair.detach(),
+                "cooling/weight": weight.detach(),
+                **rewards(pairs, self.beta),
+            },
+            parts={"loss/preference": preference.detach(), "loss/nll": nll.detach()},
+        )

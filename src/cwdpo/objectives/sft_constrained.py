@@ -1,0 +1,60 @@
+"""Stage 1 by the equations: SFT under the constraint that gentle negatives stay unlikely enough.
+
+Source: "Learning Dynamics of VLM Finetuning" (arXiv 2510.11978), stage 1:
+minimise E[NLL(chosen)] subject to E[NLL(negative)] >= C, relaxed to
+``L = mean NLL(chosen) + lambda * relu(C - mean NLL(negative))``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs
+
+
+class SftConstrained(Objective):
+    """``L = mean NLL(chosen) + lambda * relu(C - mean NLL(negative))``, NLL in nats per token.
+
+    Both means run over the whole optimizer step, so the penalty's switch is the step's, not a
+    micro-batch's: it acts only while the step's negatives are on average likelier than C allows.
+
+    Args:
+        penalty: lambda; 0 is the ``sft`` objective.
+        constraint: C, nats per token.
+        slack: ``False`` is the paper's "hard constraint" ablation: the penalty ``lambda * (C - NLL)`` goes
+            on pushing after the constraint holds.
+    """
+
+    needs_negatives: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    needs_step_negative_nll: ClassVar[bool] = True
+
+    penalty: float = Field(0.1, ge=0)
+    constraint: float = Field(0.8, gt=0)
+    slack: bool = True
+
+    def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
+        """Loss over [B] chosen responses and [P] gentle negatives."""
+        nll = pairs.chosen_nll()
+        if len(pairs.rejected.sum_logp) == 0:
+            return ObjectiveOutput(nll, parts={"loss/nll": nll.detach()})
+        negative = pairs.rejected_nll()
+        totals = pairs.totals
+        whole = (
+            float(negative.detach()) if totals is None or totals.negative_nll is None else totals.negative_nll
+        )
+        active = not self.slack or whole < self.constraint
+        # This micro-batch's share of C - NLL: C is spread over the step's tokens.
+        tokens = float(pairs.rejected.n_tokens.sum())
+        share = 1.0 if totals is None else tokens / max(totals.rejected_tokens, 1.0)
+        penalty = self.penalty * float(active) * (self.constraint * share - negative)
+        return ObjectiveOutput(
+            nll + penalty,
+            parts={
+                "loss/nll": nll.detach(),
+                "loss/penalty": penalty.detach(),
+                "loss/negative_nll": negative.detach(),
+            },
+        )

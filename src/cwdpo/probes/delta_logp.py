@@ -1,0 +1,36 @@
+"""Delta log p: how the likelihood of each response type moved since the start of the stage."""
+
+from __future__ import annotations
+
+import torch
+
+from cwdpo.probes.base import HeldOut, Probe
+from cwdpo.records import Reading
+
+
+class DeltaLogp(Probe):
+    """Per type, the mean change of mean_logp (nats per token); and the held-out shifts and margin (nats).
+
+    Source: Ren & Sutherland, "Learning Dynamics of LLM Finetuning" (arXiv 2407.10490).
+    """
+
+    def __call__(self, held: HeldOut) -> list[Reading]:
+        """Readings ``delta_logp/<kind>``, ``chosen_shift``, ``rejected_shift``, ``margin``, ``accuracy``, ``nll``."""
+        shift = held.sum_logp - held.start_sum_logp
+        readings = [
+            held.reading(f"delta_logp/{kind}", (shift / held.n_tokens)[held.of(kind)], "nats/token")
+            for kind in held.kind_names()
+        ]
+        chosen = held.of("chosen")
+        chosen_shift = torch.zeros(int(held.prompt.max()) + 1, dtype=shift.dtype)
+        chosen_shift[held.prompt[chosen]] = shift[chosen]
+        margin = chosen_shift[held.prompt[~chosen]] - shift[~chosen]
+        nll = -held.sum_logp[chosen].sum() / held.n_tokens[chosen].sum()
+        return [
+            *readings,
+            held.reading("chosen_shift", shift[chosen], "nats"),
+            held.reading("rejected_shift", shift[~chosen], "nats"),
+            held.reading("margin", margin, "nats"),
+            held.reading("accuracy", (margin > 0).double(), "share"),
+            Reading("nll", float(nll), int(held.n_tokens[chosen].sum()), "nats/token", held.step),
+        ]

@@ -1,0 +1,123 @@
+"""The records that move through the rooms. No torch is imported here.
+
+A pair is an object, never a position in a batch or a key prefix.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Origin = Literal["dataset", "perturbed", "on_policy"]
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image by its path or by its encoded bytes; decoded only when opened."""
+
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def encoded(self) -> bytes:
+        """The encoded bytes (JPEG, PNG, ...), as stored."""
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        return self.path.read_bytes()
+
+    def open(self) -> Image:
+        """The decoded picture in RGB, EXIF rotation applied.
+
+        Raises:
+            OSError: the file cannot be read or is not an image (``PIL.UnidentifiedImageError``).
+            PIL.Image.DecompressionBombError: more pixels than Pillow's limit allows.
+        """
+        from PIL import Image, ImageOps
+
+        with Image.open(io.BytesIO(self.encoded())) as image:
+            turned: Image.Image = ImageOps.exif_transpose(image)
+            return turned.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a prompt; ``parts`` holds text, or ``None`` where the next image stands."""
+
+    role: str
+    parts: tuple[str | None, ...]
+
+    def as_chat(self) -> dict[str, Any]:
+        """The turn as transformers' chat templates want it."""
+        content = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in self.parts]
+        return {"role": self.role, "content": content}
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined by a newline."""
+        return "\n".join(part for part in self.parts if part)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response text, where it came from and how it was made.
+
+    ``kind`` names the sort of a negative (``hard``, ``medium``, ``easy``, ``shuffled``, ...);
+    ``made`` records the edit, the sampler settings or the policy step.
+    """
+
+    text: str
+    origin: Origin = "dataset"
+    kind: str = ""
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt (images and messages) with its chosen response and everything offered against it.
+
+    ``rejected`` are the negatives of stage 2, ``gentle`` those of stage 1; both may be empty.
+    ``references`` are known true responses, used by judges and by perturbation.
+    ``where`` names file and row for messages; ``extra`` keeps what a judge needs (for the world: its scene).
+    """
+
+    id: str
+    images: tuple[ImageRef, ...]
+    prompt: tuple[Message, ...]
+    chosen: Completion
+    rejected: tuple[Completion, ...] = ()
+    gentle: tuple[Completion, ...] = ()
+    references: tuple[str, ...] = ()
+    where: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_text(self) -> str:
+        """The text of the last user turn."""
+        return next((m.text for m in reversed(self.prompt) if m.role == "user"), "")
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """The chosen response of an example and one of its negatives."""
+
+    example_id: str
+    chosen: Completion
+    rejected: Completion
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One measured number with the count behind it; the mean of nothing is ``None``, not zero."""
+
+    name: str
+    value: float | None
+    n: int
+    unit: str = ""
+    step: int = 0
+    split: str = "validation"

@@ -1,0 +1,120 @@
+"""Registries of components: settings and behaviour in one class, one class in one file.
+
+A registry finds its components by looking at the files of a package, so adding one is adding a file.
+Listing names imports nothing. A user's own component is named ``path/to/file.py:ClassName``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cwdpo.errors import RecipeError, UnknownComponentError, nearest
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, and a key that nothing reads is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Component(Settings):
+    """Settings plus behaviour. The name of a shipped component is the name of its file."""
+
+
+C = TypeVar("C", bound=Component)
+
+
+def explain(error: ValidationError, where: str, fields: Mapping[str, Any] | None = None) -> str:
+    """One line per problem of a pydantic error: dotted key, what was wrong, the nearest known key."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            hint = nearest(str(item["loc"][-1]), fields or {})
+            lines.append(f"{where}: unknown key {key!r}{hint}")
+        else:
+            lines.append(f"{where}: {key or 'value'}: {item['msg']} (got {item.get('input')!r})")
+    return "\n".join(lines)
+
+
+class Registry(Generic[C]):
+    """The components of one kind, found in the files of ``package``."""
+
+    def __init__(self, kind: str, package: str, base: type[C]) -> None:
+        self.kind, self.package, self.base = kind, package, base
+
+    def names(self) -> list[str]:
+        """Names of the shipped components, sorted; nothing is imported but the package itself."""
+        package = importlib.import_module(self.package)
+        stems = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
+        return sorted(s for s in stems if not s.startswith("_") and s != "base")
+
+    def get(self, name: str) -> type[C]:
+        """The component class called ``name``, or the one at ``file.py:ClassName``.
+
+        Raises:
+            UnknownComponentError: no such component, file or class.
+        """
+        if ".py:" in name:
+            return self._from_file(name)
+        if name not in self.names():
+            raise UnknownComponentError(
+                f"unknown {self.kind} {name!r}{nearest(name, self.names())} "
+                f"known: {', '.join(self.names())}; or name your own as 'file.py:ClassName'"
+            )
+        module = importlib.import_module(f"{self.package}.{name}")
+        return self._only_class(vars(module), module.__name__)
+
+    def build(self, spec: str | Mapping[str, Any]) -> C:
+        """A component from its name, or from a mapping with ``name`` and settings.
+
+        Raises:
+            UnknownComponentError: the name is not known.
+            RecipeError: a setting is unknown or out of range; the message names the nearest key.
+        """
+        settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+        if "name" not in settings:
+            raise RecipeError(f"{self.kind}: 'name' is missing; known: {', '.join(self.names())}")
+        name = str(settings.pop("name"))
+        cls = self.get(name)
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            raise RecipeError(explain(error, f"{self.kind} {name}", cls.model_fields)) from None
+
+    def _only_class(self, names: Mapping[str, Any], module: str) -> type[C]:
+        found = [
+            value
+            for value in names.values()
+            if inspect.isclass(value)
+            and issubclass(value, self.base)
+            and value.__module__ == module
+            and not inspect.isabstract(value)
+        ]
+        if len(found) != 1:
+            raise UnknownComponentError(f"{module} must define exactly one {self.kind}, found {len(found)}")
+        return found[0]
+
+    def _from_file(self, name: str) -> type[C]:
+        path, _, class_name = name.rpartition(":")
+        if not Path(path).is_file():
+            raise UnknownComponentError(f"{self.kind} {name!r}: there is no file {path!r}")
+        spec = importlib.util.spec_from_file_location(f"cwdpo_user_{Path(path).stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        cls = getattr(module, class_name, None)
+        if not (inspect.isclass(cls) and issubclass(cls, self.base)):
+            raise UnknownComponentError(
+                f"{self.kind} {name!r}: {path} has no class {class_name!r} derived from {self.base.__name__}"
+            )
+        return cls

@@ -1,0 +1,147 @@
+"""What both kinds of page are made of: a tolerant reader of a folder, legends, panels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from cwdpo.errors import RunDirError
+from cwdpo.report._text import finite
+from cwdpo.report.figures import Line, colour, dash, line_chart
+from cwdpo.rundir import read_jsonl
+
+
+class Folder:
+    """Reads files of a run; what is missing is empty, what cannot be read is empty and noted.
+
+    A report is often the last thing that a long run writes, so it never fails on one bad file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.troubles: list[str] = []
+
+    def text(self, name: str) -> str:
+        """A file's text."""
+        path = self.path / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON object."""
+        text = self.text(name)
+        try:
+            return mapping(json.loads(text)) if text.strip() else {}
+        except json.JSONDecodeError as error:
+            self.troubles.append(f"{name} is not JSON ({error}); what it holds is missing below.")
+            return {}
+
+    def yaml(self, name: str) -> dict[str, Any]:
+        """A YAML mapping."""
+        try:
+            return mapping(yaml.safe_load(self.text(name)))
+        except yaml.YAMLError:
+            self.troubles.append(f"{name} is not YAML; what it holds is missing below.")
+            return {}
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a JSONL file."""
+        try:
+            return [row for row in read_jsonl(self.path / name) if isinstance(row, dict)]
+        except (RunDirError, UnicodeDecodeError) as error:
+            self.troubles.append(f"{name} could not be read ({error}); what it holds is missing below.")
+            return []
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def records(value: Any) -> list[dict[str, Any]]:
+    """The mappings of a list; anything else is no mapping."""
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+@dataclass(frozen=True)
+class Legend:
+    """An entry of a legend: a stroke as in the chart, a name, and what else is to be said."""
+
+    label: str
+    slot: int
+    note: str = ""
+
+    @property
+    def colour(self) -> str:
+        """CSS colour."""
+        return colour(self.slot)
+
+    @property
+    def dash(self) -> str:
+        """SVG dash pattern."""
+        return dash(self.slot)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart with its title, unit and legend (empty where a shared legend stands above)."""
+
+    title: str
+    unit: str
+    svg: Markup
+    legend: tuple[Legend, ...] = ()
+
+
+@dataclass
+class Panels:
+    """Gathers the panels of a section, and the names of those that have no data."""
+
+    keys: Iterator[str]
+    found: list[Panel] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def add(
+        self, title: str, unit: str, lines: Sequence[Line], *, legend: bool = True, whole: bool = False
+    ) -> None:
+        """Draw lines over steps (``whole``: from 0 to 1); lines without a point are left out."""
+        drawn = [line for line in lines if len(line.x)]
+        if not drawn:
+            self.absent.append(title)
+            return
+        entries = tuple(Legend(line.label, line.slot) for line in drawn) if legend else ()
+        self.found.append(
+            Panel(title, unit, Markup(line_chart(next(self.keys), drawn, whole=whole)), entries)
+        )
+
+
+def keys() -> Iterator[str]:
+    """Names for the charts of one page."""
+    number = 0
+    while True:
+        number += 1
+        yield f"chart{number}"
+
+
+def points(
+    rows: Sequence[Mapping[str, Any]], label: str, slot: int, y: str, low: str = "", high: str = ""
+) -> Line:
+    """A line over ``step`` from rows; rows without a finite value are left out.
+
+    Args:
+        rows: each with ``step`` and the named keys.
+        y, low, high: keys; without ``low`` and ``high`` in every row there is no band.
+    """
+    kept = [(float(r["step"]), finite(r.get(y)), r) for r in rows if finite(r.get("step")) is not None]
+    full = sorted(((x, v, r) for x, v, r in kept if v is not None), key=lambda point: point[0])
+    lows = [v for _, _, r in full if (v := finite(r.get(low))) is not None]
+    highs = [v for _, _, r in full if (v := finite(r.get(high))) is not None]
+    band = len(lows) == len(highs) == len(full)
+    return Line(
+        label, slot, [x for x, _, _ in full], [v for _, v, _ in full],
+        lows if band else (), highs if band else (),
+    )  # fmt: skip

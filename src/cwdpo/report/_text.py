@@ -1,0 +1,109 @@
+"""Text, numbers and pictures on their way into a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import unicodedata
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cwdpo.records import ImageRef
+
+MISSING = "not recorded"
+MAX_TEXT = 3000
+"""Characters of one text that are shown."""
+MAX_PIXELS = 256
+"""Longest side of an embedded picture."""
+
+_HARMLESS = frozenset("\n\t\u00ad\u200c\u200d")  # soft hyphen and joiners belong to ordinary writing
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
+
+
+def visible(text: str) -> str:
+    """The text with control, bidi, private and surrogate characters written as ``⟨U+202E⟩``.
+
+    >>> visible("a" + chr(0x202E) + "b")
+    'a⟨U+202E⟩b'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    shown = (
+        f"⟨U+{ord(c):04X}⟩" if c not in _HARMLESS and unicodedata.category(c) in _HIDDEN else c for c in text
+    )
+    return "".join(shown)
+
+
+def shortened(text: str, limit: int = MAX_TEXT) -> str:
+    """The text, cut at ``limit`` characters with a note of how many are left out."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
+
+
+def finite(value: Any) -> float | None:
+    """The value as a finite number, or ``None`` for anything else (booleans too)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def number(value: Any, digits: int | None = 3) -> str:
+    """A number with ``digits`` decimals (``None``: four significant digits); anything else is not recorded.
+
+    >>> number(-0.4567, 2), number(None), number(0.00012345, None)
+    ('−0.46', 'not recorded', '0.0001234')
+    """
+    found = finite(value)
+    if found is None:
+        return MISSING
+    text = f"{found:.4g}" if digits is None else f"{found:.{digits}f}"
+    if text.startswith("-") and not text.strip("-0."):
+        text = text[1:]  # no minus zero
+    return text.replace("-", "−")
+
+
+def plain(value: Any) -> str:
+    """A setting or a note as text; numbers short, lists with commas."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(v) for v in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
+    return str(value)
+
+
+def picture_uri(path: str | None, folder: Path) -> str | None:
+    """A picture as a ``data:`` URI of at most :data:`MAX_PIXELS`; ``None`` where it cannot be read.
+
+    Args:
+        path: absolute, or relative to ``folder`` or to the working directory.
+        folder: the run's folder.
+    """
+    from PIL import Image
+
+    if not path or "\0" in path:
+        return None
+    candidates = [p for p in (folder / path, Path(path)) if p.is_file()]
+    if not candidates:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageRef(path=candidates[0]).open()
+    except Exception:  # Pillow's plugins raise nearly anything on broken files; the page says so instead
+        return None
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    drawing = image.getcolors(256) is not None
+    out = io.BytesIO()
+    if drawing:
+        image.save(out, "PNG", optimize=True)
+    else:
+        image.save(out, "JPEG", quality=82)
+    kind = "png" if drawing else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode('ascii')}"

@@ -1,0 +1,88 @@
+"""A run folder -> one self-contained HTML file: no script, no network, every text escaped. No torch.
+
+Two kinds of folder are read. A single run is described in :mod:`cwdpo.rundir`. A demo is a folder whose
+``summary.json`` has this shape; whatever is missing is said to be missing::
+
+    {"kind": "demo", "title": str, "note": [paragraph, ...], "seeds": [0, 1, 2],
+     "figures": [{"key": "sampled_correct", "label": str, "better": "higher" | "lower" | "none",
+                  "digits": 3, "help": str}, ...],
+     "methods": [{"name": "cw_dpo", "label": "CW-DPO", "settings": {"learning_rate": ..., ...},
+        "figures": {key: {"mean": float | null, "low": float | null, "high": float | null,
+                          "n": int, "per_seed": [float | null, ...]}},
+        "cells": [{"seed": 0, "status": "done" | "failed", "error": str | null, "seconds": float}],
+        "curves": {reading: [{"step": int, "mean": float, "low": float, "high": float}]},
+        "reliability": [{"confidence": float, "accuracy": float, "n": int}]}],
+     "hot": {"factor": 4, "methods": [same shape]},
+     "base": {"figures": {...}},
+     "gallery": [{"image": path relative to the folder, "truth": str, "captions": [
+        {"method": label, "text": str, "all_correct": bool, "wrong": int, "hallucinated": int,
+         "omitted": int, "ill_formed": bool}]}],
+     "provenance": {any key: text}}
+
+``figures["ece"]`` of a method, where present, is the ECE beside its reliability curve; else the ECE of the
+pooled bins is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from cwdpo.errors import RunDirError
+from cwdpo.report._demo import demo_page
+from cwdpo.report._page import Folder
+from cwdpo.report._run import run_page
+from cwdpo.report._text import MISSING, shortened, visible
+from cwdpo.rundir import write_text
+
+_HERE = Path(__file__).parent
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``<folder>/report.html`` for a run or a demo.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunDirError: there is no such folder.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise RunDirError(f"{path}: no such folder; give the folder of a run, e.g. runs/<name>")
+    source = Folder(path)
+    summary = source.json("summary.json")
+    if summary.get("kind") == "demo":
+        template, values = "demo.html.jinja", demo_page(source, summary)
+    else:
+        template, values = "run.html.jinja", run_page(source)
+    text = (
+        _environment()
+        .get_template(template)
+        .render(**values, troubles=list(dict.fromkeys(source.troubles)), missing=MISSING)
+    )
+    out = path / "report.html"
+    write_text(out, text)
+    return out
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["style"] = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
+    environment.filters["short"] = shortened
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """Applied by jinja to every printed value, before it is escaped."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,0 +1,83 @@
+"""Token scores of a batch to :class:`ScoredPairs`, and the reference pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cwdpo.data.collate import PromptBatch, collate
+from cwdpo.data.encode import EncodedExample, with_reference
+from cwdpo.objectives.base import Scored, ScoredPairs, StepTotals
+from cwdpo.scoring import plain
+from cwdpo.scoring.token_logp import TokenScores
+
+
+def span_mask(batch: PromptBatch, tokens: TokenScores) -> Tensor:
+    """[N, C] True on the tokens of each completion's differing span."""
+    position = torch.arange(tokens.mask.shape[1], device=tokens.mask.device)[None]
+    first, last = torch.tensor([c.span for c in batch.completions], device=tokens.mask.device).T[:, :, None]
+    return (position >= first) & (position < last) & tokens.mask
+
+
+def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | None = None) -> ScoredPairs:
+    """Sum token scores per completion and split them into chosen and rejected by the batch's indices."""
+    device = tokens.logp.device
+    references = [(c.reference_sum_logp, c.reference_span_sum_logp) for c in batch.completions]
+    known = all(value is not None for pair in references for value in pair)
+    reference, span_reference = (
+        torch.tensor(references, dtype=torch.float32, device=device).T if known else (None, None)
+    )
+    everything = Scored(
+        sum_logp=tokens.logp.sum(1),
+        n_tokens=tokens.mask.sum(1),
+        reference_sum_logp=reference,
+        span_sum_logp=(tokens.logp * span_mask(batch, tokens)).sum(1),
+        span_reference_sum_logp=span_reference,
+        uniform_sum_logp=None if tokens.uniform_logp is None else tokens.uniform_logp.sum(1),
+    )
+    return ScoredPairs(
+        select(everything, batch.chosen.to(device)),
+        select(everything, batch.rejected.to(device)),
+        batch.pair_prompt.to(device),
+        totals,
+    )
+
+
+def select(scored: Scored, index: Tensor) -> Scored:
+    """The scores of some completions."""
+    values = {name: None if v is None else v[index] for name, v in vars(scored).items()}
+    return replace(scored, **values)
+
+
+@torch.no_grad()
+def reference_pass(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[EncodedExample]:
+    """The examples with the model's own sums as reference values; the model is the reference here.
+
+    Rows are grouped by length to save padding; the order of the result is the order of the input.
+    """
+    was_training = model.training
+    model.eval()
+    done: dict[int, EncodedExample] = {}
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        batch = collate([examples[i] for i in index])
+        tokens = plain.score(model, batch)
+        sums = tokens.logp.double().sum(1).tolist()
+        spans = (tokens.logp.double() * span_mask(batch, tokens)).sum(1).tolist()
+        values = iter(zip(sums, spans, strict=True))
+        for i in index:
+            own = [next(values) for _ in range(1 + len(examples[i].negatives))]
+            done[i] = with_reference(examples[i], own)
+        progress(len(index))
+    model.train(was_training)
+    return [done[i] for i in range(len(examples))]

@@ -1,0 +1,156 @@
+"""Log-probabilities of completion tokens at the model's own head, without the logits of a whole batch.
+
+The head's ``forward`` is replaced for one call: it keeps the hidden states that predict completion
+tokens, goes through the vocabulary in chunks (recomputed in backward), and returns a few numbers a
+token. The model is called as it is, so wrappers (peft, DDP, FSDP) see an ordinary forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cwdpo.errors import ModelError
+
+CHUNK_VALUES = 1 << 24
+"""Most values of one chunk of logits: 2^24 fp32 values are 64 MiB."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per-token results of N completions, right-padded to C tokens.
+
+    Attributes:
+        logp: [N, C] log-probability of each token in nats, 0 where padded; carries the gradient.
+        mask: [N, C] True on completion tokens.
+        uniform_logp: [N, C] mean over the vocabulary of the log-probabilities (for label smoothing);
+            carries the gradient.
+        entropy: [N, C] in nats, detached; with ``top1`` (largest probability) and ``correct``
+            (whether that was the token) only where details were asked, else ``None``.
+    """
+
+    logp: Tensor
+    mask: Tensor
+    uniform_logp: Tensor | None = None
+    entropy: Tensor | None = None
+    top1: Tensor | None = None
+    correct: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """Which hidden states to read and what to compute: M tokens in all.
+
+    Attributes:
+        rows, positions: [M] where each predicting hidden state stands in the [rows, length] batch.
+        targets: [M] the token each of them must predict.
+        smoothing: also the mean log-probability over the vocabulary.
+        details: also entropy, top-1 probability and correctness (no gradient).
+        full: instead return the log-probabilities [M, V] themselves (for divergences on few tokens).
+    """
+
+    rows: Tensor
+    positions: Tensor
+    targets: Tensor
+    smoothing: bool = False
+    details: bool = False
+    full: bool = False
+
+
+def token_stats(logp: Tensor, targets: Tensor, *, smoothing: bool, details: bool) -> Tensor:
+    """[M, columns] from log-probabilities over the vocabulary [M, V] and the tokens [M]; see :func:`unpack`."""
+    columns = [logp.gather(-1, targets[:, None])[:, 0]]
+    if smoothing:
+        columns.append(logp.mean(-1))
+    if details:
+        fixed = logp.detach()
+        top1, best = fixed.max(-1)
+        columns += [-(fixed.exp() * fixed).sum(-1), top1.exp(), (best == targets).to(fixed.dtype)]
+    return torch.stack(columns, dim=-1)
+
+
+def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor, request: HeadRequest) -> Tensor:
+    selected = hidden[request.rows.to(hidden.device), request.positions.to(hidden.device)]
+    targets = request.targets.to(hidden.device)
+    if request.full:
+        return head(selected).float().log_softmax(-1)
+    vocabulary = _vocabulary_size(head, selected)
+    size = max(1, CHUNK_VALUES // vocabulary)
+
+    def one(part: Tensor, wanted: Tensor) -> Tensor:
+        logp = head(part).float().log_softmax(-1)
+        return token_stats(logp, wanted, smoothing=request.smoothing, details=request.details)
+
+    if len(selected) <= size:
+        return one(selected, targets)
+    pieces = zip(selected.split(size), targets.split(size), strict=True)
+    if torch.is_grad_enabled() and selected.requires_grad:
+        return torch.cat([checkpoint(one, part, wanted, use_reentrant=False) for part, wanted in pieces])
+    return torch.cat([one(part, wanted) for part, wanted in pieces])
+
+
+def _vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+    owner = getattr(head, "__self__", None)
+    size = getattr(owner, "out_features", None)
+    if size is None:
+        with torch.no_grad():
+            size = head(hidden[:1]).shape[-1]
+    return int(size)
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that maps hidden states to logits.
+
+    Raises:
+        ModelError: the model has none, or changes its logits behind the head.
+    """
+    inner: Any = model
+    while hasattr(inner, "module"):  # DDP
+        inner = inner.module
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    head = inner.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            f"{type(inner).__name__} has no output head: a causal vision-language model is needed"
+        )
+    text = inner.config.get_text_config()
+    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
+        if getattr(text, name, neutral) not in (neutral, None):
+            raise ModelError(
+                f"{type(inner).__name__} changes its logits behind the head ({name} = {getattr(text, name)}): "
+                "its token log-probabilities cannot be read at the head yet"
+            )
+    assert isinstance(head, nn.Module)
+    return head
+
+
+@contextmanager
+def scoring_head(model: nn.Module, request: HeadRequest) -> Iterator[None]:
+    """While active, the model's ``logits`` are the request's numbers, [M, columns], instead of logits."""
+    head = output_head(model)
+    original = head.forward
+    head.forward = lambda hidden: _through_head(original, hidden, request)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def unpack(stats: Tensor, request: HeadRequest, lengths: list[int]) -> TokenScores:
+    """Scatter [M, columns] back to [N, C], completion by completion."""
+    n, longest = len(lengths), max(lengths)
+    device = stats.device
+    mask = torch.arange(longest, device=device)[None] < torch.tensor(lengths, device=device)[:, None]
+    columns = []
+    for column in stats.unbind(-1):
+        columns.append(column.new_zeros(n, longest).masked_scatter(mask, column))
+    logp, *rest = columns
+    uniform = rest.pop(0) if request.smoothing else None
+    entropy, top1, correct = rest if request.details else (None, None, None)
+    return TokenScores(logp, mask, uniform, entropy, top1, correct)

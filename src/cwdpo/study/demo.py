@@ -1,0 +1,166 @@
+"""``cwdpo demo``: continued SFT, DPO, DPO + SFT term and CW-DPO side by side on the embedded world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cwdpo.errors import CwdpoError
+from cwdpo.models.load import EMBEDDED
+from cwdpo.rundir import RunDir, write_json
+from cwdpo.study.cell import SAMPLES, CellJob
+from cwdpo.study.grid import CellResult, Tick, run_grid
+from cwdpo.study.methods import (
+    HOT,
+    STAGE1_STEPS,
+    STAGE2_STEPS,
+    TRAIN_ROWS,
+    Method,
+    cell_recipe,
+    swept_methods,
+)
+from cwdpo.study.summary import summarise
+
+KIND_SHARES = {"hard": 0.35, "medium": 0.15, "easy": 0.3, "shuffled": 0.2}
+TEST_WORLD_SEED = 777
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Size of the comparison. ``world_seed`` shifts the training pictures (the sweep uses others)."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    hot_seeds: tuple[int, ...] = (0, 1, 2)
+    test_prompts: int = 200
+    workers: int = 2
+    world_seed: int = 0
+    split: str = "test"
+
+
+class Progress:
+    """One steady line: cells done, method, seed, step, time left."""
+
+    def __init__(self, total_steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", total=total_steps)
+        self._live = self._bar.console.is_terminal
+        self._bar.start()
+
+    def __call__(self, event: Tick | CellResult) -> None:
+        """Show one optimizer step, or a finished cell."""
+        if isinstance(event, CellResult):
+            if event.status == "failed" or not self._live:
+                word = "FAILED: " + str(event.error) if event.status == "failed" else "done"
+                self._bar.console.print(f"{event.key}: {word} ({event.seconds:.0f} s)", markup=False)
+            return
+        key, stage, step, steps = event
+        self._bar.update(self._task, advance=1, description=f"{key} {stage} step {step}/{steps}")
+
+    def stop(self) -> None:
+        """End the line."""
+        self._bar.stop()
+
+
+def write_data(out: Path, settings: DemoSettings) -> dict[str, str]:
+    """Write the world's data: training rows per seed, and one validation and one test set for all."""
+    from cwdpo.worlds.shapes import ShapesSettings, materialise
+
+    shared = materialise(
+        ShapesSettings(
+            seed=TEST_WORLD_SEED, train=0, validation=max(settings.test_prompts, 64), test=settings.test_prompts,
+            negatives_per_prompt=4, shares=dict.fromkeys(KIND_SHARES, 1.0), questions=0.0,
+        ),
+        out / "data" / "held-out",
+    )  # fmt: skip
+    paths = {"validation": str(shared["validation"]), "test": str(shared[settings.split])}
+    for seed in settings.seeds:
+        world = ShapesSettings(
+            seed=settings.world_seed + seed,
+            train=TRAIN_ROWS,
+            validation=0,
+            test=0,
+            shares=KIND_SHARES,
+            questions=0.0,
+        )
+        paths[f"train{seed}"] = str(materialise(world, out / "data" / f"seed{seed}")["train"])
+    return paths
+
+
+def plan(
+    out: Path, methods: Sequence[Method], settings: DemoSettings, paths: dict[str, str]
+) -> list[list[CellJob]]:
+    """Two waves: the shared stage-1 runs and the base's evaluation, then every cell."""
+    test = Path(paths["test"])
+    first: dict[str, CellJob] = {}
+    second: list[CellJob] = []
+
+    def job(key: str, m: Method, seed: int, stage: str, model: str, factor: float = 1.0) -> CellJob:
+        recipe = cell_recipe(m, seed, paths[f"train{seed}"], paths["validation"], model, factor)
+        return CellJob(key, recipe, out / "cells" / key, test, stage)
+
+    for seed in settings.seeds:
+        for m in methods:
+            key = f"stage1-{m.stage1['name']}-seed{seed}"
+            if key not in first:
+                first[key] = job(key, replace(m, name=m.stage1["name"]), seed, "stage1", str(EMBEDDED))
+            start = str(first[key].folder / "model")
+            second.append(job(f"{m.name}-seed{seed}", m, seed, "stage2", start))
+            if seed in settings.hot_seeds:
+                second.append(job(f"{m.name}-hot-seed{seed}", m, seed, "stage2", start, HOT))
+    base = job("base", methods[0], settings.seeds[0], "base", str(EMBEDDED))
+    return [[*first.values(), base], second]
+
+
+def steps_of(waves: Sequence[Sequence[CellJob]]) -> int:
+    """Optimizer steps of all cells that train."""
+    per = {"stage1": STAGE1_STEPS, "stage2": STAGE2_STEPS, "base": 0}
+    return sum(per[job.stage] for wave in waves for job in wave)
+
+
+def run_demo(out: str | Path = "runs/demo", settings: DemoSettings | None = None) -> dict[str, Any]:
+    """Run the comparison, write summary.json and report.html, and return the summary.
+
+    Finished cells of an earlier start in the same folder are used again.
+
+    Raises:
+        CwdpoError: every cell failed.
+    """
+    from cwdpo.report.render import write_report
+
+    out, settings = Path(out), settings or DemoSettings()
+    out.mkdir(parents=True, exist_ok=True)
+    RunDir(out).write_environment()
+    methods = swept_methods()
+    waves = plan(out, methods, settings, write_data(out, settings))
+    progress = Progress(steps_of(waves))
+    try:
+        results = run_grid(waves, settings.workers, progress)
+    finally:
+        progress.stop()
+    if not any(r.status == "done" for r in results.values()):
+        raise CwdpoError(f"every cell failed; the first: {next(iter(results.values())).error}")
+    summary = summarise(out, methods, settings.seeds, settings.hot_seeds, results, _provenance(settings))
+    write_json(out / "summary.json", summary)
+    write_report(out)
+    return summary
+
+
+def _provenance(settings: DemoSettings) -> dict[str, str]:
+    sizes = {k: str(v) for k, v in asdict(settings).items()}
+    return {
+        **sizes,
+        "steps": f"{STAGE1_STEPS} in stage 1 + {STAGE2_STEPS} in stage 2 for every method",
+        "training rows per seed": str(TRAIN_ROWS),
+        "samples per test picture at temperature 1": str(SAMPLES),
+        "intervals": "t interval over seeds; win rate: percentile bootstrap by prompt, all seeds together",
+    }

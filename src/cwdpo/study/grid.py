@@ -1,0 +1,95 @@
+"""Cells in parallel processes, with progress; a failed cell is a result, not an end."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any
+
+from cwdpo.study.cell import CellJob, run_cell
+
+Tick = tuple[str, str, int, int]
+"""(cell key, stage, step, steps)."""
+
+_ticks: Any = None
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """Figures of a finished cell, or why it failed."""
+
+    key: str
+    status: str
+    figures: dict[str, Any]
+    error: str | None
+    seconds: float
+
+
+def _prepare(ticks: Any) -> None:
+    global _ticks
+    _ticks = ticks
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import warnings
+
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _work(job: CellJob) -> CellResult:
+    began = time.monotonic()
+    try:
+        figures = run_cell(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return CellResult(job.key, "failed", {}, text, time.monotonic() - began)
+    return CellResult(job.key, "done", figures, None, time.monotonic() - began)
+
+
+def run_grid(
+    waves: Sequence[Sequence[CellJob]], workers: int, on_event: Callable[[Tick | CellResult], None]
+) -> dict[str, CellResult]:
+    """Run waves of cells one after the other, the cells of a wave in parallel processes.
+
+    Args:
+        waves: cells of a later wave may start from what an earlier one wrote.
+        workers: processes, one torch thread each.
+        on_event: hears every optimizer step and every finished cell.
+    """
+    context = mp.get_context("spawn")
+    ticks = context.Queue()
+    results: dict[str, CellResult] = {}
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(ticks,)) as pool:
+        for wave in waves:
+            for job in wave:
+                job.folder.mkdir(parents=True, exist_ok=True)
+            pending: set[Future[CellResult]] = {pool.submit(_work, job) for job in wave}
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                for tick in _drain(ticks):
+                    on_event(tick)
+                for future in done:
+                    result = future.result()
+                    results[result.key] = result
+                    on_event(result)
+    return results
+
+
+def _drain(ticks: Any) -> list[Tick]:
+    found = []
+    while True:
+        try:
+            found.append(ticks.get_nowait())
+        except Empty:
+            return found

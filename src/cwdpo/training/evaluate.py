@@ -1,0 +1,70 @@
+"""The figures of a trained policy on held-out prompts: captions, judgements, likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cwdpo.config import Recipe
+from cwdpo.data.encode import Encoder
+from cwdpo.models.load import Policy
+from cwdpo.models.sample import sample
+from cwdpo.records import Example
+from cwdpo.rundir import RunDir
+
+
+def evaluate_policy(
+    policy: Policy, encoder: Encoder, examples: Sequence[Example], recipe: Recipe, run: RunDir
+) -> dict[str, Any]:
+    """Generate on held-out prompts, write samples.jsonl, and return the run's summary.
+
+    The likelihood figures are the last readings of each stage.
+    """
+    settings = recipe.evaluation
+    chosen = list(examples[: settings.prompts])
+    rows: list[dict[str, Any]] = [
+        {
+            "id": e.id,
+            "image": str(e.images[0].path) if e.images and e.images[0].path else None,
+            "prompt": e.prompt_text,
+            "chosen": e.chosen.text,
+            "responses": [],
+        }
+        for e in chosen
+    ]
+    temperatures = [0.0, *[1.0] * settings.samples] if chosen else []
+    for draw, temperature in enumerate(temperatures):
+        samples = sample(
+            policy.model,
+            encoder,
+            chosen,
+            temperature=temperature,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            seed=recipe.seed + draw,
+        )
+        for row, s in zip(rows, samples, strict=True):
+            row["responses"].append({"temperature": temperature, "text": s.text, "ended": s.ended})
+    (run.path / "samples.jsonl").unlink(missing_ok=True)
+    run.append("samples.jsonl", rows)
+    return {"stages": last_readings(run), "generated": _generated(rows)}
+
+
+def last_readings(run: RunDir) -> dict[str, dict[str, Any]]:
+    """Per stage: the last step, and each reading's value and count there."""
+    stages: dict[str, dict[str, Any]] = {}
+    for row in run.readings():
+        stage = stages.setdefault(row["stage"], {"step": 0, "readings": {}})
+        stage["step"] = max(stage["step"], row["step"])
+        stage["readings"][row["name"]] = {"value": row["value"], "n": row["n"], "unit": row["unit"]}
+    return stages
+
+
+def _generated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {"prompts": len(rows)}
+    greedy = [r["responses"][0] for r in rows if r["responses"]]
+    if greedy:
+        out["ended_share"] = sum(g["ended"] for g in greedy) / len(greedy)
+        out["mean_words"] = sum(len(g["text"].split()) for g in greedy) / len(greedy)
+        out["distinct_share"] = len({g["text"] for g in greedy}) / len(greedy)
+    return out

@@ -1,0 +1,77 @@
+"""What every preference run needs before its first step: usable examples, reference values, a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+
+from cwdpo.data.encode import EncodedExample, Encoder
+from cwdpo.errors import DataError
+from cwdpo.models.sample import sample
+from cwdpo.objectives.base import Objective
+from cwdpo.objectives.cw_dpo import CwDpo
+from cwdpo.records import Example
+
+
+def encode_usable(
+    encoder: Encoder,
+    examples: Sequence[Example],
+    objective: Objective,
+    negatives: Literal["gentle", "rejected"],
+    max_bad_fraction: float,
+) -> tuple[list[EncodedExample], list[str]]:
+    """Encode examples; the second list says what was left out and why.
+
+    Raises:
+        DataError: more than ``max_bad_fraction`` of them cannot be used, or none is left.
+    """
+    encoded, problems = encoder.encode_all(examples, negatives, require_negative=objective.needs_negatives)
+    if len(problems) > max_bad_fraction * len(examples) or not encoded:
+        shown = "\n  ".join(problems[:5])
+        raise DataError(
+            f"{len(problems)} of {len(examples)} examples cannot be used, more than data.max_bad_fraction = "
+            f"{max_bad_fraction} allows; the first:\n  {shown}\nFix the rows, or raise the fraction"
+        )
+    return encoded, problems
+
+
+def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """Leave out negatives that the objective filters, and prompts that lose all of theirs.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    kept = []
+    for example in examples:
+        negatives = tuple(
+            c
+            for c in example.negatives
+            if c.reference_sum_logp is None or objective.keeps(c.reference_sum_logp / len(c.ids))
+        )
+        if negatives or not objective.needs_negatives:
+            kept.append(replace(example, negatives=negatives))
+    if not kept:
+        raise DataError("the negative filter leaves no pair: lower the objective's filter_below")
+    return kept
+
+
+def reference_mean_logps(
+    reference: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+) -> list[float]:
+    """mean_logp (nats per token) of ``n`` samples that the reference draws for the examples' prompts."""
+    repeated = [examples[i % len(examples)] for i in range(n)]
+    samples = sample(reference, encoder, repeated, max_new_tokens=max_new_tokens, seed=seed)
+    return [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
+
+
+def wants_calibration(objective: Objective) -> bool:
+    """Whether floor or tau is still ``auto``."""
+    return isinstance(objective, CwDpo) and objective.needs_calibration

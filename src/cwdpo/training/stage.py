@@ -1,0 +1,216 @@
+"""One stage: encode, reference pass, calibration, train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from cwdpo.config import Recipe, StageSettings
+from cwdpo.data.encode import Encoder
+from cwdpo.models.load import Policy
+from cwdpo.objectives.base import Objective
+from cwdpo.objectives.cw_dpo import CwDpo
+from cwdpo.probes.base import PROBES, ProbeSet
+from cwdpo.records import Example
+from cwdpo.rundir import RunDir, write_json
+from cwdpo.scoring.pairs import reference_pass
+from cwdpo.training.prepare import encode_usable, keep_negatives, reference_mean_logps, wants_calibration
+from cwdpo.training.trainer import PreferenceTrainer
+
+StageName = Literal["stage1", "stage2"]
+
+
+@dataclass
+class Listener:
+    """What a caller wants to hear while a run goes on; the default hears nothing.
+
+    Attributes:
+        phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
+        step: called with (stage, step, steps, metrics so far) after every optimizer step.
+    """
+
+    phase: Callable[[str], None] = field(default=lambda text: None)
+    step: Callable[[str, int, int], None] = field(default=lambda stage, step, steps: None)
+
+
+class ProbeCallback(TrainerCallback):  # type: ignore[misc]
+    """Measures the probe set every few steps and writes the readings to the run."""
+
+    def __init__(
+        self, probes: ProbeSet, run: RunDir, stage: StageName, every: int, objective: Objective
+    ) -> None:
+        self.probe_set, self.run, self.stage, self.every = probes, run, stage, every
+        cooled = isinstance(objective, CwDpo) and objective.cooling == "adaptive"
+        self.floor = objective.floor if cooled and isinstance(objective, CwDpo) else None
+        self.tau = objective.tau if cooled and isinstance(objective, CwDpo) else None
+        self.probes = [PROBES.build(name) for name in PROBES.names()]
+
+    def _measure(self, model: Any, step: int) -> None:
+        held = self.probe_set.measure(model, step, self.floor, self.tau)  # type: ignore[arg-type]
+        readings = [reading for probe in self.probes for reading in probe(held)]
+        self.run.append_readings(self.stage, readings)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Readings at step 0."""
+        if state.global_step == 0:
+            self._measure(model, 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Readings every ``every`` steps and at the last one."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._measure(model, state.global_step)
+
+
+class ListenerCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the listener of every optimizer step."""
+
+    def __init__(self, listener: Listener, stage: str) -> None:
+        self.listener, self.stage = listener, stage
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One more step is done."""
+        self.listener.step(self.stage, state.global_step, state.max_steps)
+
+
+def training_arguments(recipe: Recipe, stage: StageSettings, folder: Path) -> TrainingArguments:
+    """The recipe as transformers' arguments."""
+    train = recipe.train
+    cpu = recipe.model.device == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=stage.learning_rate,
+        max_steps=stage.steps or -1,
+        num_train_epochs=stage.epochs,
+        warmup_steps=train.warmup_steps,
+        lr_scheduler_type=train.lr_scheduler_type,
+        weight_decay=train.weight_decay,
+        adam_beta2=train.adam_beta2,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        save_strategy="no" if train.save_steps is None else "steps",
+        save_steps=train.save_steps or 500,
+        save_total_limit=train.save_total_limit,
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        bf16=train.bf16,
+        report_to=list(train.report_to) or "none",
+        run_name=recipe.name,
+        seed=recipe.seed,
+        use_cpu=cpu,
+        disable_tqdm=True,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+def calibrated(
+    objective: Objective,
+    policy: Policy,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    run: RunDir,
+) -> Objective:
+    """Replace ``auto`` floor and tau, from samples of the policy as it stands (the reference).
+
+    The values and the mean_logps that they came from are stored in the run and reused on resume.
+    """
+    if not wants_calibration(objective):
+        return objective
+    assert isinstance(objective, CwDpo)
+    stored = run.json("calibration.json")
+    if not stored:
+        settings = recipe.calibration
+        mean_logps = reference_mean_logps(
+            policy.model, encoder, examples, settings.samples, settings.max_new_tokens, recipe.seed
+        )
+        found = objective.calibrated(mean_logps)
+        stored = {"floor": found.floor, "tau": found.tau, "n": len(mean_logps), "mean_logps": mean_logps}
+        write_json(run.path / "calibration.json", stored)
+    return objective.calibrated(stored["mean_logps"])
+
+
+def run_stage(
+    policy: Policy,
+    encoder: Encoder,
+    stage: StageName,
+    recipe: Recipe,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    run: RunDir,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+) -> None:
+    """Train ``policy.model`` in place.
+
+    Args:
+        examples: training examples with their negatives.
+        validation: held-out examples for the probes.
+        run: where metrics, readings and checkpoints go.
+        resume: continue from the last checkpoint of this stage, if there is one.
+
+    Raises:
+        DataError: too many examples cannot be used.
+        NonFiniteError: the loss is no longer finite; nothing was updated.
+    """
+    listener = listener or Listener()
+    settings = recipe.stage1 if stage == "stage1" else recipe.stage2
+    objective = settings.build()
+    negatives: Literal["gentle", "rejected"] = "gentle" if stage == "stage1" else "rejected"
+    encoded, problems = encode_usable(encoder, examples, objective, negatives, recipe.data.max_bad_fraction)
+    run.append("problems.jsonl", ({"stage": stage, "problem": text} for text in problems))
+    if objective.needs_reference:
+        listener.phase(f"{stage}: reference pass over {len(encoded)} prompts")
+        encoded = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)
+        encoded = keep_negatives(objective, encoded)
+        objective = calibrated(objective, policy, encoder, examples, recipe, run)
+    held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
+    listener.phase(f"{stage}: {settings.objective['name']}")
+    folder = run.path / stage
+    callbacks: list[TrainerCallback] = [ListenerCallback(listener, stage)]
+    if held:
+        probe_set = ProbeSet(held, policy.model)
+        callbacks.append(ProbeCallback(probe_set, run, stage, recipe.probes.every, objective))
+    trainer = PreferenceTrainer(
+        policy.model,
+        training_arguments(recipe, settings, folder),
+        objective,
+        encoded,
+        processing_class=policy.processor,
+        callbacks=callbacks,
+        on_log=lambda row: run.append("metrics.jsonl", [with_cooling({"stage": stage, **row}, objective)]),
+    )
+    trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
+    checkpoint = last_checkpoint(folder) if resume else None
+    run.drop_after(stage, checkpoint_step(checkpoint))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def with_cooling(row: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
+    """The metrics row with floor and tau, where training rows carry weights."""
+    if isinstance(objective, CwDpo) and "cooling/weight_mean" in row:
+        fixed = objective.cooling == "constant"
+        return {**row, **({} if fixed else {"cooling/floor": objective.floor, "cooling/tau": objective.tau})}
+    return dict(row)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete ``checkpoint-N`` of a stage (its trainer state is written last)."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """Step of a checkpoint; -1 for none."""
+    if checkpoint is None:
+        return -1
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])

@@ -1,0 +1,201 @@
+"""The two-stage run: stage 1 smooths the policy, which then becomes the frozen reference of stage 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cwdpo.config import Recipe, load_recipe
+from cwdpo.data.encode import Encoder
+from cwdpo.data.read import read_examples
+from cwdpo.data.split import split_by_image
+from cwdpo.errors import RecipeError
+from cwdpo.models.load import Policy, load_policy, load_weights
+from cwdpo.models.tiny import init_model
+from cwdpo.negatives._mix import attach_negatives
+from cwdpo.records import Example
+from cwdpo.rundir import RunDir, write_json, write_text
+from cwdpo.training.evaluate import evaluate_policy
+from cwdpo.training.stage import Listener, run_stage
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples by use; no picture stands in two of them."""
+
+    stage1: list[Example]
+    stage2: list[Example]
+    validation: list[Example]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every training text, for a tokenizer trained on the data."""
+        train = (*self.stage1, *self.stage2)
+        return [t for e in train for t in (e.prompt_text, e.chosen.text, *(r.text for r in e.rejected))]
+
+
+def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
+    """Read, split by image, and attach negatives.
+
+    An embedded world is first written to the run's own ``data/`` folder and then read like any other data.
+
+    Raises:
+        DataError: unreadable or empty data, or too many bad rows.
+    """
+    data = recipe.data
+    path, validation_path = data.path, data.validation_path
+    if data.world is not None:
+        from cwdpo.worlds.shapes import materialise
+
+        written = materialise(data.world, run.path / "data")
+        path, validation_path = str(written["train"]), str(written["validation"])
+    assert path is not None
+
+    def read(source: str) -> list[Example]:
+        result = read_examples(
+            source,
+            format=data.format,
+            max_bad_fraction=data.max_bad_fraction,
+            default_prompt=data.default_prompt,
+            captions_per_image=data.captions_per_image,
+            limit=data.limit,
+        )
+        if result.problems:
+            rows = ({"stage": "read", "problem": str(p)} for p in result.problems)
+            run.append("problems.jsonl", rows)
+        return result.examples
+
+    train = read(path)
+    if validation_path is None:
+        share = data.validation_fraction
+        parts = split_by_image(train, {"train": 1 - share, "validation": share}, recipe.seed)
+        train, validation = parts["train"], parts["validation"]
+    else:
+        validation = read(validation_path)
+    stage1 = stage1_share(recipe)
+    parts = split_by_image(train, {"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
+    return Splits(
+        with_negatives(parts["stage1"], recipe, need=False),
+        with_negatives(parts["stage2"], recipe, need=True),
+        with_negatives(validation, recipe, need=False),
+    )
+
+
+def stage1_share(recipe: Recipe) -> float:
+    """Share of the training images for stage 1: all of them when the other stage is off."""
+    if not recipe.stage2.enabled:
+        return 1.0
+    return recipe.data.stage1_fraction if recipe.stage1.enabled else 0.0
+
+
+def with_negatives(examples: Sequence[Example], recipe: Recipe, *, need: bool) -> list[Example]:
+    """Attach negatives by the recipe's mix; where none is needed, examples without one are kept."""
+    settings = recipe.negatives
+    attached, _ = attach_negatives(
+        examples, settings.mix, settings.per_prompt, recipe.seed, gentle=settings.gentle
+    )
+    if need or len(attached) == len(examples):
+        return attached
+    found = {e.id: e for e in attached}
+    return [found.get(e.id, replace(e, rejected=())) for e in examples]
+
+
+def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
+    """The policy to train; ``path: init`` first makes a small LLaVA with a tokenizer of the data."""
+    if recipe.model.path != "init":
+        return load_policy(recipe.model)
+    folder = run.path / "init"
+    if not folder.exists():
+        init_model(folder, splits.texts, recipe.model.init)
+    return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
+
+
+def train_two_stage(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+) -> RunDir:
+    """Run a recipe from data to report.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        out: run folder; default ``runs/<name>``.
+        resume: continue the run in ``out`` from its last complete checkpoint.
+        listener: hears phases and steps.
+
+    Returns:
+        The run folder, with the final model in ``model/`` and the report in ``report.html``.
+
+    Raises:
+        CwdpoError: bad recipe, data or model; a folder that already holds a run; a non-finite loss.
+    """
+    from transformers import set_seed
+
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    listener = listener or Listener()
+    run = RunDir(out or Path("runs") / recipe.name).create(resume=resume)
+    _start(run, recipe, resume)
+    listener.phase("reading data")
+    splits = prepare_data(recipe, run)
+    set_seed(recipe.seed)
+    listener.phase("loading the model")
+    policy = load_model(recipe, splits, run)
+    encoder = Encoder(policy.processor, recipe.data.max_length)
+    after_stage1 = run.path / "stage1" / "model"
+    if recipe.stage1.enabled:
+        if resume and after_stage1.is_dir():
+            load_weights(policy.model, after_stage1)
+        else:
+            run_stage(
+                policy,
+                encoder,
+                "stage1",
+                recipe,
+                splits.stage1,
+                splits.validation,
+                run,
+                listener,
+                resume=resume,
+            )
+            save_model(policy, after_stage1)
+    if recipe.stage2.enabled:
+        run_stage(
+            policy, encoder, "stage2", recipe, splits.stage2, splits.validation, run, listener, resume=resume
+        )
+    save_model(policy, run.path / "model")
+    listener.phase("evaluation")
+    summary = evaluate_policy(policy, encoder, splits.validation, recipe, run)
+    write_json(run.path / "summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
+    from cwdpo.report.render import write_report
+
+    write_report(run.path)
+    return run
+
+
+def _start(run: RunDir, recipe: Recipe, resume: bool) -> None:
+    path = run.path / "recipe.yaml"
+    text = recipe.to_yaml()
+    if resume and path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise RecipeError(
+            f"{path}: the run was started with another recipe; start a new run in another --out"
+        )
+    if resume:
+        (run.path / "problems.jsonl").unlink(missing_ok=True)
+    write_text(path, text)
+    run.write_environment()
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """Write the model (or its adapter) and the processor; a half-written folder never has the final name."""
+    import os
+    import shutil
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.model.save_pretrained(temporary)  # type: ignore[operator]
+    policy.processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)

@@ -1,0 +1,69 @@
+"""Fixtures: a small random LLaVA folder, a small written world, and what both give when encoded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from cwdpo.worlds.shapes import ShapesSettings, materialise
+
+    folder = tmp_path_factory.mktemp("world")
+    materialise(ShapesSettings(seed=5, train=48, validation=16, test=0, negatives_per_prompt=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from cwdpo.models.tiny import TinyModelSettings, init_model
+    from cwdpo.worlds.shapes import VOCABULARY
+
+    folder = tmp_path_factory.mktemp("model") / "llava"
+    shape = TinyModelSettings(vision_width=32, vision_layers=1, width=32, layers=2, heads=2, vocabulary=400)
+    init_model(folder, [" ".join(VOCABULARY)] * 3, shape)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def examples(world_folder: Path):
+    from cwdpo.data.read import read_examples
+
+    return read_examples(world_folder / "train.jsonl").examples
+
+
+@pytest.fixture(scope="session")
+def processor(model_folder: Path):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
+def encoder(processor):
+    from cwdpo.data.encode import Encoder
+
+    return Encoder(processor)
+
+
+@pytest.fixture
+def model(model_folder: Path):
+    """A fresh copy, with weights far enough from zero that token probabilities differ."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    loaded = AutoModelForImageTextToText.from_pretrained(model_folder)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+    return loaded.eval()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cwdpo.report._demo import best_method, mark, method_slots
+from cwdpo.report._text import number, picture_uri, visible
+from cwdpo.report.figures import SLOTS, Line, colour, dash, line_chart
+
+
+def named(**bounds: tuple[float | None, float | None, float | None]) -> list[dict[str, Any]]:
+    keys = ("mean", "low", "high")
+    return [{"name": n, "figures": {"f": dict(zip(keys, b, strict=True))}} for n, b in bounds.items()]
+
+
+@pytest.mark.parametrize(
+    ("better", "bounds", "best"),
+    [
+        ("higher", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9)}, 1),
+        ("lower", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9)}, 0),
+        ("none", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9)}, None),
+        ("higher", {"a": (0.5, 0.4, 0.7), "b": (0.8, 0.7, 0.9)}, None),  # touching is overlapping
+        ("lower", {"a": (0.5, 0.4, 0.7), "b": (0.8, 0.7, 0.9)}, None),
+        ("higher", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9), "c": (0.79, 0.75, 0.85)}, None),
+        ("higher", {"a": (0.5, None, None), "b": (0.8, 0.7, 0.9)}, None),
+        ("higher", {"a": (None, None, None), "b": (0.8, 0.7, 0.9)}, None),
+        ("higher", {"a": (None, None, None), "b": (0.8, 0.7, 0.9), "c": (0.1, 0.0, 0.2)}, 1),
+        ("lower", {"a": (-0.5, -0.6, -0.4), "b": (0.0, -0.1, 0.1)}, 0),
+    ],
+)
+def test_best_is_marked_only_where_intervals_are_apart(
+    better: str, bounds: dict[str, Any], best: int | None
+) -> None:
+    assert best_method(named(**bounds), {"key": "f", "better": better}) == best
+
+
+def test_a_methods_colour_does_not_depend_on_its_place() -> None:
+    entries = named(zeta=(1, 1, 1), dpo=(1, 1, 1), cw_dpo=(1, 1, 1), alpha=(1, 1, 1))
+    assert (
+        method_slots(entries) == method_slots(entries[::-1]) == {"cw_dpo": 0, "dpo": 1, "alpha": 4, "zeta": 5}
+    )
+    assert method_slots(entries[:1]) == {"zeta": 4}
+    styles = {(colour(slot), dash(slot)) for slot in range(2 * SLOTS)}
+    assert len(styles) == 2 * SLOTS
+
+
+def test_charts_of_the_same_data_share_no_identifier() -> None:
+    line = Line("a", 0, [0, 1, 2], [1.0, 2.0, 0.00001234], [0.5, 1.0, 0.0], [1.5, 3.0, 1.0])
+    one, two = line_chart("one", [line]), line_chart("two", [line])
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (one, two)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    assert one == line_chart("one", [line])
+
+
+def test_a_weight_that_hardly_moves_is_drawn_on_the_whole_range() -> None:
+    svg = line_chart("weight", [Line("a", 0, [0, 1], [0.99991, 0.99992])], whole=True)
+    assert re.search(r">0\.0+<", svg)
+    assert re.search(r">1\.0+<", svg)
+
+
+def test_tick_labels_keep_their_digits() -> None:
+    svg = line_chart("tiny", [Line("a", 0, [0, 1], [0.00012, 0.00019])])
+    assert re.search(r">0\.00016<", svg)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("tab\tand\nline", "tab\tand\nline"),
+        ("\u2066x\u2069", "⟨U+2066⟩x⟨U+2069⟩"),
+        ("naïve 猫 👩\u200d🚀", "naïve 猫 👩\u200d🚀"),
+        ("\x1b[31m", "⟨U+001B⟩[31m"),
+        ("\u2028", "⟨U+2028⟩"),
+    ],
+)
+def test_hidden_characters_are_made_visible(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_numbers() -> None:
+    assert [number(v, 2) for v in (-0.001, -1.239, None, math.nan, True, "3")] == [
+        "0.00", "−1.24", *["not recorded"] * 4,
+    ]  # fmt: skip
+
+
+def test_large_pictures_are_made_small(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    uri = picture_uri("noise.png", tmp_path)
+    assert uri is not None
+    assert uri.startswith("data:image/jpeg;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (256, 171)
+    assert picture_uri("broken.png", tmp_path) is None
+    assert picture_uri("a\0b", tmp_path) is None
+    assert picture_uri(None, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ({"all_correct": True, "wrong": 0}, "all correct"),
+        ({"all_correct": False, "wrong": 2, "hallucinated": 1, "omitted": 0}, "2 wrong, 1 hallucinated"),
+        ({"all_correct": False, "omitted": 3, "ill_formed": True}, "ill-formed"),
+        ({"all_correct": None}, "not judged"),
+    ],
+)
+def test_the_judges_verdict_in_words(caption: dict[str, Any], words: str) -> None:
+    assert mark(caption) == words
