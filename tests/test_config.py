@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from cwdpo.config import Recipe, load_recipe, parse_recipe, recipe_schema
+from cwdpo.config import DataSettings, Recipe, load_recipe, parse_recipe, recipe_schema
 from cwdpo.errors import RecipeError
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.objectives.cw_dpo import CwDpo
@@ -153,7 +153,7 @@ def test_other_bad_overrides() -> None:
     ("recipe", "key", "hint"),
     [
         (tree(sed=1), "sed", "seed"),
-        (tree(stage3={}), "stage3", "stage1"),
+        (tree(stage_2={}), "stage_2", "stage2"),
         (tree(model={"paht": "x"}), "model.paht", "path"),
         (tree(model={"lora": {"rnk": 3, "alfa": 4}}), "model.lora.alfa", "alpha"),
         (tree(model={"init": {"widht": 3}}), "model.init.widht", "width"),
@@ -329,14 +329,15 @@ def test_schema_lists_every_objective_with_its_settings() -> None:
 # --- anything at all ------------------------------------------------------------------------------------
 
 
+def inner_model(annotation: Any) -> type[BaseModel] | None:
+    parts = (annotation, *getattr(annotation, "__args__", ()))
+    return next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
+
+
 def keys_of(model: type[BaseModel]) -> set[str]:
     """Every key of a settings class and of those inside it."""
-    keys = set(model.model_fields)
-    for field in model.model_fields.values():
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys |= keys_of(part)
-    return keys
+    inner = (inner_model(field.annotation) for field in model.model_fields.values())
+    return set(model.model_fields).union(*(keys_of(m) for m in inner if m is not None))
 
 
 KEYS = st.sampled_from([*sorted(keys_of(Recipe)), "name", "beta", "floor"]) | st.text(max_size=4)
@@ -357,22 +358,32 @@ TREES = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS | st.integers(), inner, max_size=4),
     max_leaves=12,
 )
-STAGES = st.fixed_dictionaries({"objective": TREES}, optional={"learning_rate": LEAVES, "steps": LEAVES})
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+def section(model: type[BaseModel]) -> st.SearchStrategy[Any]:
+    """Any of the section's own keys with anything in them, or something else altogether."""
+    optional: dict[Any, st.SearchStrategy[Any]] = {}
+    for key, field in model.model_fields.items():
+        inner = inner_model(field.annotation)
+        sane = st.just(field.get_default(call_default_factory=True)) if not field.is_required() else TREES
+        optional[key] = section(inner) if inner else sane | TREES
+    return st.fixed_dictionaries({}, optional=optional) | TREES
+
+
+SECTIONS = {key: inner_model(field.annotation) for key, field in Recipe.model_fields.items()}
+RECIPE_TREES = st.fixed_dictionaries(
+    {"data": st.just({"path": "x"}) | section(DataSettings)},
+    optional={
+        key: TREES if model is None else section(model) for key, model in SECTIONS.items() if key != "data"
+    },
+)
+OVERRIDES = st.builds("{}={}".format, st.lists(KEYS, min_size=1, max_size=3).map(".".join), LEAVES)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    recipe=st.fixed_dictionaries(
-        {},
-        optional={key: TREES for key in Recipe.model_fields}
-        | {"data": st.just({"path": "x"}) | TREES, "stage1": STAGES | TREES, "stage2": STAGES | TREES},
-    )
-    | st.dictionaries(KEYS, TREES, max_size=4),
-    overrides=st.lists(
-        st.builds("{}={}".format, st.lists(KEYS, min_size=1, max_size=3).map(".".join), LEAVES)
-        | st.text(max_size=12),
-        max_size=2,
-    ),
+    recipe=RECIPE_TREES | st.dictionaries(KEYS, TREES, max_size=4),
+    overrides=st.lists(OVERRIDES | st.text(max_size=12), max_size=2),
 )
 def test_anything_is_parsed_or_refused_with_a_recipe_error(recipe: Any, overrides: list[str]) -> None:
     try:

@@ -134,7 +134,7 @@ def test_metrics_are_means_over_values_not_over_micro_batches(model, encoded, tm
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_example(model, encoded, tmp_path) -> None:
     bad = encoded[2]
     images = {k: torch.full_like(v, float("nan")) for k, v in bad.prompt.images.items()}
-    data = [replace(bad, prompt=replace(bad.prompt, images=images))]
+    data = [replace(bad, prompt=replace(bad.prompt, load_images=lambda: images))]
     policy = copy.deepcopy(model)
     trainer = PreferenceTrainer(policy, arguments(tmp_path), OBJECTIVES.build("dpo"), data)
     with pytest.raises(NonFiniteError, match=bad.id):

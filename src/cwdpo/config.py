@@ -67,6 +67,7 @@ class DataSettings(Settings):
     default_prompt: str = Field("Describe the image.", description="for data without prompts")
     max_length: int | None = Field(None, gt=0, description="most tokens of prompt + completion")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
     limit: int | None = Field(None, gt=0, description="read this many rows only")
 
     @model_validator(mode="after")

@@ -6,8 +6,9 @@ tokenizer gives for it *behind* the prompt, and generation sees exactly the prom
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cwdpo.data.span import differing_span
@@ -26,12 +27,17 @@ class EncodedPrompt:
     """One prompt as the model sees it.
 
     ``input_ids``: image tokens expanded. ``per_token``: further rows of the same length that the family's
-    processor made (``mm_token_type_ids``, ``token_type_ids``). ``images``: the vision tower's inputs.
+    processor made (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: gives the vision tower's inputs.
     """
 
     input_ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    images: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
+
+    @property
+    def images(self) -> Mapping[str, Tensor]:
+        """The vision tower's inputs; decoded again where they no longer lie in the encoder's cache."""
+        return self.load_images()
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,16 @@ class Encoder:
         processor: what ``AutoProcessor.from_pretrained`` gave.
         max_length: most tokens of prompt plus completion; ``None`` for no limit. Nothing is ever truncated:
             an example that is longer raises :class:`DataError`, and the caller leaves it out.
+        cache_gb: memory for image tensors; what does not fit is decoded again at every use.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None) -> None:
+    def __init__(self, processor: Any, max_length: int | None = None, cache_gb: float = 1.0) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
         self._prompts: dict[tuple[Any, ...], EncodedPrompt] = {}
+        self._images: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
+        self._free_bytes = cache_gb * 2**30
         self._texts: dict[tuple[Any, ...], str] = {}
         self._end_ids: frozenset[int] | None = None
 
@@ -97,10 +106,25 @@ class Encoder:
         """
         key = (example.images, example.prompt)
         if key not in self._prompts:
-            self._prompts[key] = self._encode_prompt(example)
+            ids, per_token, images = self._process(example)
+            self._keep(key, images)
+            load = partial(self._load_images, example) if images else dict[str, Any]
+            self._prompts[key] = EncodedPrompt(ids, per_token, load)
         return self._prompts[key]
 
-    def _encode_prompt(self, example: Example) -> EncodedPrompt:
+    def _keep(self, key: tuple[Any, ...], images: Mapping[str, Tensor]) -> None:
+        size = sum(t.numel() * t.element_size() for t in images.values())
+        if size <= self._free_bytes:
+            self._images[key] = images
+            self._free_bytes -= size
+
+    def _load_images(self, example: Example) -> Mapping[str, Tensor]:
+        key = (example.images, example.prompt)
+        return self._images[key] if key in self._images else self._process(example)[2]
+
+    def _process(
+        self, example: Example
+    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]], dict[str, Tensor]]:
         try:
             pictures = [image.open() for image in example.images]
         except (OSError, ValueError, SyntaxError) as error:
@@ -120,7 +144,7 @@ class Encoder:
             k: tuple(v[0].tolist()) for k, v in outputs.items() if tuple(v.shape) == (1, ids.shape[0])
         }
         images = {k: v for k, v in outputs.items() if k not in per_token}
-        return EncodedPrompt(tuple(ids.tolist()), per_token, images)
+        return tuple(ids.tolist()), per_token, images
 
     def completion_ids(self, example: Example, text: str) -> tuple[int, ...]:
         """Ids of a response behind its prompt, ending in the end-of-turn token.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +66,7 @@ def load_policy(settings: ModelSettings) -> Policy:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source).merge_and_unload()
+        model.requires_grad_(True)  # peft leaves the base frozen behind the merge
     disable_dropout(model)
     freeze(model, settings.freeze)
     if settings.tune == "lora":
@@ -194,31 +193,3 @@ def load_weights(model: Any, folder: Path) -> None:
         )
     saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     model.load_state_dict(saved.state_dict())
-
-
-class FrozenReference:
-    """The policy as it was when this was made: the reference of stage 2.
-
-    Only trainable parameters are kept: with LoRA that is the adapter (an untrained one is the same as
-    adapters off), with full fine-tuning a frozen copy of what is trained.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._saved = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-    @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """The model with the reference's weights, for scoring without gradient."""
-        import torch
-
-        named = {n: p for n, p in self.model.named_parameters() if n in self._saved}
-        current = {n: p.detach().clone() for n, p in named.items()}
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(self._saved[name])
-            try:
-                yield self.model
-            finally:
-                for name, parameter in named.items():
-                    parameter.copy_(current[name])

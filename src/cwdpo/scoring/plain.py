@@ -29,11 +29,10 @@ def cat_rows(pieces: Sequence[Tensor]) -> Tensor:
 
 def image_inputs(prompts: Sequence[EncodedPrompt], device: torch.device) -> dict[str, Tensor]:
     """Vision inputs of rows in order; a row without an image adds nothing."""
-    names = {name for prompt in prompts for name in prompt.images}
-    return {
-        name: cat_rows([p.images[name] for p in prompts if name in p.images]).to(device)
-        for name in sorted(names)
-    }
+    loaded = {id(p): p.images for p in prompts}  # a prompt stands in one row per completion
+    rows = [loaded[id(p)] for p in prompts]
+    names = {name for images in rows for name in images}
+    return {name: cat_rows([r[name] for r in rows if name in r]).to(device) for name in sorted(names)}
 
 
 def lay_out(batch: PromptBatch, device: torch.device) -> tuple[dict[str, Any], HeadRequest]:

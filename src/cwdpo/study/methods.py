@@ -15,8 +15,8 @@ import yaml
 
 from cwdpo.config import Recipe, parse_recipe
 
-STAGE1_STEPS = 60
-STAGE2_STEPS = 120
+STAGE1_STEPS = 50
+STAGE2_STEPS = 100
 BATCH = 16
 TRAIN_ROWS = 1600
 HOT = 4
@@ -76,6 +76,6 @@ def cell_recipe(m: Method, seed: int, data: str, validation: str, model: str, fa
             },
             "train": {"batch_size": BATCH, "logging_steps": 1, "warmup_steps": 10},
             "calibration": {"samples": 200, "max_new_tokens": 40},
-            "probes": {"every": 15, "prompts": 48},
+            "probes": {"every": 10, "prompts": 32},
         }
     )

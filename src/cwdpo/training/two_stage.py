@@ -143,7 +143,7 @@ def train_two_stage(
     set_seed(recipe.seed)
     listener.phase("loading the model")
     policy = load_model(recipe, splits, run)
-    encoder = Encoder(policy.processor, recipe.data.max_length)
+    encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
     after_stage1 = run.path / "stage1" / "model"
     if recipe.stage1.enabled:
         if resume and after_stage1.is_dir():

@@ -1,0 +1,44 @@
+# Two commands need nothing but Python 3.11+: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-for-development
+
+.PHONY: demo test test-slow lint base sweep clean
+
+demo: $(VENV)/.installed
+	$(BIN)/cwdpo demo
+
+test: $(STAMP) lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+
+# The embedded base model, from random weights (about 25 minutes on one core).
+base: $(VENV)/.installed
+	rm -rf runs/base
+	$(BIN)/cwdpo train recipes/base.yaml
+	cp runs/base/model/*.json runs/base/model/*.jinja runs/base/model/model.safetensors src/cwdpo/worlds/base/
+
+# The settings of the demo's methods (about 20 minutes on 2 cores).
+sweep: $(VENV)/.installed
+	$(BIN)/python -m cwdpo.study.sweep
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(STAMP): $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info
