@@ -388,7 +388,6 @@ OVERRIDES = st.builds("{}={}".format, st.lists(KEYS, min_size=1, max_size=3).map
 def test_anything_is_parsed_or_refused_with_a_recipe_error(recipe: Any, overrides: list[str]) -> None:
     try:
         parsed = parse_recipe(recipe, overrides)
-    except RecipeError as error:
-        assert str(error)
-    else:
-        assert parse_recipe(yaml.safe_load(parsed.to_yaml())) == parsed
+    except RecipeError:
+        return
+    assert parse_recipe(yaml.safe_load(parsed.to_yaml())) == parsed

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import cwdpo.negatives
+from cwdpo.data.span import differing_span
 from cwdpo.errors import DataError, RecipeError, UnknownComponentError
 from cwdpo.negatives._lexicon import KINDS, load_lexicon
 from cwdpo.negatives._mix import attach_negatives
-from cwdpo.data.span import differing_span
 from cwdpo.negatives.base import NEGATIVES, known_true, normalised
 from cwdpo.negatives.dataset import DatasetNegatives
 from cwdpo.negatives.other_prompt import OtherPromptNegatives

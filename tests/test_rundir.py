@@ -160,7 +160,7 @@ def test_a_last_line_cut_off_is_left_out_and_a_broken_one_inside_is_named(tmp_pa
 def test_a_cut_inside_a_character_is_a_cut_line_too(tmp_path: Path) -> None:
     # DEFECT: read_jsonl decodes the whole file at once, and UnicodeDecodeError escapes.
     path = tmp_path / "samples.jsonl"
-    path.write_bytes('{"step": 1}\n{"text": "caf'.encode() + "é".encode()[:1])
+    path.write_bytes(b'{"step": 1}\n{"text": "caf' + "é".encode()[:1])
     assert read_jsonl(path) == [{"step": 1}]
 
 

@@ -193,8 +193,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -209,14 +209,15 @@ def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
     merged: dict[str, Any] = _copied(tree)
     for override in overrides:
         _apply(merged, override)
+    section = ""
     try:
         recipe = Recipe.model_validate(merged)
-        for stage in (recipe.stage1, recipe.stage2):
-            stage.build()
+        for section in ("stage1", "stage2"):
+            getattr(recipe, section).build()
     except ValidationError as error:
         raise RecipeError(_explained(error, where)) from None
     except CwdpoError as error:
-        raise RecipeError(f"{where}: {error}") from None
+        raise RecipeError(f"{where}: {section + ': ' if section else ''}{error}") from None
     return recipe
 
 

@@ -6,10 +6,12 @@ Listing names imports nothing. A user's own component is named ``path/to/file.py
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -67,7 +69,7 @@ class Registry(Generic[C]):
             return self._from_file(name)
         if name not in self.names():
             raise UnknownComponentError(
-                f"unknown {self.kind} {name!r}{nearest(name, self.names())} "
+                f"unknown {self.kind} {name!r}{nearest(name, self.names())}; "
                 f"known: {', '.join(self.names())}; or name your own as 'file.py:ClassName'"
             )
         module = importlib.import_module(f"{self.package}.{name}")
@@ -107,11 +109,19 @@ class Registry(Generic[C]):
         path, _, class_name = name.rpartition(":")
         if not Path(path).is_file():
             raise UnknownComponentError(f"{self.kind} {name!r}: there is no file {path!r}")
-        spec = importlib.util.spec_from_file_location(f"cwdpo_user_{Path(path).stem}", path)
+        digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
+        spec = importlib.util.spec_from_file_location(f"cwdpo_user_{Path(path).stem}_{digest}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # postponed annotations are looked up there
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[spec.name]
+            raise UnknownComponentError(
+                f"{self.kind} {name!r}: {path} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
         cls = getattr(module, class_name, None)
         if not (inspect.isclass(cls) and issubclass(cls, self.base)):
             raise UnknownComponentError(

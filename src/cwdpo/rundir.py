@@ -17,6 +17,7 @@ A run folder explains itself::
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -50,26 +51,41 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL file; a last line cut off by a kill is left out; no file is no rows."""
+    """All rows of a JSONL file; a last line cut off by a kill is left out; no file is no rows.
+
+    Raises:
+        RunDirError: a line before the last is not JSON.
+    """
     if not path.is_file():
         return []
+    # Only a line feed ends a row: text of a model may hold every other line break.
+    *whole, cut = path.read_bytes().split(b"\n")
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
+        except ValueError:
             raise RunDirError(f"{path}: line {number} is not JSON") from None
+    with contextlib.suppress(ValueError):
+        rows += [json.loads(cut)] if cut else []
     return rows
 
 
-class RunDir:
-    """One run's folder."""
+def ends_whole(path: Path) -> bool:
+    """Whether a JSONL file is absent, empty, or ends in a line feed: then a row can be appended."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
-    def __init__(self, path: str | Path) -> None:
+
+class RunDir:
+    """One run's folder. Of several processes only one has ``writes`` set; the others change nothing."""
+
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
+        self.writes = writes
 
     def create(self, *, resume: bool = False) -> RunDir:
         """Make the folder; an existing run is only continued when asked.
@@ -104,8 +120,8 @@ class RunDir:
                 versions[name] = metadata.version(name)
             except metadata.PackageNotFoundError:
                 versions[name] = "not installed"
-        write_json(
-            self.path / "environment.json",
+        self.write_json(
+            "environment.json",
             {
                 "packages": versions,
                 "python": sys.version.split()[0],
@@ -114,18 +130,27 @@ class RunDir:
             },
         )
 
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run."""
+        if self.writes:
+            write_json(self.path / name, value)
+
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSONL file of the run."""
+        if not self.writes:
+            return
         with (self.path / name).open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def drop_after(self, stage: str, step: int) -> None:
         """Cut metrics and readings of ``stage`` behind ``step``: a resumed run writes them again."""
+        if not self.writes:
+            return
         for name in ("metrics.jsonl", "readings.jsonl"):
             rows = read_jsonl(self.path / name)
             kept = [r for r in rows if r.get("stage") != stage or r.get("step", 0) <= step]
-            if len(kept) != len(rows):
+            if len(kept) != len(rows) or not ends_whole(self.path / name):
                 write_text(self.path / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
     def append_readings(self, stage: str, readings: Iterable[Reading]) -> None:

@@ -121,10 +121,11 @@ def _adapter_base(source: str) -> str | None:
     return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def _device(name: str) -> str:
-    import torch
+def _device(name: str) -> Any:
+    """The asked device; ``auto`` is this process's own accelerator, or the CPU."""
+    from accelerate import PartialState
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return PartialState().device if name == "auto" else name
 
 
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:

@@ -14,6 +14,7 @@ from cwdpo.errors import ModelError
 from cwdpo.registry import Settings
 
 IMAGE_TOKEN = "<image>"
+VISION_HEADS = 4
 SPECIAL_TOKENS = ("<pad>", "<s>", "<|end|>", IMAGE_TOKEN, "<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
@@ -87,6 +88,11 @@ def init_model(folder: Path, texts: Iterable[str], settings: TinyModelSettings |
     settings = settings or TinyModelSettings()
     if settings.image_size % settings.patch_size:
         raise ModelError(f"patch_size {settings.patch_size} does not divide image_size {settings.image_size}")
+    if settings.width % (2 * settings.heads) or settings.vision_width % VISION_HEADS:
+        raise ModelError(
+            f"width {settings.width} must be a multiple of 2 * heads = {2 * settings.heads}, and vision_width "
+            f"{settings.vision_width} of {VISION_HEADS}"
+        )
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -122,7 +128,7 @@ def _config(s: TinyModelSettings, tokenizer: Any) -> Any:
         hidden_size=s.vision_width,
         intermediate_size=s.vision_width * 3,
         num_hidden_layers=s.vision_layers,
-        num_attention_heads=4,
+        num_attention_heads=VISION_HEADS,
         image_size=s.image_size,
         patch_size=s.patch_size,
         projection_dim=s.width,

@@ -42,13 +42,14 @@ class SftConstrained(Objective):
             return ObjectiveOutput(nll, parts={"loss/nll": nll.detach()})
         negative = pairs.rejected_nll()
         totals = pairs.totals
-        whole = (
-            float(negative.detach()) if totals is None or totals.negative_nll is None else totals.negative_nll
-        )
-        active = not self.slack or whole < self.constraint
         # This micro-batch's share of C - NLL: C is spread over the step's tokens.
         tokens = float(pairs.rejected.n_tokens.sum())
         share = 1.0 if totals is None else tokens / max(totals.rejected_tokens, 1.0)
+        whole = None if totals is None else totals.negative_nll
+        if whole is None:
+            assert share == 1.0, "of a split step, totals.negative_nll must be given"
+            whole = float(negative.detach())
+        active = not self.slack or whole < self.constraint
         penalty = self.penalty * float(active) * (self.constraint * share - negative)
         return ObjectiveOutput(
             nll + penalty,

@@ -62,7 +62,7 @@ def run_cell(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[str
     if job.stage == "stage1":
         splits = prepare_data(job.recipe, run)
         run_stage(policy, encoder, "stage1", job.recipe, splits.stage1, splits.validation, run, listener)
-        save_model(policy, job.folder / "model")
+        save_model(policy, job.folder / "model", run)
     elif job.stage == "stage2":
         splits = prepare_data(job.recipe, run)
         run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from cwdpo.data.encode import Encoder
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir
+from cwdpo.rundir import RunDir, write_text
 
 
 def evaluate_policy(
@@ -45,8 +46,8 @@ def evaluate_policy(
         )
         for row, s in zip(rows, samples, strict=True):
             row["responses"].append({"temperature": temperature, "text": s.text, "ended": s.ended})
-    (run.path / "samples.jsonl").unlink(missing_ok=True)
-    run.append("samples.jsonl", rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(run.path / "samples.jsonl", text)
     return {"stages": last_readings(run), "generated": _generated(rows)}
 
 

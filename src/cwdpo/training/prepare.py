@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import nn
 
 from cwdpo.data.encode import EncodedExample, Encoder
@@ -14,6 +15,16 @@ from cwdpo.models.sample import sample
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.records import Example
+
+
+def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
+    """The precision of the training step, for everything that is compared with it.
+
+    The Trainer casts only its own forward: a reference scored without this would differ from the policy
+    before anything is learned.
+    """
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
 
 
 def encode_usable(

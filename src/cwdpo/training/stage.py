@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from cwdpo.config import Recipe, StageSettings
@@ -17,9 +18,15 @@ from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.probes.base import PROBES, ProbeSet
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, write_json
+from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
-from cwdpo.training.prepare import encode_usable, keep_negatives, reference_mean_logps, wants_calibration
+from cwdpo.training.prepare import (
+    autocast,
+    encode_usable,
+    keep_negatives,
+    reference_mean_logps,
+    wants_calibration,
+)
 from cwdpo.training.trainer import PreferenceTrainer
 
 StageName = Literal["stage1", "stage2"]
@@ -50,20 +57,21 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         self.tau = objective.tau if cooled and isinstance(objective, CwDpo) else None
         self.probes = [PROBES.build(name) for name in PROBES.names()]
 
-    def _measure(self, model: Any, step: int) -> None:
-        held = self.probe_set.measure(model, step, self.floor, self.tau)  # type: ignore[arg-type]
+    def _measure(self, model: Any, step: int, bf16: bool) -> None:
+        with autocast(model, bf16):
+            held = self.probe_set.measure(model, step, self.floor, self.tau)  # type: ignore[arg-type]
         readings = [reading for probe in self.probes for reading in probe(held)]
         self.run.append_readings(self.stage, readings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Readings at step 0."""
         if state.global_step == 0:
-            self._measure(model, 0)
+            self._measure(model, 0, args.bf16)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Readings every ``every`` steps and at the last one."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._measure(model, state.global_step)
+            self._measure(model, state.global_step, args.bf16)
 
 
 class ListenerCallback(TrainerCallback):  # type: ignore[misc]
@@ -133,7 +141,9 @@ def calibrated(
         )
         found = objective.calibrated(mean_logps)
         stored = {"floor": found.floor, "tau": found.tau, "n": len(mean_logps), "mean_logps": mean_logps}
-        write_json(run.path / "calibration.json", stored)
+        # Every process must cool alike, to the last bit: the first one's values count.
+        stored = broadcast_object_list([stored])[0]
+        run.write_json("calibration.json", stored)
     return objective.calibrated(stored["mean_logps"])
 
 
@@ -169,15 +179,17 @@ def run_stage(
     run.append("problems.jsonl", ({"stage": stage, "problem": text} for text in problems))
     if objective.needs_reference:
         listener.phase(f"{stage}: reference pass over {len(encoded)} prompts")
-        encoded = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)
-        encoded = keep_negatives(objective, encoded)
-        objective = calibrated(objective, policy, encoder, examples, recipe, run)
+        with autocast(policy.model, recipe.train.bf16):
+            encoded = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)
+            encoded = keep_negatives(objective, encoded)
+            objective = calibrated(objective, policy, encoder, examples, recipe, run)
     held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
     listener.phase(f"{stage}: {settings.objective['name']}")
     folder = run.path / stage
     callbacks: list[TrainerCallback] = [ListenerCallback(listener, stage)]
     if held:
-        probe_set = ProbeSet(held, policy.model)
+        with autocast(policy.model, recipe.train.bf16):
+            probe_set = ProbeSet(held, policy.model)
         callbacks.append(ProbeCallback(probe_set, run, stage, recipe.probes.every, objective))
     trainer = PreferenceTrainer(
         policy.model,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -21,8 +22,15 @@ from cwdpo.errors import DataError
 from cwdpo.models.load import disable_dropout
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.objectives.cw_dpo import CwDpo
+from cwdpo.records import Example
 from cwdpo.scoring.pairs import reference_pass
-from cwdpo.training.prepare import encode_usable, keep_negatives, reference_mean_logps, wants_calibration
+from cwdpo.training.prepare import (
+    autocast,
+    encode_usable,
+    keep_negatives,
+    reference_mean_logps,
+    wants_calibration,
+)
 from cwdpo.training.trainer import PreferenceTrainer
 
 Rows = Iterable[Mapping[str, Any]]
@@ -111,14 +119,25 @@ class CWDPOTrainer(PreferenceTrainer):
         encoded, _ = encode_usable(encoder, examples, objective, "rejected", args.max_bad_fraction)
         if objective.needs_reference:
             reference = model if ref_model is None else ref_model.to(args.device)
-            encoded = reference_pass(reference, encoded, batch_size=args.per_device_train_batch_size)
-            encoded = keep_negatives(objective, encoded)
-            if wants_calibration(objective):
-                assert isinstance(objective, CwDpo)
-                n, longest = args.calibration_samples, args.calibration_max_new_tokens
-                objective = objective.calibrated(
-                    reference_mean_logps(reference, encoder, examples, n, longest, args.seed)
-                )
+            with autocast(reference, args.bf16):
+                encoded = reference_pass(reference, encoded, batch_size=args.per_device_train_batch_size)
+                encoded = keep_negatives(objective, encoded)
+                objective = _calibrated(objective, reference, encoder, examples, args)
         super().__init__(
             model, args, objective, encoded, processing_class=processing_class, callbacks=callbacks
         )
+
+
+def _calibrated(
+    objective: Objective,
+    reference: PreTrainedModel,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    args: CWDPOConfig,
+) -> Objective:
+    if not wants_calibration(objective):
+        return objective
+    assert isinstance(objective, CwDpo)
+    n, longest = args.calibration_samples, args.calibration_max_new_tokens
+    mean_logps = reference_mean_logps(reference, encoder, examples, n, longest, args.seed)
+    return objective.calibrated(broadcast_object_list([mean_logps])[0])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.data.encode import Encoder
@@ -15,8 +20,10 @@ from cwdpo.models.load import Policy, load_policy, load_weights
 from cwdpo.models.tiny import init_model
 from cwdpo.negatives._mix import attach_negatives
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, write_json, write_text
+from cwdpo.report.render import write_report
+from cwdpo.rundir import RunDir, write_text
 from cwdpo.training.evaluate import evaluate_policy
+from cwdpo.training.prepare import autocast
 from cwdpo.training.stage import Listener, run_stage
 
 
@@ -132,50 +139,55 @@ def train_two_stage(
     Raises:
         CwdpoError: bad recipe, data or model; a folder that already holds a run; a non-finite loss.
     """
-    from transformers import set_seed
-
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     listener = listener or Listener()
-    run = RunDir(out or Path("runs") / recipe.name).create(resume=resume)
-    _start(run, recipe, resume)
+    state = PartialState(cpu=recipe.model.device == "cpu")
+    run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
+    with state.main_process_first():
+        _start(run, recipe, resume)
     listener.phase("reading data")
-    splits = prepare_data(recipe, run)
-    set_seed(recipe.seed)
-    listener.phase("loading the model")
-    policy = load_model(recipe, splits, run)
+    with state.main_process_first():  # it writes the world and the small model that the others read
+        splits = prepare_data(recipe, run)
+        set_seed(recipe.seed)
+        listener.phase("loading the model")
+        policy = load_model(recipe, splits, run)
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
-    after_stage1 = run.path / "stage1" / "model"
-    if recipe.stage1.enabled:
-        if resume and after_stage1.is_dir():
-            load_weights(policy.model, after_stage1)
-        else:
-            run_stage(
-                policy,
-                encoder,
-                "stage1",
-                recipe,
-                splits.stage1,
-                splits.validation,
-                run,
-                listener,
-                resume=resume,
-            )
-            save_model(policy, after_stage1)
-    if recipe.stage2.enabled:
-        run_stage(
-            policy, encoder, "stage2", recipe, splits.stage2, splits.validation, run, listener, resume=resume
-        )
-    save_model(policy, run.path / "model")
-    listener.phase("evaluation")
-    summary = evaluate_policy(policy, encoder, splits.validation, recipe, run)
-    write_json(run.path / "summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
-    from cwdpo.report.render import write_report
-
-    write_report(run.path)
+    _run_stages(recipe, policy, encoder, splits, run, listener, resume)
+    if run.writes:
+        listener.phase("evaluation")
+        with autocast(policy.model, recipe.train.bf16):
+            summary = evaluate_policy(policy, encoder, splits.validation, recipe, run)
+        run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
+        write_report(run.path)
+    state.wait_for_everyone()
     return run
 
 
+def _run_stages(
+    recipe: Recipe,
+    policy: Policy,
+    encoder: Encoder,
+    splits: Splits,
+    run: RunDir,
+    listener: Listener,
+    resume: bool,
+) -> None:
+    done = run.path / "stage1" / "model"
+    held_out = splits.validation
+    if recipe.stage1.enabled and resume and done.is_dir():
+        load_weights(policy.model, done)
+    elif recipe.stage1.enabled:
+        run_stage(policy, encoder, "stage1", recipe, splits.stage1, held_out, run, listener, resume=resume)
+        save_model(policy, done, run)
+    if recipe.stage2.enabled:
+        run_stage(policy, encoder, "stage2", recipe, splits.stage2, held_out, run, listener, resume=resume)
+    save_model(policy, run.path / "model", run)
+
+
 def _start(run: RunDir, recipe: Recipe, resume: bool) -> None:
+    if not run.writes:
+        return
+    run.create(resume=resume)
     path = run.path / "recipe.yaml"
     text = recipe.to_yaml()
     if resume and path.is_file() and path.read_text(encoding="utf-8") != text:
@@ -188,11 +200,10 @@ def _start(run: RunDir, recipe: Recipe, resume: bool) -> None:
     run.write_environment()
 
 
-def save_model(policy: Policy, folder: Path) -> None:
+def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     """Write the model (or its adapter) and the processor; a half-written folder never has the final name."""
-    import os
-    import shutil
-
+    if not run.writes:
+        return
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     policy.model.save_pretrained(temporary)  # type: ignore[operator]
