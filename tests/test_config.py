@@ -184,7 +184,6 @@ def test_every_problem_is_named_at_once() -> None:
         (tree(model=[1]), "model", "[1]"),
         (tree(model={"tune": "some"}), "model.tune", "'some'"),
         (tree(model={"lora": {"dropout": 1.0}}), "model.lora.dropout", "1.0"),
-        (tree(stage2={"objective": "dpo"}), "stage2.learning_rate", ""),
         (tree(stage2={"objective": 3, "learning_rate": 1e-5}), "stage2.objective", "3"),
         (tree(negatives={"mix": {"dataset": "much"}}), "negatives.mix.dataset", "'much'"),
         (tree(negatives={"mix": {"dataset": -1}}), "negatives.mix", "{'dataset': -1}"),
@@ -391,3 +390,30 @@ def test_anything_is_parsed_or_refused_with_a_recipe_error(recipe: Any, override
     except RecipeError:
         return
     assert parse_recipe(yaml.safe_load(parsed.to_yaml())) == parsed
+
+
+def test_a_stage_given_in_part_keeps_the_other_defaults() -> None:
+    recipe = parse_recipe({"data": {"path": "data.jsonl"}, "stage2": {"steps": 3}})
+    whole = parse_recipe({"data": {"path": "data.jsonl"}})
+    assert recipe.stage2.steps == 3
+    assert recipe.stage2.objective == whole.stage2.objective
+    assert recipe.stage2.learning_rate == whole.stage2.learning_rate
+    assert parse_recipe({"data": {"path": "d"}, "stage2": {"objective": "dpo"}}).stage2.objective == {
+        "name": "dpo"
+    }
+
+
+def test_settings_of_negative_sources_are_checked() -> None:
+    good = {
+        "data": {"path": "d"},
+        "negatives": {"mix": {"perturb": 1}, "settings": {"perturb": {"kinds": ["colour"]}}},
+    }
+    assert parse_recipe(good).negatives.build_sources()["perturb"].kinds == ("colour",)
+    good["negatives"]["settings"] = {"perturb": {"kindz": ["colour"]}}
+    with pytest.raises(RecipeError, match="kinds"):
+        parse_recipe(good)
+
+
+def test_a_world_needs_training_and_validation_pictures() -> None:
+    with pytest.raises(RecipeError, match="at least 1"):
+        parse_recipe({"data": {"world": {"validation": 0}}})

@@ -79,6 +79,55 @@ def test_a_prompt_that_ends_in_a_space_moves_it_over(processor, examples) -> Non
     assert ids == joined
 
 
+def test_bos_is_left_to_a_tokenizer_whose_template_writes_none(processor, examples) -> None:
+    """LLaVA 1.5's template holds no bos; its tokenizer puts one in front. It must not be lost, nor doubled."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    bare = copy.deepcopy(processor)
+    bare.chat_template = processor.chat_template.replace("{{ bos_token }}", "")
+    bos = processor.tokenizer.bos_token_id
+    assert Encoder(bare).prompt(examples[0]).input_ids[0] != bos, "this tokenizer adds none by itself"
+    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    ids = Encoder(bare).prompt(examples[0]).input_ids
+    assert ids == Encoder(processor).prompt(examples[0]).input_ids
+    writes_it = copy.deepcopy(bare)
+    writes_it.chat_template = processor.chat_template
+    assert Encoder(writes_it).prompt(examples[0]).input_ids.count(bos) == 1
+    answer = Encoder(bare).completion_ids(examples[0], "yes")
+    assert bos not in answer
+    closing = copy.deepcopy(bare)
+    closing.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <|end|>", special_tokens=[("<s>", bos), ("<|end|>", processor.tokenizer.eos_token_id)]
+    )
+    assert processor.tokenizer.eos_token_id not in Encoder(closing).prompt(examples[0]).input_ids
+
+
+def test_white_space_that_a_template_writes_behind_the_response_is_no_token(processor, examples) -> None:
+    """LLaVA 1.5's template ends a turn with a space and no marker."""
+    import copy
+
+    changed = copy.deepcopy(processor)
+    changed.chat_template = processor.chat_template.replace(
+        "{% if message['role'] == 'assistant' %}<|end|>{% endif %}", " "
+    )
+    assert changed.chat_template != processor.chat_template
+    assert Encoder(changed).completion_ids(examples[0], "yes") == Encoder(processor).completion_ids(
+        examples[0], "yes"
+    )
+
+
+def test_eos_ends_a_turn_even_where_it_is_also_the_unknown_token(processor) -> None:
+    import copy
+
+    changed = copy.deepcopy(processor)
+    changed.tokenizer.unk_token = changed.tokenizer.eos_token
+    assert Encoder(changed).end_ids == {processor.tokenizer.eos_token_id}
+
+
 def test_nothing_is_truncated(encoder, processor, examples) -> None:
     length = encoder.encode(examples[0]).n_tokens
     assert Encoder(processor, max_length=length).encode(examples[0]).n_tokens == length

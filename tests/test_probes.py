@@ -102,41 +102,49 @@ def test_reliability_rows_are_the_bins_of_the_ece() -> None:
     )
 
 
-@pytest.mark.parametrize("with_divergence", [True, False])
-def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(
-    model, encoder, examples, with_divergence, monkeypatch
-) -> None:
+def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(model, encoder, examples) -> None:
     from cwdpo.data.collate import collate
-    from cwdpo.probes import base
     from cwdpo.scoring import plain
 
-    if not with_divergence:
-        monkeypatch.setattr(base, "MAX_STORED", 1)
     encoded = encoder.encode_all(examples[:5], "rejected", require_negative=False)[0]
+
+    def apart() -> list[float]:
+        return sorted(s for e in encoded for s in plain.score(model, collate([e])).logp.sum(1).tolist())
+
     probes = ProbeSet(encoded, model, batch_size=2)
-    before = {
-        (e.id, i): s
-        for e in encoded
-        for i, s in enumerate(plain.score(model, collate([e])).logp.sum(1).tolist())
-    }
+    before = apart()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.02)
     held = probes.measure(model, step=3)
-    after = {
-        (e.id, i): s
-        for e in encoded
-        for i, s in enumerate(plain.score(model, collate([e])).logp.sum(1).tolist())
-    }
-    assert sorted(held.sum_logp.tolist()) == pytest.approx(sorted(after.values()), abs=1e-3)
-    assert sorted(held.start_sum_logp.tolist()) == pytest.approx(sorted(before.values()), abs=1e-3)
+    assert sorted(held.sum_logp.tolist()) == pytest.approx(apart(), abs=1e-3)
+    assert sorted(held.start_sum_logp.tolist()) == pytest.approx(before, abs=1e-3)
     assert held.kinds.count("chosen") == 5
-    assert (held.logp is not None) == with_divergence
     chosen_tokens = sum(len(e.chosen.ids) for e in encoded)
     assert held.top1.numel() == chosen_tokens
-    if with_divergence:
-        assert held.logp.shape == (chosen_tokens, model.config.get_text_config().vocab_size)
-        assert torch.allclose(held.logp.exp().max(-1).values, held.top1, atol=1e-6)
+    assert held.logp.shape == (chosen_tokens, model.config.get_text_config().vocab_size)
+    assert sorted(held.logp.exp().max(-1).values.tolist()) == pytest.approx(
+        sorted(held.top1.tolist()), abs=1e-5
+    )
+    # the same tokens in the same order, now and at the start
+    expected = torch.cat(
+        [plain.distributions(model, collate([e.__class__(e.id, e.prompt, e.chosen)])) for e in encoded]
+    )
+    assert torch.allclose(held.logp, expected, atol=1e-4)
+
+
+def test_divergence_is_measured_on_as_many_prompts_as_fit(model, encoder, examples, monkeypatch) -> None:
+    from cwdpo.probes import base
+
+    encoded = encoder.encode_all(examples[:4], "rejected", require_negative=False)[0]
+    vocabulary = model.config.get_text_config().vocab_size
+    two = sum(len(e.chosen.ids) for e in encoded[:2])
+    monkeypatch.setattr(base, "MAX_STORED", two * vocabulary)
+    held = ProbeSet(encoded, model).measure(model)
+    assert held.logp.shape[0] == two
+    assert {r.name: r.n for r in PROBES.build("divergence")(held)}["kl"] == two
+    monkeypatch.setattr(base, "MAX_STORED", 1)
+    assert ProbeSet(encoded, model).measure(model).logp is None
 
 
 def test_every_probe_reads_and_names_its_unit(held) -> None:

@@ -9,7 +9,7 @@ import pytest
 from cwdpo.study import demo, methods
 from cwdpo.study.cell import spread, steps_to_share
 from cwdpo.study.grid import CellResult
-from cwdpo.study.summary import verdict
+from cwdpo.study.summary import compared
 from cwdpo.study.sweep import BUDGET, GRID, score
 from cwdpo.study.table import markdown, name_of, number
 
@@ -35,17 +35,17 @@ def figure(*values: float | None) -> dict:
 
 
 def test_verdicts_follow_paired_intervals() -> None:
-    ours = {"label": "CW-DPO", "figures": {"ece": figure(0.01, 0.02, 0.03)}}
+    ours = {"label": "CW-DPO", "name": "cw_dpo", "figures": {"ece": figure(0.01, 0.02, 0.03)}}
     worse = {"label": "DPO", "figures": {"ece": figure(0.11, 0.12, 0.13)}}
     alike = {"label": "SFT", "figures": {"ece": figure(0.02, 0.01, 0.04)}}
     failed = {"label": "X", "figures": {"ece": figure(None, None, 0.1)}}
-    line = verdict("ECE", "ece", ours, [worse, alike, failed])
-    assert "DPO: better (-0.100 [-0.100, -0.100])" in line
-    assert "SFT: no clear difference" in line
-    assert "X: not measured" in line
-    assert "DPO: worse" in verdict(
-        "ECE", "ece", {**ours, "figures": worse["figures"]}, [{**worse, "figures": ours["figures"]}]
-    )
+    found = compared("ece", "lower", ours, worse)
+    assert (found["word"], found["n"]) == ("better", 3)
+    assert found["mean"] == pytest.approx(-0.1)
+    assert compared("ece", "higher", ours, worse)["word"] == "worse"
+    assert compared("ece", "lower", worse, ours)["word"] == "worse"
+    assert compared("ece", "lower", ours, alike)["word"] == "no clear difference"
+    assert compared("ece", "lower", ours, failed)["word"] == "not measured"
 
 
 def test_a_failed_cell_is_shown() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
+import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cwdpo.errors import CwdpoError
+from cwdpo.data.problems import printable
+from cwdpo.errors import CwdpoError, MissingPackageError, RunDirError
 
 app = typer.Typer(
     add_completion=False,
@@ -17,6 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Cooling-Weighted DPO for vision-language models.",
 )
+_DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
 app.add_typer(recipe_app, name="recipe")
 
@@ -43,16 +53,25 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/<name>")] = None,
     resume: Annotated[bool, typer.Option(help="continue the run in the folder")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="with --resume: go on with a changed recipe")
+    ] = False,
 ) -> None:
     """Run both stages of a recipe on your model and data."""
     from cwdpo.config import load_recipe
 
     parsed = load_recipe(recipe, overrides or ())
+    folder = out or Path("runs") / parsed.name
+    if resume and not folder.is_dir():
+        raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
+    if accept_changes and not resume:
+        raise typer.BadParameter("it goes with --resume", param_hint="--accept-changes")
+    _refuse_absent(parsed.train.report_to)
     from cwdpo.training.two_stage import train_two_stage
 
     listener, stop = _listener()
     try:
-        run = train_two_stage(parsed, out, resume=resume, listener=listener)
+        run = train_two_stage(parsed, folder, resume=resume, accept_changes=accept_changes, listener=listener)
     finally:
         stop()
     typer.echo(
@@ -65,13 +84,44 @@ def validate(
     data: Annotated[str, typer.Argument(help="a file, a folder, or a hub id")],
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
     data_format: Annotated[str, typer.Option("--format", help="auto, or the name of a format")] = "auto",
+    image_root: Annotated[
+        Path | None, typer.Option(help="folder that image paths start from; default: the data's own")
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="another set that may share no picture with this one")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="most tokens of prompt + longest response")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="count tokens as this checkpoint does; default: words")
+    ] = None,
+    fix: Annotated[Path | None, typer.Option(help="write the good rows to this new .jsonl file")] = None,
 ) -> None:
-    """Say what was understood of a data set and what is wrong with it; exit code 1 when something is."""
+    """Say what was understood of a data set and what is wrong with it; exit code 1 when something is.
+
+    A train file is compared with the validation and test files next to it: no picture may stand in both.
+    """
+    from cwdpo.data.rows import count_rows, open_source
     from cwdpo.data.validate import validate as check
 
-    report = check(data, format=data_format)
-    typer.echo(report.to_json() if as_json else report.to_text())
-    if report.problems:
+    source = open_source(data)
+    progress, stop = _row_bar(source.name, count_rows(source))
+    try:
+        found = check(
+            source,
+            format=data_format,
+            image_root=image_root,
+            against=against or (),
+            lengths=None if model is None else _token_counter(model),
+            max_length=max_length,
+            fix=fix,
+            progress=progress,
+        )
+    finally:
+        stop()
+    typer.echo(found.to_json() if as_json else found.to_text())
+    if found.problems:
         raise typer.Exit(1)
 
 
@@ -130,10 +180,46 @@ def _read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
+def _refuse_absent(trackers: tuple[str, ...]) -> None:
+    """Before anything is written: transformers asks for trackers when data and model are loaded already."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackageError(
+                f"train.report_to: the tracker {name!r} is not installed: pip install {name}, or leave it out"
+            )
+
+
+def _token_counter(model: str) -> Any:
+    from cwdpo.config import ModelSettings
+    from cwdpo.data.lengths import token_counter
+    from cwdpo.models.checkpoint import check_folder
+    from cwdpo.models.load import EMBEDDED, load_processor
+
+    source = str(EMBEDDED) if model == "embedded" else model
+    check_folder(source)
+    return token_counter(load_processor(source, ModelSettings(path=model)))
+
+
+def _row_bar(name: str, total: int | None) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """A bar of rows on stderr, where that is a terminal; it leaves no trace."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return lambda rows: None, lambda: None
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    task = bar.add_task(escape(Path(name).name), total=total)
+    bar.start()
+    return lambda rows: bar.update(task, completed=rows), bar.stop
+
+
 def _listener() -> tuple[Any, Any]:
     """A progress line on stderr, on the main process only."""
-    import os
-
     from cwdpo.training.stage import Listener
 
     if os.environ.get("RANK", "0") != "0":
@@ -156,13 +242,40 @@ def _listener() -> tuple[Any, Any]:
     return Listener(phase=lambda text: bar.console.print(text, markup=False), step=step), bar.stop
 
 
+def _disk_trouble(error: Exception) -> str | None:
+    """What a full, read-only or broken disk did, in our words; ``None`` for any other error.
+
+    safetensors and torch raise errors of their own, which only their text tells apart.
+    """
+    text, place = str(error), "a file of the run"
+    found = re.search(r"\(os error (\d+)\)", text) if type(error).__name__ == "SafetensorError" else None
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", text):
+        number = errno.ENOSPC
+    if number not in _DISK_ERRORS:
+        return None
+    if isinstance(error, OSError) and error.filename:
+        place = str(error.filename)
+    remedy = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "choose a place that you may write to"
+    return (
+        f"{place}: the disk refuses ({os.strerror(number)}); what was written before is whole: {remedy}, then "
+        "continue with --resume, or choose another --out"
+    )
+
+
 def main() -> None:
-    """Entry point: errors that cwdpo raises on purpose are printed without a traceback."""
+    """Entry point: errors that cwdpo raises on purpose, and those of a disk, are printed without a traceback."""
     try:
         app(standalone_mode=True)
     except CwdpoError as error:
-        typer.echo(f"cwdpo: {error}", err=True)
+        typer.echo(f"cwdpo: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        trouble = _disk_trouble(error)
+        if trouble is None:
+            raise
+        typer.echo(f"cwdpo: {printable(trouble)}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

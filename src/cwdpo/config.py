@@ -11,17 +11,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from cwdpo.errors import CwdpoError, RecipeError
+from cwdpo.errors import CwdpoError, RecipeError, nearest
 from cwdpo.models.tiny import TinyModelSettings
-from cwdpo.negatives.base import NEGATIVES
+from cwdpo.negatives.base import NEGATIVES, NegativeSource
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.registry import Settings, explain
 from cwdpo.worlds.shapes import ShapesSettings
 
 Spec = dict[str, Any]
 """A component in a recipe: ``name`` plus its settings."""
+
+
+# PyYAML lets out what Python's own parsers say of odd dates, numbers and tags, and of brackets without end.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+_MOST_VALUES, _DEEPEST = 10_000, 30
+TRACKERS = ("clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""What ``train.report_to`` may name; each is also the name of the package that it needs."""
+# Those of transformers that need no settings of their own.
+SCHEDULES = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt",
+)  # fmt: skip
 
 
 class LoraSettings(Settings):
@@ -42,7 +54,9 @@ class ModelSettings(Settings):
         description="shape of the small random LLaVA that path: init makes from the data's own texts",
     )
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's own with LoRA, float32 with full fine-tuning"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; default: transformers'")
     tune: Literal["full", "lora"] = "full"
@@ -60,6 +74,9 @@ class DataSettings(Settings):
     path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
     world: ShapesSettings | None = Field(None, description="write this embedded world to the run and read it")
     format: str = "auto"
+    image_root: str | None = Field(
+        None, description="where image paths start and must stay; default: the data's folder"
+    )
     validation_path: str | None = None
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="by image, when no validation_path")
     stage1_fraction: float = Field(0.75, ge=0, le=1, description="share of training images in stage 1")
@@ -68,12 +85,14 @@ class DataSettings(Settings):
     max_length: int | None = Field(None, gt=0, description="most tokens of prompt + completion")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
-    limit: int | None = Field(None, gt=0, description="read this many rows only")
+    limit: int | None = Field(None, gt=0, description="read this many examples only")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
         if (self.path is None) == (self.world is None):
             raise ValueError("exactly one of 'path' and 'world' must be given")
+        if self.world is not None and not (self.world.train and self.world.validation):
+            raise ValueError("world.train and world.validation must be at least 1")
         return self
 
 
@@ -81,7 +100,12 @@ class NegativeSettings(Settings):
     """Where negatives come from: shares by source; ``gentle`` are those of stage 1."""
 
     mix: dict[str, float] = Field(default_factory=lambda: {"dataset": 1.0})
-    per_prompt: int | None = Field(None, gt=0, description="default: all of the dataset's, else one")
+    per_prompt: int | None = Field(
+        None, gt=0, description="default: all of the dataset's; one from any other mix"
+    )
+    settings: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="settings by source, e.g. {perturb: {kinds: [colour, object]}}"
+    )
     gentle: Literal["auto", "dataset", "perturb", "none"] = "auto"
 
     @field_validator("mix")
@@ -92,6 +116,15 @@ class NegativeSettings(Settings):
         for name in mix:
             NEGATIVES.get(name)
         return mix
+
+    @model_validator(mode="after")
+    def _settings_of_sources(self) -> NegativeSettings:
+        self.build_sources()
+        return self
+
+    def build_sources(self) -> dict[str, NegativeSource]:
+        """The sources that have settings of their own, by name."""
+        return {name: NEGATIVES.build({"name": name, **own}) for name, own in self.settings.items()}
 
 
 class StageSettings(Settings):
@@ -127,12 +160,26 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.98, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    spike_factor: float | None = Field(
+        None, gt=1, description="a gradient norm this many times its running median skips the update"
+    )
+    spike_window: int = Field(50, ge=2, description="steps of that median; the rule acts once they are full")
     logging_steps: int = Field(10, gt=0)
-    save_steps: int | None = Field(None, gt=0, description="default: only at the end of a stage")
+    save_steps: int | None = Field(None, gt=0, description="default: no checkpoint within a stage")
     save_total_limit: int = Field(2, gt=0)
     gradient_checkpointing: bool = False
     bf16: bool = False
     report_to: tuple[str, ...] = ()
+
+    @field_validator("lr_scheduler_type", "report_to")
+    @classmethod
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        """Asked at once: transformers would find out when data and model are loaded already."""
+        known = TRACKERS if info.field_name == "report_to" else SCHEDULES
+        for name in [value] if isinstance(value, str) else value:
+            if name not in known:
+                raise ValueError(f"unknown name {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
+        return value
 
 
 class ProbeSettings(Settings):
@@ -154,7 +201,7 @@ class EvaluationSettings(Settings):
 class CalibrationSettings(Settings):
     """How floor and tau are found when they are ``auto``."""
 
-    samples: int = Field(200, ge=2, description="samples of the reference policy, one per prompt")
+    samples: int = Field(200, ge=2, description="samples of the reference policy")
     max_new_tokens: int = Field(48, gt=0)
 
 
@@ -172,6 +219,31 @@ class Recipe(Settings):
     calibration: CalibrationSettings = CalibrationSettings()
     probes: ProbeSettings = ProbeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _partial_stages(cls, tree: Any) -> Any:
+        """A stage that is given in part keeps the defaults of the rest."""
+        if not isinstance(tree, dict):
+            return tree
+        defaults = {
+            name: cls.model_fields[name].get_default(call_default_factory=True)
+            for name in ("stage1", "stage2")
+        }
+        partial = {
+            name: {"objective": d.objective, "learning_rate": d.learning_rate, **tree[name]}
+            for name, d in defaults.items()
+            if isinstance(tree.get(name), dict)
+        }
+        return {**tree, **partial}
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        """It names the run's folder, and a recipe may come from anyone."""
+        if not name.strip(".").strip() or not name.isprintable() or set(name) & set("/\\"):
+            raise ValueError("allowed: one or more characters without slashes, the name of the run's folder")
+        return name
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
@@ -197,8 +269,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    except _YAML_ERRORS as error:
+        raise RecipeError(f"{path}: not valid YAML: {_said(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     return parse_recipe(tree, overrides, where=str(path))
@@ -206,7 +278,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Check a recipe tree; see :func:`load_recipe`."""
-    merged: dict[str, Any] = _copied(tree)
+    merged: dict[str, Any] = _copied(tree, where)
     for override in overrides:
         _apply(merged, override)
     section = ""
@@ -221,8 +293,27 @@ def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
     return recipe
 
 
-def _copied(tree: Any) -> Any:
-    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
+
+
+def _copied(tree: Any, where: str) -> Any:
+    """A deep copy. YAML's aliases can go in circles, or make a page of text into gigabytes: that is refused."""
+    left = _MOST_VALUES
+
+    def copy(node: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise RecipeError(
+                f"{where}: nested deeper than {_DEEPEST}, or more than {_MOST_VALUES} values; aliases (*name) that go "
+                "in circles or multiply do that: write the values out"
+            )
+        if isinstance(node, Mapping):
+            return {key: copy(value, depth + 1) for key, value in node.items()}
+        return [copy(value, depth + 1) for value in node] if isinstance(node, list) else node
+
+    return copy(tree, 0)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -231,9 +322,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise RecipeError(f"override {override!r}: write section.key=value, e.g. stage2.learning_rate=1e-5")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
+        value = _copied(yaml.safe_load(text), f"override {key!r}")
+    except _YAML_ERRORS as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {_said(error)}") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
         with contextlib.suppress(ValueError):
             value = float(value) if value.strip()[:1] in set("0123456789.-+") else value

@@ -1,7 +1,4 @@
-"""The records that move through the rooms. No torch is imported here.
-
-A pair is an object, never a position in a batch or a key prefix.
-"""
+"""The records that move through the rooms. No torch is imported here."""
 
 from __future__ import annotations
 
@@ -100,15 +97,6 @@ class Example:
     def prompt_text(self) -> str:
         """The text of the last user turn."""
         return next((m.text for m in reversed(self.prompt) if m.role == "user"), "")
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """The chosen response of an example and one of its negatives."""
-
-    example_id: str
-    chosen: Completion
-    rejected: Completion
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,21 @@ A run folder explains itself::
 
     recipe.yaml        the resolved recipe
     environment.json   versions, platform, command
-    problems.txt       rows that were left out, and why
+    problems.jsonl     rows that were left out, and why
     calibration.json   floor and tau, and the mean_logps they came from
+    reference.jsonl    log-likelihoods of the reference, as its pass goes on
     metrics.jsonl      one JSON object per logging step: stage, step, and the Trainer's metrics
+    timings.jsonl      one per start that ended a stage: its run time and speed, that start's steps only
     readings.jsonl     one Reading per line: held-out probes
     samples.jsonl      held-out prompts with the captions that the final policy wrote
     summary.json       the final figures
     stage1/, stage2/   checkpoints of each stage
     model/             the final model with its processor
     report.html
+    .lock              held by the process that works in the folder; names it
+    recipe.1.yaml ...  what an accepted change of the recipe left behind
+
+Names that begin with a dot and end in .tmp or .old are pieces of unfinished writing; a resumed run clears them.
 """
 
 from __future__ import annotations
@@ -21,15 +27,22 @@ import contextlib
 import json
 import os
 import platform
+import shutil
+import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cwdpo.errors import RunDirError
 from cwdpo.records import Reading
+
+try:
+    import fcntl
+except ImportError:  # Windows: two starts in one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
 
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
 
@@ -48,6 +61,51 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through :func:`write_text`; NaN is refused, because no other reader takes it."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder's list of names on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have a folder and everything in it on disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            sync(path)
+        else:
+            _sync_names(path)
+
+
+def _sync_names(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        sync(folder)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a finished folder its name. A folder cannot be replaced in one step, so the old one steps aside.
+
+    A kill between the two renames leaves it as ``.NAME.old``, whole; :meth:`RunDir.recover` brings it back.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    _sync_names(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; its name goes first, so that a kill leaves no half of it under that name."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -86,6 +144,47 @@ class RunDir:
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
         self.writes = writes
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Hold the folder against another start until :meth:`unlock`, or until this process ends, in whatever way.
+
+        Raises:
+            RunDirError: another process holds it; the message names it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("a+", encoding="utf-8")  # "a": the holder's name is not cut
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "an unknown process"
+            file.close()
+            raise RunDirError(
+                f"{self.path}: in use by {holder}: wait for it or stop it, or choose another --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Let go of the folder. The file stays: to delete it would let two starts hold two files of one name."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def recover(self) -> None:
+        """Clear what a kill left: pieces of unfinished writing, and cut last lines. A whole old folder returns."""
+        for folder in (self.path, self.path / "stage1", self.path / "stage2"):
+            for piece in folder.glob(".*.tmp"):
+                shutil.rmtree(piece) if piece.is_dir() else piece.unlink()
+            for old in folder.glob(".*.old"):
+                named = old.with_name(old.name[1:].removesuffix(".old"))
+                shutil.rmtree(old) if named.exists() else os.rename(old, named)
+        for path in self.path.glob("*.jsonl"):
+            self._keep_rows(path.name, lambda row: True)
 
     def create(self, *, resume: bool = False) -> RunDir:
         """Make the folder; an existing run is only continued when asked.
@@ -143,15 +242,29 @@ class RunDir:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
+    def sync(self) -> None:
+        """Have every appended row on disk."""
+        for path in self.path.glob("*.jsonl") if self.writes else ():
+            sync(path)
+
     def drop_after(self, stage: str, step: int) -> None:
         """Cut metrics and readings of ``stage`` behind ``step``: a resumed run writes them again."""
-        if not self.writes:
-            return
         for name in ("metrics.jsonl", "readings.jsonl"):
-            rows = read_jsonl(self.path / name)
-            kept = [r for r in rows if r.get("stage") != stage or r.get("step", 0) <= step]
-            if len(kept) != len(rows) or not ends_whole(self.path / name):
-                write_text(self.path / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            self._keep_rows(name, lambda row: row.get("stage") != stage or row.get("step", 0) <= step)
+
+    def drop_stages(self, name: str, stages: Collection[str]) -> None:
+        """Cut the rows of some stages out of a JSONL file: a resumed run writes them again."""
+        self._keep_rows(name, lambda row: row.get("stage") not in stages)
+
+    def _keep_rows(self, name: str, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Rewrite a JSONL file where rows go, or where its last line is cut."""
+        path = self.path / name
+        if not self.writes or not path.is_file():
+            return
+        rows = read_jsonl(path)
+        kept = [row for row in rows if keep(row)]
+        if len(kept) != len(rows) or not ends_whole(path):
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def append_readings(self, stage: str, readings: Iterable[Reading]) -> None:
         """Append held-out readings of a stage."""

@@ -6,6 +6,7 @@ tokenizer gives for it *behind* the prompt, and generation sees exactly the prom
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -127,14 +128,16 @@ class Encoder:
     ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]], dict[str, Tensor]]:
         try:
             pictures = [image.open() for image in example.images]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{example.where or example.id}: images: cannot be decoded ({error})") from error
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{example.where or example.id}: images: cannot be decoded ({reason})") from error
         kwargs: dict[str, Any] = {"images": pictures} if pictures else {}
         text = self.prompt_text(example).rstrip(" ")
         try:
-            # A tokenizer that adds its own bos must not double the template's.
-            outputs = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **kwargs)
-        except (ValueError, IndexError, TypeError) as error:
+            outputs = self.processor(
+                text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **kwargs
+            )
+        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
             raise DataError(
                 f"{example.where or example.id}: prompt: refused by the processor ({error})"
             ) from error
@@ -159,6 +162,8 @@ class Encoder:
         # A prompt that ends in a space would tokenize differently joined than apart: the space moves over.
         prompt, tail = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
         before = self._ids(prompt)
+        if not self.end_ids.intersection(self._ids(tail)):
+            tail = tail.rstrip()  # without an end marker, white space behind the response is the template's
         joined = self._ids(prompt + tail)
         ids = joined[len(before) :] if joined[: len(before)] == before else self._ids(tail)
         ids = self._closed(ids)
@@ -188,6 +193,17 @@ class Encoder:
                 "shrink the images (model.processor_options)"
             )
         return encoded
+
+    def readable(self, examples: Iterable[Example], limit: int) -> list[Example]:
+        """The first ``limit`` examples whose prompt can be encoded."""
+        good: list[Example] = []
+        for example in examples:
+            if len(good) >= limit:
+                break
+            with contextlib.suppress(DataError):
+                self.prompt(example)
+                good.append(example)
+        return good
 
     def encode_all(
         self, examples: Iterable[Example], negatives: NegativeSet, *, require_negative: bool
@@ -225,6 +241,18 @@ class Encoder:
         )
         return str(rendered)
 
+    def _adds_bos(self, text: str) -> bool:
+        """Whether the tokenizer must put its bos in front: it has one by itself, and the template wrote none.
+
+        Some templates (LLaVA 1.5) leave bos to the tokenizer. One that would also close the text is not asked.
+        """
+        bos = self.tokenizer.bos_token
+        if bos is None or text.startswith(bos):
+            return False
+        plain = self._ids("a")
+        added = list(self.tokenizer("a", add_special_tokens=True)["input_ids"])
+        return added == [self.tokenizer.bos_token_id, *plain]
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -238,8 +266,9 @@ class Encoder:
         """Ids that end a turn: the tokenizer's eos and the usual end-of-turn markers it knows."""
         if self._end_ids is None:
             tokenizer = self.tokenizer
-            found = [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_MARKERS)]
-            self._end_ids = frozenset(t for t in found if t is not None and t != tokenizer.unk_token_id)
+            markers = map(tokenizer.convert_tokens_to_ids, END_MARKERS)
+            known = {t for t in markers if t is not None and t != tokenizer.unk_token_id}
+            self._end_ids = frozenset(known | {int(tokenizer.eos_token_id)})
         return self._end_ids
 
 

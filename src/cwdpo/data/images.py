@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from cwdpo.data.digests import DigestMap, digest8
 from cwdpo.data.problems import RowError
 from cwdpo.errors import DataError
 from cwdpo.records import ImageRef
@@ -19,13 +20,23 @@ CHECK_LEVELS: tuple[CheckImages, ...] = ("none", "exists", "identify", "decode")
 IMAGE_FORMS = "a path inside the image folder, {'bytes': ..., 'path': ...}, or a PIL image"
 
 
+_ORIENTATION = 0x0112  # the EXIF tag
+_REMEMBERED = 4096  # resolved paths, and refused files: rows that share pictures stand near each other
+
+
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the header of an image says: size in pixels, and the colour mode as stored."""
+    """What an image says of itself: size in pixels and colour mode as stored.
+
+    Known only where pixels were decoded: ``turned``, its EXIF tag asks for another orientation, which is
+    applied on reading; ``animated``, it has several frames, of which the first is used.
+    """
 
     width: int
     height: int
     mode: str
+    turned: bool = False
+    animated: bool = False
 
 
 class ImageFolder:
@@ -46,7 +57,10 @@ class ImageFolder:
             raise DataError(f"check_images = {check!r}; allowed: {', '.join(CHECK_LEVELS)}")
         self.root = root.resolve() if root is not None else None
         self.check, self.seen = check, seen
-        self._refused: dict[Path, tuple[str, str, str] | None] = {}
+        # A digest for each good file, so that a million pictures fit; the few refused ones with their reason.
+        self._good = DigestMap()
+        self._refused: dict[Path, tuple[str, str, str]] = {}
+        self._resolved: dict[str, Path] = {}
 
     def take(self, value: Any, key: str) -> ImageRef:
         """The image that ``value`` stands for.
@@ -80,18 +94,22 @@ class ImageFolder:
         return ImageRef(data=data)
 
     def _from_path(self, text: str, key: str) -> ImageRef:
-        path = self._inside(text, key)
+        path = self._resolved.get(text)
+        if path is None:
+            path = _remember(self._resolved, text, self._inside(text, key))
+        digest = digest8(bytes(path))
+        if self._good.get(digest) is not None:
+            return ImageRef(path=path)
         if path not in self._refused:
             try:
                 self._check_file(path, text, key)
-                self._refused[path] = None
             except RowError as error:
-                self._refused[path] = (error.kind, error.message, error.remedy)
-        refused = self._refused[path]
-        if refused is not None:
-            kind, message, remedy = refused
-            raise RowError(kind, key, message, remedy)
-        return ImageRef(path=path)
+                _remember(self._refused, path, (error.kind, error.message, error.remedy))
+            else:
+                self._good.add(digest)
+                return ImageRef(path=path)
+        kind, message, remedy = self._refused[path]
+        raise RowError(kind, key, message, remedy)
 
     def _inside(self, text: str, key: str) -> Path:
         """The real path, which must lie in the root whatever dots and links the text goes through."""
@@ -107,7 +125,7 @@ class ImageFolder:
                 "image-missing",
                 key,
                 f"{text!r} is a path, and rows from the hub have no folder",
-                "set data.image_root to the folder of the images",
+                "set data.image_root (validate: --image-root) to the folder of the images",
             )
         try:
             path = (self.root / text).resolve()
@@ -120,7 +138,8 @@ class ImageFolder:
                 "image-escapes",
                 key,
                 f"{text!r} leads outside {self.root}; allowed: paths that stay inside it, links followed",
-                "move the images below that folder, or set data.image_root to the folder that holds them",
+                "move the images below that folder, or set data.image_root (validate: --image-root) to the "
+                "folder that holds them",
             )
         return path
 
@@ -136,13 +155,14 @@ class ImageFolder:
                 "image-missing",
                 key,
                 f"there is no file {text!r} in {self.root}",
-                "correct the path, or set data.image_root to the folder that image paths start from",
+                "correct the path, or set data.image_root (validate: --image-root) to the folder that image "
+                "paths start from",
             )
         if self.check != "exists":
             self._examine(path, key, repr(text))
 
     def _examine(self, source: Path | bytes, key: str, name: str) -> None:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         try:
@@ -151,9 +171,12 @@ class ImageFolder:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(stream) as image:
-                    if self.check == "decode":
-                        image.load()
                     facts = ImageFacts(image.width, image.height, image.mode)
+                    if self.check == "decode":  # all that reading it for training will do
+                        animated = bool(getattr(image, "is_animated", False))
+                        turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+                        facts = replace(facts, turned=turned, animated=animated)
+                        ImageOps.exif_transpose(image).convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise RowError(
                 "image-bomb",
@@ -172,6 +195,18 @@ class ImageFolder:
             ) from None
         if self.seen is not None:
             self.seen(facts)
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def _remember(known: dict[K, V], key: K, value: V) -> V:
+    """Store a value in a dictionary that begins anew when it is full."""
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def _as_png(image: Any) -> bytes:

@@ -86,6 +86,18 @@ class ProblemLog:
         return sorted(self._groups.values(), key=lambda group: (-group.count, group.kind))
 
 
+def printable(text: str) -> str:
+    """The text with control, bidi and surrogate characters escaped; line breaks stay.
+
+    Names in data are anybody's: a terminal would obey their escape sequences, and no pipe takes half a
+    surrogate pair.
+    """
+    if text.replace("\n", "").isprintable():
+        return text
+    shown = (c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
 def explain_problems(problems: Iterable[Problem]) -> str:
     """Counts by kind, the first rows of each, and what to do, as indented text."""
     log = ProblemLog()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
+from cwdpo.data.digests import FirstPlaces, digest8
 from cwdpo.data.formats import Format, find_format
 from cwdpo.data.images import CheckImages, ImageFolder
 from cwdpo.data.problems import Problem, RowError, explain_problems
@@ -38,6 +39,7 @@ class ReadResult:
 class ParsedRow:
     """What became of one row. A row whose negative was left out has examples and problems."""
 
+    raw: RawRow
     columns: frozenset[str]
     examples: list[Example]
     problems: list[Problem] = field(default_factory=list)
@@ -129,9 +131,9 @@ def parse_rows(
     form = find_format(format, columns, source.name)
 
     def rows() -> Iterator[ParsedRow]:
-        first_with: dict[str, str] = {}
+        ids = FirstPlaces()
         for raw in chain(peeked, stream):
-            yield _parse_row(raw, form, folder, options, first_with)
+            yield _parse_row(raw, form, folder, options, ids)
 
     return form, rows()
 
@@ -143,29 +145,33 @@ def _columns(raw: RawRow) -> frozenset[str]:
 
 
 def _parse_row(
-    raw: RawRow, form: Format, folder: ImageFolder, options: ReadOptions, first_with: dict[str, str]
+    raw: RawRow, form: Format, folder: ImageFolder, options: ReadOptions, ids: FirstPlaces
 ) -> ParsedRow:
-    """``first_with`` maps each id so far to where it was first used."""
+    """``ids`` knows where each id so far was first used."""
     columns = _columns(raw)
     if isinstance(raw.value, RowError):
-        return ParsedRow(columns, [], [raw.value.at(raw.file, raw.number)])
+        return ParsedRow(raw, columns, [], [raw.value.at(raw.file, raw.number)])
     row = Row(raw.value, raw.file, raw.number, folder, options)
-    examples: list[Example] = []
     try:
         examples = form.parse(row)
-        _refuse_known_ids(examples, first_with)
+        digests = _new_ids(examples, ids)
     except RowError as error:
-        return ParsedRow(columns, [], [error.at(raw.file, raw.number)])
-    first_with.update((example.id, example.where) for example in examples)
-    return ParsedRow(columns, examples, [error.at(raw.file, raw.number) for error in row.dropped])
+        return ParsedRow(raw, columns, [], [error.at(raw.file, raw.number)])
+    for digest in digests:
+        ids.add(digest, raw.file, raw.number)
+    return ParsedRow(raw, columns, examples, [error.at(raw.file, raw.number) for error in row.dropped])
 
 
-def _refuse_known_ids(examples: list[Example], first_with: dict[str, str]) -> None:
-    for example in examples:
-        if example.id in first_with:
+def _new_ids(examples: list[Example], ids: FirstPlaces) -> list[int]:
+    """Digests of the examples' ids, none of which may have been used before."""
+    digests = [digest8(example.id.encode("utf-8", "surrogatepass")) for example in examples]
+    for example, digest in zip(examples, digests, strict=True):
+        before = ids.find(digest)
+        if before is not None:
             raise RowError(
                 "duplicate-id",
                 "id",
-                f"{example.id!r} was used before, by {first_with[example.id]}; the row was left out",
+                f"{example.id!r} was used before, by {before}; the row was left out",
                 "give each row its own 'id' (captions of one picture belong in one row)",
             )
+    return digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,25 +18,34 @@ LINES, LIST, TABLE = (".jsonl", ".ndjson"), (".json",), (".parquet",)
 SUFFIXES = LINES + LIST + TABLE
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SHARD = re.compile(r"(?P<stem>.+?)-(?P<index>\d{5})-of-(?P<total>\d{5})")
+HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
 _PARQUET_BATCH = 64  # rows; they may carry whole images
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as stored, or the reason why it cannot be understood as one."""
+    """A row as stored, or the reason why it cannot be understood as one.
+
+    ``line`` is its line in a ``.jsonl`` file, without the line feed.
+    """
 
     file: str
     number: int
     value: dict[str, Any] | RowError
+    line: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from. ``folder`` is where image paths start from; ``None`` for the hub."""
+    """Where rows come from. ``folder`` is where image paths start from; ``None`` for the hub.
+
+    ``files`` are the data files that are read, one after the other; none for folders of ``save_to_disk``.
+    """
 
     name: str
     folder: Path | None
     rows: Callable[[], Iterator[RawRow]]
+    files: tuple[Path, ...] = ()
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -87,7 +97,7 @@ def _file_source(path: Path) -> Source:
     }
     for suffixes, reader in readers.items():
         if path.suffix.lower() in suffixes:
-            return Source(str(path), path.parent, partial(reader, path))
+            return Source(str(path), path.parent, partial(reader, path), (path,))
     raise DataError(
         f"{path}: cannot read {path.suffix or 'a file without suffix'}; allowed: {', '.join(SUFFIXES)}"
     )
@@ -140,12 +150,43 @@ def _one_set(folder: Path, files: list[Path]) -> Source:
         for file in files:
             yield from _file_source(file).rows()
 
-    return Source(str(folder), files[0].parent, rows)
+    return Source(str(folder), files[0].parent, rows, tuple(files))
 
 
-def _as_row(file: str, number: int, value: Any) -> RawRow:
+def count_rows(source: Source) -> int | None:
+    """Rows of a source, for a progress bar (blank lines count too); ``None`` where counting is no cheaper."""
+    total = 0
+    for file in source.files:
+        try:
+            if file.suffix.lower() in LINES:
+                with file.open("rb") as stream:
+                    total += sum(chunk.count(b"\n") for chunk in iter(partial(stream.read, 1 << 20), b""))
+            elif file.suffix.lower() in TABLE:
+                import pyarrow.parquet as pq
+
+                total += pq.read_metadata(file).num_rows
+            else:
+                return None
+        except (OSError, ValueError):  # reading it will say why
+            return None
+    return total or None
+
+
+def held_out_beside(source: Source) -> list[Source]:
+    """Validation and test sets in the folder of a source that is called ``train``."""
+    if not source.files or _stem(source.files[0]).lower() != "train":
+        return []
+    folder = source.files[0].parent
+    named: dict[str, list[Path]] = {}
+    for file in _data_files(folder):
+        if _stem(file).lower() in HELD_OUT:
+            named.setdefault(_stem(file), []).append(file)
+    return [_one_set(folder, files) for files in named.values()]
+
+
+def _as_row(file: str, number: int, value: Any, line: bytes | None = None) -> RawRow:
     if isinstance(value, dict):
-        return RawRow(file, number, value)
+        return RawRow(file, number, value, line)
     error = RowError(
         "not-an-object",
         "",
@@ -172,7 +213,7 @@ def _line_rows(path: Path) -> Iterator[RawRow]:
                     )
                     yield RawRow(str(path), number, problem)
                 else:
-                    yield _as_row(str(path), number, value)
+                    yield _as_row(str(path), number, value, line.strip().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 

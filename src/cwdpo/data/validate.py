@@ -1,190 +1,123 @@
-"""A report on a data set before any model is loaded: what was understood, what is odd, what to repair."""
+"""A check of a data set before any model is loaded: what was understood, what is wrong, what to repair."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
-from cwdpo.data.images import CheckImages, ImageDigests, ImageFacts, ImageFolder
-from cwdpo.data.problems import SHOWN_ROWS, ProblemGroup, ProblemLog, join_groups
+from cwdpo.data.digests import DigestMap, FirstPlaces, digest8
+from cwdpo.data.fix import good_rows
+from cwdpo.data.images import CheckImages, ImageFolder
+from cwdpo.data.lengths import LengthCounter, word_counter
+from cwdpo.data.problems import SHOWN_ROWS, Problem, ProblemLog, RowError
 from cwdpo.data.read import ParsedRow, parse_rows
-from cwdpo.data.rowparts import ReadOptions
-from cwdpo.data.rows import open_source
-from cwdpo.records import Completion, Example
+from cwdpo.data.rowparts import ReadOptions, Row
+from cwdpo.data.rows import Source, held_out_beside, open_source
+from cwdpo.data.validation_report import ImageStats, LengthStats, ValidationReport
+from cwdpo.errors import DataError
+from cwdpo.records import Example, ImageRef
 
-_WORD_EDGES = (1, 5, 10, 20, 50, 100, 200, 500)  # lower edges, in words
+__all__ = ["ValidationReport", "validate"]
 
-
-@dataclass
-class ImageStats:
-    """Sizes in pixels and stored colour modes of the images whose header was read, each file once."""
-
-    n: int = 0
-    width: tuple[int, int] | None = None
-    height: tuple[int, int] | None = None
-    modes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, facts: ImageFacts) -> None:
-        """Count one image."""
-        self.n += 1
-        self.modes[facts.mode] += 1
-        self.width = _widen(self.width, facts.width)
-        self.height = _widen(self.height, facts.height)
-
-
-def _widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
-    return (value, value) if span is None else (min(span[0], value), max(span[1], value))
-
-
-@dataclass
-class ValidationReport:
-    """What a data set holds. Histograms map a value (or a bucket of words) to a count of examples.
-
-    ``bad`` counts rows with at least one problem, ``good`` the others; ``columns`` counts the rows in which
-    each column is not null. ``negatives_per_prompt`` maps a kind (``all`` for every kind together,
-    ``unnamed`` for none) to {number of negatives: examples}. ``duplicates`` counts the examples whose images,
-    prompt and chosen response equal those of an earlier one; ``first_duplicates`` names the first pairs.
-    """
-
-    path: str
-    format: str
-    rows: int = 0
-    good: int = 0
-    bad: int = 0
-    examples: int = 0
-    columns: Counter[str] = field(default_factory=Counter)
-    negatives_per_prompt: dict[str, Counter[int]] = field(default_factory=dict)
-    gentle_per_prompt: Counter[int] = field(default_factory=Counter)
-    images_per_row: Counter[int] = field(default_factory=Counter)
-    images: ImageStats = field(default_factory=ImageStats)
-    response_words: dict[str, Counter[str]] = field(default_factory=dict)
-    duplicates: int = 0
-    first_duplicates: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[ProblemGroup] = field(default_factory=list)
-
-    @property
-    def bad_fraction(self) -> float | None:
-        """Share of bad rows, to compare with ``data.max_bad_fraction``; ``None`` without rows."""
-        return self.bad / self.rows if self.rows else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; counts are ordered by value."""
-        return {
-            "path": self.path,
-            "format": self.format,
-            "rows": self.rows,
-            "good": self.good,
-            "bad": self.bad,
-            "bad_fraction": self.bad_fraction,
-            "examples": self.examples,
-            "columns": _ordered(self.columns),
-            "negatives_per_prompt": {k: _ordered(v) for k, v in sorted(self.negatives_per_prompt.items())},
-            "gentle_per_prompt": _ordered(self.gentle_per_prompt),
-            "images_per_row": _ordered(self.images_per_row),
-            "images": {
-                "n": self.images.n,
-                "width": self.images.width,
-                "height": self.images.height,
-                "modes": _ordered(self.images.modes),
-            },
-            "response_words": {k: _buckets(v) for k, v in self.response_words.items()},
-            "duplicates": self.duplicates,
-            "first_duplicates": self.first_duplicates,
-            "problems": [group.to_dict() for group in self.problems],
-        }
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def to_text(self) -> str:
-        """A plain text report for the terminal, without markup."""
-        share = "" if self.bad_fraction is None else f" ({self.bad_fraction:.1%})"
-        lines = [
-            f"{self.path}: format {self.format}",
-            f"rows {self.rows}: {self.good} good, {self.bad} bad{share}; {self.examples} examples",
-            f"columns: {_counts(self.columns)}",
-            f"images per example: {_counts(self.images_per_row)}",
-        ]
-        if self.images.width and self.images.height:
-            (w0, w1), (h0, h1) = self.images.width, self.images.height
-            lines.append(
-                f"images read: {self.images.n}; {w0} to {w1} wide, {h0} to {h1} high (pixels); "
-                f"{_counts(self.images.modes)}"
-            )
-        for kind, counts in sorted(self.negatives_per_prompt.items()):
-            lines.append(f"negatives per example, {kind}: {_counts(counts)}")
-        lines.append(f"gentle negatives per example: {_counts(self.gentle_per_prompt)}")
-        for side, counted in self.response_words.items():
-            shown = ", ".join(f"{bucket}: {n}" for bucket, n in _buckets(counted).items())
-            lines.append(f"words in {side}: {shown}")
-        lines.append(f"duplicates (same images, prompt and chosen): {self.duplicates}")
-        lines += [f"    {again} repeats {first}" for first, again in self.first_duplicates]
-        lines.append(f"problems:\n{join_groups(self.problems)}" if self.problems else "problems: none")
-        return "\n".join(lines)
-
-
-def _ordered(counts: Counter[Any]) -> dict[str, int]:
-    return {str(key): counts[key] for key in sorted(counts)}
-
-
-def _counts(counts: Counter[Any]) -> str:
-    return ", ".join(f"{key}: {n}" for key, n in _ordered(counts).items()) or "none"
-
-
-def _bucket(words: int) -> str:
-    """The half-open bucket of a word count: ``1-4``, ``5-9``, ..., ``500+``."""
-    below = [edge for edge in _WORD_EDGES if edge <= words] or [_WORD_EDGES[0]]
-    above = [edge for edge in _WORD_EDGES if edge > max(words, _WORD_EDGES[0])]
-    return f"{below[-1]}-{above[0] - 1}" if above else f"{below[-1]}+"
-
-
-def _buckets(counts: Counter[str]) -> dict[str, int]:
-    return {b: counts[b] for b in (_bucket(edge) for edge in _WORD_EDGES) if counts[b]}
+_PROGRESS_ROWS = 500
 
 
 def validate(
-    path: str | Path,
+    path: str | Path | Source,
     *,
     format: str = "auto",
     image_root: Path | None = None,
     default_prompt: str = "Describe the image.",
     captions_per_image: int = 1,
     check_images: CheckImages = "decode",
+    against: Sequence[str | Path] = (),
+    lengths: LengthCounter | None = None,
+    max_length: int | None = None,
+    fix: Path | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> ValidationReport:
-    """Read every row, decode every image once, and report. Streaming: memory grows with ids and hashes only.
+    """Read every row, decode every image once, and report. Bad rows are reported, however many.
 
-    Arguments as for :func:`cwdpo.data.read.read_examples`. Bad rows are reported, however many.
+    Streaming: memory grows by some 150 bytes per row, for digests of ids, texts and pictures.
+
+    Args:
+        path: what to read; this and the next five as for :func:`cwdpo.data.read.read_examples`.
+        image_root: where image paths start from; also those of ``against``.
+        against: sets that may not share a picture with this one, besides the validation and test files next
+            to a ``train`` file. Rows whose picture stands there, by its bytes, are bad.
+        lengths: how to count lengths; words by default.
+        max_length: tokens of prompt plus longest response above which a row is bad.
+        fix: a new ``.jsonl`` file for the rows without any problem.
+        progress: told the number of rows read now and then, and at the end.
 
     Raises:
-        DataError: nothing to read, an unknown format, or none of the first rows is an object.
+        DataError: nothing to read, an unknown format, none of the first rows is an object, or ``fix`` cannot
+            be written.
     """
-    source = open_source(path)
+    if max_length is not None and max_length < 1:
+        raise DataError(f"max_length = {max_length}; allowed: 1 or more")
+    source = path if isinstance(path, Source) else open_source(path)
+    others = [*held_out_beside(source), *map(open_source, against)]
+    counter = lengths or word_counter()
     stats = ImageStats()
     folder = ImageFolder(image_root or source.folder, check_images, stats.add)
     form, parsed = parse_rows(source, format, folder, ReadOptions(default_prompt, captions_per_image))
-    report = ValidationReport(source.name, form.name, images=stats)
+    report = ValidationReport(
+        source.name, form.name, images=stats, lengths=LengthStats(counter.unit, max_length=max_length)
+    )
+    checks = _Checks(report, counter, check_images, others, image_root)
     log = ProblemLog()
-    repeats = _Repeats(report, by_content=check_images in ("identify", "decode"))
-    for row in parsed:
-        _count_row(report, row)
-        for example in row.examples:
-            repeats.add(example)
-        for problem in row.problems:
-            log.add(problem)
+    with good_rows(fix) if fix is not None else nullcontext() as writer:
+        for row in parsed:
+            problems = checks.problems(row)
+            _count_row(report, row, problems)
+            for problem in problems:
+                log.add(problem)
+            if writer is not None and not problems:
+                writer.write(row.raw, row.examples[0].images)
+            if report.rows % _PROGRESS_ROWS == 0:
+                progress(report.rows)
+    progress(report.rows)
     report.good = report.rows - report.bad
     report.problems = log.groups()
+    report.fixed = str(fix) if fix is not None and report.good else None
     return report
 
 
-def _count_row(report: ValidationReport, row: ParsedRow) -> None:
+class _Checks:
+    """What is asked of a row beyond its being readable."""
+
+    def __init__(
+        self,
+        report: ValidationReport,
+        counter: LengthCounter,
+        check_images: CheckImages,
+        others: Sequence[Source],
+        image_root: Path | None,
+    ) -> None:
+        self._stats, self._counter = report.lengths, counter
+        pictures = _Pictures(by_content=check_images in ("identify", "decode"))
+        self._leaks = _Leaks(report, pictures, others, image_root)
+        self._repeats = _Repeats(report, pictures)
+
+    def problems(self, row: ParsedRow) -> list[Problem]:
+        """What reading found, and what these checks find."""
+        found = []
+        for example in row.examples:
+            found.append(self._repeats.add(example, row))
+            found.append(self._leaks.find(example))
+            found.append(_measure(self._stats, self._counter, example))
+        more = [error.at(row.raw.file, row.raw.number) for error in found if error is not None]
+        return [*row.problems, *more]
+
+
+def _count_row(report: ValidationReport, row: ParsedRow, problems: Sequence[Problem]) -> None:
     report.rows += 1
-    report.bad += bool(row.problems)
+    report.bad += bool(problems)
     report.columns.update(row.columns)
     for example in row.examples:
         before = report.examples
@@ -197,35 +130,135 @@ def _count_row(report: ValidationReport, row: ParsedRow) -> None:
             # A kind met for the first time was absent from every example before.
             counts = report.negatives_per_prompt.setdefault(kind, Counter({0: before} if before else {}))
             counts[kinds[kind]] += 1
-        _count_words(report, "chosen", [example.chosen])
-        _count_words(report, "rejected", example.rejected)
 
 
-def _count_words(report: ValidationReport, side: str, responses: Iterable[Completion]) -> None:
-    for response in responses:
-        report.response_words.setdefault(side, Counter())[_bucket(len(response.text.split()))] += 1
+def _measure(stats: LengthStats, counter: LengthCounter, example: Example) -> RowError | None:
+    """Count the lengths of an example; what is wrong with them."""
+    try:
+        found = counter.of(example)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{example.where}: ")
+        return RowError("not-encodable", "", reason, "repair the row, or leave it out")
+    stats.add_response("chosen", found.chosen)
+    for length in found.negatives[: len(example.rejected)]:
+        stats.add_response("rejected", length)
+    stats.add_example(found.longest, example.where)
+    if stats.max_length is None or found.longest <= stats.max_length:
+        return None
+    even = "" if stats.unit == "tokens" else ", even at one token per word"
+    return RowError(
+        "too-long",
+        "",
+        f"{found.longest} {stats.unit} (prompt {found.prompt}) are more than max_length = {stats.max_length}{even}",
+        "raise data.max_length, shrink the images (model.processor_options), or leave the row out: nothing is "
+        "truncated",
+    )
+
+
+class _Pictures:
+    """Tells pictures apart by 8 bytes; each file is read once."""
+
+    def __init__(self, *, by_content: bool) -> None:
+        self._by_content = by_content
+        self._of_path = DigestMap()
+
+    def of(self, image: ImageRef) -> int:
+        """Digest of the encoded bytes; of the path where files are not looked into, because they may be missing.
+
+        Raises:
+            DataError: the file cannot be read any more.
+        """
+        if image.path is None:
+            return digest8(image.encoded())
+        name = digest8(bytes(image.path))
+        if not self._by_content:
+            return name
+        known = self._of_path.get(name)
+        if known is None:
+            try:
+                known = digest8(image.encoded())
+            except OSError as error:
+                raise DataError(
+                    f"{image.path}: cannot be read ({error.strerror}); restore it or drop the row"
+                ) from None
+            self._of_path.add(name, known)
+        return known
 
 
 class _Repeats:
-    """Finds examples that say again what an earlier one said, by hashes of 16 bytes."""
+    """Finds examples that say again what an earlier one said."""
 
-    def __init__(self, report: ValidationReport, *, by_content: bool) -> None:
-        self.report, self.by_content = report, by_content
-        self._digests = ImageDigests()
-        self._first: dict[bytes, str] = {}
+    def __init__(self, report: ValidationReport, pictures: _Pictures) -> None:
+        self.report, self._pictures = report, pictures
+        self._said, self._whole = FirstPlaces(), FirstPlaces()
 
-    def add(self, example: Example) -> None:
-        digest = blake2b(digest_size=16)
+    def add(self, example: Example, row: ParsedRow) -> RowError | None:
+        """Note an example; the problem when another row is its equal, negatives included."""
+        place = row.raw.file, row.raw.number
+        digest = blake2b(digest_size=8)
         for image in example.images:
-            # Files that were not looked into may be missing: their paths must do.
-            use_path = image.path is not None and not self.by_content
-            digest.update(str(image.path).encode() if use_path else self._digests.of(image))
+            digest.update(self._pictures.of(image).to_bytes(8, "little"))
         said = [[m.role, *m.parts] for m in example.prompt]
         digest.update(json.dumps([said, example.chosen.text]).encode())
-        key = digest.digest()
-        if key not in self._first:
-            self._first[key] = example.where
-            return
-        self.report.duplicates += 1
-        if len(self.report.first_duplicates) < SHOWN_ROWS:
-            self.report.first_duplicates.append((self._first[key], example.where))
+        first = self._said.add(digest8(digest.digest()), *place)
+        negatives = [[n.text for n in side] for side in (example.rejected, example.gentle)]
+        digest.update(json.dumps(negatives).encode())
+        same = self._whole.add(digest8(digest.digest()), *place)
+        if first is not None:
+            self.report.duplicates += 1
+            if len(self.report.first_duplicates) < SHOWN_ROWS:
+                self.report.first_duplicates.append((first, example.where))
+        if same is None or same == example.where:
+            return None
+        return RowError(
+            "duplicate-row",
+            "",
+            f"the same images, prompt, chosen and negatives as {same}",
+            "keep one of them; a repeated row counts double in training",
+        )
+
+
+class _Leaks:
+    """Finds pictures that stand in another set too."""
+
+    def __init__(
+        self,
+        report: ValidationReport,
+        pictures: _Pictures,
+        others: Sequence[Source],
+        image_root: Path | None,
+    ) -> None:
+        self._pictures = pictures
+        self._elsewhere = FirstPlaces()
+        for other in others:
+            before = len(self._elsewhere)
+            for image, file, row in _images_of(other, image_root):
+                with suppress(DataError):  # an unreadable picture is for its own validation to name
+                    self._elsewhere.add(pictures.of(image), file, row)
+            report.against[other.name] = len(self._elsewhere) - before
+
+    def find(self, example: Example) -> RowError | None:
+        """The problem when a picture of the example stands elsewhere."""
+        for i, image in enumerate(example.images):
+            other = self._elsewhere.find(self._pictures.of(image))
+            if other is not None:
+                return RowError(
+                    "leak",
+                    f"images[{i}]",
+                    f"the same picture, byte for byte, stands in {other}",
+                    "take it out of one of the sets, or leave out data.validation_path: then the split is by picture",
+                )
+        return None
+
+
+def _images_of(source: Source, image_root: Path | None) -> Iterator[tuple[ImageRef, str, int]]:
+    """Every picture of a set that is there; what is wrong with its rows is for its own validation to say."""
+    folder = ImageFolder(image_root or source.folder, "exists")
+    for raw in source.rows():
+        if isinstance(raw.value, RowError):
+            continue
+        try:
+            images = Row(raw.value, raw.file, raw.number, folder, ReadOptions()).images()
+        except RowError:
+            continue
+        yield from ((image, raw.file, raw.number) for image in images)

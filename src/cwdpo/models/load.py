@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import ModelError
+from cwdpo.models.checkpoint import adapter_base, check_folder, check_loaded, quiet, reason, with_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,34 +45,18 @@ def load_policy(settings: ModelSettings) -> Policy:
         ModelError: the folder is missing or incomplete, holds no safetensors, or cannot be loaded;
             nothing in it matches ``freeze`` or ``lora.target_modules``.
     """
-    from transformers import AutoModelForImageTextToText
-    from transformers.utils import logging
-
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
-    adapter = _adapter_base(source)
+    check_folder(source)
+    base = adapter_base(source, settings.revision)
     processor = load_processor(source, settings)
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            adapter or source,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            attn_implementation=settings.attention,
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model.path {settings.path!r} cannot be loaded: {error}") from error
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
-        model.requires_grad_(True)  # peft leaves the base frozen behind the merge
+    model = _load_model(base or source, settings)
+    if base is not None:
+        model = with_adapter(model, source, merged=settings.tune == "full")
     disable_dropout(model)
     freeze(model, settings.freeze)
-    if settings.tune == "lora":
+    if settings.tune == "lora" and base is None:
         model = add_lora(model, settings)
-    model.to(_device(settings.device))
+    _move(model, settings.device)
     policy = Policy(model, processor, source)
     if not policy.trainable():
         raise ModelError(f"model.freeze {list(settings.freeze)} leaves nothing to train")
@@ -98,34 +83,63 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(
-            source,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            **settings.processor_options,
-        )
-    except (OSError, ValueError, ImportError, TypeError) as error:
+        with quiet():
+            return AutoProcessor.from_pretrained(
+                source,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+                **settings.processor_options,
+            )
+    except Exception as error:  # processors parse many files, and each family fails in its own way
         raise ModelError(
-            f"model.path {source!r}: no usable processor ({error}). A checkpoint folder must hold its "
+            f"model.path {source!r}: no usable processor ({reason(error)}). A checkpoint folder must hold its "
             "processor and tokenizer files; some families also need torchvision"
         ) from error
 
 
-def _adapter_base(source: str) -> str | None:
-    """The base checkpoint of a peft adapter folder, or ``None`` for a full checkpoint."""
-    config = Path(source) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    import json
+def training_dtype(settings: ModelSettings) -> str:
+    """The dtype to load in: ``auto`` is the checkpoint's own, but fp32 where those weights are trained themselves.
 
-    return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    At fine-tuning's learning rates the updates of bf16 weights round away; ``train.bf16`` casts the computation instead.
+    """
+    return "float32" if settings.dtype == "auto" and settings.tune == "full" else settings.dtype
 
 
-def _device(name: str) -> Any:
-    """The asked device; ``auto`` is this process's own accelerator, or the CPU."""
+def _load_model(source: str, settings: ModelSettings) -> Any:
+    """The model with every weight from the checkpoint.
+
+    transformers fills what a checkpoint lacks with random numbers and leaves out what the config has no place
+    for, with no more than a warning; both would train another model than the one asked for.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with quiet():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                source,
+                revision=settings.revision,
+                dtype=training_dtype(settings),
+                attn_implementation=settings.attention,
+                trust_remote_code=settings.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # from_pretrained lets out whatever config, weights or a family's code raise
+        raise ModelError(f"model.path {source!r} cannot be loaded: {reason(error)}") from error
+    check_loaded(model, info, source)
+    return model
+
+
+def _move(model: nn.Module, name: str) -> None:
+    """Put the model on the asked device; ``auto`` is this process's own accelerator, or the CPU."""
     from accelerate import PartialState
 
-    return PartialState().device if name == "auto" else name
+    try:
+        model.to(PartialState().device if name in ("auto", "cuda") else name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ModelError(
+            f"model.device {name!r} cannot take the model ({str(error)[:200]}); allowed: auto, cpu, cuda"
+        ) from error
 
 
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
@@ -167,7 +181,7 @@ def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:
             task_type="CAUSAL_LM",
         )
         wrapped: nn.Module = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ModelError(f"model.lora: {error}") from error
     return wrapped
 
@@ -179,18 +193,40 @@ def load_weights(model: Any, folder: Path) -> None:
     own names would leave most of the model as it was.
 
     Raises:
-        ModelError: the folder holds no safetensors.
+        ModelError: the folder holds no safetensors, or some that do not fit the model.
     """
     adapter = folder / "adapter_model.safetensors"
     if adapter.is_file():
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        set_peft_model_state_dict(model, load_file(adapter))
+        _load_adapter(model, adapter)
         return
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder}: no safetensors to continue from; remove the folder to run the stage again"
         )
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    try:
+        with quiet():
+            saved, info = type(model).from_pretrained(
+                folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # as in _load_model
+        raise ModelError(
+            f"{folder}: cannot be loaded ({reason(error)}); remove the folder to run the stage again"
+        ) from error
+    check_loaded(saved, info, str(folder))
     model.load_state_dict(saved.state_dict())
+
+
+def _load_adapter(model: Any, file: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        left_over = set_peft_model_state_dict(model, load_file(file)).unexpected_keys
+    except (SafetensorError, RuntimeError, OSError) as error:
+        left_over = [str(error)[:300]]
+    if left_over:
+        raise ModelError(
+            f"{file}: does not fit the run's adapter ({', '.join(left_over[:3])}); remove the folder to run the "
+            "stage again"
+        )

@@ -100,6 +100,9 @@ def _generate(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         # Spelled out, because a checkpoint's generation_config may hold others.
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
         eos_token_id=sorted(encoder.end_ids),
         pad_token_id=pad,

@@ -67,6 +67,8 @@ class Scored:
 class StepTotals:
     """Counts over the whole optimizer step: all micro-batches of all processes.
 
+    ``prompts`` counts those with at least one negative.
+
     A loss is a sum over its micro-batch divided by these, so that the losses of the micro-batches add up
     to the loss of the step. ``negative_nll`` is the step's mean NLL of the negatives, in nats per token,
     without gradient; only objectives that are not sums need it.

@@ -33,8 +33,8 @@ def cooling_weight(mean_logp: Pairs, floor: float, tau: float) -> Pairs:
     """``sigmoid((mean_logp - floor) / tau)``, in (0, 1): 0 for easy negatives, 1 for hard ones.
 
     >>> import torch
-    >>> cooling_weight(torch.tensor([-0.5, -5.0]), floor=-0.5, tau=0.5).round(decimals=4).tolist()
-    [0.5, 0.0001]
+    >>> [f"{w:.4f}" for w in cooling_weight(torch.tensor([-0.5, -5.0]), floor=-0.5, tau=0.5)]
+    ['0.5000', '0.0001']
     """
     return ((mean_logp - floor) / tau).sigmoid()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from cwdpo.data.encode import EncodedExample
 from cwdpo.records import Reading
 from cwdpo.registry import Component, Registry
 from cwdpo.scoring import plain
+from cwdpo.scoring.token_logp import output_head
 
 MAX_STORED = 1 << 26
 """Most values of the reference's distributions kept for divergences (256 MiB of fp32)."""
@@ -29,8 +30,8 @@ class HeldOut:
         sum_logp, start_sum_logp: [N] nats, now and at the start of the stage.
         n_tokens: [N] tokens.
         entropy, top1, correct: [M] of the policy on chosen tokens.
-        logp, start_logp: [M, V] log-probabilities on chosen tokens, now and at the start of the stage;
-            ``None`` where they would not fit.
+        logp, start_logp: [m, V] log-probabilities on the chosen tokens of as many prompts as fit
+            :data:`MAX_STORED`, now and at the start of the stage; ``None`` where none fits.
         floor, tau: the cooling in force, nats per token, or ``None``.
         step: optimizer step of the stage.
     """
@@ -92,15 +93,23 @@ class ProbeSet:
         order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
         ordered = [examples[i] for i in order]
         self.batches = [collate(ordered[i : i + batch_size]) for i in range(0, len(ordered), batch_size)]
-        chosen_tokens = sum(b.n_chosen_tokens for b in self.batches)
-        head = getattr(model.get_output_embeddings(), "out_features", MAX_STORED)  # type: ignore[operator]
-        self.with_divergence = chosen_tokens * int(head) <= MAX_STORED
+        bare = self._within_budget(examples, vocabulary_size(model))
+        self.chosen_batches = [collate(bare[i : i + batch_size]) for i in range(0, len(bare), batch_size)]
         self._start: tuple[Tensor, Tensor | None] | None = None
-        self._start = self._start_of(model)
+        start = self.measure(model)
+        self._start = start.sum_logp, start.logp
 
-    def _start_of(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
-        held = self.measure(model)
-        return held.sum_logp, held.logp
+    @staticmethod
+    def _within_budget(examples: Sequence[EncodedExample], vocabulary: int) -> list[EncodedExample]:
+        """The first examples, without negatives, whose chosen tokens' distributions may be kept."""
+        kept: list[EncodedExample] = []
+        tokens = 0
+        for example in examples:
+            tokens += len(example.chosen.ids)
+            if tokens * vocabulary > MAX_STORED:
+                break
+            kept.append(replace(example, negatives=()))
+        return kept
 
     @torch.no_grad()
     def measure(
@@ -110,7 +119,6 @@ class ProbeSet:
         was_training = model.training
         model.eval()
         parts = [self._measure_batch(model, batch) for batch in self.batches]
-        model.train(was_training)
         kinds: list[str] = []
         prompts: list[Tensor] = []
         offset = 0
@@ -121,8 +129,10 @@ class ProbeSet:
             ]
             prompts.append(batch.completion_prompt + offset)
             offset += len(batch.prompts)
-        columns = [torch.cat(column) for column in zip(*(p[:5] for p in parts), strict=True)]
-        logp = torch.cat([p[5] for p in parts]) if self.with_divergence else None
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        found = [plain.distributions(model, batch).cpu() for batch in self.chosen_batches]
+        logp = torch.cat(found) if found else None
+        model.train(was_training)
         sum_logp, n_tokens, entropy, top1, correct = columns
         start, start_logp = (sum_logp, logp) if self._start is None else self._start
         return HeldOut(
@@ -130,8 +140,9 @@ class ProbeSet:
             logp, start_logp, floor, tau, step,
         )  # fmt: skip
 
-    def _measure_batch(self, model: nn.Module, batch: PromptBatch) -> tuple[Tensor, ...]:
-        tokens, logp = plain.score_with_distributions(model, batch, keep=self.with_divergence)
+    @staticmethod
+    def _measure_batch(model: nn.Module, batch: PromptBatch) -> tuple[Tensor, ...]:
+        tokens = plain.score(model, batch, details=True)
         assert tokens.entropy is not None
         assert tokens.top1 is not None
         assert tokens.correct is not None
@@ -139,7 +150,10 @@ class ProbeSet:
         chosen[batch.chosen] = True
         inside = tokens.mask & chosen[:, None].to(tokens.mask.device)
         details = (tokens.entropy[inside], tokens.top1[inside], tokens.correct[inside])
-        found = [tokens.logp.double().sum(1), tokens.mask.sum(1), *details]
-        if logp is not None:
-            found.append(logp[inside[tokens.mask]])
-        return tuple(t.cpu() for t in found)
+        return tuple(t.cpu() for t in (tokens.logp.double().sum(1), tokens.mask.sum(1), *details))
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of tokens that the model's head distinguishes."""
+    weight = output_head(model).weight
+    return int(weight.shape[0])

@@ -14,13 +14,11 @@ BINS = 15
 class Calibration(Probe):
     """Token ECE: top-1 confidence against top-1 correctness on held-out chosen tokens, L1 over bins."""
 
-    bins: int = BINS
-
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Reading ``ece``."""
         if not held.top1.numel():
             return [Reading("ece", None, 0, "probability", held.step)]
-        value = binary_calibration_error(held.top1, held.correct.long(), n_bins=self.bins)
+        value = binary_calibration_error(held.top1, held.correct.long(), n_bins=BINS)
         return [Reading("ece", float(value), held.top1.numel(), "probability", held.step)]
 
 

@@ -37,6 +37,24 @@ class Cell:
     best: bool = False
 
 
+def _verdicts(found: Any) -> dict[str, Any] | None:
+    """Rivals as columns, figures as rows; each cell a word and the paired difference behind it."""
+    rows = records(found)
+    if not rows:
+        return None
+    rivals = [plain(a.get("rival")) for a in records(rows[0].get("against"))]
+    return {
+        "rivals": rivals,
+        "lines": [(plain(r.get("label")), list(map(_verdict, records(r.get("against"))))) for r in rows],
+    }
+
+
+def _verdict(against: dict[str, Any]) -> tuple[str, str]:
+    low, mean, high = (number(against.get(k)) for k in ("low", "mean", "high"))
+    interval = f"{mean} [{low}, {high}]" if finite(against.get("low")) is not None else ""
+    return plain(against.get("word")), interval
+
+
 def demo_page(folder: Folder, summary: dict[str, Any]) -> dict[str, Any]:
     """The template's values."""
     methods, figures = records(summary.get("methods")), records(summary.get("figures"))
@@ -53,6 +71,7 @@ def demo_page(folder: Folder, summary: dict[str, Any]) -> dict[str, Any]:
         "legend": _legend(methods, slots),
         "table": _table(methods, figures, slots),
         "base": [_cell(mapping(base.get(_key(f))), f, None) for f in figures] if base else [],
+        "verdicts": _verdicts(summary.get("verdicts")),
         "runs": _runs(methods, slots, summary.get("seeds")),
         "per_seed": _per_seed(methods, figures),
         **_curves(methods, slots, names),
@@ -61,6 +80,7 @@ def demo_page(folder: Folder, summary: dict[str, Any]) -> dict[str, Any]:
             "factor": plain(hot.get("factor")),
             "legend": _legend(hot_methods, slots),
             "table": _table(hot_methods, figures, slots),
+            "verdicts": _verdicts(hot.get("verdicts")),
             "runs": _runs(hot_methods, slots, summary.get("seeds")),
             "slopes": _slopes(methods, hot_methods, figures, slots, names),
         }

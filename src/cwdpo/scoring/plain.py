@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cwdpo.data.collate import PromptBatch
 from cwdpo.data.encode import EncodedPrompt
-from cwdpo.scoring.token_logp import HeadRequest, TokenScores, scoring_head, token_stats, unpack
+from cwdpo.scoring.token_logp import HeadRequest, TokenScores, scoring_head, unpack
 
 
 def cat_rows(pieces: Sequence[Tensor]) -> Tensor:
@@ -99,20 +99,13 @@ def score(
 
 
 @torch.no_grad()
-def score_with_distributions(
-    model: nn.Module, batch: PromptBatch, *, keep: bool
-) -> tuple[TokenScores, Tensor | None]:
-    """Scores with details and, where ``keep``, the log-probabilities over the vocabulary [M, V] of all M tokens.
+def distributions(model: nn.Module, batch: PromptBatch) -> Tensor:
+    """Log-probabilities over the vocabulary at all M completion tokens, [M, V], completion by completion.
 
-    For small held-out sets only: [M, V] is the tensor that :func:`score` avoids.
+    For small held-out sets only: this is the tensor that :func:`score` avoids.
     """
-    if not keep:
-        return score(model, batch, details=True), None
     inputs, request = lay_out(batch, device_of(model))
-    logp = run(model, inputs, HeadRequest(request.rows, request.positions, request.targets, full=True))
-    stats = token_stats(logp, request.targets.to(logp.device), smoothing=False, details=True)
-    details = HeadRequest(request.rows, request.positions, request.targets, details=True)
-    return unpack(stats, details, [len(c.ids) for c in batch.completions]), logp
+    return run(model, inputs, HeadRequest(request.rows, request.positions, request.targets, full=True))
 
 
 def device_of(model: nn.Module) -> torch.device:

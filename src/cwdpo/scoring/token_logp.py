@@ -63,7 +63,7 @@ class HeadRequest:
     full: bool = False
 
 
-def token_stats(logp: Tensor, targets: Tensor, *, smoothing: bool, details: bool) -> Tensor:
+def _token_stats(logp: Tensor, targets: Tensor, *, smoothing: bool, details: bool) -> Tensor:
     """[M, columns] from log-probabilities over the vocabulary [M, V] and the tokens [M]; see :func:`unpack`."""
     columns = [logp.gather(-1, targets[:, None])[:, 0]]
     if smoothing:
@@ -85,7 +85,7 @@ def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor, request: Hea
 
     def one(part: Tensor, wanted: Tensor) -> Tensor:
         logp = head(part).float().log_softmax(-1)
-        return token_stats(logp, wanted, smoothing=request.smoothing, details=request.details)
+        return _token_stats(logp, wanted, smoothing=request.smoothing, details=request.details)
 
     if len(selected) <= size:
         return one(selected, targets)
@@ -135,11 +135,14 @@ def scoring_head(model: nn.Module, request: HeadRequest) -> Iterator[None]:
     """While active, the model's ``logits`` are the request's numbers, [M, columns], instead of logits."""
     head = output_head(model)
     original = head.forward
+    hooked = vars(head).get("forward")  # accelerate's device maps hang theirs on the instance
     head.forward = lambda hidden: _through_head(original, hidden, request)  # type: ignore[method-assign]
     try:
         yield
     finally:
         del head.forward
+        if hooked is not None:
+            head.forward = hooked
 
 
 def unpack(stats: Tensor, request: HeadRequest, lengths: list[int]) -> TokenScores:

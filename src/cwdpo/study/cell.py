@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cwdpo import __version__
 from cwdpo.config import Recipe
 from cwdpo.data.encode import Encoder
 from cwdpo.data.read import read_examples
 from cwdpo.evaluation.judged import judge_captions
-from cwdpo.models.load import Policy, load_policy
+from cwdpo.models.load import EMBEDDED, Policy, load_policy
 from cwdpo.models.sample import sample
 from cwdpo.probes.base import PROBES, ProbeSet
 from cwdpo.probes.calibration import reliability
@@ -45,12 +48,12 @@ class CellJob:
 def run_cell(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Run a cell and store its figures; a finished cell with the same recipe is not run again."""
     run = RunDir(job.folder)
-    text = job.recipe.to_yaml()
-    if job.result.is_file() and (job.folder / "recipe.yaml").read_text(encoding="utf-8") == text:
+    mark = fingerprint(job)
+    if job.result.is_file() and run.json("fingerprint.json") == mark:
         return run.json(job.result.name)
-    for leftover in ("metrics.jsonl", "readings.jsonl", "calibration.json", "figures.json"):
-        (job.folder / leftover).unlink(missing_ok=True)
-    write_text(job.folder / "recipe.yaml", text)
+    shutil.rmtree(job.folder)
+    write_text(job.folder / "recipe.yaml", job.recipe.to_yaml())
+    write_json(job.folder / "fingerprint.json", mark)
     policy = load_policy(job.recipe.model)
     encoder = Encoder(policy.processor)
     figures: dict[str, Any] = {}
@@ -70,6 +73,24 @@ def run_cell(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[str
         figures = evaluate_on_test(policy, encoder, test, probes, run)
     write_json(job.result, figures)
     return figures
+
+
+def fingerprint(job: CellJob) -> dict[str, str]:
+    """What a cell's figures depend on: recipe, starting weights, training and test rows, version."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+    recipe = job.recipe
+    start = EMBEDDED if recipe.model.path == "embedded" else Path(recipe.model.path)
+    return {
+        "recipe": hashlib.blake2b(recipe.to_yaml().encode(), digest_size=16).hexdigest(),
+        "model": digest(start / "model.safetensors"),
+        "train": digest(Path(str(recipe.data.path))),
+        "test": digest(job.test),
+        "cwdpo": __version__,
+    }
 
 
 def evaluate_on_test(

@@ -162,5 +162,5 @@ def _provenance(settings: DemoSettings) -> dict[str, str]:
         "steps": f"{STAGE1_STEPS} in stage 1 + {STAGE2_STEPS} in stage 2 for every method",
         "training rows per seed": str(TRAIN_ROWS),
         "samples per test picture at temperature 1": str(SAMPLES),
-        "intervals": "t interval over seeds; win rate: percentile bootstrap by prompt, all seeds together",
+        "intervals": "t interval over seeds; win rate: percentile bootstrap by prompt, samples of all seeds",
     }

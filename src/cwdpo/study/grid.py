@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
+from cwdpo.rundir import write_text
 from cwdpo.study.cell import CellJob, run_cell
 
 Tick = tuple[str, str, int, int]
@@ -52,7 +53,7 @@ def _work(job: CellJob) -> CellResult:
         figures = run_cell(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        write_text(job.folder / "error.txt", traceback.format_exc())
         return CellResult(job.key, "failed", {}, text, time.monotonic() - began)
     return CellResult(job.key, "done", figures, None, time.monotonic() - began)
 

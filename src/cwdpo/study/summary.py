@@ -15,7 +15,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.study.grid import CellResult
 from cwdpo.study.methods import HOT, Method
 
-RIVAL = "sft"
+RIVAL, OURS = "sft", "cw_dpo"
 
 # key, label, better, digits, help
 FIGURES = (
@@ -35,8 +35,10 @@ FIGURES = (
     ("delta_logp/easy", "Δ easy", "none", 3, "the same for captions of another picture"),
     ("delta_logp/shuffled", "Δ shuffled", "none", 3, "the same for shuffled words"),
     ("grad_norm_cv", "grad-norm CV", "lower", 2, "standard deviation over mean of stage 2's gradient norms"),
-    ("steps_to_95", "steps to 95%", "lower", 0, "first probed step with 95% of the best held-out margin"),
+    ("steps_to_95", "steps to 95%", "none", 0, "first probed step with 95% of the method's own best held-out margin"),
 )  # fmt: skip
+# What a model says of itself, without a stage to compare with.
+BASE_FIGURES = ("sampled_correct", "greedy_correct", "ill_formed", "judge_score", "ece", "top1")
 CURVES = ("chosen_shift", "rejected_shift", "margin", "entropy", "ece", "kl")
 CURVE_PREFIXES = ("delta_logp/", "cooling/weight/")
 GALLERY = 6
@@ -64,11 +66,13 @@ def summarise(
         ],
         "methods": rows,
         "hot": {"factor": HOT, "methods": hot},
-        "base": {"figures": {key: base.get(key) for key, *_ in FIGURES}},
+        "base": {"figures": {key: mean_interval([base.get(key)]) for key in BASE_FIGURES}},
         "gallery": gallery(out, methods, seeds[0], results),
         "provenance": dict(provenance),
     }
-    summary["note"] = notes(summary)
+    summary["note"] = notes()
+    summary["verdicts"] = verdicts(rows)
+    summary["hot"]["verdicts"] = verdicts(hot)
     return summary
 
 
@@ -119,8 +123,9 @@ def _wins(name: str, suffix: str, seeds: Sequence[int], results: Mapping[str, Ce
         if a is None or b is None:
             per_seed.append(None)
             continue
-        ours += a
-        rival += b
+        # The same pictures are asked in every seed: one prompt, more samples.
+        ours = [[*x, *y] for x, y in zip(ours or [[]] * len(a), a, strict=True)]
+        rival = [[*x, *y] for x, y in zip(rival or [[]] * len(b), b, strict=True)]
         per_seed.append(win_rate(a, b).rate)
     if not ours:
         return {"mean": None, "low": None, "high": None, "n": 0, "per_seed": per_seed}
@@ -185,43 +190,40 @@ def gallery(
     return rows
 
 
-def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What is compared, and what the intervals allow to be said of CW-DPO."""
-    by_name = {m["name"]: m for m in summary["methods"]}
-    text = [
+def notes() -> list[str]:
+    """What is compared."""
+    return [
         "Every method starts from the same imperfect base model, sees the same pictures and takes the same number "
         "of optimizer steps, at its own learning rate, beta and SFT weight from one sweep of equal budget on "
         "other seeds and pictures. Numbers are means over seeds with 95% intervals, on a test split that "
         "nothing was tuned on."
     ]
-    ours = by_name.get("cw_dpo")
-    for key, label in (
-        ("sampled_correct", "captions right in every fact at temperature 1"),
-        ("greedy_correct", "greedy captions right in every fact"),
-        ("ill_formed", "ill-formed captions"),
-        ("ece", "token calibration error"),
-        ("grad_norm_cv", "spread of gradient norms"),
-        ("steps_to_95", "steps to 95% of the best margin"),
-    ):
-        if ours is not None:
-            text.append(verdict(label, key, ours, [m for m in summary["methods"] if m is not ours]))
-    return text
 
 
-def verdict(label: str, key: str, ours: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
-    """One honest line: paired differences over seeds, and whether their interval excludes zero."""
-    better = {k: b for k, _, b, *_ in FIGURES}[key]
-    said = []
-    for rival in rivals:
-        pairs = zip(ours["figures"][key]["per_seed"], rival["figures"][key]["per_seed"], strict=True)
-        found = mean_interval([a - b for a, b in pairs if a is not None and b is not None])
-        if found["mean"] is None or found["low"] is None:
-            said.append(f"{rival['label']}: not measured")
-            continue
-        sign = 1 if better == "higher" else -1
-        clear = found["low"] > 0 or found["high"] < 0
-        word = ("better" if sign * found["mean"] > 0 else "worse") if clear else "no clear difference"
-        said.append(
-            f"{rival['label']}: {word} ({found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}])"
-        )
-    return f"CW-DPO on {label}, against " + "; ".join(said) + "."
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """CW-DPO against every rival, figure by figure: paired differences over seeds, and what they allow to say.
+
+    ``word`` is ``better`` or ``worse`` only where the 95% interval of the difference excludes zero.
+    """
+    ours = next((m for m in rows if m["name"] == OURS), None)
+    if ours is None:
+        return []
+    table = []
+    for key, label, better, *_ in FIGURES:
+        if better != "none" and key != "win_rate":
+            against = [compared(key, better, ours, m) for m in rows if m is not ours]
+            table.append({"key": key, "label": label, "against": against})
+    return table
+
+
+def compared(key: str, better: str, ours: Mapping[str, Any], rival: Mapping[str, Any]) -> dict[str, Any]:
+    """One cell of :func:`verdicts`: the mean of ours minus theirs over the seeds that both finished."""
+    pairs = zip(ours["figures"][key]["per_seed"], rival["figures"][key]["per_seed"], strict=True)
+    found = mean_interval([a - b for a, b in pairs if a is not None and b is not None])
+    if found["low"] is None:
+        word = "not measured"
+    elif found["low"] <= 0 <= found["high"]:
+        word = "no clear difference"
+    else:
+        word = "better" if (found["mean"] > 0) == (better == "higher") else "worse"
+    return {"rival": rival["label"], "word": word, **{k: found[k] for k in ("mean", "low", "high", "n")}}

@@ -33,6 +33,18 @@ def print_tables(summary: Mapping[str, Any]) -> None:
         console.print(table)
     for line in summary["note"]:
         console.print(line, markup=False)
+    verdicts = (
+        ("swept", summary["verdicts"]),
+        (f"{factor} times the learning rate", summary["hot"]["verdicts"]),
+    )
+    for title, rows in verdicts:
+        if rows:
+            table = Table(title=f"CW-DPO, {title}: ours minus theirs, paired by seed, with 95% interval")
+            for name in ("figure", *(a["rival"] for a in rows[0]["against"])):
+                table.add_column(name)
+            for row in rows:
+                table.add_row(row["label"], *(said_of(a) for a in row["against"]))
+            console.print(table)
 
 
 def name_of(method: Mapping[str, Any]) -> str:
@@ -48,6 +60,14 @@ def number(figure: Mapping[str, Any], digits: int) -> str:
     if figure["low"] is None:
         return f"{figure['mean']:.{digits}f}"
     return f"{figure['mean']:.{digits}f} ±{(figure['high'] - figure['low']) / 2:.{digits}f}"
+
+
+def said_of(against: Mapping[str, Any]) -> str:
+    """A verdict with its paired difference and interval."""
+    if against["low"] is None:
+        return str(against["word"])
+    low, mean, high = (f"{against[k]:+.3f}" for k in ("low", "mean", "high"))
+    return f"{against['word']}: {mean} \\[{low}, {high}]"
 
 
 def markdown(summary: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> str:

@@ -15,14 +15,24 @@ from cwdpo.rundir import RunDir, write_text
 
 
 def evaluate_policy(
-    policy: Policy, encoder: Encoder, examples: Sequence[Example], recipe: Recipe, run: RunDir
+    policy: Policy,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Generate on held-out prompts, write samples.jsonl, and return the run's summary.
 
     The likelihood figures are the last readings of each stage.
+
+    Args:
+        examples: held-out examples; the first of them are answered.
+        resume: the run's samples are this policy's own: only what they lack is drawn.
     """
     settings = recipe.evaluation
-    chosen = list(examples[: settings.prompts])
+    chosen = encoder.readable(examples, settings.prompts)
     rows: list[dict[str, Any]] = [
         {
             "id": e.id,
@@ -34,7 +44,10 @@ def evaluate_policy(
         for e in chosen
     ]
     temperatures = [0.0, *[1.0] * settings.samples] if chosen else []
-    for draw, temperature in enumerate(temperatures):
+    if resume:
+        rows = _with_stored(rows, run.samples())
+    have = len(rows[0]["responses"]) if rows else 0
+    for draw, temperature in list(enumerate(temperatures))[have:]:
         samples = sample(
             policy.model,
             encoder,
@@ -46,9 +59,21 @@ def evaluate_policy(
         )
         for row, s in zip(rows, samples, strict=True):
             row["responses"].append({"temperature": temperature, "text": s.text, "ended": s.ended})
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(run.path / "samples.jsonl", text)
+        _write_samples(run, rows)  # after every draw: a kill loses one
+    if not temperatures:
+        _write_samples(run, rows)
     return {"stages": last_readings(run), "generated": _generated(rows)}
+
+
+def _write_samples(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(run.path / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def _with_stored(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stored rows where they answer the same prompts, each as often."""
+    bare = [{**row, "responses": []} for row in stored]
+    alike = len({len(row["responses"]) for row in stored}) == 1
+    return stored if bare == rows and alike else rows
 
 
 def last_readings(run: RunDir) -> dict[str, dict[str, Any]]:

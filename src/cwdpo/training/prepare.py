@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -39,6 +40,11 @@ def encode_usable(
     Raises:
         DataError: more than ``max_bad_fraction`` of them cannot be used, or none is left.
     """
+    if not examples:
+        raise DataError(
+            "no example is left to train on: the data has no row for this stage with "
+            f"{'a negative' if objective.needs_negatives else 'a response'}; look at data.stage1_fraction and negatives"
+        )
     encoded, problems = encoder.encode_all(examples, negatives, require_negative=objective.needs_negatives)
     if len(problems) > max_bad_fraction * len(examples) or not encoded:
         shown = "\n  ".join(problems[:5])
@@ -77,8 +83,9 @@ def reference_mean_logps(
     max_new_tokens: int,
     seed: int,
 ) -> list[float]:
-    """mean_logp (nats per token) of ``n`` samples that the reference draws for the examples' prompts."""
-    repeated = [examples[i % len(examples)] for i in range(n)]
+    """mean_logp (nats per token) of ``n`` samples that the reference draws for prompts drawn by ``seed``."""
+    order = random.Random(seed).sample(range(len(examples)), len(examples))  # files may be sorted
+    repeated = [examples[order[i % len(order)]] for i in range(n)]
     samples = sample(reference, encoder, repeated, max_new_tokens=max_new_tokens, seed=seed)
     return [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
 

@@ -13,13 +13,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from cwdpo.config import Recipe, StageSettings
 from cwdpo.data.encode import Encoder
-from cwdpo.models.load import Policy
+from cwdpo.models.load import Policy, load_weights
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.probes.base import PROBES, ProbeSet
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
-from cwdpo.scoring.pairs import reference_pass
 from cwdpo.training.prepare import (
     autocast,
     encode_usable,
@@ -27,6 +26,7 @@ from cwdpo.training.prepare import (
     reference_mean_logps,
     wants_calibration,
 )
+from cwdpo.training.reference import stored_reference_pass
 from cwdpo.training.trainer import PreferenceTrainer
 
 StageName = Literal["stage1", "stage2"]
@@ -38,7 +38,7 @@ class Listener:
 
     Attributes:
         phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
-        step: called with (stage, step, steps, metrics so far) after every optimizer step.
+        step: called with (stage, step, steps) after every optimizer step.
     """
 
     phase: Callable[[str], None] = field(default=lambda text: None)
@@ -125,6 +125,7 @@ def calibrated(
     examples: Sequence[Example],
     recipe: Recipe,
     run: RunDir,
+    stage: StageName,
 ) -> Objective:
     """Replace ``auto`` floor and tau, from samples of the policy as it stands (the reference).
 
@@ -133,7 +134,8 @@ def calibrated(
     if not wants_calibration(objective):
         return objective
     assert isinstance(objective, CwDpo)
-    stored = run.json("calibration.json")
+    name = "calibration.json" if stage == "stage2" else f"calibration-{stage}.json"
+    stored = run.json(name)
     if not stored:
         settings = recipe.calibration
         mean_logps = reference_mean_logps(
@@ -143,7 +145,7 @@ def calibrated(
         stored = {"floor": found.floor, "tau": found.tau, "n": len(mean_logps), "mean_logps": mean_logps}
         # Every process must cool alike, to the last bit: the first one's values count.
         stored = broadcast_object_list([stored])[0]
-        run.write_json("calibration.json", stored)
+        run.write_json(name, stored)
     return objective.calibrated(stored["mean_logps"])
 
 
@@ -176,13 +178,18 @@ def run_stage(
     objective = settings.build()
     negatives: Literal["gentle", "rejected"] = "gentle" if stage == "stage1" else "rejected"
     encoded, problems = encode_usable(encoder, examples, objective, negatives, recipe.data.max_bad_fraction)
+    run.drop_stages("problems.jsonl", {stage})
     run.append("problems.jsonl", ({"stage": stage, "problem": text} for text in problems))
     if objective.needs_reference:
         listener.phase(f"{stage}: reference pass over {len(encoded)} prompts")
         with autocast(policy.model, recipe.train.bf16):
-            encoded = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)
+            encoded = stored_reference_pass(
+                policy.model, encoded, run, batch_size=recipe.train.batch_size, bf16=recipe.train.bf16
+            )
             encoded = keep_negatives(objective, encoded)
-            objective = calibrated(objective, policy, encoder, examples, recipe, run)
+            readable = {e.id for e in encoded}
+            prompts = [e for e in examples if e.id in readable]
+            objective = calibrated(objective, policy, encoder, prompts, recipe, run, stage)
     held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
     listener.phase(f"{stage}: {settings.objective['name']}")
     folder = run.path / stage
@@ -198,12 +205,28 @@ def run_stage(
         encoded,
         processing_class=policy.processor,
         callbacks=callbacks,
-        on_log=lambda row: run.append("metrics.jsonl", [with_cooling({"stage": stage, **row}, objective)]),
+        on_log=lambda row: store_row(run, with_cooling({"stage": stage, **row}, objective)),
     )
+    trainer.before_checkpoint = run.sync
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
     checkpoint = last_checkpoint(folder) if resume else None
     run.drop_after(stage, checkpoint_step(checkpoint))
+    if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
+        # transformers would take one step more before it looks at the number of steps.
+        load_weights(policy.model, checkpoint)
+        return
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def total_steps(trainer: PreferenceTrainer) -> int:
+    """Optimizer steps of the whole stage."""
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return int(steps)
+
+
+def store_row(run: RunDir, row: Mapping[str, Any]) -> None:
+    """Metrics to their file; the Trainer's last row tells the speed of one start, not of the training."""
+    run.append("timings.jsonl" if "train_runtime" in row else "metrics.jsonl", [row])
 
 
 def with_cooling(row: Mapping[str, Any], objective: Objective) -> dict[str, Any]:

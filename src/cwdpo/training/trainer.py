@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from cwdpo.data.collate import Collator, PromptBatch
 from cwdpo.data.encode import EncodedExample
-from cwdpo.errors import NonFiniteError
+from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
 from cwdpo.objectives.base import Objective, StepTotals
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import scored_pairs
+from cwdpo.training.checkpoints import CompleteCheckpoints
+from cwdpo.training.guard import Guard, Seen
 from cwdpo.training.metrics import StepMetrics
+from cwdpo.training.processes import first_rows, together
 
 
-class PreferenceTrainer(Trainer):  # type: ignore[misc]
+class PreferenceTrainer(CompleteCheckpoints):
     """Trains a policy with an objective on encoded examples.
 
     The loss of an optimizer step is a sum over its micro-batches divided once by the step's counts, so
@@ -33,6 +36,10 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         train_dataset: encoded examples, with reference values where the objective needs them.
         processing_class: the processor, saved with every checkpoint.
         on_log: called with every row of metrics.
+        guard: stops before non-finite updates; the default has no spike rule.
+
+    Raises:
+        RecipeError: a spike rule under DeepSpeed, whose update cannot be left out.
     """
 
     def __init__(
@@ -45,16 +52,31 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         processing_class: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         args.remove_unused_columns = False
+        if args.n_gpu > 1:
+            # Several GPUs without a launcher: nn.DataParallel would scatter one batch's indices over replicas.
+            args._n_gpu = 1
+        if args.ddp_find_unused_parameters is None:
+            # A batch without an image leaves the vision tower unused. transformers would switch this off under
+            # gradient checkpointing, which matters for the reentrant kind only.
+            args.ddp_find_unused_parameters = True
+        self.guard = guard or Guard(Path(args.output_dir))
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=Collator(),
             processing_class=processing_class,
-            callbacks=list(callbacks),
+            callbacks=[self.guard, *callbacks],  # first: nothing is measured on weights that are not finite
         )
+        self.guard.accelerator = self.accelerator
+        if self.is_deepspeed_enabled and self.guard.spike_factor is not None:
+            raise RecipeError(
+                "train.spike_factor: DeepSpeed updates inside its backward pass, so no update can be left out; set it "
+                "to null, or use DDP or FSDP2"
+            )
         self.objective = objective
         self.loss_is_scaled_for_ga = True
         self._sums = StepMetrics()
@@ -65,11 +87,13 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         batches: list[PromptBatch] = [inputs["batch"] for inputs in batch_samples]
         if not batches:
             return None
+        if self.accelerator.num_processes > 1:
+            batches = self._together(batches)
+            for inputs, batch in zip(batch_samples, batches, strict=True):
+                inputs["batch"] = batch
         self._sums.begin_step()
         counts = [
-            float(
-                sum(b.n_paired_prompts if self.objective.needs_negatives else len(b.prompts) for b in batches)
-            ),
+            float(sum(b.n_paired_prompts for b in batches)),
             float(sum(b.n_chosen_tokens for b in batches)),
             float(sum(b.n_rejected_tokens for b in batches)),
         ]
@@ -83,12 +107,27 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         prompts, chosen, rejected, *nll = counts
         return StepTotals(prompts, chosen, rejected, nll[0] / max(rejected, 1.0) if nll else None)
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether every forward needs all processes: then ``self.model`` is the wrapped model."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _together(self, batches: Sequence[PromptBatch]) -> list[PromptBatch]:
+        """The step's micro-batches as all processes can run them: images read, no row counted twice."""
+        *whole, last = batches
+        size, rank = self.args.per_device_train_batch_size, self.accelerator.process_index
+        left = len(self.train_dataset) % (size * self.accelerator.num_processes)
+        repeats = left and not (self.args.dataloader_drop_last or self.accelerator.split_batches)
+        if repeats and self.accelerator.gradient_state.end_of_dataloader:
+            last = first_rows(last, min(max(left - rank * size, 0), size))
+        return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
+
     @torch.no_grad()
     def _negative_nll_sum(self, batches: Sequence[PromptBatch]) -> float:
         """NLL of all negatives of a split step: its penalty switches on the mean over the whole step."""
         total = 0.0
         for batch in batches:
-            if len(batch.rejected):
+            if len(batch.rejected) or self._sharded:
                 pairs = scored_pairs(batch, plain.score(self.model, batch))
                 total -= float(pairs.rejected.sum_logp.sum())
         return total
@@ -105,11 +144,20 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         tokens = plain.score(model, batch, smoothing=self.objective.needs_uniform)
         pairs = scored_pairs(batch, tokens, num_items_in_batch)
         output = self.objective(pairs)
-        self._check_finite(output.loss, batch)
+        self.guard.saw(model, Seen(batch, pairs, output), self.state.global_step + 1)
         self._sums.add(batch, pairs, output)
         # DDP averages gradients over processes; the loss is already divided by the global count.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; behind the step's last one its gradient is whole."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.guard.check_gradient(model, self.state.global_step + 1)
+        return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a full checkpoint by its family's own naming.
@@ -123,18 +171,12 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             return
         load_weights(self.model, Path(resume_from_checkpoint))
 
-    def _check_finite(self, loss: Tensor, batch: PromptBatch) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss.detach())} on examples "
-                f"{', '.join(batch.example_ids)}; nothing was updated. Lower the learning rate, or look at "
-                "these rows with `cwdpo validate`"
-            )
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, reduced over processes, to what the Trainer logs."""
         if "loss" in logs:
             logs |= self._sums.flush(self.accelerator)
+            if self.guard.spike_factor is not None:
+                logs["spikes/skipped"] = float(self.guard.skipped)
         super().log(logs, start_time)
         if self._on_log is not None and self.is_world_process_zero():
             self._on_log({"step": self.state.global_step, **logs})

@@ -101,7 +101,8 @@ class CWDPOTrainer(PreferenceTrainer):
             raise DataError("CWDPOTrainer: train_dataset is missing: give rows in TRL's preference format")
         if isinstance(model, str):
             processing_class = processing_class or AutoProcessor.from_pretrained(model)
-            model = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True)
+            dtype = "auto" if peft_config is not None else "float32"  # bf16 weights would lose small updates
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True)
         if processing_class is None:
             raise DataError("CWDPOTrainer: processing_class is missing: give the model's processor")
         if args.disable_dropout:
@@ -122,7 +123,9 @@ class CWDPOTrainer(PreferenceTrainer):
             with autocast(reference, args.bf16):
                 encoded = reference_pass(reference, encoded, batch_size=args.per_device_train_batch_size)
                 encoded = keep_negatives(objective, encoded)
-                objective = _calibrated(objective, reference, encoder, examples, args)
+                readable = {e.id for e in encoded}
+                prompts = [e for e in examples if e.id in readable]
+                objective = _calibrated(objective, reference, encoder, prompts, args)
         super().__init__(
             model, args, objective, encoded, processing_class=processing_class, callbacks=callbacks
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +14,15 @@ from cwdpo.config import Recipe, load_recipe
 from cwdpo.data.encode import Encoder
 from cwdpo.data.read import read_examples
 from cwdpo.data.split import split_by_image
-from cwdpo.errors import RecipeError
 from cwdpo.models.load import Policy, load_policy, load_weights
 from cwdpo.models.tiny import init_model
 from cwdpo.negatives._mix import attach_negatives
 from cwdpo.records import Example
 from cwdpo.report.render import write_report
-from cwdpo.rundir import RunDir, write_text
+from cwdpo.rundir import RunDir, replace_folder, sync_tree
 from cwdpo.training.evaluate import evaluate_policy
 from cwdpo.training.prepare import autocast
+from cwdpo.training.resume import start_run
 from cwdpo.training.stage import Listener, run_stage
 
 
@@ -64,6 +63,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
             source,
             format=data.format,
             max_bad_fraction=data.max_bad_fraction,
+            image_root=Path(data.image_root) if data.image_root else None,
             default_prompt=data.default_prompt,
             captions_per_image=data.captions_per_image,
             limit=data.limit,
@@ -83,9 +83,9 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     stage1 = stage1_share(recipe)
     parts = split_by_image(train, {"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
     return Splits(
-        with_negatives(parts["stage1"], recipe, need=False),
-        with_negatives(parts["stage2"], recipe, need=True),
-        with_negatives(validation, recipe, need=False),
+        with_negatives(parts["stage1"], recipe, run, need=False),
+        with_negatives(parts["stage2"], recipe, run, need=recipe.stage2.build().needs_negatives),
+        with_negatives(validation, recipe, run, need=False),
     )
 
 
@@ -96,13 +96,23 @@ def stage1_share(recipe: Recipe) -> float:
     return recipe.data.stage1_fraction if recipe.stage1.enabled else 0.0
 
 
-def with_negatives(examples: Sequence[Example], recipe: Recipe, *, need: bool) -> list[Example]:
+def with_negatives(examples: Sequence[Example], recipe: Recipe, run: RunDir, *, need: bool) -> list[Example]:
     """Attach negatives by the recipe's mix; where none is needed, examples without one are kept."""
     settings = recipe.negatives
+    per_prompt = settings.per_prompt or (None if set(settings.mix) == {"dataset"} else 1)
     attached, _ = attach_negatives(
-        examples, settings.mix, settings.per_prompt, recipe.seed, gentle=settings.gentle
+        examples,
+        settings.mix,
+        per_prompt,
+        recipe.seed,
+        gentle=settings.gentle,
+        sources=settings.build_sources(),
     )
-    if need or len(attached) == len(examples):
+    missing = len(examples) - len(attached)
+    if missing and need:
+        text = f"{missing} of {len(examples)} examples for stage 2 have no negative and were left out"
+        run.append("problems.jsonl", [{"stage": "negatives", "problem": text}])
+    if need or not missing:
         return attached
     found = {e.id: e for e in attached}
     return [found.get(e.id, replace(e, rejected=())) for e in examples]
@@ -114,7 +124,12 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
         return load_policy(recipe.model)
     folder = run.path / "init"
     if not folder.exists():
-        init_model(folder, splits.texts, recipe.model.init)
+        temporary = folder.with_name(".init.tmp")
+        init_model(temporary, splits.texts, recipe.model.init)
+        sync_tree(temporary)
+        replace_folder(temporary, folder)
+        # A process that finds the folder draws nothing to make it: a new adapter must start alike in both.
+        set_seed(recipe.seed)
     return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
 
 
@@ -123,6 +138,7 @@ def train_two_stage(
     out: str | Path | None = None,
     *,
     resume: bool = False,
+    accept_changes: bool = False,
     listener: Listener | None = None,
 ) -> RunDir:
     """Run a recipe from data to report.
@@ -130,7 +146,8 @@ def train_two_stage(
     Args:
         recipe: a recipe, or the path of one.
         out: run folder; default ``runs/<name>``.
-        resume: continue the run in ``out`` from its last complete checkpoint.
+        resume: continue the run in ``out`` from whatever is complete there.
+        accept_changes: with ``resume``, go on with a recipe that differs from the run's.
         listener: hears phases and steps.
 
     Returns:
@@ -143,8 +160,15 @@ def train_two_stage(
     listener = listener or Listener()
     state = PartialState(cpu=recipe.model.device == "cpu")
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
-    with state.main_process_first():
-        _start(run, recipe, resume)
+    start_run(run, recipe, resume=resume, accept_changes=accept_changes)
+    try:
+        _train(recipe, run, state, listener, resume)
+    finally:
+        run.unlock()
+    return run
+
+
+def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener, resume: bool) -> None:
     listener.phase("reading data")
     with state.main_process_first():  # it writes the world and the small model that the others read
         splits = prepare_data(recipe, run)
@@ -152,15 +176,18 @@ def train_two_stage(
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
-    _run_stages(recipe, policy, encoder, splits, run, listener, resume)
+    trained = resume and (run.path / "model").is_dir()
+    if trained:
+        load_weights(policy.model, run.path / "model")
+    else:
+        _run_stages(recipe, policy, encoder, splits, run, listener, resume)
     if run.writes:
         listener.phase("evaluation")
         with autocast(policy.model, recipe.train.bf16):
-            summary = evaluate_policy(policy, encoder, splits.validation, recipe, run)
+            summary = evaluate_policy(policy, encoder, splits.validation, recipe, run, resume=trained)
         run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
         write_report(run.path)
     state.wait_for_everyone()
-    return run
 
 
 def _run_stages(
@@ -184,22 +211,6 @@ def _run_stages(
     save_model(policy, run.path / "model", run)
 
 
-def _start(run: RunDir, recipe: Recipe, resume: bool) -> None:
-    if not run.writes:
-        return
-    run.create(resume=resume)
-    path = run.path / "recipe.yaml"
-    text = recipe.to_yaml()
-    if resume and path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise RecipeError(
-            f"{path}: the run was started with another recipe; start a new run in another --out"
-        )
-    if resume:
-        (run.path / "problems.jsonl").unlink(missing_ok=True)
-    write_text(path, text)
-    run.write_environment()
-
-
 def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     """Write the model (or its adapter) and the processor; a half-written folder never has the final name."""
     if not run.writes:
@@ -208,5 +219,5 @@ def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     policy.model.save_pretrained(temporary)  # type: ignore[operator]
     policy.processor.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    sync_tree(temporary)
+    replace_folder(temporary, folder)

@@ -1,0 +1,229 @@
+"""What a data set holds: the counts that validation gathers, as plain data and as text."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from cwdpo.data.images import ImageFacts
+from cwdpo.data.problems import ProblemGroup, join_groups, printable
+
+_EDGES = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # lower edges, in words or tokens
+
+
+@dataclass
+class ImageStats:
+    """Sizes in pixels and stored colour modes of the images whose header was read, each file once.
+
+    ``turned`` counts those with an EXIF orientation, which reading applies; ``animated`` those with several
+    frames, of which the first is used.
+    """
+
+    n: int = 0
+    width: tuple[int, int] | None = None
+    height: tuple[int, int] | None = None
+    modes: Counter[str] = field(default_factory=Counter)
+    turned: int = 0
+    animated: int = 0
+
+    def add(self, facts: ImageFacts) -> None:
+        """Count one image."""
+        self.n += 1
+        self.modes[facts.mode] += 1
+        self.width = _widen(self.width, facts.width)
+        self.height = _widen(self.height, facts.height)
+        self.turned += facts.turned
+        self.animated += facts.animated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; modes are ordered by name."""
+        return {
+            "n": self.n,
+            "width": self.width,
+            "height": self.height,
+            "modes": _ordered(self.modes),
+            "turned": self.turned,
+            "animated": self.animated,
+        }
+
+    def lines(self) -> list[str]:
+        """The same as text; nothing when no image was read."""
+        if self.width is None or self.height is None:
+            return []
+        (w0, w1), (h0, h1) = self.width, self.height
+        lines = [
+            f"images read: {self.n}; {w0} to {w1} wide, {h0} to {h1} high (pixels); {_counts(self.modes)}"
+        ]
+        if self.turned:
+            lines.append(f"    {self.turned} with an EXIF orientation, which is applied")
+        if self.animated:
+            lines.append(f"    {self.animated} animated, of which the first frame is used")
+        return lines
+
+
+def _widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
+    return (value, value) if span is None else (min(span[0], value), max(span[1], value))
+
+
+@dataclass
+class LengthStats:
+    """Lengths in ``unit``, by half-open buckets; ``examples`` is prompt plus longest response.
+
+    ``over`` counts the examples above ``max_length`` (tokens); counted in words, it is a lower bound.
+    """
+
+    unit: str = "words"
+    responses: dict[str, Counter[str]] = field(default_factory=dict)
+    examples: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
+    longest_where: str = ""
+    max_length: int | None = None
+    over: int = 0
+
+    def add_response(self, side: str, length: int) -> None:
+        """Count one response of a side (``chosen`` or ``rejected``)."""
+        self.responses.setdefault(side, Counter())[_bucket(length)] += 1
+
+    def add_example(self, length: int, where: str) -> None:
+        """Count one example; ``where`` is kept for the longest."""
+        self.examples[_bucket(length)] += 1
+        if length > self.longest:
+            self.longest, self.longest_where = length, where
+        self.over += self.max_length is not None and length > self.max_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "unit": self.unit,
+            "responses": {side: _buckets(counts) for side, counts in self.responses.items()},
+            "examples": _buckets(self.examples),
+            "longest": self.longest,
+            "longest_where": self.longest_where,
+            "max_length": self.max_length,
+            "over_max_length": self.over,
+        }
+
+    def lines(self) -> list[str]:
+        """The same as text; nothing when nothing was counted."""
+        if not self.examples:
+            return []
+        sides = {**self.responses, "prompt + longest response": self.examples}
+        lines = [f"{self.unit} in {side}: {_shown(counts)}" for side, counts in sides.items()]
+        lines.append(f"    longest: {self.longest} ({self.longest_where})")
+        if self.max_length is not None:
+            least = " or more (one token per word is the least)" if self.unit == "words" else ""
+            lines.append(f"    over max_length {self.max_length}: {self.over}{least}")
+        return lines
+
+
+@dataclass
+class ValidationReport:
+    """What a data set holds. Histograms map a value (or a bucket of lengths) to a count of examples.
+
+    ``bad`` counts rows with at least one problem, ``good`` the others; ``columns`` counts the rows in which
+    each column is not null. ``negatives_per_prompt`` maps a kind (``all`` for every kind together,
+    ``unnamed`` for none) to {number of negatives: examples}. ``duplicates`` counts the examples whose images,
+    prompt and chosen response equal those of an earlier one (several negatives may be written so; where the
+    negatives are equal too, the row is a problem); ``first_duplicates`` names the first pairs. ``against``
+    maps each set compared with to the number of its pictures. ``fixed`` is the file of good rows, if one was
+    written.
+    """
+
+    path: str
+    format: str
+    rows: int = 0
+    good: int = 0
+    bad: int = 0
+    examples: int = 0
+    columns: Counter[str] = field(default_factory=Counter)
+    negatives_per_prompt: dict[str, Counter[int]] = field(default_factory=dict)
+    gentle_per_prompt: Counter[int] = field(default_factory=Counter)
+    images_per_row: Counter[int] = field(default_factory=Counter)
+    images: ImageStats = field(default_factory=ImageStats)
+    lengths: LengthStats = field(default_factory=LengthStats)
+    duplicates: int = 0
+    first_duplicates: list[tuple[str, str]] = field(default_factory=list)
+    against: dict[str, int] = field(default_factory=dict)
+    problems: list[ProblemGroup] = field(default_factory=list)
+    fixed: str | None = None
+
+    @property
+    def bad_fraction(self) -> float | None:
+        """Share of bad rows, to compare with ``data.max_bad_fraction``; ``None`` without rows."""
+        return self.bad / self.rows if self.rows else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; counts are ordered by value."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "rows": self.rows,
+            "good": self.good,
+            "bad": self.bad,
+            "bad_fraction": self.bad_fraction,
+            "examples": self.examples,
+            "columns": _ordered(self.columns),
+            "negatives_per_prompt": {k: _ordered(v) for k, v in sorted(self.negatives_per_prompt.items())},
+            "gentle_per_prompt": _ordered(self.gentle_per_prompt),
+            "images_per_row": _ordered(self.images_per_row),
+            "images": self.images.to_dict(),
+            "lengths": self.lengths.to_dict(),
+            "duplicates": self.duplicates,
+            "first_duplicates": self.first_duplicates,
+            "against": self.against,
+            "problems": [group.to_dict() for group in self.problems],
+            "fixed": self.fixed,
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_text(self) -> str:
+        """A plain text report for the terminal, without markup."""
+        share = "" if self.bad_fraction is None else f" ({self.bad_fraction:.1%})"
+        lines = [
+            f"{self.path}: format {self.format}",
+            f"rows {self.rows}: {self.good} good, {self.bad} bad{share}; {self.examples} examples",
+            f"columns: {_counts(self.columns)}",
+            f"images per example: {_counts(self.images_per_row)}",
+            *self.images.lines(),
+        ]
+        for kind, counts in sorted(self.negatives_per_prompt.items()):
+            lines.append(f"negatives per example, {kind}: {_counts(counts)}")
+        lines.append(f"gentle negatives per example: {_counts(self.gentle_per_prompt)}")
+        lines += self.lengths.lines()
+        lines.append(f"the same images, prompt and chosen again: {self.duplicates}")
+        lines += [f"    {again} repeats {first}" for first, again in self.first_duplicates]
+        lines += [f"compared with {name}: {n} pictures" for name, n in self.against.items()]
+        lines.append(f"problems:\n{join_groups(self.problems)}" if self.problems else "problems: none")
+        if self.fixed is not None:
+            lines.append(f"good rows: {self.good} in {self.fixed}")
+        return printable("\n".join(lines))
+
+
+def _ordered(counts: Counter[Any]) -> dict[str, int]:
+    return {str(key): counts[key] for key in sorted(counts)}
+
+
+def _counts(counts: Counter[Any]) -> str:
+    return ", ".join(f"{key}: {n}" for key, n in _ordered(counts).items()) or "none"
+
+
+def _shown(counts: Counter[str]) -> str:
+    return ", ".join(f"{bucket}: {n}" for bucket, n in _buckets(counts).items())
+
+
+def _bucket(length: int) -> str:
+    """The half-open bucket of a length: ``0``, ``1-4``, ``5-9``, ..., ``10000+``."""
+    if length < _EDGES[0]:
+        return "0"
+    below = [edge for edge in _EDGES if edge <= length]
+    above = [edge for edge in _EDGES if edge > length]
+    return f"{below[-1]}-{above[0] - 1}" if above else f"{below[-1]}+"
+
+
+def _buckets(counts: Counter[str]) -> dict[str, int]:
+    return {b: counts[b] for b in (_bucket(edge) for edge in (0, *_EDGES)) if counts[b]}

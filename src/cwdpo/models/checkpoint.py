@@ -1,0 +1,195 @@
+"""What is asked of a checkpoint before and after it is loaded: safetensors, and every weight in its place."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cwdpo.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PICKLE = (
+    "unpickling can run any code, so only safetensors are read: convert it where you trust it, with "
+    "AutoModelForImageTextToText.from_pretrained(...).save_pretrained(folder), or for an adapter "
+    "AutoPeftModel.from_pretrained(...).save_pretrained(folder)"
+)
+_DIGITS = re.compile(r"\d+")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings: its tables of odd weights say at length what :func:`check_loaded` says."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def check_folder(source: str) -> None:
+    """Refuse a local folder that holds no checkpoint, or only a pickled one. Other names are hub ids.
+
+    Raises:
+        ModelError: no such folder, no config, or weights that are pickles.
+    """
+    folder = Path(source)
+    try:
+        there, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a null character
+        there, is_folder = True, False
+    if not is_folder and (there or source.startswith((".", "/", "~"))):
+        raise ModelError(
+            f"model.path {source[:300]!r}: no such folder; allowed: 'embedded', 'init', the folder of a checkpoint, "
+            "or a hub id (owner/name)"
+        )
+    if not is_folder:
+        return
+    kind, config = "model", folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        kind, config = "adapter_model", folder / "adapter_config.json"
+    if not config.is_file():
+        raise ModelError(
+            f"model.path {source!r}: the folder holds neither config.json nor adapter_config.json; name the "
+            "folder that save_pretrained wrote"
+        )
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config}: is not JSON ({error}); fetch the checkpoint again") from None
+    if any(folder.glob(f"{kind}*.safetensors")):
+        return
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if pickles:
+        raise ModelError(
+            f"model.path {source!r}: the weights are pickles ({', '.join(pickles[:3])}); {PICKLE}"
+        )
+    raise ModelError(
+        f"model.path {source!r}: there is no {kind}*.safetensors; fetch the checkpoint again, it is incomplete"
+    )
+
+
+def adapter_base(source: str, revision: str | None) -> str | None:
+    """The base checkpoint of a local peft adapter folder, or ``None`` for a full checkpoint.
+
+    Raises:
+        ModelError: the adapter names no base, or one that is not there or is an adapter itself; or ``source``
+            is an adapter on the hub, of which transformers would also take pickled weights.
+    """
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        if not Path(source).is_dir() and _is_hub_adapter(source, revision):
+            raise ModelError(
+                f"model.path {source!r} is an adapter on the hub; download it, and name its folder"
+            )
+        return None
+    written = json.loads(config.read_text(encoding="utf-8"))
+    base = written.get("base_model_name_or_path") if isinstance(written, dict) else None
+    hint = f"set base_model_name_or_path in {config} to the checkpoint that the adapter was trained on"
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"model.path {source!r}: the adapter names no base; {hint}")
+    try:
+        check_folder(base)
+    except ModelError as error:
+        raise ModelError(f"model.path {source!r}: its base: {error}; {hint}") from None
+    if (Path(base) / "adapter_config.json").is_file() or _is_hub_adapter(base, None):
+        raise ModelError(f"model.path {source!r}: its base {base!r} is an adapter itself; {hint}")
+    return base
+
+
+def _is_hub_adapter(name: str, revision: str | None) -> bool:
+    from transformers.utils import find_adapter_config_file
+
+    if Path(name).is_dir():
+        return False
+    try:
+        return find_adapter_config_file(name, revision=revision) is not None
+    except (OSError, ValueError):  # no such name, or no network: loading it says so
+        return False
+
+
+def with_adapter(model: Any, source: str, *, merged: bool) -> Any:
+    """The base with the adapter: added to its own weights, or as the adapter that is trained further.
+
+    Raises:
+        ModelError: the adapter does not fit this base.
+    """
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    try:
+        with warnings.catch_warnings():
+            # peft only warns where an adapter leaves parts of the base without weights.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, source, is_trainable=not merged)
+            with safe_open(Path(source) / "adapter_model.safetensors", "pt") as file:
+                _refuse_layers_beyond(wrapped, file.keys())
+    except Exception as error:  # peft lets out whatever its tuners raise
+        raise ModelError(
+            f"model.path {source!r}: the adapter does not fit its base ({type(error).__name__}: "
+            f"{str(error)[:300]}); set base_model_name_or_path in its adapter_config.json to the checkpoint that it "
+            "was trained on"
+        ) from error
+    if not merged:
+        return wrapped
+    plain = wrapped.merge_and_unload()
+    plain.requires_grad_(True)  # peft leaves the base frozen behind the merge
+    return plain
+
+
+def _refuse_layers_beyond(model: nn.Module, keys: Iterable[str]) -> None:
+    """peft says nothing of an adapter's weights for which the base has no layer."""
+    names = {name.replace(".default.", ".") for name, _ in model.named_parameters()}
+    places = {_DIGITS.sub("#", name) for name in names}
+    beyond = [key for key in keys if key not in names and _DIGITS.sub("#", key) in places]
+    if beyond:
+        raise ValueError(f"the base has no layer for {', '.join(beyond[:3])}")
+
+
+def check_loaded(model: nn.Module, info: Mapping[str, Any], source: str) -> None:
+    """Refuse a checkpoint that did not fill the model, or that holds more layers than the model has.
+
+    Args:
+        info: what ``from_pretrained(..., output_loading_info=True)`` gave.
+
+    Raises:
+        ModelError: weights are missing, have another shape, or belong to layers that the config leaves out.
+    """
+    missing = sorted(info["missing_keys"])
+    other_shape = sorted(key for key, *_ in info["mismatched_keys"])
+    places = {_DIGITS.sub("#", name) for name, _ in model.named_parameters()}
+    beyond = sorted(key for key in info["unexpected_keys"] if _DIGITS.sub("#", key) in places)
+    told = {"has no weights for": missing, "has another shape of": other_shape, "has more layers:": beyond}
+    found = "; ".join(
+        f"{what} {', '.join(keys[:3])} ({len(keys)} in all)" for what, keys in told.items() if keys
+    )
+    if found:
+        raise ModelError(
+            f"model.path {source!r}: weights and config.json do not fit each other: the checkpoint {found}. "
+            "Nothing is filled in at random: fetch weights and config from the same place"
+        )
+
+
+def reason(error: Exception) -> str:
+    """What transformers says, or which key of the recipe it is about."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "it brings Python code of its own, which would run on this machine: read that code, pin its "
+            "model.revision, and set model.trust_remote_code: true"
+        )
+    if "use_safetensors" in text or "no file named model.safetensors" in text:
+        return f"it has no safetensors; {PICKLE}"
+    if "ignore_mismatched_sizes" in text or "mismatch" in text:
+        return "weights and config.json do not fit each other (shapes differ); fetch both from the same place"
+    return f"{type(error).__name__}: {text[:1000]}"

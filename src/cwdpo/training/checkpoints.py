@@ -1,0 +1,81 @@
+"""Checkpoints that are whole or absent: written aside, synced, renamed; older ones go afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from cwdpo.rundir import discard, replace_folder, sync_tree
+
+
+class CompleteCheckpoints(Trainer):  # type: ignore[misc]
+    """A Trainer whose ``checkpoint-N`` exists under that name only when everything of it is on disk.
+
+    transformers writes into ``checkpoint-N`` file by file and knows of no half-written one. Here it writes
+    into ``.checkpoint-N.tmp``, which is renamed at the end, and older checkpoints are deleted after that:
+    a kill at any instant leaves the last complete checkpoint.
+
+    Attributes:
+        before_checkpoint: called on the process that saves, before the new name appears; what the checkpoint
+            counts on (logged rows) must be on disk by then.
+    """
+
+    before_checkpoint: Callable[[], None] = staticmethod(lambda: None)
+    _writing: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing or super()._get_output_dir(trial))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Close the averaging window of the log at every checkpoint.
+
+        A window that spans a checkpoint could not be averaged again by a resumed run, which sees its second
+        part only.
+        """
+        if self.control.should_save:
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = folder / f".{name}.tmp"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
+            raise
+        finally:
+            self._writing = None
+        self.accelerator.wait_for_everyone()  # every process has written its part
+        if self.args.should_save:
+            self.before_checkpoint()
+            sync_tree(aside)
+            replace_folder(aside / name, folder / name)
+            aside.rmdir()
+            self._delete_old(folder / name)
+        self.accelerator.wait_for_everyone()
+
+    def _delete_old(self, newest: Path) -> None:
+        """Keep ``save_total_limit`` checkpoints by time of writing; the newest stays whatever the clock says."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        others = [p for p in newest.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p != newest and p.is_dir()]
+        others.sort(key=_written_at)
+        for old in others[: max(len(others) - (limit - 1), 0)]:
+            discard(old)
+
+
+def _written_at(checkpoint: Path) -> tuple[int, str]:
+    state = checkpoint / "trainer_state.json"
+    return (state.stat().st_mtime_ns if state.is_file() else 0, checkpoint.name)

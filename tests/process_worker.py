@@ -1,0 +1,188 @@
+"""One process of a distributed test: trains a tiny random model and writes what every scenario logged.
+
+``python tests/process_worker.py MODE WORLD MODEL OUT SCENARIO...`` with MODE ``ddp`` or ``fsdp2`` and the launcher's
+environment (RANK, WORLD_SIZE, ...). The tests call :func:`trained` themselves for the single process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments
+from transformers.utils import logging
+
+from cwdpo.data.encode import EncodedExample, Encoder
+from cwdpo.data.read import read_examples
+from cwdpo.errors import CwdpoError, DataError
+from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.scoring.pairs import reference_pass
+from cwdpo.training.guard import Guard
+from cwdpo.training.trainer import PreferenceTrainer
+
+GLOBAL_BATCH = 8
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,CLIPEncoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+CW = {"name": "cw_dpo", "beta": 0.5, "floor": -6.0, "tau": 0.5, "sft_weight": 0.3}
+PLAIN = {"max_steps": 6}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run: objective, training arguments, how many examples, and what is done to the data."""
+
+    objective: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    n: int = 24
+    text_only: tuple[int, ...] = ()
+    nan: int | None = None
+    unreadable: int | None = None
+    frozen: tuple[str, ...] = ()
+    spike: float | None = None
+
+
+MIXED = tuple(i for i in range(24) if i % 3 or i < 8)
+SCENARIOS = {
+    "cw_dpo": Scenario(CW, {"max_steps": 6, "optim": "adamw_torch"}),
+    "sft_constrained": Scenario({"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0}, PLAIN),
+    "constraint_holds": Scenario({"name": "sft_constrained", "penalty": 0.5, "constraint": 0.5}, PLAIN),
+    "sft_smoothed": Scenario({"name": "sft_smoothed", "weight": 0.2}, PLAIN),
+    "accumulated": Scenario(CW, {"max_steps": 6, "gradient_accumulation_steps": 2}),
+    "checkpointing": Scenario(
+        CW,
+        {"max_steps": 4, "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        text_only=MIXED,
+    ),
+    "uneven": Scenario(CW, {"num_train_epochs": 2}, n=19),
+    "uneven_sft": Scenario({"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0}, {"num_train_epochs": 2}, n=17),
+    "mixed": Scenario(CW, {"max_steps": 50, "optim": "adamw_torch", "learning_rate": 1e-3}, n=22, text_only=MIXED),
+    "mixed_constrained": Scenario(
+        {"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0},
+        {"max_steps": 6, "gradient_accumulation_steps": 2},
+        n=20,
+        text_only=MIXED,
+    ),
+    "vision_frozen": Scenario(CW, {"max_steps": 4}, text_only=MIXED, frozen=("vision_tower",)),
+    "nan": Scenario(CW, {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}, nan=11),
+    "unreadable": Scenario(CW, {"num_train_epochs": 1}, unreadable=11),
+    "spike": Scenario(CW, {"max_steps": 8}, spike=1.01),
+}  # fmt: skip
+
+
+def encoded_examples(model: Any, world: Path, folder: Path, scenario: Scenario) -> list[EncodedExample]:
+    """Examples with their reference values, the scenario's damage done."""
+    examples = read_examples(world / "train.jsonl").examples[: scenario.n]
+    encoder = Encoder(AutoProcessor.from_pretrained(folder))
+    encoded, problems = encoder.encode_all(examples, "rejected", require_negative=True)
+    assert not problems
+    image_token = model.config.image_token_id
+    for i in set(scenario.text_only) & set(range(scenario.n)):
+        ids = tuple(t for t in encoded[i].prompt.input_ids if t != image_token)
+        encoded[i] = replace(encoded[i], prompt=replace(encoded[i].prompt, input_ids=ids, load_images=dict))
+    encoded[3] = replace(encoded[3], negatives=encoded[3].negatives[:1])
+    encoded = reference_pass(model, encoded)
+    if scenario.nan is not None:
+        bad = encoded[scenario.nan]
+        images = {k: torch.full_like(v, math.nan) for k, v in bad.prompt.images.items()}
+        encoded[scenario.nan] = replace(bad, prompt=replace(bad.prompt, load_images=lambda: images))
+    if scenario.unreadable is not None:
+
+        def vanished() -> Any:
+            raise DataError("row 12: images: cannot be decoded (gone)")
+
+        bad = encoded[scenario.unreadable]
+        encoded[scenario.unreadable] = replace(bad, prompt=replace(bad.prompt, load_images=vanished))
+    return encoded
+
+
+def random_model(folder: Path) -> Any:
+    """The folder's model with weights far enough from zero that token probabilities differ."""
+    logging.disable_progress_bar()
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+    return model.eval()
+
+
+def trained(name: str, mode: str, world: Path, folder: Path, out: Path, processes: int = 1) -> dict[str, Any]:
+    """Run a scenario; a dictionary of logged rows, sums over the final weights, and the error's text."""
+    scenario = SCENARIOS[name]
+    model = random_model(folder)
+    encoded = encoded_examples(model, world, folder, scenario)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in parameter_name for part in scenario.frozen))
+    accumulation = scenario.arguments.get("gradient_accumulation_steps", 1)
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(out / name),
+            "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+            **scenario.arguments,
+        }
+    )
+    if mode == "fsdp2":
+        # accelerate shards on accelerators only; told that there is one, it does the same on a CPU.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+    logs: list[dict[str, Any]] = []
+    guard = Guard(out / name, scenario.spike, spike_window=3)
+    trainer = PreferenceTrainer(
+        model, arguments, OBJECTIVES.build(scenario.objective), encoded,
+        on_log=lambda row: logs.append(dict(row)), guard=guard,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    error = ""
+    try:
+        trainer.train()
+    except CwdpoError as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    sums = (
+        {k.removeprefix("module."): float(v.double().abs().sum()) for k, v in whole.items()} if whole else {}
+    )
+    wrapped = type(trainer.model_wrapped).__name__
+    return {"logs": logs, "weights": sums, "error": error, "wrapped": wrapped, "skipped": guard.skipped}
+
+
+def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
+    """Run the named scenarios on this process and write its results."""
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if mode == "fsdp2":
+        os.environ.update(SHARDED)
+    found = {}
+    for name in names:
+        found[name] = trained(name, mode, Path(world), Path(folder), Path(out), processes)
+        (Path(out) / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
