@@ -19,10 +19,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
+from cwdpo.config import load_recipe
 from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.data.read import read_examples
 from cwdpo.errors import CwdpoError, DataError
@@ -30,13 +32,13 @@ from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.training.guard import Guard
 from cwdpo.training.trainer import PreferenceTrainer
+from cwdpo.training.two_stage import train_two_stage
 
 GLOBAL_BATCH = 8
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,CLIPEncoderLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
@@ -72,7 +74,7 @@ SCENARIOS = {
         text_only=MIXED,
     ),
     "uneven": Scenario(CW, {"num_train_epochs": 2}, n=19),
-    "uneven_sft": Scenario({"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0}, {"num_train_epochs": 2}, n=17),
+    "uneven_sft": Scenario({"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0}, {"num_train_epochs": 2}, n=17),  # noqa: E501
     "mixed": Scenario(CW, {"max_steps": 50, "optim": "adamw_torch", "learning_rate": 1e-3}, n=22, text_only=MIXED),
     "mixed_constrained": Scenario(
         {"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0},
@@ -125,7 +127,7 @@ def random_model(folder: Path) -> Any:
     return model.eval()
 
 
-def trained(name: str, mode: str, world: Path, folder: Path, out: Path, processes: int = 1) -> dict[str, Any]:
+def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1) -> dict[str, Any]:
     """Run a scenario; a dictionary of logged rows, sums over the final weights, and the error's text."""
     scenario = SCENARIOS[name]
     model = random_model(folder)
@@ -149,9 +151,6 @@ def trained(name: str, mode: str, world: Path, folder: Path, out: Path, processe
             **scenario.arguments,
         }
     )
-    if mode == "fsdp2":
-        # accelerate shards on accelerators only; told that there is one, it does the same on a CPU.
-        PartialState().distributed_type = DistributedType.MULTI_GPU
     logs: list[dict[str, Any]] = []
     guard = Guard(out / name, scenario.spike, spike_window=3)
     trainer = PreferenceTrainer(
@@ -172,14 +171,31 @@ def trained(name: str, mode: str, world: Path, folder: Path, out: Path, processe
     return {"logs": logs, "weights": sums, "error": error, "wrapped": wrapped, "skipped": guard.skipped}
 
 
+def shard_on_cpu() -> None:
+    """accelerate shards on accelerators only; told that there is one, it does the same on a CPU."""
+    os.environ.update(SHARDED)
+    original = AcceleratorState.__init__
+
+    def told(self: Any, *args: Any, **kwargs: Any) -> None:
+        state = PartialState(cpu=True)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+        original(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = told
+
+
 def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
     """Run the named scenarios on this process and write its results."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if mode == "fsdp2":
-        os.environ.update(SHARDED)
+        shard_on_cpu()
+    if names[:1] == ("recipe",):
+        train_two_stage(load_recipe(names[1], names[2:]), out)
+        return
     found = {}
     for name in names:
-        found[name] = trained(name, mode, Path(world), Path(folder), Path(out), processes)
+        found[name] = trained(name, Path(world), Path(folder), Path(out), processes)
         (Path(out) / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

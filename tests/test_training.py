@@ -215,7 +215,7 @@ def test_a_folder_without_weights_or_processor_is_named(tmp_path, model_folder) 
         load_policy(ModelSettings(path=str(tmp_path / "nothing")))
     shutil.copytree(model_folder, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no model\\*.safetensors"):
+    with pytest.raises(ModelError, match=r"no model\*.safetensors"):
         load_policy(ModelSettings(path=str(tmp_path / "m")))
 
 

@@ -43,8 +43,14 @@ def explain(error: ValidationError, where: str, fields: Mapping[str, Any] | None
             hint = nearest(str(item["loc"][-1]), fields or {})
             lines.append(f"{where}: unknown key {key!r}{hint}")
         else:
-            lines.append(f"{where}: {key or 'value'}: {item['msg']} (got {item.get('input')!r})")
+            lines.append(f"{where}: {key or 'value'}: {item['msg']} (got {shortened(item.get('input'))})")
     return "\n".join(lines)
+
+
+def shortened(value: Any, limit: int = 120) -> str:
+    """``repr`` of a value, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 class Registry(Generic[C]):

@@ -138,6 +138,17 @@ def ends_whole(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that a run depends on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
 class RunDir:
     """One run's folder. Of several processes only one has ``writes`` set; the others change nothing."""
 
@@ -213,16 +224,10 @@ class RunDir:
 
     def write_environment(self) -> None:
         """Record versions, platform and command."""
-        versions = {}
-        for name in PACKAGES:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                versions[name] = "not installed"
         self.write_json(
             "environment.json",
             {
-                "packages": versions,
+                "packages": versions(),
                 "python": sys.version.split()[0],
                 "platform": platform.platform(),
                 "command": " ".join(sys.argv),

@@ -7,6 +7,7 @@ tokenizer gives for it *behind* the prompt, and generation sees exactly the prom
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,12 +29,14 @@ class EncodedPrompt:
     """One prompt as the model sees it.
 
     ``input_ids``: image tokens expanded. ``per_token``: further rows of the same length that the family's
-    processor made (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: gives the vision tower's inputs.
+    processor made (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: gives the vision tower's inputs,
+    of which ``image_digest`` is a digest: another picture or another processor setting gives another one.
     """
 
     input_ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
+    image_digest: str = ""
 
     @property
     def images(self) -> Mapping[str, Tensor]:
@@ -110,7 +113,7 @@ class Encoder:
             ids, per_token, images = self._process(example)
             self._keep(key, images)
             load = partial(self._load_images, example) if images else dict[str, Any]
-            self._prompts[key] = EncodedPrompt(ids, per_token, load)
+            self._prompts[key] = EncodedPrompt(ids, per_token, load, _digest(images))
         return self._prompts[key]
 
     def _keep(self, key: tuple[Any, ...], images: Mapping[str, Tensor]) -> None:
@@ -270,6 +273,14 @@ class Encoder:
             known = {t for t in markers if t is not None and t != tokenizer.unk_token_id}
             self._end_ids = frozenset(known | {int(tokenizer.eos_token_id)})
         return self._end_ids
+
+
+def _digest(images: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(images.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest() if images else ""
 
 
 def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:

@@ -100,7 +100,8 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
 def training_dtype(settings: ModelSettings) -> str:
     """The dtype to load in: ``auto`` is the checkpoint's own, but fp32 where those weights are trained themselves.
 
-    At fine-tuning's learning rates the updates of bf16 weights round away; ``train.bf16`` casts the computation instead.
+    At fine-tuning's learning rates the updates of bf16 weights round away; ``train.bf16`` casts the
+    computation instead.
     """
     return "float32" if settings.dtype == "auto" and settings.tune == "full" else settings.dtype
 
@@ -112,7 +113,13 @@ def _load_model(source: str, settings: ModelSettings) -> Any:
     for, with no more than a warning; both would train another model than the one asked for.
     """
     from transformers import AutoModelForImageTextToText
+    from transformers.integrations import is_fsdp_enabled
 
+    if is_fsdp_enabled():  # which means: and only the first process reads the weights
+        raise ModelError(
+            "fsdp_cpu_ram_efficient_loading: true leaves the weights on the first process alone, but every process "
+            "scores the reference before the model is sharded: set it to false, as configs/accelerate/fsdp2.yaml does"
+        )
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cwdpo import __version__
 from cwdpo.config import Recipe
 from cwdpo.data.encode import Encoder
 from cwdpo.data.read import read_examples
@@ -19,7 +18,7 @@ from cwdpo.models.sample import sample
 from cwdpo.probes.base import PROBES, ProbeSet
 from cwdpo.probes.calibration import reliability
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, write_json, write_text
+from cwdpo.rundir import RunDir, versions, write_json, write_text
 from cwdpo.training.stage import Listener, run_stage
 from cwdpo.training.two_stage import prepare_data, save_model
 
@@ -89,7 +88,7 @@ def fingerprint(job: CellJob) -> dict[str, str]:
         "model": digest(start / "model.safetensors"),
         "train": digest(Path(str(recipe.data.path))),
         "test": digest(job.test),
-        "cwdpo": __version__,
+        "cwdpo": versions()["cwdpo"],
     }
 
 

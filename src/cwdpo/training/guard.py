@@ -160,7 +160,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
     def _check_parameters(
         self, model: nn.Module, parameters: Sequence[tuple[str, Tensor]], step: int
     ) -> None:
-        largest = get_total_norm([_local(p) for _, p in parameters], norm_type=math.inf)
+        own = [_local(p) for _, p in parameters if p.is_floating_point()]
+        largest = get_total_norm([p for p in own if p.numel()], norm_type=math.inf)  # a shard may be empty
         if self._anywhere(not math.isfinite(largest)):
             self._stop("parameter", _named(parameters, lambda p: p), step)
 

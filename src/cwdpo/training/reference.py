@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import transformers
 from torch import nn
 
 from cwdpo.data.encode import EncodedExample, with_reference
@@ -31,7 +32,7 @@ def stored_reference_pass(
     """As :func:`cwdpo.scoring.pairs.reference_pass`, to the last bit, but only for what the run lacks.
 
     Rows of ``reference.jsonl`` are found by the reference's weights and the example's place, id and tokens:
-    those of another reference or of other data never match. A batch that is stored in part is scored
+    those of another reference, precision, picture or other data never match. A batch that is stored in part is scored
     again as a whole, because a row's last bits depend on the rows that it was padded with.
 
     Args:
@@ -94,6 +95,7 @@ def _key(start: str, place: int, example: EncodedExample) -> str:
         place,
         example.id,
         example.prompt.input_ids,
+        example.prompt.image_digest,
         [(c.ids, c.span) for c in (example.chosen, *example.negatives)],
     ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
@@ -101,9 +103,12 @@ def _key(start: str, place: int, example: EncodedExample) -> str:
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """A digest of all weights: cheap sums, which any training step changes."""
+    """A digest of what scores: all weights (cheap sums, which any training step changes), dtype, attention, version."""
     digest = hashlib.blake2b(digest_size=16)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    digest.update(f"{attention} {transformers.__version__}\n".encode())
     for name, parameter in model.named_parameters():
         total = float(parameter.detach().sum(dtype=torch.float64))
-        digest.update(f"{name} {tuple(parameter.shape)} {total!r}\n".encode())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total!r}\n".encode())
     return digest.hexdigest()

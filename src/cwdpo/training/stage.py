@@ -12,13 +12,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from cwdpo.config import Recipe, StageSettings
-from cwdpo.data.encode import Encoder
+from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.models.load import Policy, load_weights
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.probes.base import PROBES, ProbeSet
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
+from cwdpo.training.guard import Guard
 from cwdpo.training.prepare import (
     autocast,
     encode_usable,
@@ -118,6 +119,16 @@ def training_arguments(recipe: Recipe, stage: StageSettings, folder: Path) -> Tr
     )
 
 
+def with_reference_values(
+    policy: Policy, encoded: Sequence[EncodedExample], objective: Objective, recipe: Recipe, run: RunDir
+) -> list[EncodedExample]:
+    """What the policy as it stands says of every completion, without the negatives that the objective filters."""
+    bf16, size = recipe.train.bf16, recipe.train.batch_size
+    with autocast(policy.model, bf16):
+        scored = stored_reference_pass(policy.model, encoded, run, batch_size=size, bf16=bf16)
+    return keep_negatives(objective, scored)
+
+
 def calibrated(
     objective: Objective,
     policy: Policy,
@@ -161,7 +172,7 @@ def run_stage(
     *,
     resume: bool = False,
 ) -> None:
-    """Train ``policy.model`` in place.
+    """Train ``policy.model``: in place, or where it was sharded, put together again.
 
     Args:
         examples: training examples with their negatives.
@@ -182,13 +193,10 @@ def run_stage(
     run.append("problems.jsonl", ({"stage": stage, "problem": text} for text in problems))
     if objective.needs_reference:
         listener.phase(f"{stage}: reference pass over {len(encoded)} prompts")
+        encoded = with_reference_values(policy, encoded, objective, recipe, run)
+        kept = {e.id for e in encoded}
+        prompts = [e for e in examples if e.id in kept]
         with autocast(policy.model, recipe.train.bf16):
-            encoded = stored_reference_pass(
-                policy.model, encoded, run, batch_size=recipe.train.batch_size, bf16=recipe.train.bf16
-            )
-            encoded = keep_negatives(objective, encoded)
-            readable = {e.id for e in encoded}
-            prompts = [e for e in examples if e.id in readable]
             objective = calibrated(objective, policy, encoder, prompts, recipe, run, stage)
     held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
     listener.phase(f"{stage}: {settings.objective['name']}")
@@ -206,16 +214,23 @@ def run_stage(
         processing_class=policy.processor,
         callbacks=callbacks,
         on_log=lambda row: store_row(run, with_cooling({"stage": stage, **row}, objective)),
+        guard=Guard(folder, recipe.train.spike_factor, recipe.train.spike_window),
     )
     trainer.before_checkpoint = run.sync
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
     checkpoint = last_checkpoint(folder) if resume else None
     run.drop_after(stage, checkpoint_step(checkpoint))
+    go_on(trainer, policy, checkpoint)
+
+
+def go_on(trainer: PreferenceTrainer, policy: Policy, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the start; a checkpoint of the last step is only loaded."""
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         # transformers would take one step more before it looks at the number of steps.
         load_weights(policy.model, checkpoint)
         return
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    policy.model = trainer.whole_model()
 
 
 def total_steps(trainer: PreferenceTrainer) -> int:

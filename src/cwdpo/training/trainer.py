@@ -20,7 +20,7 @@ from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.training.checkpoints import CompleteCheckpoints
 from cwdpo.training.guard import Guard, Seen
 from cwdpo.training.metrics import StepMetrics
-from cwdpo.training.processes import first_rows, together
+from cwdpo.training.processes import Unsharded, check_sharding, first_rows, together
 
 
 class PreferenceTrainer(CompleteCheckpoints):
@@ -72,6 +72,9 @@ class PreferenceTrainer(CompleteCheckpoints):
             callbacks=[self.guard, *callbacks],  # first: nothing is measured on weights that are not finite
         )
         self.guard.accelerator = self.accelerator
+        if self.is_fsdp_enabled:
+            check_sharding(self.accelerator, model)
+        self._unsharded = Unsharded(model) if self._sharded else None
         if self.is_deepspeed_enabled and self.guard.spike_factor is not None:
             raise RecipeError(
                 "train.spike_factor: DeepSpeed updates inside its backward pass, so no update can be left out; set it "
@@ -122,6 +125,11 @@ class PreferenceTrainer(CompleteCheckpoints):
             last = first_rows(last, min(max(left - rank * size, 0), size))
         return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
 
+    def whole_model(self) -> torch.nn.Module:
+        """The trained model with all of its weights on every process; all processes call this together."""
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
+        return model if self._unsharded is None else self._unsharded.filled(model)
+
     @torch.no_grad()
     def _negative_nll_sum(self, batches: Sequence[PromptBatch]) -> float:
         """NLL of all negatives of a split step: its penalty switches on the mean over the whole step."""
@@ -165,8 +173,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         transformers' Trainer loads the file's names with ``strict=False``; LLaVA and its kin are saved under
         other names, so that nothing would be loaded and the run would go on from the wrong weights.
         """
-        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(self.model, "peft_config")
-        if wrapped or model is not None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_weights(self.model, Path(resume_from_checkpoint))
