@@ -163,10 +163,8 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
         trainer.train()
     except CwdpoError as problem:
         error = f"{type(problem).__name__}: {problem}"
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    sums = (
-        {k.removeprefix("module."): float(v.double().abs().sum()) for k, v in whole.items()} if whole else {}
-    )
+    whole = trainer.whole_model().state_dict()
+    sums = {name: float(value.double().abs().sum()) for name, value in whole.items()}
     wrapped = type(trainer.model_wrapped).__name__
     return {"logs": logs, "weights": sums, "error": error, "wrapped": wrapped, "skipped": guard.skipped}
 

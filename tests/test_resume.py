@@ -71,6 +71,7 @@ def test_the_kernel_lets_go_of_a_killed_holders_lock(tmp_path: Path) -> None:
 
 def test_a_refused_start_lets_go_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: other\n")
+    (tmp_path / "metrics.jsonl").write_text("")
     recipe = parse_recipe({"data": {"path": "x.jsonl"}})
     with pytest.raises(RunDirError, match="already holds a run"):
         start_run(RunDir(tmp_path), recipe)

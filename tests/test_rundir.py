@@ -27,6 +27,10 @@ def test_an_existing_run_is_only_continued_when_asked(tmp_path: Path) -> None:
     assert run.path.is_dir()
     run.create()  # a folder without a recipe is no run yet
     write_text(run.path / "recipe.yaml", "name: a\n")
+    write_text(run.path / "problems.jsonl", "{}\n")
+    run.create()  # nothing was trained: a start that failed on its data may simply be repeated
+    assert not (run.path / "problems.jsonl").exists()
+    write_text(run.path / "metrics.jsonl", "{}\n")
     with pytest.raises(RunDirError, match=r"run already holds a run: continue it with --resume"):
         RunDir(run.path).create()
     assert RunDir(run.path).create(resume=True).path == run.path

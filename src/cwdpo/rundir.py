@@ -44,6 +44,8 @@ try:
 except ImportError:  # Windows: two starts in one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
+BEGUN = ("metrics.jsonl", "readings.jsonl", "reference.jsonl", "stage1", "stage2", "model", "summary.json")
+"""What a folder holds once training has begun."""
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
 
 
@@ -203,11 +205,16 @@ class RunDir:
         Raises:
             RunDirError: the folder already holds a run and ``resume`` is not set.
         """
-        if (self.path / "recipe.yaml").exists() and not resume:
+        # A start that ended before training (bad data, no model) has made nothing worth keeping.
+        if any((self.path / name).exists() for name in BEGUN) and not resume:
             raise RunDirError(
                 f"{self.path} already holds a run: continue it with --resume, or choose another --out"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        if not resume and (self.path / "recipe.yaml").exists():
+            shutil.rmtree(self.path / "init", ignore_errors=True)
+            for leftover in (*self.path.glob("calibration*.json"), self.path / "problems.jsonl"):
+                leftover.unlink(missing_ok=True)
         return self
 
     @classmethod

@@ -57,18 +57,17 @@ def run_cell(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[str
     encoder = Encoder(policy.processor)
     figures: dict[str, Any] = {}
     listener = Listener(step=on_step)
-    test = read_examples(job.test).examples
-    probes = ProbeSet(
-        encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0], policy.model
-    )
     if job.stage == "stage1":
         splits = prepare_data(job.recipe, run)
         run_stage(policy, encoder, "stage1", job.recipe, splits.stage1, splits.validation, run, listener)
         save_model(policy, job.folder / "model", run)
-    elif job.stage == "stage2":
-        splits = prepare_data(job.recipe, run)
-        run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)
-    if job.stage != "stage1":
+    else:
+        test = read_examples(job.test).examples
+        held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
+        probes = ProbeSet(held, policy.model)
+        if job.stage == "stage2":
+            splits = prepare_data(job.recipe, run)
+            run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)
         figures = evaluate_on_test(policy, encoder, test, probes, run)
     write_json(job.result, figures)
     return figures

@@ -195,12 +195,11 @@ def run_stage(
         listener.phase(f"{stage}: reference pass over {len(encoded)} prompts")
         encoded = with_reference_values(policy, encoded, objective, recipe, run)
         kept = {e.id for e in encoded}
-        prompts = [e for e in examples if e.id in kept]
         with autocast(policy.model, recipe.train.bf16):
+            prompts = [e for e in examples if e.id in kept]
             objective = calibrated(objective, policy, encoder, prompts, recipe, run, stage)
     held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
     listener.phase(f"{stage}: {settings.objective['name']}")
-    folder = run.path / stage
     callbacks: list[TrainerCallback] = [ListenerCallback(listener, stage)]
     if held:
         with autocast(policy.model, recipe.train.bf16):
@@ -208,17 +207,17 @@ def run_stage(
         callbacks.append(ProbeCallback(probe_set, run, stage, recipe.probes.every, objective))
     trainer = PreferenceTrainer(
         policy.model,
-        training_arguments(recipe, settings, folder),
+        training_arguments(recipe, settings, run.path / stage),
         objective,
         encoded,
         processing_class=policy.processor,
         callbacks=callbacks,
         on_log=lambda row: store_row(run, with_cooling({"stage": stage, **row}, objective)),
-        guard=Guard(folder, recipe.train.spike_factor, recipe.train.spike_window),
+        guard=Guard(run.path / stage, recipe.train.spike_factor, recipe.train.spike_window),
     )
     trainer.before_checkpoint = run.sync
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
-    checkpoint = last_checkpoint(folder) if resume else None
+    checkpoint = last_checkpoint(run.path / stage) if resume else None
     run.drop_after(stage, checkpoint_step(checkpoint))
     go_on(trainer, policy, checkpoint)
 

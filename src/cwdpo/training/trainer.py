@@ -134,10 +134,14 @@ class PreferenceTrainer(CompleteCheckpoints):
     def _negative_nll_sum(self, batches: Sequence[PromptBatch]) -> float:
         """NLL of all negatives of a split step: its penalty switches on the mean over the whole step."""
         total = 0.0
+        # Without dropout: it would draw from the generator before a resumed run has restored it.
+        training = self.model.training
+        self.model.eval()
         for batch in batches:
             if len(batch.rejected) or self._sharded:
                 pairs = scored_pairs(batch, plain.score(self.model, batch))
                 total -= float(pairs.rejected.sum_logp.sum())
+        self.model.train(training)
         return total
 
     def compute_loss(
