@@ -750,6 +750,7 @@ def test_run_folders(run: Run, place: Path) -> None:
     held = place / "held"
     held.mkdir()
     (held / "recipe.yaml").write_text("seed: 3\n")
+    (held / "metrics.jsonl").write_text("{}\n")
     before = contents(place)
     refused(train(run, out="held"), "held already holds a run", "--resume", "another --out")
     refused(run("train", "recipe.yaml", "--out", "held", "--resume"), "held/recipe.yaml", "another recipe")

@@ -74,6 +74,8 @@ def train(
         run = train_two_stage(parsed, folder, resume=resume, accept_changes=accept_changes, listener=listener)
     finally:
         stop()
+    if not run.writes:
+        return
     typer.echo(
         f"model    {run.path / 'model'}\nfigures  {run.path / 'summary.json'}\nreport   {run.path / 'report.html'}"
     )

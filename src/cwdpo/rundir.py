@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -279,8 +280,12 @@ class RunDir:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def append_readings(self, stage: str, readings: Iterable[Reading]) -> None:
-        """Append held-out readings of a stage."""
-        self.append("readings.jsonl", ({"stage": stage, **asdict(r)} for r in readings))
+        """Append held-out readings of a stage; one that is not finite has no value."""
+        rows: list[dict[str, Any]] = [{"stage": stage, **asdict(r)} for r in readings]
+        for row in rows:
+            if row["value"] is not None and not math.isfinite(row["value"]):
+                row["value"] = None
+        self.append("readings.jsonl", rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl."""
