@@ -182,7 +182,8 @@ def gallery(
     labelled = [("base", results["base"]), *((m.label, results[f"{m.name}-seed{seed}"]) for m in methods)]
     for label, cell in labelled:
         texts = cell.figures.get("greedy", [])[: len(test)]
-        for row, text, j in zip(rows, texts, judge_captions(test, texts), strict=False):
+        judged = judge_captions(test[: len(texts)], texts)  # a failed cell has written nothing
+        for row, text, j in zip(rows, texts, judged, strict=False):
             marks = {
                 k: getattr(j, k) for k in ("all_correct", "wrong", "hallucinated", "omitted", "ill_formed")
             }
