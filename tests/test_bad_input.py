@@ -8,19 +8,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cwdpo import cli
 from cwdpo.config import load_recipe, parse_recipe
 from cwdpo.errors import CwdpoError
 
@@ -28,32 +26,7 @@ GOOD = {"image": "a.png", "prompt": "What is it?", "chosen": "a cat", "rejected"
 RECIPE = "data: {path: data/train.jsonl}\nmodel: {path: model, device: cpu}\n"
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the entry point in this process, as the shell would."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["cwdpo", *map(str, arguments)])
-        code: Any = 0
-        capsys.readouterr()
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return call
+Run = Callable[..., Any]  # the fixture `run`: arguments -> code, out, err
 
 
 @pytest.fixture
@@ -81,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def refused(done: Result, *parts: str) -> None:
+def refused(done: Any, *parts: str) -> None:
     """Exit code 1, one answer with all parts, no traceback."""
     said = done.err + done.out
     assert done.code == 1, said
@@ -513,7 +486,7 @@ def test_escape_sequences_of_names_do_not_reach_the_terminal(run: Run, place: Pa
 # --- training: data, models, run folders ----------------------------------------------------------------
 
 
-def train(run: Run, *overrides: str, out: str = "out") -> Result:
+def train(run: Run, *overrides: str, out: str = "out") -> Any:
     return run("train", "recipe.yaml", *overrides, "--out", out)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
@@ -17,33 +17,7 @@ from cwdpo import cli
 from cwdpo.config import Recipe
 from cwdpo.errors import NonFiniteError
 
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the entry point in this process, as the shell would."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["cwdpo", *map(str, arguments)])
-        code: Any = 0
-        capsys.readouterr()  # what was printed before is not this call's
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return call
+Run = Callable[..., Any]  # the fixture `run`: arguments -> code, out, err
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

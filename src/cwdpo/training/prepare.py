@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from cwdpo.data.encode import EncodedExample, Encoder
@@ -83,11 +84,15 @@ def reference_mean_logps(
     max_new_tokens: int,
     seed: int,
 ) -> list[float]:
-    """mean_logp (nats per token) of ``n`` samples that the reference draws for prompts drawn by ``seed``."""
+    """mean_logp (nats per token) of ``n`` samples that the reference draws for prompts drawn by ``seed``.
+
+    Every process must cool alike, to the last bit: the first one's values count.
+    """
     order = random.Random(seed).sample(range(len(examples)), len(examples))  # files may be sorted
     repeated = [examples[order[i % len(order)]] for i in range(n)]
     samples = sample(reference, encoder, repeated, max_new_tokens=max_new_tokens, seed=seed)
-    return [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
+    mean_logps = [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
+    return list(broadcast_object_list([mean_logps])[0])
 
 
 def wants_calibration(objective: Objective) -> bool:

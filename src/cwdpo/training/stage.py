@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from cwdpo.config import Recipe, StageSettings
@@ -154,8 +153,6 @@ def calibrated(
         )
         found = objective.calibrated(mean_logps)
         stored = {"floor": found.floor, "tau": found.tau, "n": len(mean_logps), "mean_logps": mean_logps}
-        # Every process must cool alike, to the last bit: the first one's values count.
-        stored = broadcast_object_list([stored])[0]
         run.write_json(name, stored)
     return objective.calibrated(stored["mean_logps"])
 

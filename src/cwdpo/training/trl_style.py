@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -142,5 +141,4 @@ def _calibrated(
         return objective
     assert isinstance(objective, CwDpo)
     n, longest = args.calibration_samples, args.calibration_max_new_tokens
-    mean_logps = reference_mean_logps(reference, encoder, examples, n, longest, args.seed)
-    return objective.calibrated(broadcast_object_list([mean_logps])[0])
+    return objective.calibrated(reference_mean_logps(reference, encoder, examples, n, longest, args.seed))
