@@ -28,9 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": BASE,
     "negatives": BASE,
     "data": BASE,
-    "scoring": {*BASE, "data", "objectives"},
-    "models": {*BASE, "data", "scoring"},  # the sampler lays rows out as scoring does
-    "config": {"errors", "registry", "objectives", "negatives", "models.tiny", "worlds"},
+    "models": {*BASE, "data"},
+    "scoring": {*BASE, "data", "objectives", "models"},
+    "config": {"errors", "registry", "objectives", "negatives", "models.settings", "worlds"},
     "rundir": {"errors", "records"},
     "probes": {*BASE, "scoring", "data", "objectives"},
     "evaluation": {"worlds", "records", "errors"},
@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
-FOR_TYPES_ONLY: dict[str, set[str]] = {"models": {"config"}, "__init__": {"config", "training"}}
+FOR_TYPES_ONLY: dict[str, set[str]] = {"__init__": {"config", "training"}}
 
 HEAVY_USERS = ("models/", "training/", "study/grid.py")
 WITHOUT_TORCH = {*BASE, "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}

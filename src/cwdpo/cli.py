@@ -192,10 +192,10 @@ def _refuse_absent(trackers: tuple[str, ...]) -> None:
 
 
 def _token_counter(model: str) -> Any:
-    from cwdpo.config import ModelSettings
     from cwdpo.data.lengths import token_counter
     from cwdpo.models.checkpoint import check_folder
     from cwdpo.models.load import EMBEDDED, load_processor
+    from cwdpo.models.settings import ModelSettings
 
     source = str(EMBEDDED) if model == "embedded" else model
     check_folder(source)

@@ -15,8 +15,8 @@ from cwdpo.data.encode import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
 from cwdpo.objectives.base import Objective, StepTotals
-from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import scored_pairs
+from cwdpo.scoring.score import score
 from cwdpo.training.checkpoints import CompleteCheckpoints
 from cwdpo.training.guard import Guard, Seen
 from cwdpo.training.metrics import StepMetrics
@@ -139,7 +139,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.model.eval()
         for batch in batches:
             if len(batch.rejected) or self._sharded:
-                pairs = scored_pairs(batch, plain.score(self.model, batch))
+                pairs = scored_pairs(batch, score(self.model, batch))
                 total -= float(pairs.rejected.sum_logp.sum())
         self.model.train(training)
         return total
@@ -153,7 +153,7 @@ class PreferenceTrainer(CompleteCheckpoints):
     ) -> Any:
         """This micro-batch's share of the step's loss."""
         batch: PromptBatch = inputs["batch"]
-        tokens = plain.score(model, batch, smoothing=self.objective.needs_uniform)
+        tokens = score(model, batch, smoothing=self.objective.needs_uniform)
         pairs = scored_pairs(batch, tokens, num_items_in_batch)
         output = self.objective(pairs)
         self.guard.saw(model, Seen(batch, pairs, output), self.state.global_step + 1)
