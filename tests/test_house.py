@@ -37,13 +37,14 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"rundir", "errors", "records"},
     "training": {*MODELLING, "probes", "evaluation", "report.render"},
     "study": {*MODELLING, "probes", "evaluation", "report", "training"},
-    "cli": {*MODELLING, "probes", "evaluation", "report", "training", "study"},
+    "bench": {*MODELLING, "training"},
+    "cli": {*MODELLING, "probes", "evaluation", "report", "training", "study", "bench.commands"},
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
 FOR_TYPES_ONLY: dict[str, set[str]] = {"__init__": {"config", "training"}}
 
-HEAVY_USERS = ("models/", "training/", "study/grid.py")
+HEAVY_USERS = ("models/", "training/", "study/grid.py", "bench/")
 WITHOUT_TORCH = {*BASE, "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
