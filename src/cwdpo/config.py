@@ -138,6 +138,15 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     bf16: bool = False
     report_to: tuple[str, ...] = ()
+    max_tokens_per_batch: int | None = Field(
+        None,
+        gt=0,
+        description="most tokens of a micro-batch, padding included; takes the place of batch_size",
+    )
+    group_by_length: bool = Field(True, description="micro-batches of rows of like length, in random order")
+    reference_cache: str | None = Field(
+        None, description="folder of the reference's values, shared between runs; default: in the run folder"
+    )
 
     @field_validator("lr_scheduler_type", "report_to")
     @classmethod
