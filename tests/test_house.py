@@ -19,21 +19,22 @@ PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"errors", "records", "registry"}
-MODELLING = {*BASE, "worlds", "objectives", "negatives", "data", "models", "scoring", "config", "rundir"}
+MODELLING = {*BASE, "worlds", "objectives", "negatives", "data", "models", "scoring", "config", "rundir", "remote"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
     "records": {"errors"},
     "worlds": BASE,
     "objectives": BASE,
-    "negatives": BASE,
+    "remote": {*BASE, "rundir"},
+    "negatives": {*BASE, "remote"},
     "data": BASE,
     "scoring": {*BASE, "data", "objectives"},
     "models": {*BASE, "data", "scoring"},  # the sampler lays rows out as scoring does
     "config": {"errors", "registry", "objectives", "negatives", "models.tiny", "worlds"},
     "rundir": {"errors", "records"},
     "probes": {*BASE, "scoring", "data", "objectives"},
-    "evaluation": {"worlds", "records", "errors"},
+    "evaluation": {"worlds", "records", "errors", "negatives", "remote"},
     "report": {"rundir", "errors", "records"},
     "training": {*MODELLING, "probes", "evaluation", "report.render"},
     "study": {*MODELLING, "probes", "evaluation", "report", "training"},
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
 FOR_TYPES_ONLY: dict[str, set[str]] = {"models": {"config"}, "__init__": {"config", "training"}}
 
 HEAVY_USERS = ("models/", "training/", "study/grid.py")
-WITHOUT_TORCH = {*BASE, "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
+WITHOUT_TORCH = {*BASE, "remote", "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

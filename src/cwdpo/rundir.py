@@ -7,6 +7,9 @@ A run folder explains itself::
     problems.jsonl     rows that were left out, and why
     calibration.json   floor and tau, and the mean_logps they came from
     reference.jsonl    log-likelihoods of the reference, as its pass goes on
+    pool.jsonl         samples of the policy by round, as they are drawn (only with on-policy negatives)
+    answers.jsonl      what a server answered
+    rounds.jsonl       per round of stage 2: what was asked, blended and dropped, and some pairs
     metrics.jsonl      one JSON object per logging step: stage, step, and the Trainer's metrics
     timings.jsonl      one per start that ended a stage: its run time and speed, that start's steps only
     readings.jsonl     one Reading per line: held-out probes
@@ -45,7 +48,10 @@ try:
 except ImportError:  # Windows: two starts in one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
-BEGUN = ("metrics.jsonl", "readings.jsonl", "reference.jsonl", "stage1", "stage2", "model", "summary.json")
+BEGUN = (
+    "metrics.jsonl", "readings.jsonl", "reference.jsonl", "pool.jsonl", "answers.jsonl", "stage1", "stage2",
+    "model", "summary.json",
+)  # fmt: skip
 """What a folder holds once training has begun."""
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
 

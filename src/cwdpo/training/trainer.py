@@ -37,6 +37,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         processing_class: the processor, saved with every checkpoint.
         on_log: called with every row of metrics.
         guard: stops before non-finite updates; the default has no spike rule.
+        by_origin: also log share, mean_logp and cooling weight of the negatives by where they came from.
 
     Raises:
         RecipeError: a spike rule under DeepSpeed, whose update cannot be left out.
@@ -53,6 +54,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         callbacks: Sequence[TrainerCallback] = (),
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
         guard: Guard | None = None,
+        by_origin: bool = False,
     ) -> None:
         args.remove_unused_columns = False
         if args.n_gpu > 1:
@@ -82,7 +84,7 @@ class PreferenceTrainer(CompleteCheckpoints):
             )
         self.objective = objective
         self.loss_is_scaled_for_ga = True
-        self._sums = StepMetrics()
+        self._sums = StepMetrics(by_origin)
         self._on_log = on_log
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> StepTotals | None:
