@@ -38,14 +38,16 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"rundir", "errors", "records"},
     "training": {*MODELLING, "probes", "evaluation", "report.render"},
     "study": {*MODELLING, "probes", "evaluation", "report", "training"},
-    "cli": {*MODELLING, "probes", "evaluation", "report", "training", "study"},
+    "cli_progress": {"training"},
+    "cli_sample": {"cli_progress", "config", "training"},
+    "cli": {*MODELLING, "cli_progress", "cli_sample", "probes", "evaluation", "report", "training", "study"},
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
 FOR_TYPES_ONLY: dict[str, set[str]] = {"models": {"config"}, "__init__": {"config", "training"}}
 
 HEAVY_USERS = ("models/", "training/", "study/grid.py")
-WITHOUT_TORCH = {*BASE, "remote", "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
+WITHOUT_TORCH = {*BASE, "remote", "cli_progress", "cli_sample", "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

@@ -139,7 +139,7 @@ def test_none_and_all(tmp_path: Path, fraction: float) -> None:
 
 def test_right_samples_become_chosen_where_asked(tmp_path: Path) -> None:
     short = {"objective": {"name": "sft"}, "learning_rate": 1e-4, "steps": 4}
-    negatives = {"on_policy_fraction": 0.0, "on_policy_chosen": True, "sampler": {"max_new_tokens": 40}}
+    negatives = {"on_policy_fraction": 0.0, "rounds": 1, "on_policy_chosen": True, "sampler": {"max_new_tokens": 40}}
     folder = train(tmp_path / "run", stage2=short, negatives=negatives)
     (row,) = read_jsonl(folder / "rounds.jsonl")
     pool = {r["id"]: r["samples"] for r in read_jsonl(folder / "pool.jsonl")}
