@@ -22,7 +22,9 @@ from pydantic import ValidationError
 from cwdpo import errors
 from cwdpo.errors import MissingPackageError, ServerError
 from cwdpo.evaluation.verdicts import build_judge
+from cwdpo.negatives._mix import attach_negatives
 from cwdpo.negatives._settings import JudgeSettings, NegativeSettings, SamplerSettings
+from cwdpo.negatives.base import NEGATIVES
 from cwdpo.records import Completion, Example, ImageRef, Message
 from cwdpo.remote import Answer, Ask, Client, ServerSettings
 from cwdpo.rundir import RunDir, read_jsonl
@@ -315,3 +317,49 @@ def test_a_judge_by_references_and_none() -> None:
     assert build_judge(NegativeSettings().judge, [one]) is None
     with pytest.raises(errors.DataError, match="references: missing"):
         build_judge(JudgeSettings(name="references"), [Example("b", (), one.prompt, one.chosen)])
+
+
+def test_a_writer_of_edits_is_asked_once_checked_and_falls_back_to_the_lexicon(
+    serve: Callable[..., Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    listed = [
+        {"kind": "colour", "text": "A black dog sleeps on a mat ."},
+        {"kind": "action", "text": "a  brown dog SLEEPS on a mat ."},  # chosen itself
+        {"kind": "object", "text": "A brown dog sleeps on a rug ."},  # a reference
+        {"kind": "all", "text": "One two three four five six seven eight nine"},  # no small edit
+        {"kind": "made up", "text": "A brown dog sleeps under a mat ."},
+        {"kind": "colour"},
+    ]
+    words = {"A brown dog": f"Sure: ```{json.dumps(listed)}```", "A red car": "I cannot do that."}
+
+    def answer(handler: Any, number: int) -> bool:
+        text = handler.server.seen[number - 1]["messages"][-1]["content"][-1]["text"]
+        word = next(v for k, v in words.items() if f"Description: {k}" in text)
+        choice = {"index": 0, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"}
+        handler.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+        return True
+
+    server = serve(answer)
+    prompt = (Message("user", ("q",)),)
+    dog = Example("a", (), prompt, Completion("A brown dog sleeps on a mat ."), references=("A brown dog sleeps on a rug .",))
+    car = Example("b", (), prompt, Completion("A red car is parked ."))
+    source = {"writer": to(server).model_dump(), "per_example": 3}
+
+    def made() -> Any:
+        return attach_negatives(
+            [dog, car], {"perturb": 1.0}, 2, 0, "none", sources={"perturb": NEGATIVES.build({"name": "perturb", **source})}
+        )[0]
+
+    first, second = made()
+    assert {c.text: (c.made["edit"], c.made["from"], c.made["to"]) for c in first.rejected} == {
+        "A black dog sleeps on a mat .": ("colour", "brown", "black"),
+        "A brown dog sleeps under a mat .": ("other", "on", "under"),
+    }
+    for c in first.rejected:
+        text = dog.chosen.text
+        assert text[: c.made["start"]] + c.made["to"] + text[c.made["end"] :] == c.text
+    assert "writer" not in second.rejected[0].made, "from the lexicon"
+    assert "2 requests (0 answers are stored)" in caplog.text
+    assert made() == [first, second]
+    assert len(server.seen) == 2, "answers outlive the run"

@@ -43,6 +43,11 @@ class ServerSettings(Settings):
     retries: int = Field(6, ge=0, description="of one request, each after a longer pause")
     concurrency: int = Field(8, gt=0, description="requests in flight")
     requests_per_minute: float | None = Field(None, gt=0)
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further keys of every request; transformers serve samples only with "
+        "{generation_config: '{\"do_sample\": true, \"top_k\": 0}'}",
+    )
     image_tokens: int = Field(800, ge=0, description="input tokens of a picture, for the estimate")
     usd_per_million_input: float | None = Field(None, ge=0)
     usd_per_million_output: float | None = Field(None, ge=0)
@@ -171,7 +176,7 @@ class Client:
     def _keyed(self, asks: Sequence[Ask]) -> Iterator[tuple[str, Ask]]:
         for ask in asks:
             parts = [
-                self.settings.base_url, self.settings.model, [asdict(m) for m in ask.messages],
+                self.settings.base_url, self.settings.model, self.settings.extra_body, [asdict(m) for m in ask.messages],
                 [hashlib.blake2b(i.encoded(), digest_size=16).hexdigest() for i in ask.images],
                 ask.temperature, ask.top_p, ask.max_tokens, ask.draw, ask.seed,
             ]  # fmt: skip
@@ -186,6 +191,7 @@ class Client:
             temperature=ask.temperature,
             top_p=ask.top_p,
             max_tokens=ask.max_tokens,
+            extra_body=self.settings.extra_body or None,
             **more,
         )
         choice = response.choices[0]

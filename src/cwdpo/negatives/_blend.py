@@ -82,6 +82,8 @@ def blend(
     sources = {name: sources.get(name) or NEGATIVES.build(name) for name in settings.mix}
     shares = {name: share for name, share in settings.mix.items() if share > 0}
     pool = sorted(examples, key=lambda e: e.id)
+    for name in shares if kept_slots.total() else ():
+        sources[name].prepare(pool)
     kept = []
     for example in examples:
         rng = seeded(seed, "round", round_, example.id)

@@ -76,6 +76,9 @@ def attach_negatives(
         if name not in built:
             built[name] = NEGATIVES.build(name)
     pool = sorted(examples, key=lambda e: e.id)
+    makes_gentle = gentle == "perturb" or (gentle == "auto" and any(not e.gentle for e in examples))
+    for name in {**shares, **({"perturb": 1.0} if makes_gentle else {})}:
+        built[name].prepare(pool)
     counts = MixCounts(examples=len(examples))
     kept = []
     for example in examples:

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from cwdpo.negatives._lexicon import KINDS, Kind, Lexicon, Words, load_lexicon
 from cwdpo.negatives._rewrites import exchanges, negations
+from cwdpo.negatives._writer import Writer
 from cwdpo.negatives.base import NegativeSource, known_true, normalised
 from cwdpo.records import Completion, Example
+from cwdpo.remote import ServerSettings
 
 _NEIGHBOURS = 3  # words on each side among which the new word must not already stand
 _VOWEL_SOUND = re.compile(
@@ -54,6 +56,25 @@ class PerturbNegatives(NegativeSource):
     kinds: tuple[EditKind, ...] = Field(DEFAULT_KINDS, min_length=1)
     lexicon: str = ""
     per_example: int = Field(1, ge=1)
+    writer: ServerSettings | None = Field(
+        None, description="a language model that writes the edits; the lexicon's are taken where it has none"
+    )
+    _writer: Writer | None = PrivateAttr(None)
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Have the writer's answers for all examples.
+
+        Raises:
+            ServerError: it costs more than allowed, or does not answer.
+        """
+        if self.writer is not None:
+            self._asked().prepare(examples)
+
+    def _asked(self) -> Writer:
+        assert self.writer is not None
+        if self._writer is None:
+            self._writer = Writer(self.writer, self.kinds)
+        return self._writer
 
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
         """Up to ``per_example`` edits of kind ``hard``, of as many kinds of edit as the text allows.
@@ -67,6 +88,10 @@ class PerturbNegatives(NegativeSource):
         """
         del pool
         text = example.chosen.text
+        if self.writer is not None:
+            written = self._asked().edits(example)
+            if written:
+                return rng.sample(written, min(self.per_example, len(written)))
         made = []
         taken = set(known_true(example))
         for edit in self._ordered(example, rng):

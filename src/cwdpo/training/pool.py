@@ -16,6 +16,7 @@ from torch import nn
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode import Encoder
+from cwdpo.errors import ServerError
 from cwdpo.evaluation.verdicts import Judge
 from cwdpo.models.sample import Decoding, by_length, sample_batch
 from cwdpo.negatives._samples import Drawn, DrawnFor, texts_to_judge
@@ -26,6 +27,8 @@ from cwdpo.rundir import RunDir, read_jsonl
 
 FILE = "pool.jsonl"
 ANSWERS = "answers.jsonl"
+_TELLING = 4
+"""Prompts whose samples are all alike before a server is thought to be greedy."""
 _NOT_SAMPLING = ("name", "evaluation", "probes")
 
 
@@ -79,7 +82,14 @@ class ServerSampler:
         n = self.settings.samples
         answers = self.client.ask([self._ask(e, seed, round_, k) for e in examples for k in range(n)])
         drawn = [Drawn(a.text, a.ended) for a in answers]
-        return [tuple(drawn[start : start + n]) for start in range(0, len(drawn), n)]
+        found = [tuple(drawn[start : start + n]) for start in range(0, len(drawn), n)]
+        if n > 1 and len(found) >= _TELLING and all(len({d.text for d in own}) == 1 for own in found):
+            raise ServerError(
+                f"{self.client.settings.base_url}: all {n} samples of each of {len(found)} prompts are alike: the server "
+                f"ignores temperature = {self.settings.temperature:g}. transformers serve samples with sampler.server."
+                """extra_body: {generation_config: '{"do_sample": true, "top_k": 0}'} only"""
+            )
+        return found
 
     def _ask(self, example: Example, seed: int, round_: int, k: int) -> Ask:
         s = self.settings
