@@ -42,7 +42,12 @@ def _qwen(name: str) -> Any:
         vision |= {"depth": 3, "window_size": 56, "fullatt_block_indexes": [2]}
         return t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
     text |= {"head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}}
-    vision |= {"depth": 4, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [1, 2]}
+    vision |= {
+        "depth": 4,
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [1, 2],
+    }
     return t.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
 
 

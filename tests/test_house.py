@@ -19,7 +19,18 @@ PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"errors", "records", "registry"}
-MODELLING = {*BASE, "worlds", "objectives", "negatives", "data", "models", "scoring", "config", "rundir", "remote"}
+MODELLING = {
+    *BASE,
+    "worlds",
+    "objectives",
+    "negatives",
+    "data",
+    "models",
+    "scoring",
+    "config",
+    "rundir",
+    "remote",
+}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -47,7 +58,19 @@ ALLOWED: dict[str, set[str]] = {
 FOR_TYPES_ONLY: dict[str, set[str]] = {"models": {"config"}, "__init__": {"config", "training"}}
 
 HEAVY_USERS = ("models/", "training/", "study/grid.py")
-WITHOUT_TORCH = {*BASE, "remote", "cli_progress", "cli_sample", "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
+WITHOUT_TORCH = {
+    *BASE,
+    "remote",
+    "cli_progress",
+    "cli_sample",
+    "worlds",
+    "objectives",
+    "negatives",
+    "config",
+    "rundir",
+    "report",
+    "cli",
+}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

@@ -575,7 +575,8 @@ def test_two_objects_exchange_an_attribute(text: str, changed: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "A black and white dog", "a red shirt and a red hat", "a grey car and a gray truck", "red , blue and green shirts",
+        "A black and white dog", "a red shirt and a red hat", "a grey car and a gray truck",
+        "red , blue and green shirts",
         "a blue and yellow shirt with a black jacket", "a brown dog on green grass", "one man and two women",
     ],
 )  # fmt: skip

@@ -68,12 +68,18 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.answered[f"{text} {body.get('seed')}"] += 1
             message = {"role": "assistant", "content": f"re: {text}"}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            self.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+            self.reply(
+                200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+            )
 
     def reply(self, status: int, body: Any, **headers: str) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -194,7 +200,10 @@ def test_equal_requests_are_sent_once_and_images_go_as_data(serve: Callable[...,
     assert Client(to(server)).ask([ask, ask]) == [Answer("re: what?", True)] * 2
     (body,) = server.seen
     assert body["messages"][0]["content"] == [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"}},
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"},
+        },
         {"type": "text", "text": "what?"},
     ]
     assert (body["max_tokens"], body["seed"], body["temperature"]) == (7, 3, 0.0)
@@ -212,7 +221,9 @@ def test_the_key_comes_from_the_environment_and_is_stored_nowhere(
         to(server, api_key_env="AWS_SECRET_ACCESS")
 
 
-@pytest.mark.parametrize(("status", "remedy"), [(401, "environment variable OPENAI_API_KEY"), (404, "base_url")])
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "environment variable OPENAI_API_KEY"), (404, "base_url")]
+)
 def test_refusals_name_the_remedy(serve: Callable[..., Fake], status: int, remedy: str) -> None:
     def refuse(handler: Any, number: int) -> bool:
         handler.fail(status)
@@ -251,7 +262,9 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(errors.importlib, "import_module", absent)
-    with pytest.raises(MissingPackageError, match=r"asking a server needs .*'openai'.*pip install 'cwdpo\[server\]'"):
+    with pytest.raises(
+        MissingPackageError, match=r"asking a server needs .*'openai'.*pip install 'cwdpo\[server\]'"
+    ):
         Client(ServerSettings(base_url="http://127.0.0.1:1/v1", model="m"))
 
 
@@ -270,7 +283,9 @@ def test_the_pool_through_a_server_resumes_without_asking_again(
         return every_trouble(handler, number) if number < 10 else False
 
     server = serve(trouble)
-    sampler = SamplerSettings(samples=2, batch_size=3, server=to(server, timeout=0.3, retries=12, concurrency=2))
+    sampler = SamplerSettings(
+        samples=2, batch_size=3, server=to(server, timeout=0.3, retries=12, concurrency=2)
+    )
     negatives = {"on_policy_fraction": 1.0, "sampler": sampler.model_dump()}
     recipe = parse_recipe({"data": {"path": "x.jsonl"}, "negatives": negatives})
     run, some = RunDir(tmp_path), list({e.id: e for e in examples}.values())[:8]
@@ -299,7 +314,9 @@ def test_a_judge_behind_a_server(serve: Callable[..., Fake], tmp_path: Path) -> 
         text = handler.server.seen[number - 1]["messages"][-1]["content"][-1]["text"]
         word = next(v for k, v in words.items() if f"Other response: {k}\n" in text)
         choice = {"index": 0, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"}
-        handler.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+        handler.reply(
+            200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        )
         return True
 
     settings = JudgeSettings(name="llm", server=to(serve(answer), concurrency=1))
@@ -310,17 +327,30 @@ def test_a_judge_behind_a_server(serve: Callable[..., Fake], tmp_path: Path) -> 
 
 
 def test_a_judge_by_references_and_none() -> None:
-    one = Example("a", (), (Message("user", ("q",)),), Completion("a red dog runs"), references=("one red dog is running",))
+    one = Example(
+        "a",
+        (),
+        (Message("user", ("q",)),),
+        Completion("a red dog runs"),
+        references=("one red dog is running",),
+    )
     judge = build_judge(JudgeSettings(name="references", threshold=0.7), [one])
     assert judge is not None
-    assert judge([one] * 3, ["a red dog runs", "one red dog is running", "two blue cars"]) == [True, True, False]
+    assert judge([one] * 3, ["a red dog runs", "one red dog is running", "two blue cars"]) == [
+        True,
+        True,
+        False,
+    ]
     assert build_judge(NegativeSettings().judge, [one]) is None
     with pytest.raises(errors.DataError, match="references: missing"):
         build_judge(JudgeSettings(name="references"), [Example("b", (), one.prompt, one.chosen)])
 
 
 def test_a_writer_of_edits_is_asked_once_checked_and_falls_back_to_the_lexicon(
-    serve: Callable[..., Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    serve: Callable[..., Fake],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     listed = [
@@ -337,18 +367,31 @@ def test_a_writer_of_edits_is_asked_once_checked_and_falls_back_to_the_lexicon(
         text = handler.server.seen[number - 1]["messages"][-1]["content"][-1]["text"]
         word = next(v for k, v in words.items() if f"Description: {k}" in text)
         choice = {"index": 0, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"}
-        handler.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+        handler.reply(
+            200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        )
         return True
 
     server = serve(answer)
     prompt = (Message("user", ("q",)),)
-    dog = Example("a", (), prompt, Completion("A brown dog sleeps on a mat ."), references=("A brown dog sleeps on a rug .",))
+    dog = Example(
+        "a",
+        (),
+        prompt,
+        Completion("A brown dog sleeps on a mat ."),
+        references=("A brown dog sleeps on a rug .",),
+    )
     car = Example("b", (), prompt, Completion("A red car is parked ."))
     source = {"writer": to(server).model_dump(), "per_example": 3}
 
     def made() -> Any:
         return attach_negatives(
-            [dog, car], {"perturb": 1.0}, 2, 0, "none", sources={"perturb": NEGATIVES.build({"name": "perturb", **source})}
+            [dog, car],
+            {"perturb": 1.0},
+            2,
+            0,
+            "none",
+            sources={"perturb": NEGATIVES.build({"name": "perturb", **source})},
         )[0]
 
     first, second = made()

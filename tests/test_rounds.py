@@ -114,9 +114,7 @@ def test_the_reference_stays_that_of_the_stages_start(whole: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(whole / "stage1" / "model")
     examples = {e.id: e for e in read_examples(whole / "data" / "train.jsonl").examples}
     last = read_jsonl(whole / "rounds.jsonl")[-1]
-    stored = {
-        (row["id"], tuple(map(tuple, row["values"]))) for row in read_jsonl(whole / "reference.jsonl")
-    }
+    stored = {(row["id"], tuple(map(tuple, row["values"]))) for row in read_jsonl(whole / "reference.jsonl")}
     for pair in last["pairs"]:
         example = examples[pair["id"]]
         own = (Completion(pair["rejected"]),)
@@ -124,7 +122,8 @@ def test_the_reference_stays_that_of_the_stages_start(whole: Path) -> None:
         scored = reference_pass(model, [encoded])[0]
         values = [scored.chosen.reference_sum_logp, scored.negatives[0].reference_sum_logp]
         assert any(
-            id_ == pair["id"] and [v[0] for v in sums] == pytest.approx(values, abs=1e-4) for id_, sums in stored
+            id_ == pair["id"] and [v[0] for v in sums] == pytest.approx(values, abs=1e-4)
+            for id_, sums in stored
         )
 
 
@@ -139,7 +138,12 @@ def test_none_and_all(tmp_path: Path, fraction: float) -> None:
 
 def test_right_samples_become_chosen_where_asked(tmp_path: Path) -> None:
     short = {"objective": {"name": "sft"}, "learning_rate": 1e-4, "steps": 4}
-    negatives = {"on_policy_fraction": 0.0, "rounds": 1, "on_policy_chosen": True, "sampler": {"max_new_tokens": 40}}
+    negatives = {
+        "on_policy_fraction": 0.0,
+        "rounds": 1,
+        "on_policy_chosen": True,
+        "sampler": {"max_new_tokens": 40},
+    }
     folder = train(tmp_path / "run", stage2=short, negatives=negatives)
     (row,) = read_jsonl(folder / "rounds.jsonl")
     pool = {r["id"]: r["samples"] for r in read_jsonl(folder / "pool.jsonl")}
@@ -169,7 +173,8 @@ def killer(where: str, at: tuple[int, int]) -> Listener:
 
 @pytest.mark.parametrize(
     ("where", "at"),
-    [("sampling", (0, 24)), ("sampling", (1, 48)), ("sampling", (2, 24)), ("step", (2, 3)), ("step", (2, 8)), ("step", (2, 10))],
+    [("sampling", (0, 24)), ("sampling", (1, 48)), ("sampling", (2, 24)), ("step", (2, 3)),
+     ("step", (2, 8)), ("step", (2, 10))],
 )  # fmt: skip
 def test_a_kill_in_sampling_or_in_a_round_changes_nothing(
     where: str, at: tuple[int, int], whole: Path, tmp_path: Path
@@ -243,8 +248,21 @@ def test_a_blend_depends_on_seed_round_and_ids_alone() -> None:
 
 
 def test_what_samples_are_good_for() -> None:
-    one = Example("a", (), (Message("user", ("q",)),), Completion("A red ball."), references=("a blue  ball.",))
-    texts = ["", "a RED ball.", "A blue ball.", "red red red red red", "a cat", "A cat", "a dog", "a cow and", "far", "near"]
+    one = Example(
+        "a", (), (Message("user", ("q",)),), Completion("A red ball."), references=("a blue  ball.",)
+    )
+    texts = [
+        "",
+        "a RED ball.",
+        "A blue ball.",
+        "red red red red red",
+        "a cat",
+        "A cat",
+        "a dog",
+        "a cow and",
+        "far",
+        "near",
+    ]
     logps = [-1.0] * 8 + [-9.0, -0.01]
     drawn = DrawnFor(
         "a", 1, 30,
@@ -267,7 +285,8 @@ def test_what_samples_are_good_for() -> None:
 @pytest.mark.parametrize(
     ("text", "bad"),
     [
-        ("a a a a", True), ("a a a b", False), ("the dog runs and the dog runs and the dog runs and the dog runs and", True),
+        ("a a a a", True), ("a a a b", False),
+        ("the dog runs and the dog runs and the dog runs and the dog runs and", True),
         ("a dog and a cat and a bird and a cow", False), ("x y x y x y x y", True), ("x y x y x y", False), ("", False),
     ],
 )  # fmt: skip
@@ -299,7 +318,11 @@ def test_rounds_that_do_not_fit_are_refused() -> None:
         ({"on_policy_fraction": 1, "easy_cut": -1, "hard_cut": -2}, "easy_cut must be below hard_cut"),
         ({"on_policy_fraction": 1, "judge": {"name": "llm"}}, "a server belongs to judge.name: llm"),
         (
-            {"on_policy_fraction": 1, "rounds": 2, "sampler": {"server": {"base_url": "http://x/v1", "model": "m"}}},
+            {
+                "on_policy_fraction": 1,
+                "rounds": 2,
+                "sampler": {"server": {"base_url": "http://x/v1", "model": "m"}},
+            },
             "set sampler.serve_folder",
         ),
     ],

@@ -59,7 +59,8 @@ def train(
         bool, typer.Option("--accept-changes", help="with --resume: go on with a changed recipe")
     ] = False,
     data_file: Annotated[
-        Path | None, typer.Option("--from", help="train on the pairs of this file, as `cwdpo sample` wrote them")
+        Path | None,
+        typer.Option("--from", help="train on the pairs of this file, as `cwdpo sample` wrote them"),
     ] = None,
 ) -> None:
     """Run both stages of a recipe on your model and data."""
@@ -182,7 +183,12 @@ def _pairs_of(file: Path | None) -> list[str]:
     """Overrides that make a file of pairs the data, with its negatives as they are."""
     if file is None:
         return []
-    return [f"data.path={json.dumps(str(file))}", "data.format=trl", "data.image_root=null", "negatives={mix: {dataset: 1.0}}"]
+    return [
+        f"data.path={json.dumps(str(file))}",
+        "data.format=trl",
+        "data.image_root=null",
+        "negatives={mix: {dataset: 1.0}}",
+    ]
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -11,7 +11,9 @@ from cwdpo.cli_progress import run_listener
 
 
 def sample(
-    recipe: Annotated[Path, typer.Argument(help="a recipe: its data, negatives.sampler and negatives.judge count")],
+    recipe: Annotated[
+        Path, typer.Argument(help="a recipe: its data, negatives.sampler and negatives.judge count")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, as often as you like")
     ] = None,

@@ -46,7 +46,7 @@ class ServerSettings(Settings):
     extra_body: dict[str, Any] = Field(
         default_factory=dict,
         description="further keys of every request; transformers serve samples only with "
-        "{generation_config: '{\"do_sample\": true, \"top_k\": 0}'}",
+        '{generation_config: \'{"do_sample": true, "top_k": 0}\'}',
     )
     image_tokens: int = Field(800, ge=0, description="input tokens of a picture, for the estimate")
     usd_per_million_input: float | None = Field(None, ge=0)
@@ -139,9 +139,12 @@ class Client:
         pictures = sum(len(ask.images) for ask in new.values())
         tokens_in = letters // _LETTERS_PER_TOKEN + pictures * self.settings.image_tokens
         tokens_out = sum(ask.max_tokens for ask in new.values())
-        prices = self.settings.usd_per_million_input, self.settings.usd_per_million_output
-        usd = None if None in prices else (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6  # type: ignore[operator]
-        return Estimate(len(new), len({k for k, _ in self._keyed(asks)}) - len(new), tokens_in, tokens_out, usd)
+        price_in, price_out = self.settings.usd_per_million_input, self.settings.usd_per_million_output
+        known = price_in is not None and price_out is not None
+        usd = (tokens_in * (price_in or 0) + tokens_out * (price_out or 0)) / 1e6 if known else None
+        return Estimate(
+            len(new), len({k for k, _ in self._keyed(asks)}) - len(new), tokens_in, tokens_out, usd
+        )
 
     def ask(self, asks: Sequence[Ask], progress: Callable[[int], None] = lambda n: None) -> list[Answer]:
         """Answers in the order of ``asks``; equal requests are sent once.
@@ -176,7 +179,8 @@ class Client:
     def _keyed(self, asks: Sequence[Ask]) -> Iterator[tuple[str, Ask]]:
         for ask in asks:
             parts = [
-                self.settings.base_url, self.settings.model, self.settings.extra_body, [asdict(m) for m in ask.messages],
+                self.settings.base_url, self.settings.model, self.settings.extra_body,
+                [asdict(m) for m in ask.messages],
                 [hashlib.blake2b(i.encoded(), digest_size=16).hexdigest() for i in ask.images],
                 ask.temperature, ask.top_p, ask.max_tokens, ask.draw, ask.seed,
             ]  # fmt: skip

@@ -305,6 +305,10 @@ class RunDir:
         """Rows of samples.jsonl."""
         return read_jsonl(self.path / "samples.jsonl")
 
+    def rounds(self) -> list[dict[str, Any]]:
+        """Rows of rounds.jsonl."""
+        return read_jsonl(self.path / "rounds.jsonl")
+
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; an absent file is an empty mapping."""
         path = self.path / name

@@ -20,7 +20,9 @@ QUESTION = (
 )
 
 
-def build_judge(settings: JudgeSettings, examples: Sequence[Example], store: Path | None = None) -> Judge | None:
+def build_judge(
+    settings: JudgeSettings, examples: Sequence[Example], store: Path | None = None
+) -> Judge | None:
     """The judge that the settings name; ``None`` where inequality to chosen has to do.
 
     Args:
@@ -41,8 +43,8 @@ def build_judge(settings: JudgeSettings, examples: Sequence[Example], store: Pat
         bare = next((e for e in examples if not e.references), None)
         if bare is not None:
             raise DataError(
-                f"{bare.where or bare.id}: references: missing; negatives.judge.name = references compares samples with "
-                "them: add the column, or choose another judge"
+                f"{bare.where or bare.id}: references: missing; negatives.judge.name = references compares samples "
+                "with them: add the column, or choose another judge"
             )
         return _by_references(settings.threshold)
     assert settings.server is not None
@@ -59,7 +61,8 @@ def _by_references(threshold: float) -> Judge:
 
     def judge(examples: Sequence[Example], texts: Sequence[str]) -> list[bool | None]:
         return [
-            max(float(chrf_score([text], [[ref]])) for ref in (*example.references, example.chosen.text)) >= threshold
+            max(float(chrf_score([text], [[ref]])) for ref in (*example.references, example.chosen.text))
+            >= threshold
             for example, text in zip(examples, texts, strict=True)
         ]
 
@@ -78,7 +81,7 @@ def _by_server(client: Client) -> Judge:
 def _question(example: Example, text: str) -> Ask:
     parts = (
         *[None] * len(example.images),
-        f"{QUESTION}\n\nRequest: {example.prompt_text}\nGood response: {example.chosen.text}\nOther response: {text}\n\n"
-        "Answer with one word, yes or no.",
+        f"{QUESTION}\n\nRequest: {example.prompt_text}\nGood response: {example.chosen.text}\n"
+        f"Other response: {text}\n\nAnswer with one word, yes or no.",
     )
     return Ask((Message("user", parts),), example.images, max_tokens=8)

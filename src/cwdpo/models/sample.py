@@ -156,46 +156,58 @@ def shared_prefill(
         For each row, prompt by prompt, its T <= max_new_tokens token ids and their log-probabilities (nats) under
         the model at temperature 1.
     """
-    was_training, device = model.training, device_of(model)
+    was_training = model.training
     mrope = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
     stale = None if mrope is None else mrope.rope_deltas
     model.eval()
     try:
-        logits, cache, position, mask = _prefill(model, mrope, prompts, n, pad, device)
-        uniform = _uniform(draws, decoding).to(device)
-        live = torch.arange(len(draws), device=device)
-        rows: list[tuple[list[int], list[float]]] = [([], []) for _ in draws]
-        ends = torch.tensor(sorted(end_ids), device=device)
-        done = torch.zeros(len(draws), dtype=torch.bool, device=device)
-        for t in range(decoding.max_new_tokens):
-            token, logp = _draw(logits.float(), decoding, uniform[live, t])
-            for row, over, i, value in zip(
-                live.tolist(), done.tolist(), token.tolist(), logp.tolist(), strict=True
-            ):
-                if not over:
-                    rows[row][0].append(i)
-                    rows[row][1].append(value)
-            done = done | torch.isin(token, ends)
-            if bool(done.all()) or t + 1 == decoding.max_new_tokens:
-                break
-            if 2 * int(done.sum()) >= len(done):
-                keep = (~done).nonzero().flatten()
-                cache.batch_select_indices(keep)
-                live, done, token = live[keep], done[keep], token[keep]
-                position, mask = position[keep], mask[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            where = (position + t)[:, None]
-            logits = model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=where if mrope is None else where.expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+        return _decode(model, mrope, prompts, n, decoding, draws, end_ids, pad)
     finally:
         if mrope is not None:
             mrope.rope_deltas = stale  # of another batch: the next forward makes its own
         model.train(was_training)
+
+
+def _decode(
+    model: Any,
+    mrope: Any,
+    prompts: Sequence[EncodedPrompt],
+    n: int,
+    decoding: Decoding,
+    draws: Sequence[str],
+    end_ids: frozenset[int],
+    pad: int,
+) -> list[tuple[list[int], list[float]]]:
+    device = device_of(model)
+    logits, cache, position, mask = _prefill(model, mrope, prompts, n, pad, device)
+    uniform = _uniform(draws, decoding).to(device)
+    live = torch.arange(len(draws), device=device)
+    rows: list[tuple[list[int], list[float]]] = [([], []) for _ in draws]
+    ends = torch.tensor(sorted(end_ids), device=device)
+    done = torch.zeros(len(draws), dtype=torch.bool, device=device)
+    for t in range(decoding.max_new_tokens):
+        token, logp = _draw(logits.float(), decoding, uniform[live, t])
+        found = zip(live.tolist(), done.tolist(), token.tolist(), logp.tolist(), strict=True)
+        for row, over, id_, value in found:
+            if not over:
+                rows[row][0].append(id_)
+                rows[row][1].append(value)
+        done = done | torch.isin(token, ends)
+        if bool(done.all()) or t + 1 == decoding.max_new_tokens:
+            break
+        if 2 * int(done.sum()) >= len(done):
+            keep = (~done).nonzero().flatten()
+            cache.batch_select_indices(keep)
+            live, done, token, position, mask = (x[keep] for x in (live, done, token, position, mask))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        where = (position + t)[:, None]
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=where if mrope is None else where.expand(3, -1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
     return rows
 
 

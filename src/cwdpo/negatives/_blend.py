@@ -73,9 +73,9 @@ def blend(
     """
     k, fraction = settings.per_prompt or 1, settings.fraction(round_)
     counts = BlendCounts(fraction, examples=len(examples))
-    for own in sampled.values():
-        counts.dropped.update(own.dropped)
-        counts.samples += len(own.negatives) + own.dropped.total()
+    for said in sampled.values():
+        counts.dropped.update(said.dropped)
+        counts.samples += len(said.negatives) + said.dropped.total()
     usable = {e.id: sampled.get(e.id, Sorted()).negatives for e in examples}
     wanted, kept_slots = _quotas(fraction, k, {e.id: len(usable[e.id]) for e in examples}, seed, round_)
     sources = settings.build_sources()

@@ -134,7 +134,7 @@ def draw_negatives(
     seed: int,
     taken: Collection[str] = (),
 ) -> list[tuple[str, Completion]]:
-    """Up to ``per_prompt`` negatives with the names of their sources; none is one of the :func:`normalised` ``taken``."""
+    """Up to ``per_prompt`` negatives with the names of their sources, none of them (:func:`normalised`) ``taken``."""
     names = list(shares)
     choose = seeded(seed, example.id)
     used = set(taken)

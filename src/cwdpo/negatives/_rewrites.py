@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cwdpo.negatives._lexicon import Lexicon, Swap, Words
+from cwdpo.negatives._lexicon import Kind, Lexicon, Swap, Words
 
 ATTRIBUTES = ("colour", "size", "material", "number")
 _BE = ("is", "are", "was", "were")
@@ -19,7 +19,7 @@ def exchanges(words: Words, references: Sequence[Words], lexicon: Lexicon) -> It
     "a red ball and a blue car": the places of red and blue. Where a reference says what the exchange would say of
     either noun, the pair is left out.
     """
-    found: list[tuple[int, str, Sequence[Swap]]] = []
+    found: list[tuple[int, Kind, list[Swap]]] = []
     for first, last, swaps in lexicon.matches(words):
         kind = swaps[0].kind
         # Before a comma, and on both sides of an "and", it shares its noun with another attribute.
@@ -29,9 +29,9 @@ def exchanges(words: Words, references: Sequence[Words], lexicon: Lexicon) -> It
         if kind in ATTRIBUTES and last == first + 1 and words.run(first) > 1 and not shared:
             found.append((first, kind, swaps))
     for at, (i, kind, swaps) in enumerate(found):
-        for j, other, back in found[at + 1 :]:
+        for j, kind_of_j, back in found[at + 1 :]:
             one, two = words.lower[i], words.lower[j]
-            if kind != other or j == i + 1 or words.lower[i + 1] == words.lower[j + 1]:
+            if kind != kind_of_j or j == i + 1 or words.lower[i + 1] == words.lower[j + 1]:
                 continue
             # Never two that may be true together; and of colours what the lexicon would put there: no blue dogs.
             ways = [any(s.to == two for s in swaps), any(s.to == one for s in back)]
@@ -64,5 +64,9 @@ def negations(words: Words, references: Sequence[Words], lexicon: Lexicon) -> It
             yield i, i + 1, "without"
         elif word in ("has", "have") and after in _ARTICLES:
             yield i, i + 2, f"{word} no"
-        elif word.endswith("ing") and (i in actions or word == "wearing") and before not in ("", *_BE, *_OWNED, "and"):
+        elif (
+            word.endswith("ing")
+            and (i in actions or word == "wearing")
+            and before not in ("", *_BE, *_OWNED, "and")
+        ):
             yield i, i + 1, f"not {word}"

@@ -102,9 +102,7 @@ def sort_samples(example: Example, drawn: DrawnFor, settings: NegativeSettings) 
     return Sorted(tuple(negatives), tuple(right), dropped)
 
 
-def _useless(
-    sample: Drawn, settings: NegativeSettings, true: frozenset[str], seen: set[str]
-) -> str | None:
+def _useless(sample: Drawn, settings: NegativeSettings, true: frozenset[str], seen: set[str]) -> str | None:
     text = normalised(sample.text)
     if not text:
         return "empty"

@@ -104,12 +104,16 @@ class NegativeSettings(Settings):
         if fraction is None:
             for name in ("rounds", "on_policy_chosen", "easy_cut", "hard_cut", "recalibrate"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} needs on_policy_fraction (0 samples nothing, and runs in rounds)")
+                    raise ValueError(
+                        f"{name} needs on_policy_fraction (0 samples nothing, and runs in rounds)"
+                    )
         if self.easy_cut is not None and self.hard_cut is not None and self.easy_cut >= self.hard_cut:
             raise ValueError("easy_cut must be below hard_cut")
         fixed = self.sampler.server is not None and not self.sampler.serve_folder
         if fixed and rounds > 1:
-            raise ValueError("sampler.server answers with one model; with rounds > 1 set sampler.serve_folder")
+            raise ValueError(
+                "sampler.server answers with one model; with rounds > 1 set sampler.serve_folder"
+            )
         return self
 
     def build_sources(self) -> dict[str, NegativeSource]:

@@ -62,7 +62,13 @@ class Writer:
                 continue
             taken.add(normalised(text))
             start, end, old, new = span
-            made = {"edit": kind if kind in self.kinds else "other", "from": old, "to": new, "start": start, "end": end}
+            made = {
+                "edit": kind if kind in self.kinds else "other",
+                "from": old,
+                "to": new,
+                "start": start,
+                "end": end,
+            }
             made["writer"] = self.client.settings.model
             found.append(Completion(text, "perturbed", "hard", made))
         return found
@@ -73,7 +79,11 @@ class Writer:
             n=_ASKED, kinds=", ".join(self.kinds), text=example.chosen.text, references=listed,
             others=", and other true ones" if listed else "",
         )  # fmt: skip
-        return Ask((Message("user", (question,)),), temperature=0.0, max_tokens=64 * _ASKED + len(example.chosen.text))
+        return Ask(
+            (Message("user", (question,)),),
+            temperature=0.0,
+            max_tokens=64 * _ASKED + len(example.chosen.text),
+        )
 
 
 def _listed(answer: str) -> Iterator[tuple[str, str]]:

@@ -137,7 +137,9 @@ def edits(example: Example, lexicon: Lexicon) -> list[Edit]:
         right = _edit(words, j, j + 1, "swap", words.lower[i])
         new = left.new + words.text[left.end : right.start] + right.new
         found.append(Edit("swap", left.start, right.end, words.text[left.start : right.end], new, i))
-    found += [_edit(words, *denied[:2], "negation", denied[2]) for denied in negations(words, references, lexicon)]
+    found += [
+        _edit(words, *denied[:2], "negation", denied[2]) for denied in negations(words, references, lexicon)
+    ]
     return found
 
 

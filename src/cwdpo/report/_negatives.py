@@ -44,11 +44,15 @@ def _round(row: dict[str, Any], logged: Sequence[dict[str, Any]]) -> dict[str, A
         "name": f"{plain(row.get('round'))}: steps {begin:.0f} to {end:.0f}",
         "asked": number(row.get("asked"), 2),
         "facts": "; ".join(facts),
-        "origins": [_origin(name, mapping(found[name]), own, end - begin) for name in ORIGINS if name in found],
+        "origins": [
+            _origin(name, mapping(found[name]), own, end - begin) for name in ORIGINS if name in found
+        ],
     }
 
 
-def _origin(name: str, counts: dict[str, Any], logged: Sequence[dict[str, Any]], steps: float) -> dict[str, Any]:
+def _origin(
+    name: str, counts: dict[str, Any], logged: Sequence[dict[str, Any]], steps: float
+) -> dict[str, Any]:
     age = "made before training"
     if name == "on_policy":
         age = f"0 to {steps - 1:.0f} steps, mean {(steps - 1) / 2:.1f}"
@@ -112,7 +116,11 @@ def marked(chosen: str, rejected: str) -> tuple[list[tuple[str, bool]], list[tup
 
     def pieces(words: list[str]) -> list[tuple[str, bool]]:
         cut = len(words) - end
-        parts = [("".join(words[:start]), False), ("".join(words[start:cut]), True), ("".join(words[cut:]), False)]
+        parts = [
+            ("".join(words[:start]), False),
+            ("".join(words[start:cut]), True),
+            ("".join(words[cut:]), False),
+        ]
         return [(text, differs) for text, differs in parts if text]
 
     return pieces(a), pieces(b)

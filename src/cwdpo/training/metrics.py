@@ -57,7 +57,10 @@ class StepMetrics:
         for origin in get_args(Origin):
             own = torch.tensor([o == origin for o in origins])
             self._take(f"negatives/{origin}/share", own)
-            self._take(f"negatives/{origin}/logps_mean", pairs.rejected.mean_logp[own.to(pairs.rejected.mean_logp.device)])
+            self._take(
+                f"negatives/{origin}/logps_mean",
+                pairs.rejected.mean_logp[own.to(pairs.rejected.mean_logp.device)],
+            )
             if weights is not None:
                 self._take(f"negatives/{origin}/weight", weights[own.to(weights.device)])
 

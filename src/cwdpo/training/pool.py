@@ -59,9 +59,9 @@ class LocalSampler:
         drawn = sample_batch(self.model, self.encoder, examples, s.samples, decoding, seed, keys)
         return [
             # Rounded as it is stored: a resumed run reads the same number.
-            tuple(Drawn(d.text, d.ended, d.n_tokens, None if d.mean_logp is None else round(d.mean_logp, 6)) for d in own)
+            tuple(Drawn(d.text, d.ended, d.n_tokens, round(d.mean_logp or 0.0, 6)) for d in own)
             for own in drawn
-        ]  # fmt: skip
+        ]
 
 
 class ServerSampler:
@@ -85,9 +85,9 @@ class ServerSampler:
         found = [tuple(drawn[start : start + n]) for start in range(0, len(drawn), n)]
         if n > 1 and len(found) >= _TELLING and all(len({d.text for d in own}) == 1 for own in found):
             raise ServerError(
-                f"{self.client.settings.base_url}: all {n} samples of each of {len(found)} prompts are alike: the server "
-                f"ignores temperature = {self.settings.temperature:g}. transformers serve samples with sampler.server."
-                """extra_body: {generation_config: '{"do_sample": true, "top_k": 0}'} only"""
+                f"{self.client.settings.base_url}: all {n} samples of each of {len(found)} prompts are alike: the "
+                f"server ignores temperature = {self.settings.temperature:g}. transformers serve samples only with "
+                """sampler.server.extra_body: {generation_config: '{"do_sample": true, "top_k": 0}'}"""
             )
         return found
 
@@ -148,7 +148,11 @@ class Pool:
         stripe = state.num_processes if sampler.together else 1
         for first in range(0, len(batches), stripe):
             these = batches[first : first + stripe]
-            own = these[state.process_index : state.process_index + 1] if sampler.together or state.is_main_process else []
+            own = (
+                these[state.process_index : state.process_index + 1]
+                if sampler.together or state.is_main_process
+                else []
+            )
             drawn = [row for batch in own for row in self._drawn(batch, keys, sampler, round_, step)]
             if state.num_processes > 1:
                 drawn = gather_object(drawn)
@@ -170,7 +174,11 @@ class Pool:
         return [DrawnFor(e.id, round_, step, own, made) for e, own in zip(batch, samples, strict=True)]
 
     def _store(
-        self, batches: Sequence[Sequence[Example]], rows: list[DrawnFor], keys: dict[str, str], judge: Judge | None
+        self,
+        batches: Sequence[Sequence[Example]],
+        rows: list[DrawnFor],
+        keys: dict[str, str],
+        judge: Judge | None,
     ) -> list[DrawnFor]:
         """Judge what is new, append it, whole lines at once."""
         by_id = {e.id: e for batch in batches for e in batch}

@@ -191,7 +191,9 @@ def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
         }
         for row in rows
     ]
-    table = datasets.Dataset.from_list(plain).cast_column("images", datasets.List(datasets.Image(decode=False)))
+    table = datasets.Dataset.from_list(plain).cast_column(
+        "images", datasets.List(datasets.Image(decode=False))
+    )
     temporary = out.with_name(f".{out.name}.tmp")
     table.to_parquet(temporary)
     os.replace(temporary, out)

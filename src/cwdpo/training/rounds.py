@@ -72,7 +72,9 @@ class StartWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+        self._kept = {
+            n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad
+        }
 
     @contextlib.contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
@@ -165,7 +167,9 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.recipe, self.settings, self.policy, self.encoder = recipe, recipe.negatives, policy, encoder
         self.examples = {e.id: e for e in examples}
         if len(self.examples) < len(examples):
-            raise DataError("stage 2 has two rows with the same id; rounds find samples by id: make them differ")
+            raise DataError(
+                "stage 2 has two rows with the same id; rounds find samples by id: make them differ"
+            )
         self.run, self.objective, self._reference_values = run, objective, reference_values
         self.on_sample = on_sample
         self.plan = Plan.of(recipe, len(examples), PartialState().num_processes)
@@ -314,7 +318,8 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             by_origin[origin] = {"n": len(values), "share": len(values) / n, "reference_mean_logp": mean}
         row = {
             "stage": stage, "round": round_, "step": step, "end": end, "prompts": len(set(order)),
-            "filled_up": len(order) - len(rows), **counts.to_json(), "by_origin": by_origin, "judged": self._judge is not None,
+            "filled_up": len(order) - len(rows), **counts.to_json(), "by_origin": by_origin,
+            "judged": self._judge is not None,
             "pairs": _pairs(ready, seeded(self.recipe.seed, "shown", round_)),
         }  # fmt: skip
         self.run.drop_stages(FILE, {stage})
