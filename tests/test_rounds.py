@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -362,3 +366,67 @@ def test_a_round_without_any_negative_says_why(tmp_path: Path) -> None:
     data = {"world": {**TREE["data"]["world"], "questions": 0.0}}
     with pytest.raises(DataError, match=r"no negative for any of \d+ prompts.*'cut'"):
         train(tmp_path / "run", negatives=negatives, data=data)
+
+
+# --- two processes --------------------------------------------------------------------------------------
+
+
+WORKER = """
+import sys, torch
+from cwdpo.training.two_stage import train_two_stage
+train_two_stage(sys.argv[1], sys.argv[2])
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch(folder: Path, file: Path, world: int, more: dict[str, str]) -> None:
+    """Start a run as a launcher would; no process outlives five minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ, **more, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", WORKER, str(file), str(folder)]
+    started = [
+        subprocess.Popen(
+            command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for r in range(world)
+    ]  # fmt: skip
+    try:
+        said = [p.communicate(timeout=300)[0] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    assert [p.returncode for p in started] == [0] * world, "\n".join(text[-3000:] for text in said)
+
+
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_sample_and_blend_as_one(mode: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    calm = {"objective": {"name": "cw_dpo", "beta": 0.3}, "learning_rate": 1e-5, "steps": 6}
+    common = {"stage2": calm, "negatives": {"rounds": 2}, "stage1": {"enabled": False}, "probes": {"every": 50}}
+    one = train(tmp_path / "one", train={"save_steps": None}, **common)
+    two = recipe(train={"save_steps": None, "batch_size": 2}, **common)
+    file.write_text(two.to_yaml())
+    launch(tmp_path / "two", file, 2, SHARDED if mode == "fsdp2" else {})
+
+    def said(folder: Path) -> dict[tuple[int, str], list[str]]:
+        return {(r["round"], r["id"]): [s["text"] for s in r["samples"]] for r in read_jsonl(folder / "pool.jsonl")}
+
+    assert said(tmp_path / "two") == said(one)
+    for ours, theirs in zip(read_jsonl(tmp_path / "two" / "rounds.jsonl"), read_jsonl(one / "rounds.jsonl"), strict=True):
+        assert [p["rejected"] for p in ours["pairs"]] == [p["rejected"] for p in theirs["pairs"]]
+        for origin, counts in theirs["by_origin"].items():
+            assert ours["by_origin"][origin] == pytest.approx(counts, abs=1e-4)
