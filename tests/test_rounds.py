@@ -416,17 +416,27 @@ SHARDED = {
 def test_two_processes_sample_and_blend_as_one(mode: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     calm = {"objective": {"name": "cw_dpo", "beta": 0.3}, "learning_rate": 1e-5, "steps": 6}
-    common = {"stage2": calm, "negatives": {"rounds": 2}, "stage1": {"enabled": False}, "probes": {"every": 50}}
+    common = {
+        "stage2": calm,
+        "negatives": {"rounds": 2},
+        "stage1": {"enabled": False},
+        "probes": {"every": 50},
+    }
     one = train(tmp_path / "one", train={"save_steps": None}, **common)
     two = recipe(train={"save_steps": None, "batch_size": 2}, **common)
     file.write_text(two.to_yaml())
     launch(tmp_path / "two", file, 2, SHARDED if mode == "fsdp2" else {})
 
     def said(folder: Path) -> dict[tuple[int, str], list[str]]:
-        return {(r["round"], r["id"]): [s["text"] for s in r["samples"]] for r in read_jsonl(folder / "pool.jsonl")}
+        return {
+            (r["round"], r["id"]): [s["text"] for s in r["samples"]]
+            for r in read_jsonl(folder / "pool.jsonl")
+        }
 
     assert said(tmp_path / "two") == said(one)
-    for ours, theirs in zip(read_jsonl(tmp_path / "two" / "rounds.jsonl"), read_jsonl(one / "rounds.jsonl"), strict=True):
+    for ours, theirs in zip(
+        read_jsonl(tmp_path / "two" / "rounds.jsonl"), read_jsonl(one / "rounds.jsonl"), strict=True
+    ):
         assert [p["rejected"] for p in ours["pairs"]] == [p["rejected"] for p in theirs["pairs"]]
         for origin, counts in theirs["by_origin"].items():
             assert ours["by_origin"][origin] == pytest.approx(counts, abs=1e-4)
