@@ -213,7 +213,8 @@ def differences(run: Path, expected: Path) -> list[str]:
     for name in (
         "stage1/model/model.safetensors", "model/model.safetensors", "calibration.json", "metrics.jsonl",
         "readings.jsonl", "summary.json", "samples.jsonl", "problems.jsonl", "recipe.yaml",
-        "stage1/checkpoint-26/model.safetensors", "stage2/checkpoint-27/model.safetensors", "pool.jsonl", "rounds.jsonl",
+        "stage1/checkpoint-26/model.safetensors", "stage2/checkpoint-27/model.safetensors", "pool.jsonl",
+        "rounds.jsonl",
     ):  # fmt: skip
         if not (expected / name).exists():
             continue

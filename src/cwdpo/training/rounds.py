@@ -13,6 +13,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -320,13 +321,13 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             "stage": stage, "round": round_, "step": step, "end": end, "prompts": len(set(order)),
             "filled_up": len(order) - len(rows), **counts.to_json(), "by_origin": by_origin,
             "judged": self._judge is not None,
-            "pairs": _pairs(ready, seeded(self.recipe.seed, "shown", round_)),
+            "pairs": _pairs(ready, seeded(self.recipe.seed, "shown", round_), self.run.path),
         }  # fmt: skip
         self.run.drop_stages(FILE, {stage})
         self.run.append(FILE, [row])
 
 
-def _pairs(examples: Sequence[Example], rng: random.Random) -> list[dict[str, Any]]:
+def _pairs(examples: Sequence[Example], rng: random.Random, home: Path) -> list[dict[str, Any]]:
     """Some pairs, as many of each origin as there are."""
     by_origin: dict[str, list[tuple[Example, int]]] = defaultdict(list)
     for example in examples:
@@ -339,7 +340,7 @@ def _pairs(examples: Sequence[Example], rng: random.Random) -> list[dict[str, An
     return [
         {
             "id": e.id,
-            "image": str(e.images[0].path) if e.images and e.images[0].path else None,
+            "image": _place(e, home),
             "chosen": e.chosen.text,
             "chosen_origin": e.chosen.origin,
             "rejected": e.rejected[k].text,
@@ -349,3 +350,11 @@ def _pairs(examples: Sequence[Example], rng: random.Random) -> list[dict[str, An
         }
         for e, k in shown
     ]
+
+
+def _place(example: Example, home: Path) -> str | None:
+    """Path of the first picture; within the run's folder from there, so that the folder can be moved."""
+    path = example.images[0].path if example.images else None
+    if path is None:
+        return None
+    return str(path.relative_to(home) if path.is_relative_to(home) else path)
