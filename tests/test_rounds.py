@@ -440,3 +440,30 @@ def test_two_processes_sample_and_blend_as_one(mode: str, tmp_path: Path) -> Non
         assert [p["rejected"] for p in ours["pairs"]] == [p["rejected"] for p in theirs["pairs"]]
         for origin, counts in theirs["by_origin"].items():
             assert ours["by_origin"][origin] == pytest.approx(counts, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_with_lora_the_adapter_of_the_start_is_the_reference_and_a_kill_changes_nothing(tmp_path: Path) -> None:
+    changes = {
+        "model": {"tune": "lora", "lora": {"r": 4, "alpha": 8}, "freeze": []},
+        "stage2": {"objective": {"name": "cw_dpo", "beta": 0.3}, "learning_rate": 3e-3, "steps": 12},
+        "negatives": {"rounds": 2, "recalibrate": True},
+    }
+    expected = train(tmp_path / "whole", **changes)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", killer("step", (2, 5)), **changes)
+    train(tmp_path / "killed", resume=True, **changes)
+    for name in ("pool.jsonl", "metrics.jsonl", "calibration-round1.json", "model/adapter_model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (expected / name).read_bytes(), name
+    first = json.loads((expected / "calibration.json").read_text())
+    again = json.loads((expected / "calibration-round1.json").read_text())
+    assert again["floor"] != pytest.approx(first["floor"], abs=1e-3)
+    rows = [r for r in read_jsonl(expected / "metrics.jsonl") if r["stage"] == "stage2"]
+    assert [r["cooling/floor"] for r in rows] == pytest.approx([first["floor"]] * 6 + [again["floor"]] * 6)
+    # Two epochs of reference values for the same chosen responses: the second is the start's again.
+    stored: dict[str, list[float]] = {}
+    for row in read_jsonl(expected / "reference.jsonl"):
+        stored.setdefault(row["id"], []).append(row["values"][0][0])
+    twice = [values for values in stored.values() if len(values) > 1]
+    assert twice
+    assert all(values == pytest.approx([values[0]] * len(values), abs=1e-4) for values in twice)
