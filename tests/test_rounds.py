@@ -443,7 +443,9 @@ def test_two_processes_sample_and_blend_as_one(mode: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_with_lora_the_adapter_of_the_start_is_the_reference_and_a_kill_changes_nothing(tmp_path: Path) -> None:
+def test_with_lora_the_adapter_of_the_start_is_the_reference_and_a_kill_changes_nothing(
+    tmp_path: Path,
+) -> None:
     changes = {
         "model": {"tune": "lora", "lora": {"r": 4, "alpha": 8}, "freeze": []},
         "stage2": {"objective": {"name": "cw_dpo", "beta": 0.3}, "learning_rate": 3e-3, "steps": 12},

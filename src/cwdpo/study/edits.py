@@ -60,7 +60,9 @@ def table(examples: Sequence[Example], kinds: Sequence[str], show: int, seed: in
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--captions", type=int, default=500, help="drawn, where there are more")
     parser.add_argument("--show", type=int, default=50)
