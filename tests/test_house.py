@@ -19,33 +19,69 @@ PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"errors", "records", "registry"}
-MODELLING = {*BASE, "worlds", "objectives", "negatives", "data", "models", "scoring", "config", "rundir"}
+MODELLING = {
+    *BASE,
+    "worlds",
+    "objectives",
+    "negatives",
+    "data",
+    "models",
+    "scoring",
+    "config",
+    "rundir",
+    "remote",
+}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
     "records": {"errors"},
     "worlds": BASE,
     "objectives": BASE,
-    "negatives": BASE,
+    "remote": {*BASE, "rundir"},
+    "negatives": {*BASE, "remote"},
     "data": BASE,
     "models": {*BASE, "data"},
     "scoring": {*BASE, "data", "objectives", "models"},
     "config": {"errors", "registry", "objectives", "negatives", "models.settings", "worlds"},
     "rundir": {"errors", "records"},
     "probes": {*BASE, "scoring", "data", "objectives"},
-    "evaluation": {"worlds", "records", "errors"},
+    "evaluation": {"worlds", "records", "errors", "negatives", "remote"},
     "report": {"rundir", "errors", "records"},
     "training": {*MODELLING, "probes", "evaluation", "report.render"},
     "study": {*MODELLING, "probes", "evaluation", "report", "training"},
+    "cli_progress": {"training"},
+    "cli_sample": {"cli_progress", "config", "training"},
     "bench": {*MODELLING, "training"},
-    "cli": {*MODELLING, "probes", "evaluation", "report", "training", "study", "bench.commands"},
+    "cli": {
+        *MODELLING,
+        "cli_progress",
+        "cli_sample",
+        "probes",
+        "evaluation",
+        "report",
+        "training",
+        "study",
+        "bench.commands",
+    },
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
 FOR_TYPES_ONLY: dict[str, set[str]] = {"__init__": {"config", "training"}}
 
 HEAVY_USERS = ("models/", "training/", "study/grid.py", "bench/")
-WITHOUT_TORCH = {*BASE, "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
+WITHOUT_TORCH = {
+    *BASE,
+    "remote",
+    "cli_progress",
+    "cli_sample",
+    "worlds",
+    "objectives",
+    "negatives",
+    "config",
+    "rundir",
+    "report",
+    "cli",
+}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

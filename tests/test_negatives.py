@@ -46,7 +46,15 @@ def make(text: str, name: str = "e", references: tuple[str, ...] = (), **more: o
 
 
 POOL = [
-    make(t, f"e{i}", rejected=(Completion(f"wrong {i}", kind="hard"), Completion(f"off {i}", kind="easy")))
+    make(
+        t,
+        f"e{i}",
+        rejected=(
+            Completion(f"wrong {i}", kind="hard"),
+            Completion(f"off {i}", kind="easy"),
+            Completion(f"said {i}", "on_policy", "on_policy"),
+        ),
+    )
     for i, t in enumerate(CAPTIONS)
 ]
 
@@ -414,8 +422,8 @@ def test_a_source_that_has_nothing_passes_on_and_the_rest_is_dropped() -> None:
 def test_dataset_alone_keeps_all() -> None:
     kept, counts = attach_negatives([*POOL, make("a dog", "bare")], {"dataset": 1.0}, None, seed=0)
     assert [e.rejected for e in kept] == [e.rejected for e in POOL]
-    assert counts.by_source == {"dataset": 12}
-    assert counts.by_kind == {"hard": 6, "easy": 6}
+    assert counts.by_source == {"dataset": 18}
+    assert counts.by_kind == {"hard": 6, "easy": 6, "on_policy": 6}
     assert counts.dropped == 1
     assert counts.short == 0
     kept, _ = attach_negatives(POOL, {"dataset": 1.0}, 1, seed=0)
@@ -542,3 +550,64 @@ def test_real_captions_yield_edits() -> None:
             made += len(found)
             assert not {normalised(c.text) for c in found} & {normalised(c) for c in captions}
     assert made >= 0.95 * asked
+
+
+# --- swaps of two objects' attributes, and negation ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("A man in a red shirt holds a blue umbrella .", "A man in a blue shirt holds a red umbrella ."),
+        ("An orange car behind a red truck", "A red car behind an orange truck"),
+        ("Two dogs chase three cats", "Three dogs chase two cats"),
+        ("a large dog next to a small cat", "a small dog next to a large cat"),
+    ],
+)
+def test_two_objects_exchange_an_attribute(text: str, changed: str) -> None:
+    made = one(text, kinds=("swap",))
+    assert [c.text for c in made] == [changed]
+    how = made[0].made
+    assert text[: how["start"]] + how["to"] + text[how["end"] :] == changed
+    assert how["edit"] == "swap"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A black and white dog", "a red shirt and a red hat", "a grey car and a gray truck",
+        "red , blue and green shirts",
+        "a blue and yellow shirt with a black jacket", "a brown dog on green grass", "one man and two women",
+    ],
+)  # fmt: skip
+def test_no_exchange_where_it_says_the_same_or_nothing_sensible(text: str) -> None:
+    assert not one(text, kinds=("swap",))
+
+
+def test_an_exchange_that_a_reference_speaks_for_is_refused() -> None:
+    text = "A man in a red shirt holds a blue umbrella ."
+    assert not one(text, "He wears a blue shirt .", kinds=("swap",))
+    assert not one(text, "There is a red umbrella .", kinds=("swap",))
+    assert one(text, "There is a red car .", kinds=("swap",))
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("The dog is running .", "The dog is not running ."),
+        ("There is a dog .", "There is no dog ."),
+        ("A man with a hat", "A man without a hat"),
+        ("A girl has an umbrella", "A girl has no umbrella"),
+        ("A boy wearing a hat", "A boy not wearing a hat"),
+        ("Three dogs playing in the snow .", "Three dogs not playing in the snow ."),
+    ],
+)
+def test_negation(text: str, changed: str) -> None:
+    assert [c.text for c in one(text, kinds=("negation",))] == [changed]
+
+
+def test_negation_only_by_name_and_never_of_what_is_denied_already() -> None:
+    assert "negation" not in PerturbNegatives().kinds
+    assert "swap" in PerturbNegatives().kinds
+    assert not one("A man without a hat is running", kinds=("negation",))
+    assert not one("The dog is running .", "A dog that is not running", kinds=("negation",))

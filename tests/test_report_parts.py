@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 from pathlib import Path
@@ -116,3 +117,37 @@ def test_large_pictures_are_made_small(tmp_path: Path) -> None:
 )
 def test_the_judges_verdict_in_words(caption: dict[str, Any], words: str) -> None:
     assert mark(caption) == words
+
+
+def test_negatives_by_round_are_shown_with_their_counts(tmp_path: Path) -> None:
+    from cwdpo.report._negatives import negatives_section
+    from cwdpo.report._page import Folder
+    from cwdpo.report.render import write_report
+
+    row = {
+        "round": 1, "step": 10, "end": 20, "asked": 0.5, "prompts": 8, "left_out": 0, "short": 0, "samples": 32,
+        "judged": False, "replaced_chosen": 0, "dropped": {"equal": 3},
+        "by_origin": {
+            "dataset": {"n": 4, "share": 0.5, "reference_mean_logp": -2.0},
+            "on_policy": {"n": 4, "share": 0.5, "reference_mean_logp": None},
+        },
+        "pairs": [{
+            "id": "<b>", "image": None, "chosen": "a red <i> dog", "rejected": "a blue <i> dog", "origin": "on_policy",
+            "kind": "on_policy", "chosen_origin": "dataset", "made": {"step": 10, "mean_logp": -0.5},
+        }],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    (tmp_path / "rounds.jsonl").write_text(json.dumps(row) + "\n")
+    logged = [
+        {"stage": "stage2", "step": s, "negatives/dataset/n": n, "negatives/dataset/weight": w}
+        for s, n, w in ((10, 9, 9.0), (11, 1, 0.1), (20, 3, 0.5), (21, 9, 9.0))
+    ]
+    found = negatives_section(Folder(tmp_path), logged)
+    dataset, own = found["rounds"][0]["origins"]
+    assert dataset["weight"] == "0.400 (n = 4)", "by hand: (1 * 0.1 + 3 * 0.5) / 4, steps 11 to 20"
+    assert own["age"] == "0 to 9 steps, mean 4.5"
+    assert own["weight"] == own["reference"] == "not recorded"
+    page = write_report(tmp_path).read_text()
+    assert "<ins>red</ins>" in page
+    assert "<del>blue</del>" in page
+    assert "&lt;i&gt;" in page

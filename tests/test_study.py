@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,56 @@ def test_a_cell_that_fails_is_a_row_of_the_table(tmp_path, monkeypatch) -> None:
     assert ours["cells"][0]["status"] == "failed"
     assert ours["figures"]["sampled_correct"]["mean"] is None
     assert "planted" in (tmp_path / "demo" / "report.html").read_text()
+
+
+def test_the_mix_study_pairs_its_arms_by_seed(tmp_path: Path) -> None:
+    from cwdpo.study import mix_study
+
+    arms = mix_study.arms()
+    names = [a.name for a in arms]
+    assert len(set(names)) == len(names) == 17
+    assert all(a.against is None or a.against in names for a in arms)
+    results = {}
+    for k, arm in enumerate(arms):
+        for seed in (0, 1, 2):
+            key = f"{arm.name}-seed{seed}"
+            failed = arm.name == "dpo-mixed-r3" and seed == 2
+            figures = {} if failed else {name: k + seed**2 for name, *_ in mix_study.FIGURES}
+            results[key] = CellResult(
+                key, "failed" if failed else "done", figures, "boom" if failed else None, 1.0
+            )
+            rows = [{"realised": 0.25 * r, "replaced_chosen": 2} for r in range(arm.rounds)]
+            (tmp_path / "cells" / key).mkdir(parents=True)
+            (tmp_path / "cells" / key / "rounds.jsonl").write_text(
+                "".join(json.dumps(r) + "\n" for r in rows)
+            )
+    found = mix_study.summarise(tmp_path, (0, 1, 2), results, 100)
+    by_name = {row["arm"]: row for row in found["arms"]}
+    assert by_name["dpo-mixed-r1"]["differences"]["kl"]["mean"] == 3, "places in the list, paired: no spread"
+    assert by_name["dpo-mixed-r3"]["differences"]["kl"]["n"] == 2
+    assert by_name["dpo-mixed-r3"]["realised"] == 0.25
+    assert by_name["sft-dataset-r1"]["figures"]["ece"]["mean"] == pytest.approx(5 / 3)
+    text = mix_study.markdown(found)
+    assert "| dpo-mixed-r3 (1 FAILED) |" in text
+    assert "**+3.000 [+3.000, +3.000]**" in text
+
+
+def test_an_arms_recipe_holds_its_negatives_and_steps() -> None:
+    from cwdpo.study import mix_study
+
+    base = methods.cell_recipe(methods.swept_methods()[1], 1, "t.jsonl", "v.jsonl", "model")
+    arm = next(a for a in mix_study.arms() if a.name == "dpo-mixed-chosen-r3")
+    made = mix_study.arm_recipe(arm, base, 42)
+    n = made.negatives
+    assert (n.on_policy_fraction, n.rounds, n.on_policy_chosen, made.stage2.steps) == (0.5, 3, True, 42)
+    assert made.stage2.objective == base.stage2.objective
+
+
+def test_edits_are_counted_and_shown(tmp_path: Path) -> None:
+    from cwdpo.study.edits import read, table
+
+    (tmp_path / "captions.txt").write_text("A brown dog runs .\n\nNothing here\n")
+    text = table(read(tmp_path / "captions.txt"), ["colour"], 5)
+    assert text.startswith("1 of 2 captions (50.0%) yield at least one edit; 3 edits in all; 0 equal chosen")
+    assert "| colour | 1 | 1 |" in text
+    assert "| colour | A ~~brown~~ **" in text

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cwdpo.bench.commands import app as bench_app
+from cwdpo.cli_progress import row_bar, run_listener
+from cwdpo.cli_sample import sample
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError, MissingPackageError, RunDirError
 
@@ -31,6 +32,7 @@ _DISK_ERRORS = {
 recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(bench_app, name="bench")
+app.command()(sample)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as you like")]
 
@@ -58,11 +60,15 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="with --resume: go on with a changed recipe")
     ] = False,
+    data_file: Annotated[
+        Path | None,
+        typer.Option("--from", help="train on the pairs of this file, as `cwdpo sample` wrote them"),
+    ] = None,
 ) -> None:
     """Run both stages of a recipe on your model and data."""
     from cwdpo.config import load_recipe
 
-    parsed = load_recipe(recipe, overrides or ())
+    parsed = load_recipe(recipe, [*_pairs_of(data_file), *(overrides or ())])
     folder = out or Path("runs") / parsed.name
     if resume and not folder.is_dir():
         raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
@@ -71,7 +77,7 @@ def train(
     _refuse_absent(parsed.train.report_to)
     from cwdpo.training.two_stage import train_two_stage
 
-    listener, stop = _listener()
+    listener, stop = run_listener()
     try:
         run = train_two_stage(parsed, folder, resume=resume, accept_changes=accept_changes, listener=listener)
     finally:
@@ -110,7 +116,7 @@ def validate(
     from cwdpo.data.validate import validate as check
 
     source = open_source(data)
-    progress, stop = _row_bar(source.name, count_rows(source))
+    progress, stop = row_bar(source.name, count_rows(source))
     try:
         found = check(
             source,
@@ -175,6 +181,18 @@ def recipe_schema() -> None:
     typer.echo(json.dumps(schema(), indent=1))
 
 
+def _pairs_of(file: Path | None) -> list[str]:
+    """Overrides that make a file of pairs the data, with its negatives as they are."""
+    if file is None:
+        return []
+    return [
+        f"data.path={json.dumps(str(file))}",
+        "data.format=trl",
+        "data.image_root=null",
+        "negatives={mix: {dataset: 1.0}}",
+    ]
+
+
 def _read_lines(path: Path) -> list[str]:
     from cwdpo.errors import DataError
 
@@ -202,48 +220,6 @@ def _token_counter(model: str) -> Any:
     source = str(EMBEDDED) if model == "embedded" else model
     check_folder(source)
     return token_counter(load_processor(source, ModelSettings(path=model)))
-
-
-def _row_bar(name: str, total: int | None) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """A bar of rows on stderr, where that is a terminal; it leaves no trace."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return lambda rows: None, lambda: None
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    task = bar.add_task(escape(Path(name).name), total=total)
-    bar.start()
-    return lambda rows: bar.update(task, completed=rows), bar.stop
-
-
-def _listener() -> tuple[Any, Any]:
-    """A progress line on stderr, on the main process only."""
-    from cwdpo.training.stage import Listener
-
-    if os.environ.get("RANK", "0") != "0":
-        return Listener(), lambda: None
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )  # fmt: skip
-    tasks: dict[str, Any] = {}
-    bar.start()
-
-    def step(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done, total=total)
-
-    return Listener(phase=lambda text: bar.console.print(text, markup=False), step=step), bar.stop
 
 
 def _disk_trouble(error: Exception) -> str | None:

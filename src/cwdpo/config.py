@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cwdpo.errors import CwdpoError, RecipeError, nearest
 from cwdpo.models.settings import ModelSettings
-from cwdpo.negatives.base import NEGATIVES, NegativeSource
+from cwdpo.negatives._settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.registry import Settings, explain
 from cwdpo.worlds.shapes import ShapesSettings
@@ -62,37 +62,6 @@ class DataSettings(Settings):
         if self.world is not None and not (self.world.train and self.world.validation):
             raise ValueError("world.train and world.validation must be at least 1")
         return self
-
-
-class NegativeSettings(Settings):
-    """Where negatives come from: shares by source; ``gentle`` are those of stage 1."""
-
-    mix: dict[str, float] = Field(default_factory=lambda: {"dataset": 1.0})
-    per_prompt: int | None = Field(
-        None, gt=0, description="default: all of the dataset's; one from any other mix"
-    )
-    settings: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="settings by source, e.g. {perturb: {kinds: [colour, object]}}"
-    )
-    gentle: Literal["auto", "dataset", "perturb", "none"] = "auto"
-
-    @field_validator("mix")
-    @classmethod
-    def _known_sources(cls, mix: dict[str, float]) -> dict[str, float]:
-        if not mix or any(share < 0 for share in mix.values()) or sum(mix.values()) <= 0:
-            raise ValueError("shares must be non-negative and not all zero, e.g. {dataset: 1.0}")
-        for name in mix:
-            NEGATIVES.get(name)
-        return mix
-
-    @model_validator(mode="after")
-    def _settings_of_sources(self) -> NegativeSettings:
-        self.build_sources()
-        return self
-
-    def build_sources(self) -> dict[str, NegativeSource]:
-        """The sources that have settings of their own, by name."""
-        return {name: NEGATIVES.build({"name": name, **own}) for name, own in self.settings.items()}
 
 
 class StageSettings(Settings):
@@ -226,6 +195,11 @@ class Recipe(Settings):
     def _something_to_do(self) -> Recipe:
         if not (self.stage1.enabled or self.stage2.enabled):
             raise ValueError("stage1 and stage2 are both disabled: nothing would be trained")
+        if self.train.max_tokens_per_batch is not None and self.negatives.on_policy_fraction is not None:
+            raise ValueError(
+                "train.max_tokens_per_batch: the rows of a round are not known before it, so their batches cannot be "
+                "counted; leave it out with negatives.on_policy_fraction, and set train.batch_size"
+            )
         return self
 
     def to_yaml(self) -> str:

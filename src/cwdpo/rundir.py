@@ -7,6 +7,9 @@ A run folder explains itself::
     problems.jsonl     rows that were left out, and why
     calibration.json   floor and tau, and the mean_logps they came from
     reference/         log-likelihoods of the reference, as its pass goes on
+    pool.jsonl         samples of the policy by round, as they are drawn (only with on-policy negatives)
+    answers.jsonl      what a server answered
+    rounds.jsonl       per round of stage 2: what was asked, blended and dropped, and some pairs
     metrics.jsonl      one JSON object per logging step: stage, step, and the Trainer's metrics
     timings.jsonl      one per start that ended a stage: its run time and speed, that start's steps only
     readings.jsonl     one Reading per line: held-out probes
@@ -45,7 +48,10 @@ try:
 except ImportError:  # Windows: two starts in one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
-BEGUN = ("metrics.jsonl", "readings.jsonl", "reference", "stage1", "stage2", "model", "summary.json")
+BEGUN = (
+    "metrics.jsonl", "readings.jsonl", "reference", "pool.jsonl", "answers.jsonl", "stage1", "stage2",
+    "model", "summary.json",
+)  # fmt: skip
 """What a folder holds once training has begun."""
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
 
@@ -298,6 +304,10 @@ class RunDir:
     def samples(self) -> list[dict[str, Any]]:
         """Rows of samples.jsonl."""
         return read_jsonl(self.path / "samples.jsonl")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Rows of rounds.jsonl."""
+        return read_jsonl(self.path / "rounds.jsonl")
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; an absent file is an empty mapping."""

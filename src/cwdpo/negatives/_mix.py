@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -76,13 +76,16 @@ def attach_negatives(
         if name not in built:
             built[name] = NEGATIVES.build(name)
     pool = sorted(examples, key=lambda e: e.id)
+    makes_gentle = gentle == "perturb" or (gentle == "auto" and any(not e.gentle for e in examples))
+    for name in {**shares, **({"perturb": 1.0} if makes_gentle else {})}:
+        built[name].prepare(pool)
     counts = MixCounts(examples=len(examples))
     kept = []
     for example in examples:
         if per_prompt is None:
             drawn = [("dataset", completion) for completion in example.rejected]
         else:
-            drawn = _draw(example, pool, shares, built, per_prompt, seed)
+            drawn = draw_negatives(example, pool, shares, built, per_prompt, seed)
         if not drawn:
             counts.dropped += 1
             continue
@@ -116,23 +119,25 @@ def _checked(mix: Mapping[str, float], per_prompt: int | None, gentle: str) -> d
     return shares
 
 
-def _rng(seed: int, *key: object) -> random.Random:
+def seeded(seed: int, *key: object) -> random.Random:
+    """A generator that seed and key alone decide."""
     text = "\0".join(map(str, (seed, *key)))
     return random.Random(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _draw(
+def draw_negatives(
     example: Example,
     pool: Sequence[Example],
     shares: Mapping[str, float],
     sources: Mapping[str, NegativeSource],
     per_prompt: int,
     seed: int,
+    taken: Collection[str] = (),
 ) -> list[tuple[str, Completion]]:
-    """Up to ``per_prompt`` negatives with the names of their sources."""
+    """Up to ``per_prompt`` negatives with the names of their sources, none of them (:func:`normalised`) ``taken``."""
     names = list(shares)
-    choose = _rng(seed, example.id)
-    used: set[str] = set()
+    choose = seeded(seed, example.id)
+    used = set(taken)
     drawn: list[tuple[str, Completion]] = []
     for draw in range(per_prompt):
         start = names.index(choose.choices(names, list(shares.values()))[0])
@@ -157,7 +162,7 @@ def _new(
 ) -> Completion | None:
     """One completion of ``source`` whose text is not in ``used``, or ``None``."""
     for ask in range(_ASKS):
-        rng = _rng(seed, example.id, key, ask)
+        rng = seeded(seed, example.id, key, ask)
         offered = source.completions(example, pool, rng)
         fresh = [c for c in offered if normalised(c.text) not in used]
         if fresh:
@@ -174,5 +179,5 @@ def _gentle(
         return ()
     if gentle == "dataset" or (gentle == "auto" and example.gentle):
         return example.gentle
-    made = perturb.completions(example, pool, _rng(seed, example.id, "gentle"))
+    made = perturb.completions(example, pool, seeded(seed, example.id, "gentle"))
     return tuple(replace(c, made={**c.made, "source": "perturb", "seed": seed}) for c in made)

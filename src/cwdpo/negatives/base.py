@@ -13,6 +13,9 @@ from cwdpo.registry import Component, Registry
 class NegativeSource(Component, ABC):
     """Offers completions to reject for an example."""
 
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Get ready for all examples at once, before any is asked for; most sources have nothing to do."""
+
     @abstractmethod
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
         """Negatives for ``example``, in order of preference; empty where the source has none.

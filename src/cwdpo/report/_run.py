@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cwdpo.report._negatives import negatives_section
 from cwdpo.report._page import Folder, Legend, Panel, Panels, keys, mapping, points, records
 from cwdpo.report._text import MISSING, finite, number, picture_uri, plain
 from cwdpo.report.figures import histogram
@@ -32,6 +33,7 @@ def run_page(folder: Folder) -> dict[str, Any]:
         "stages": [_stage(stage, readings, metrics, names) for stage in STAGES],
         "histogram": _histogram(calibration, cooling, names),
         "samples": _samples(folder),
+        "negatives": negatives_section(folder, metrics),
         "problems": problems[:MAX_PROBLEMS],
         "n_problems": len(problems),
         "recipe": folder.text("recipe.yaml").strip(),

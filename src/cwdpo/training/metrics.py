@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from cwdpo.data.collate import PromptBatch
 from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
+from cwdpo.records import Origin
 
 
 class StepMetrics:
@@ -17,9 +18,14 @@ class StepMetrics:
 
     Names are TRL's (``rewards/*``, ``logps/*`` are sums per completion), plus ``logps_mean/*`` (per token)
     and ``cooling/*``. A mean of nothing is left out, not zero.
+
+    Args:
+        by_origin: also ``negatives/<origin>/*``: ``n`` and ``share`` of the pairs, mean_logp (nats per token) under
+            the policy, and cooling weight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_origin: bool = False) -> None:
+        self._by_origin = by_origin
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._parts: dict[str, float] = defaultdict(float)
         self._steps = 0
@@ -42,12 +48,26 @@ class StepMetrics:
             for kind in sorted(set(kinds) - {""}):
                 index = [i for i, k in enumerate(kinds) if k == kind]
                 self._take(f"cooling/weight/{kind}", weights[index])
+        if self._by_origin:
+            self._take_origins(batch, pairs, weights)
         for name, part in output.parts.items():
             self._parts[name] += float(part)
 
     def add_tokens(self, used: int, padded: int) -> None:
         """Count the tokens that the text tower ran for a micro-batch, without and with padding."""
         self._tokens = self._tokens[0] + used, self._tokens[1] + padded
+
+    def _take_origins(self, batch: PromptBatch, pairs: ScoredPairs, weights: Tensor | None) -> None:
+        origins = [batch.completions[i].origin for i in batch.rejected.tolist()]
+        for origin in get_args(Origin):
+            own = torch.tensor([o == origin for o in origins])
+            self._take(f"negatives/{origin}/share", own)
+            self._take(
+                f"negatives/{origin}/logps_mean",
+                pairs.rejected.mean_logp[own.to(pairs.rejected.mean_logp.device)],
+            )
+            if weights is not None:
+                self._take(f"negatives/{origin}/weight", weights[own.to(weights.device)])
 
     def _take(self, name: str, values: Tensor) -> None:
         if values.numel():
@@ -66,6 +86,8 @@ class StepMetrics:
                 logs |= _weight_summary(values)
             else:
                 logs[name] = float(values.mean())
+            if name.startswith("negatives/") and name.endswith("/share"):
+                logs[name.removesuffix("share") + "n"] = float(values.sum())
         self._values.clear()
         self._parts.clear()
         self._tokens = 0, 0

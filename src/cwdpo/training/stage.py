@@ -27,6 +27,7 @@ from cwdpo.training.prepare import (
     wants_calibration,
 )
 from cwdpo.training.reference import stored_reference_pass
+from cwdpo.training.rounds import RoundData, Rounds
 from cwdpo.training.trainer import PreferenceTrainer
 
 StageName = Literal["stage1", "stage2"]
@@ -39,10 +40,12 @@ class Listener:
     Attributes:
         phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
         step: called with (stage, step, steps) after every optimizer step.
+        sampled: called with (round, completions done, completions) while a round's negatives are sampled.
     """
 
     phase: Callable[[str], None] = field(default=lambda text: None)
     step: Callable[[str, int, int], None] = field(default=lambda stage, step, steps: None)
+    sampled: Callable[[int, int, int], None] = field(default=lambda round_, done, total: None)
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]
@@ -186,18 +189,14 @@ def run_stage(
     """
     listener = listener or Listener()
     settings = recipe.stage1 if stage == "stage1" else recipe.stage2
-    objective = settings.build()
-    negatives: Literal["gentle", "rejected"] = "gentle" if stage == "stage1" else "rejected"
-    encoded, problems = encode_usable(encoder, examples, objective, negatives, recipe.data.max_bad_fraction)
     run.drop_stages("problems.jsonl", {stage})
-    run.append("problems.jsonl", ({"stage": stage, "problem": text} for text in problems))
-    if objective.needs_reference:
-        listener.phase(f"{stage}: reference pass over {len(encoded)} prompts")
-        encoded = with_reference_values(policy, encoded, objective, recipe, run)
-        kept = {e.id for e in encoded}
-        with autocast(policy.model, recipe.train.bf16):
-            prompts = [e for e in examples if e.id in kept]
-            objective = calibrated(objective, policy, encoder, prompts, recipe, run, stage)
+    data: Sequence[EncodedExample] | RoundData
+    rounds = None
+    if stage == "stage2" and recipe.negatives.on_policy_fraction is not None:
+        rounds = in_rounds(policy, encoder, recipe, examples, run, listener)
+        data, objective = rounds.data, rounds.objective
+    else:
+        data, objective = made_once(policy, encoder, stage, recipe, settings, examples, run, listener)
     held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
     listener.phase(f"{stage}: {settings.objective['name']}")
     callbacks: list[TrainerCallback] = [ListenerCallback(listener, stage)]
@@ -205,7 +204,11 @@ def run_stage(
         with autocast(policy.model, recipe.train.bf16):
             probe_set = ProbeSet(held, policy.model)
         callbacks.append(ProbeCallback(probe_set, run, stage, recipe.probes.every, objective))
-    trainer = make_trainer(policy, stage, recipe, objective, encoded, callbacks, run)
+    trainer = make_trainer(
+        policy, stage, recipe, objective, data, callbacks, run, by_origin=rounds is not None
+    )
+    if rounds is not None:
+        rounds.steer(trainer)
     checkpoint = last_checkpoint(run.path / stage) if resume else None
     run.drop_after(stage, checkpoint_step(checkpoint))
     go_on(trainer, policy, checkpoint)
@@ -216,9 +219,11 @@ def make_trainer(
     stage: StageName,
     recipe: Recipe,
     objective: Objective,
-    encoded: Sequence[EncodedExample],
+    data: Sequence[EncodedExample] | RoundData,
     callbacks: Sequence[TrainerCallback],
     run: RunDir,
+    *,
+    by_origin: bool = False,
 ) -> PreferenceTrainer:
     """The recipe's trainer for one stage; its metrics go to the run."""
     train, settings = recipe.train, recipe.stage1 if stage == "stage1" else recipe.stage2
@@ -226,17 +231,62 @@ def make_trainer(
         policy.model,
         training_arguments(recipe, settings, run.path / stage),
         objective,
-        encoded,
+        data,
         processing_class=policy.processor,
         callbacks=callbacks,
-        on_log=lambda row: store_row(run, with_cooling({"stage": stage, **row}, objective)),
+        on_log=lambda row: store_row(run, with_cooling({"stage": stage, **row}, trainer.objective)),
         guard=Guard(run.path / stage, train.spike_factor, train.spike_window),
+        by_origin=by_origin,
         group_by_length=train.group_by_length,
         max_tokens_per_batch=train.max_tokens_per_batch,
     )
     trainer.before_checkpoint = run.sync
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
     return trainer
+
+
+def made_once(
+    policy: Policy,
+    encoder: Encoder,
+    stage: StageName,
+    recipe: Recipe,
+    settings: StageSettings,
+    examples: Sequence[Example],
+    run: RunDir,
+    listener: Listener,
+) -> tuple[list[EncodedExample], Objective]:
+    """Encoded examples with the negatives that they have, and the objective; nothing changes while it trains."""
+    objective = settings.build()
+    negatives: Literal["gentle", "rejected"] = "gentle" if stage == "stage1" else "rejected"
+    encoded, problems = encode_usable(encoder, examples, objective, negatives, recipe.data.max_bad_fraction)
+    run.append("problems.jsonl", ({"stage": stage, "problem": text} for text in problems))
+    if objective.needs_reference:
+        listener.phase(f"{stage}: reference pass over {len(encoded)} prompts")
+        encoded = with_reference_values(policy, encoded, objective, recipe, run)
+        kept = {e.id for e in encoded}
+        with autocast(policy.model, recipe.train.bf16):
+            prompts = [e for e in examples if e.id in kept]
+            objective = calibrated(objective, policy, encoder, prompts, recipe, run, stage)
+    return encoded, objective
+
+
+def in_rounds(
+    policy: Policy,
+    encoder: Encoder,
+    recipe: Recipe,
+    examples: Sequence[Example],
+    run: RunDir,
+    listener: Listener,
+) -> Rounds:
+    """Stage 2 whose negatives are made anew before each round."""
+    readable = encoder.readable(examples, len(examples))
+    with autocast(policy.model, recipe.train.bf16):
+        objective = calibrated(recipe.stage2.build(), policy, encoder, readable, recipe, run, "stage2")
+    return Rounds(
+        recipe, policy, encoder, examples, run, objective,
+        lambda policy, encoded, objective: with_reference_values(policy, encoded, objective, recipe, run),
+        listener.sampled,
+    )  # fmt: skip
 
 
 def go_on(trainer: PreferenceTrainer, policy: Policy, checkpoint: Path | None) -> None:

@@ -44,6 +44,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         group_by_length: steps of rows of like length, in random order; else rows in random order.
         max_tokens_per_batch: micro-batches of as many rows as fit this many tokens, padding included, instead of
             ``args.per_device_train_batch_size``.
+        by_origin: also log share, mean_logp and cooling weight of the negatives by where they came from.
 
     Raises:
         RecipeError: a spike rule under DeepSpeed, whose update cannot be left out.
@@ -61,6 +62,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         callbacks: Sequence[TrainerCallback] = (),
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
         guard: Guard | None = None,
+        by_origin: bool = False,
         group_by_length: bool = True,
         max_tokens_per_batch: int | None = None,
     ) -> None:
@@ -95,7 +97,7 @@ class PreferenceTrainer(CompleteCheckpoints):
             )
         self.objective = objective
         self.loss_is_scaled_for_ga = True
-        self._sums = StepMetrics()
+        self._sums = StepMetrics(by_origin)
         self._on_log = on_log
 
     def _row_tokens(self, index: int) -> int:

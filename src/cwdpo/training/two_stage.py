@@ -82,9 +82,12 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         validation = read(validation_path)
     stage1 = stage1_share(recipe)
     parts = split_by_image(train, {"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
+    stage2 = parts["stage2"]
+    if recipe.negatives.on_policy_fraction is None:  # else each round makes its own
+        stage2 = with_negatives(stage2, recipe, run, need=recipe.stage2.build().needs_negatives)
     return Splits(
         with_negatives(parts["stage1"], recipe, run, need=False),
-        with_negatives(parts["stage2"], recipe, run, need=recipe.stage2.build().needs_negatives),
+        stage2,
         with_negatives(validation, recipe, run, need=False),
     )
 

@@ -1,0 +1,21 @@
+"""Samples of a policy that came with the data, as ``cwdpo sample`` writes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from cwdpo.negatives.base import NegativeSource
+from cwdpo.records import Completion, Example
+
+
+class OnPolicyNegatives(NegativeSource):
+    """The example's own ``rejected`` of origin ``on_policy``.
+
+    Samples of the current policy are drawn in the rounds of stage 2: ``negatives.on_policy_fraction``.
+    """
+
+    def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
+        """The example's ``rejected`` that are samples, in their order; ``pool`` and ``rng`` are not used."""
+        del pool, rng
+        return [c for c in example.rejected if c.origin == "on_policy"]

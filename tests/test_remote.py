@@ -1,0 +1,408 @@
+"""The client against servers that misbehave, on loopback, bounded in requests and time."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason="the server extra is not installed: pip install 'cwdpo[server]'")
+
+from pydantic import ValidationError
+
+from cwdpo import errors
+from cwdpo.errors import MissingPackageError, ServerError
+from cwdpo.evaluation.verdicts import build_judge
+from cwdpo.negatives._mix import attach_negatives
+from cwdpo.negatives._settings import JudgeSettings, NegativeSettings, SamplerSettings
+from cwdpo.negatives.base import NEGATIVES
+from cwdpo.records import Completion, Example, ImageRef, Message
+from cwdpo.remote import Answer, Ask, Client, ServerSettings
+from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.training.pool import FILE, Pool, ServerSampler
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+MOST_REQUESTS = 400
+
+
+class Fake(ThreadingHTTPServer):
+    """Answers each question with the question itself; ``trouble`` may do something else first."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, trouble: Callable[[BaseHTTPRequestHandler, int], bool]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.trouble, self.lock, self.stalls = trouble, threading.Lock(), threading.Event()
+        self.seen: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.answered: Counter[str] = Counter()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Fake
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append(body)
+            self.server.keys.add(self.headers["Authorization"])
+            number = len(self.server.seen)
+        if number > MOST_REQUESTS:
+            self.fail(400)
+        elif not self.server.trouble(self, number):
+            text = body["messages"][-1]["content"][-1]["text"]
+            with self.server.lock:
+                self.server.answered[f"{text} {body.get('seed')}"] += 1
+            message = {"role": "assistant", "content": f"re: {text}"}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            self.reply(
+                200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+            )
+
+    def reply(self, status: int, body: Any, **headers: str) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **headers,
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def fail(self, status: int, **headers: str) -> None:
+        self.reply(status, {"error": {"message": f"no {status}", "type": "t"}}, **headers)
+
+    def drop(self) -> None:
+        """Reset the connection in the middle of an answer."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b'{"id": "x", "cho')
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except (OSError, ValueError):
+            self.close_connection = True  # dropped on purpose
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        except (OSError, ValueError):
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Fake]]:
+    running: list[tuple[Fake, threading.Thread]] = []
+
+    def start(trouble: Callable[[Any, int], bool] = lambda handler, number: False) -> Fake:
+        server = Fake(trouble)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        running.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in running:
+        server.stalls.set()
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def to(server: Fake, **changes: Any) -> ServerSettings:
+    return ServerSettings(base_url=server.url, model="m", **{"timeout": 5.0, **changes})
+
+
+def asks(n: int) -> list[Ask]:
+    return [Ask((Message("user", (f"q{i}",)),)) for i in range(n)]
+
+
+def every_trouble(handler: Any, number: int) -> bool:
+    """Of each six requests: 429, 500, a drop in the middle, a stall past the client's patience; two are answered."""
+    kind = number % 6
+    if kind == 1:
+        handler.fail(429, **{"retry-after-ms": "5"})
+    elif kind == 2:
+        handler.fail(500, **{"retry-after-ms": "5"})
+    elif kind == 3:
+        handler.drop()
+    elif kind == 4:
+        handler.server.stalls.wait(20)  # the test's end frees it
+    return kind in (1, 2, 3, 4)
+
+
+def test_a_server_that_stalls_drops_and_refuses_loses_and_doubles_nothing(
+    serve: Callable[..., Fake], tmp_path: Path
+) -> None:
+    server = serve(every_trouble)
+    settings = to(server, timeout=0.3, retries=12, concurrency=4)
+    answers = Client(settings, tmp_path / "a.jsonl").ask(asks(12))
+    assert [a.text for a in answers] == [f"re: q{i}" for i in range(12)]
+    rows = read_jsonl(tmp_path / "a.jsonl")
+    assert Counter(r["text"] for r in rows) == Counter(f"re: q{i}" for i in range(12))
+    assert len(server.seen) > 12 * 2
+    sent = len(server.seen)
+    assert Client(settings, tmp_path / "a.jsonl").ask(asks(12)) == answers
+    assert len(server.seen) == sent, "what is stored is not asked again"
+
+
+def test_what_came_before_a_failure_is_kept_and_a_cut_line_is_asked_again(
+    serve: Callable[..., Fake], tmp_path: Path
+) -> None:
+    store, broken = tmp_path / "a.jsonl", threading.Event()
+
+    def trouble(handler: Any, number: int) -> bool:
+        if number > 5 and not broken.is_set():
+            handler.fail(500, **{"retry-after-ms": "1"})
+            return True
+        return False
+
+    server = serve(trouble)
+    settings = to(server, retries=2, concurrency=1)
+    with pytest.raises(ServerError, match=r"InternalServerError.*2 retries did not help.*start again"):
+        Client(settings, store).ask(asks(9))
+    assert [r["text"] for r in read_jsonl(store)] == [f"re: q{i}" for i in range(5)]
+    store.write_bytes(store.read_bytes()[:-7])
+    broken.set()
+    answers = Client(settings, store).ask(asks(9))
+    assert [a.text for a in answers] == [f"re: q{i}" for i in range(9)]
+    assert server.answered == {**{f"q{i} None": 1 for i in range(9)}, "q4 None": 2}
+    assert len(read_jsonl(store)) == 9
+
+
+def test_equal_requests_are_sent_once_and_images_go_as_data(serve: Callable[..., Fake]) -> None:
+    server = serve()
+    ask = Ask((Message("user", (None, "what?")),), (ImageRef(data=PIXEL),), max_tokens=7, seed=3)
+    assert Client(to(server)).ask([ask, ask]) == [Answer("re: what?", True)] * 2
+    (body,) = server.seen
+    assert body["messages"][0]["content"] == [
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"},
+        },
+        {"type": "text", "text": "what?"},
+    ]
+    assert (body["max_tokens"], body["seed"], body["temperature"]) == (7, 3, 0.0)
+
+
+def test_the_key_comes_from_the_environment_and_is_stored_nowhere(
+    serve: Callable[..., Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAB_API_KEY", "s3cret")
+    server = serve()
+    Client(to(server, api_key_env="LAB_API_KEY"), tmp_path / "a.jsonl").ask(asks(1))
+    assert server.keys == {"Bearer s3cret"}
+    assert "s3cret" not in (tmp_path / "a.jsonl").read_text()
+    with pytest.raises(ValidationError, match="ends in _API_KEY"):
+        to(server, api_key_env="AWS_SECRET_ACCESS")
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "environment variable OPENAI_API_KEY"), (404, "base_url")]
+)
+def test_refusals_name_the_remedy(serve: Callable[..., Fake], status: int, remedy: str) -> None:
+    def refuse(handler: Any, number: int) -> bool:
+        handler.fail(status)
+        return True
+
+    server = serve(refuse)
+    with pytest.raises(ServerError, match=remedy):
+        Client(to(server)).ask(asks(1))
+    assert len(server.seen) == 1, "a refusal is not retried"
+
+
+def test_the_estimate_comes_before_the_requests(serve: Callable[..., Fake]) -> None:
+    server = serve()
+    pictured = Ask((Message("user", (None, "a" * 396)),), (ImageRef(data=PIXEL),), max_tokens=50)
+    prices = {"usd_per_million_input": 10.0, "usd_per_million_output": 40.0, "image_tokens": 901}
+    client = Client(to(server, **prices, max_usd=0.01))
+    estimate = client.estimate([pictured, pictured])
+    assert (estimate.requests, estimate.input_tokens, estimate.output_tokens) == (1, 1000, 50)
+    assert estimate.usd == pytest.approx(0.012)
+    with pytest.raises(ServerError, match=r"at most 0\.01 USD.*max_usd"):
+        client.ask([pictured])
+    assert not server.seen
+
+
+def test_requests_keep_to_the_rate(serve: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the client's own clock, which stands still here."""
+    slept: list[float] = []
+    monkeypatch.setattr("cwdpo.remote.time.sleep", slept.append)
+    monkeypatch.setattr("cwdpo.remote.time.monotonic", lambda: 100.0)
+    Client(to(serve(), requests_per_minute=120, concurrency=2)).ask(asks(5))
+    assert sorted(slept) == pytest.approx([0, 0.5, 1.0, 1.5, 2.0])
+
+
+def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(errors.importlib, "import_module", absent)
+    with pytest.raises(
+        MissingPackageError, match=r"asking a server needs .*'openai'.*pip install 'cwdpo\[server\]'"
+    ):
+        Client(ServerSettings(base_url="http://127.0.0.1:1/v1", model="m"))
+
+
+def test_the_pool_through_a_server_resumes_without_asking_again(
+    serve: Callable[..., Fake], tmp_path: Path, encoder: Any, examples: list[Example]
+) -> None:
+    from cwdpo.config import parse_recipe
+
+    failing = threading.Event()
+    failing.set()
+
+    def trouble(handler: Any, number: int) -> bool:
+        if number > 10 and failing.is_set():
+            handler.fail(400)
+            return True
+        return every_trouble(handler, number) if number < 10 else False
+
+    server = serve(trouble)
+    sampler = SamplerSettings(
+        samples=2, batch_size=3, server=to(server, timeout=0.3, retries=12, concurrency=2)
+    )
+    negatives = {"on_policy_fraction": 1.0, "sampler": sampler.model_dump()}
+    recipe = parse_recipe({"data": {"path": "x.jsonl"}, "negatives": negatives})
+    run, some = RunDir(tmp_path), list({e.id: e for e in examples}.values())[:8]
+
+    def fill() -> Any:
+        drawer = ServerSampler(recipe.negatives.sampler, tmp_path / "answers.jsonl")
+        return Pool(run, recipe).fill(some, drawer, encoder, None, 0, 0)
+
+    with pytest.raises(ServerError):
+        fill()
+    before = dict(server.answered)
+    failing.clear()
+    found = fill()
+    assert len(found) == 8
+    assert all(len(row.samples) == 2 for row in found.values())
+    rows = read_jsonl(tmp_path / FILE)
+    assert len(rows) == len({r["key"] for r in rows}) == 8
+    assert all(server.answered[key] == n for key, n in before.items()), "nothing answered is asked again"
+    assert sum(server.answered.values()) == 16
+
+
+def test_a_judge_behind_a_server(serve: Callable[..., Fake], tmp_path: Path) -> None:
+    words = {"a cat": "Yes.", "a dog": "No", "a cow": "Hard to say"}
+
+    def answer(handler: Any, number: int) -> bool:
+        text = handler.server.seen[number - 1]["messages"][-1]["content"][-1]["text"]
+        word = next(v for k, v in words.items() if f"Other response: {k}\n" in text)
+        choice = {"index": 0, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"}
+        handler.reply(
+            200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        )
+        return True
+
+    settings = JudgeSettings(name="llm", server=to(serve(answer), concurrency=1))
+    one = Example("a", (ImageRef(data=PIXEL),), (Message("user", (None, "What?")),), Completion("a kitten"))
+    judge = build_judge(settings, [one], tmp_path / "answers.jsonl")
+    assert judge is not None
+    assert judge([one] * 3, list(words)) == [True, False, None]
+
+
+def test_a_judge_by_references_and_none() -> None:
+    one = Example(
+        "a",
+        (),
+        (Message("user", ("q",)),),
+        Completion("a red dog runs"),
+        references=("one red dog is running",),
+    )
+    judge = build_judge(JudgeSettings(name="references", threshold=0.7), [one])
+    assert judge is not None
+    assert judge([one] * 3, ["a red dog runs", "one red dog is running", "two blue cars"]) == [
+        True,
+        True,
+        False,
+    ]
+    assert build_judge(NegativeSettings().judge, [one]) is None
+    with pytest.raises(errors.DataError, match="references: missing"):
+        build_judge(JudgeSettings(name="references"), [Example("b", (), one.prompt, one.chosen)])
+
+
+def test_a_writer_of_edits_is_asked_once_checked_and_falls_back_to_the_lexicon(
+    serve: Callable[..., Fake],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    listed = [
+        {"kind": "colour", "text": "A black dog sleeps on a mat ."},
+        {"kind": "action", "text": "a  brown dog SLEEPS on a mat ."},  # chosen itself
+        {"kind": "object", "text": "A brown dog sleeps on a rug ."},  # a reference
+        {"kind": "all", "text": "One two three four five six seven eight nine"},  # no small edit
+        {"kind": "made up", "text": "A brown dog sleeps under a mat ."},
+        {"kind": "colour"},
+    ]
+    words = {"A brown dog": f"Sure: ```{json.dumps(listed)}```", "A red car": "I cannot do that."}
+
+    def answer(handler: Any, number: int) -> bool:
+        text = handler.server.seen[number - 1]["messages"][-1]["content"][-1]["text"]
+        word = next(v for k, v in words.items() if f"Description: {k}" in text)
+        choice = {"index": 0, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"}
+        handler.reply(
+            200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        )
+        return True
+
+    server = serve(answer)
+    prompt = (Message("user", ("q",)),)
+    dog = Example(
+        "a",
+        (),
+        prompt,
+        Completion("A brown dog sleeps on a mat ."),
+        references=("A brown dog sleeps on a rug .",),
+    )
+    car = Example("b", (), prompt, Completion("A red car is parked ."))
+    source = {"writer": to(server).model_dump(), "per_example": 3}
+
+    def made() -> Any:
+        return attach_negatives(
+            [dog, car],
+            {"perturb": 1.0},
+            2,
+            0,
+            "none",
+            sources={"perturb": NEGATIVES.build({"name": "perturb", **source})},
+        )[0]
+
+    first, second = made()
+    assert {c.text: (c.made["edit"], c.made["from"], c.made["to"]) for c in first.rejected} == {
+        "A black dog sleeps on a mat .": ("colour", "brown", "black"),
+        "A brown dog sleeps under a mat .": ("other", "on", "under"),
+    }
+    for c in first.rejected:
+        text = dog.chosen.text
+        assert text[: c.made["start"]] + c.made["to"] + text[c.made["end"] :] == c.text
+    assert "writer" not in second.rejected[0].made, "from the lexicon"
+    assert "2 requests (0 answers are stored)" in caplog.text
+    assert made() == [first, second]
+    assert len(server.seen) == 2, "answers outlive the run"
