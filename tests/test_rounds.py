@@ -112,23 +112,25 @@ def test_the_reference_stays_that_of_the_stages_start(whole: Path) -> None:
 
     from cwdpo.data.encode import Encoder
     from cwdpo.data.read import read_examples
+    from cwdpo.models.shared_attention import use_scoring
     from cwdpo.scoring.pairs import reference_pass
+    from cwdpo.scoring.reference_cache import read_file, reference_digest, row_keys
 
     encoder = Encoder(AutoProcessor.from_pretrained(whole / "stage1" / "model"))
     model = AutoModelForImageTextToText.from_pretrained(whole / "stage1" / "model")
     examples = {e.id: e for e in read_examples(whole / "data" / "train.jsonl").examples}
     last = read_jsonl(whole / "rounds.jsonl")[-1]
-    stored = {(row["id"], tuple(map(tuple, row["values"]))) for row in read_jsonl(whole / "reference.jsonl")}
+    stored = {k: v for path in (whole / "reference").glob("*.arrow") for k, v in read_file(path).items()}
+    use_scoring(model, "auto")
+    digest = reference_digest(model)
     for pair in last["pairs"]:
         example = examples[pair["id"]]
         own = (Completion(pair["rejected"]),)
         encoded = encoder.encode(Example(**{**vars(example), "rejected": own}))
         scored = reference_pass(model, [encoded])[0]
-        values = [scored.chosen.reference_sum_logp, scored.negatives[0].reference_sum_logp]
-        assert any(
-            id_ == pair["id"] and [v[0] for v in sums] == pytest.approx(values, abs=1e-4)
-            for id_, sums in stored
-        )
+        completions = (scored.chosen, *scored.negatives)
+        for key, completion in zip(row_keys(digest, encoded.prompt, completions), completions, strict=True):
+            assert stored[key][0] == pytest.approx(completion.reference_sum_logp, abs=1e-4)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
