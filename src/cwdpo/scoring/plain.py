@@ -79,7 +79,12 @@ def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Te
 
 
 def score(
-    model: nn.Module, batch: PromptBatch, *, smoothing: bool = False, details: bool = False
+    model: nn.Module,
+    batch: PromptBatch,
+    *,
+    smoothing: bool = False,
+    details: bool = False,
+    collision: bool = False,
 ) -> TokenScores:
     """Score every completion of a batch.
 
@@ -88,12 +93,15 @@ def score(
         batch: B prompts with N completions.
         smoothing: also the mean log-probability over the vocabulary (``sft_smoothed``).
         details: also entropy, top-1 probability and correctness.
+        collision: also the log-probability that two draws of a token agree (``wpo``).
 
     Returns:
         [N, C] per-token scores, C the longest completion, in nats.
     """
     inputs, request = lay_out(batch, device_of(model))
-    request = HeadRequest(request.rows, request.positions, request.targets, smoothing, details)
+    request = HeadRequest(
+        request.rows, request.positions, request.targets, smoothing, details, collision=collision
+    )
     stats = run(model, inputs, request)
     return unpack(stats, request, [len(c.ids) for c in batch.completions])
 
