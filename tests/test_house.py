@@ -33,11 +33,13 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "registry", "objectives", "negatives", "models.tiny", "worlds"},
     "rundir": {"errors", "records"},
     "probes": {*BASE, "scoring", "data", "objectives"},
-    "evaluation": {"worlds", "records", "errors"},
+    "remote": {*BASE, "rundir"},
+    "evaluation": {*MODELLING, "remote"},
     "report": {"rundir", "errors", "records"},
     "training": {*MODELLING, "probes", "evaluation", "report.render"},
     "study": {*MODELLING, "probes", "evaluation", "report", "training"},
-    "cli": {*MODELLING, "probes", "evaluation", "report", "training", "study"},
+    "cli": {*MODELLING, "probes", "evaluation", "report", "training", "study", "cli_evidence"},
+    "cli_evidence": {*MODELLING, "probes", "evaluation", "report", "training", "study"},
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class CwdpoError(Exception):
@@ -36,6 +38,10 @@ class MissingPackageError(CwdpoError, ImportError):
     """An optional package that the asked feature needs."""
 
 
+class ServerError(CwdpoError, ConnectionError):
+    """A server that does not answer, or refuses; what it has answered before is kept."""
+
+
 class NonFiniteError(CwdpoError, ArithmeticError):
     """A loss, gradient or parameter that is no longer finite; raised before the update."""
 
@@ -46,3 +52,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def optional_package(name: str, feature: str, install: str) -> Any:
+    """Import a package that only one feature needs.
+
+    Raises:
+        MissingPackageError: it is not installed; the message names the feature and the install line.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{feature} needs the package {error.name!r}, which is not installed: {install}"
+        ) from None
