@@ -106,7 +106,7 @@ def test_cider_and_bleu_equal_pycocoevalcap_on_the_same_tokens() -> None:
 
 def test_bleu_of_random_sets_equals_pycocoevalcaps() -> None:
     rng = np.random.default_rng(0)
-    words = "a b c d e f g".split()
+    words = list("abcdefg")
     for _ in range(20):
         sets = [
             [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(rng.integers(1, 4))]
@@ -156,7 +156,8 @@ def test_length_and_diversity_by_hand() -> None:
     assert values("length", answers) == {"words": pytest.approx(8 / 3)}
     found = values("diversity", answers)
     assert found == {
-        "distinct_1": pytest.approx(4 / 8), "distinct_2": pytest.approx(3 / 5), "distinct_responses": pytest.approx(2 / 3)
+        "distinct_1": pytest.approx(4 / 8), "distinct_2": pytest.approx(3 / 5),
+        "distinct_responses": pytest.approx(2 / 3),
     }  # fmt: skip
     assert METRICS.build("diversity")(answers)[0].interval() is None
 

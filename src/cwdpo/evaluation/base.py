@@ -177,6 +177,8 @@ def ratio(totals: Numbers) -> Numbers:
 
 def by_prompt(answers: Sequence[Answer], rows: Sequence[Sequence[float]]) -> tuple[Numbers, tuple[str, ...]]:
     """Sums of the rows of each prompt, in order of first appearance: [P, k] and the prompts' names."""
+    if not answers:
+        return np.zeros((0, 1)), ()
     places: dict[str, int] = {}
     index = [places.setdefault(a.example.id, len(places)) for a in answers]
     values = np.asarray(rows, dtype=float).reshape(len(answers), -1)

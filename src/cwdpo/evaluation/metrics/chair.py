@@ -78,7 +78,7 @@ class Chair(Metric):
         value = answer.example.extra.get("objects")
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise DataError(
-                f"{where}: objects: a list of names of what the picture shows is needed for CHAIR, got {value!r}"
+                f"{where}: objects: CHAIR needs a list of the names of what the picture shows, got {value!r}"
             )
         return {words.get(v.lower(), v.lower()) for v in value}
 

@@ -108,9 +108,9 @@ def parsed(text: str, options: Sequence[str]) -> int | None:
     >>> parsed("The answer is (B).", ["a cat", "a dog"]), parsed("a dog", ["a cat", "a dog"]), parsed("cow", ["a", "b"])
     (1, 1, None)
     """
-    stripped = text.strip().rstrip(".").strip()
+    stripped = _bare(text)
     for i, option in enumerate(options):
-        if stripped.lower() == option.lower():
+        if stripped.lower() == _bare(option).lower():
             return i
     letters = LETTERS[: len(options)]
     patterns = (
@@ -125,6 +125,10 @@ def parsed(text: str, options: Sequence[str]) -> int | None:
     inside = [
         i
         for i, o in enumerate(options)
-        if re.search(rf"(?<!\w){re.escape(o.lower())}(?!\w)", stripped.lower())
+        if re.search(rf"(?<!\w){re.escape(_bare(o).lower())}(?!\w)", stripped.lower())
     ]
     return inside[0] if len(inside) == 1 else None
+
+
+def _bare(text: str) -> str:
+    return text.strip().rstrip(".").strip()

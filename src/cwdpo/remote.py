@@ -1,0 +1,261 @@
+"""One client for every OpenAI-compatible server: vLLM, ``transformers serve``, or a hosted model.
+
+Answers are stored one by one as they come, so that a kill or a broken connection costs the requests in flight
+only; what is stored is not asked again. Retries, back-off and the server's own ``Retry-After`` are the
+``openai`` package's. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from cwdpo.errors import ServerError, optional_package
+from cwdpo.records import ImageRef, Message
+from cwdpo.registry import Settings
+from cwdpo.rundir import ends_whole, read_jsonl, write_text
+
+_MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif"}
+_LETTERS_PER_TOKEN = 4
+
+
+class ServerSettings(Settings):
+    """A server that speaks OpenAI's chat completions, and how it may be used."""
+
+    base_url: str = Field(description="for instance http://localhost:8000/v1")
+    model: str = Field(description="the model's name there")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the key; its name ends in _API_KEY"
+    )
+    timeout: float = Field(120.0, gt=0, description="seconds without an answer before a request is repeated")
+    retries: int = Field(6, ge=0, description="of one request, each after a longer pause")
+    concurrency: int = Field(8, gt=0, description="requests in flight")
+    requests_per_minute: float | None = Field(None, gt=0)
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further keys of every request; transformers serve samples only with "
+        '{generation_config: \'{"do_sample": true, "top_k": 0}\'}',
+    )
+    image_tokens: int = Field(800, ge=0, description="input tokens of a picture, for the estimate")
+    usd_per_million_input: float | None = Field(None, ge=0)
+    usd_per_million_output: float | None = Field(None, ge=0)
+    max_usd: float | None = Field(None, ge=0, description="refuse to start above this estimate")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_key(cls, name: str) -> str:
+        """A recipe may come from anyone, and what this variable holds is sent to its base_url."""
+        if not name.endswith("_API_KEY"):
+            raise ValueError("allowed: the name of a variable that ends in _API_KEY")
+        return name
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: a conversation with images, and how to answer. ``draw`` tells repetitions apart."""
+
+    messages: tuple[Message, ...]
+    images: tuple[ImageRef, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    draw: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response text, and whether it ended by itself (``stop``) or was cut (``length``)."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Before anything is sent: requests to make, answers at hand, tokens (output: at most), cost or ``None``."""
+
+    requests: int
+    stored: int
+    input_tokens: int
+    output_tokens: int
+    usd: float | None
+
+    def __str__(self) -> str:
+        cost = "cost not known (no price is set)" if self.usd is None else f"at most {self.usd:.2f} USD"
+        return (
+            f"{self.requests} requests ({self.stored} answers are stored), about {self.input_tokens} tokens in and "
+            f"at most {self.output_tokens} out: {cost}"
+        )
+
+
+class Client:
+    """Asks a server and keeps its answers.
+
+    Args:
+        settings: the server.
+        store: JSONL file of answers; it is made where it is absent. ``None`` keeps nothing.
+
+    Raises:
+        MissingPackageError: the ``openai`` package is not installed.
+    """
+
+    def __init__(self, settings: ServerSettings, store: Path | None = None) -> None:
+        openai = optional_package("openai", "asking a server", "pip install 'cwdpo[server]'")
+        self.settings, self.store = settings, store
+        self._openai = openai
+        self._client = openai.OpenAI(
+            base_url=settings.base_url,
+            # Servers of one's own want none, but the package does.
+            api_key=os.environ.get(settings.api_key_env) or "none",
+            timeout=settings.timeout,
+            max_retries=settings.retries,
+        )
+        self._lock = threading.Lock()
+        self._next = 0.0
+        self._known: dict[str, Answer] = {}
+        if store is not None:
+            rows = read_jsonl(store)
+            if not ends_whole(store):  # a kill cut the last line
+                write_text(store, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            self._known = {row["key"]: Answer(row["text"], row["ended"]) for row in rows}
+
+    def estimate(self, asks: Sequence[Ask]) -> Estimate:
+        """What :meth:`ask` would send."""
+        new = {key: ask for key, ask in self._keyed(asks) if key not in self._known}
+        letters = sum(len(m.text) for ask in new.values() for m in ask.messages)
+        pictures = sum(len(ask.images) for ask in new.values())
+        tokens_in = letters // _LETTERS_PER_TOKEN + pictures * self.settings.image_tokens
+        tokens_out = sum(ask.max_tokens for ask in new.values())
+        price_in, price_out = self.settings.usd_per_million_input, self.settings.usd_per_million_output
+        known = price_in is not None and price_out is not None
+        usd = (tokens_in * (price_in or 0) + tokens_out * (price_out or 0)) / 1e6 if known else None
+        return Estimate(
+            len(new), len({k for k, _ in self._keyed(asks)}) - len(new), tokens_in, tokens_out, usd
+        )
+
+    def ask(self, asks: Sequence[Ask], progress: Callable[[int], None] = lambda n: None) -> list[Answer]:
+        """Answers in the order of ``asks``; equal requests are sent once.
+
+        Args:
+            progress: called with the number of new answers.
+
+        Raises:
+            ServerError: the estimate is above ``max_usd``, or a request failed after all retries. Answers that
+                came before are stored.
+        """
+        estimate = self.estimate(asks)
+        limit = self.settings.max_usd
+        if limit is not None and (estimate.usd is None or estimate.usd > limit):
+            raise ServerError(
+                f"{self.settings.base_url}: {estimate}; that is not below max_usd = {limit:g}: raise it, set both "
+                "prices, or ask for less"
+            )
+        keyed = list(self._keyed(asks))
+        new = {key: ask for key, ask in keyed if key not in self._known}
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            running = [pool.submit(self._one, key, ask, progress) for key, ask in new.items()]
+            done, waiting = wait(running, return_when=FIRST_EXCEPTION)
+            failed = next((f for f in done if f.exception() is not None), None)
+            if failed is not None:
+                for future in waiting:
+                    future.cancel()
+        if failed is not None:
+            raise self._explained(failed.exception())
+        return [self._known[key] for key, _ in keyed]
+
+    def _keyed(self, asks: Sequence[Ask]) -> Iterator[tuple[str, Ask]]:
+        for ask in asks:
+            parts = [
+                self.settings.base_url, self.settings.model, self.settings.extra_body,
+                [asdict(m) for m in ask.messages],
+                [hashlib.blake2b(i.encoded(), digest_size=16).hexdigest() for i in ask.images],
+                ask.temperature, ask.top_p, ask.max_tokens, ask.draw, ask.seed,
+            ]  # fmt: skip
+            yield hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest(), ask
+
+    def _one(self, key: str, ask: Ask, progress: Callable[[int], None]) -> None:
+        self._wait_for_turn()
+        more: dict[str, Any] = {} if ask.seed is None else {"seed": ask.seed}
+        response = self._client.chat.completions.create(
+            model=self.settings.model,
+            messages=_messages(ask),
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            max_tokens=ask.max_tokens,
+            extra_body=self.settings.extra_body or None,
+            **more,
+        )
+        choice = response.choices[0]
+        answer = Answer((choice.message.content or "").strip(), choice.finish_reason == "stop")
+        with self._lock:
+            self._known[key] = answer
+            if self.store is not None:
+                row = json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) + "\n"
+                self.store.parent.mkdir(parents=True, exist_ok=True)
+                with self.store.open("a", encoding="utf-8") as file:
+                    file.write(row)
+            progress(1)
+
+    def _wait_for_turn(self) -> None:
+        if self.settings.requests_per_minute is None:
+            return
+        with self._lock:
+            turn = max(self._next, time.monotonic())
+            self._next = turn + 60 / self.settings.requests_per_minute
+        time.sleep(max(turn - time.monotonic(), 0.0))
+
+    def _explained(self, error: BaseException | None) -> Exception:
+        if not isinstance(error, self._openai.OpenAIError | ValueError | LookupError | TypeError):
+            assert error is not None
+            return error if isinstance(error, Exception) else ServerError(str(error))
+        status = getattr(error, "status_code", None)
+        remedy = "look at the server, then start again: answers that came are stored and are not asked again"
+        if status in (401, 403):
+            remedy = f"set the environment variable {self.settings.api_key_env} to a valid key"
+        elif status == 404:
+            remedy = "correct base_url (it usually ends in /v1) or model"
+        return ServerError(
+            f"{self.settings.base_url} (model {self.settings.model!r}): {type(error).__name__}: {str(error)[:300]}; "
+            f"{self.settings.retries} retries did not help: {remedy}"
+        )
+
+
+def _messages(ask: Ask) -> list[dict[str, Any]]:
+    """OpenAI's messages; each image as a data URI where its place is."""
+    images = iter(ask.images)
+    return [
+        {
+            "role": m.role,
+            "content": [
+                {"type": "image_url", "image_url": {"url": data_uri(next(images))}}
+                if part is None
+                else {"type": "text", "text": part}
+                for part in m.parts
+            ],
+        }
+        for m in ask.messages
+    ]
+
+
+def data_uri(image: ImageRef) -> str:
+    """The picture as ``data:image/...;base64,...``; other encodings than JPEG, PNG and GIF become PNG."""
+    data = image.encoded()
+    mime = next((m for start, m in _MIME.items() if data.startswith(start)), None)
+    if mime is None:
+        buffer = io.BytesIO()
+        image.open().save(buffer, "PNG")
+        data, mime = buffer.getvalue(), "image/png"
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
