@@ -224,12 +224,12 @@ def test_reward_margins_come_from_the_data(model, encoder, examples) -> None:
 
 def test_the_collision_term_is_the_log_of_the_sum_of_squares(model, encoder, examples) -> None:
     from cwdpo.data.collate import collate
-    from cwdpo.scoring import plain
+    from cwdpo.scoring.score import distributions, score
 
     encoded, _ = encoder.encode_all(examples[:3], "rejected", require_negative=True)
     batch = collate(encoded)
-    tokens = plain.score(model, batch, collision=True, smoothing=True, details=True)
-    full = plain.distributions(model, batch).double()
+    tokens = score(model, batch, collision=True, smoothing=True, details=True)
+    full = distributions(model, batch).double()
     wanted = (full.exp() ** 2).sum(-1).log()
     assert tokens.collision_logp is not None
     torch.testing.assert_close(tokens.collision_logp[tokens.mask].double(), wanted, atol=1e-5, rtol=1e-5)

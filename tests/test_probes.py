@@ -105,6 +105,7 @@ def test_reliability_rows_are_the_bins_of_the_ece() -> None:
 def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(model, encoder, examples) -> None:
     from cwdpo.data.collate import collate
     from cwdpo.scoring import plain
+    from cwdpo.scoring.score import distributions
 
     encoded = encoder.encode_all(examples[:5], "rejected", require_negative=False)[0]
 
@@ -128,7 +129,7 @@ def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(model, encoder,
     )
     # the same tokens in the same order, now and at the start
     expected = torch.cat(
-        [plain.distributions(model, collate([e.__class__(e.id, e.prompt, e.chosen)])) for e in encoded]
+        [distributions(model, collate([e.__class__(e.id, e.prompt, e.chosen)])) for e in encoded]
     )
     assert torch.allclose(held.logp, expected, atol=1e-4)
 

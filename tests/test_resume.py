@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from cwdpo import cli, rundir
 from cwdpo.config import parse_recipe
-from cwdpo.errors import NonFiniteError, RecipeError, RunDirError
+from cwdpo.errors import RecipeError, RunDirError
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.rundir import RunDir, discard, replace_folder
-from cwdpo.scoring.pairs import reference_pass
-from cwdpo.training import checkpoints, reference
-from cwdpo.training.reference import stored_reference_pass, weights_digest
+from cwdpo.training import checkpoints
 from cwdpo.training.resume import start_run
 from cwdpo.training.stage import Listener, last_checkpoint
 from cwdpo.training.trainer import PreferenceTrainer
@@ -297,60 +294,6 @@ def test_a_log_row_stands_at_every_checkpoint(
     trainer = trainer_of(model, encoder, examples, tmp_path, save_steps=2, logging_first_step=True)
     trainer.train()
     assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4, 5]
-
-
-# --- the reference pass ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def encoded(encoder: Any, examples: Any) -> Any:
-    return encoder.encode_all(examples[:10], "rejected", require_negative=True)[0]
-
-
-@pytest.mark.parametrize("cut", [0, 1, 3, 5, 8])
-def test_stored_values_are_used_and_a_cut_batch_is_scored_again(
-    cut: int, model: Any, encoded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RunDir(tmp_path)
-    plain = reference_pass(model, encoded, batch_size=4)
-    assert stored_reference_pass(model, encoded, run, batch_size=4) == plain
-    path = tmp_path / "reference.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    assert len(lines) == 10
-    path.write_text("".join(lines[:cut]) + lines[cut][:20])
-    run.recover()
-    scored: list[int] = []
-
-    def counted(model: Any, batch: Any, **named: Any) -> Any:
-        scored.append(len(batch))
-        return reference_pass(model, batch, **named)
-
-    monkeypatch.setattr(reference, "reference_pass", counted)
-    assert stored_reference_pass(model, encoded, run, batch_size=4) == plain
-    assert scored == {0: [4, 4, 2], 1: [4, 4, 2], 3: [4, 4, 2], 5: [4, 2], 8: [2]}[cut]
-    assert sorted(path.read_text().splitlines()) == sorted(line.rstrip("\n") for line in lines), "no doubles"
-
-
-def test_values_of_another_reference_are_not_used(model: Any, encoded: Any, tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    first = stored_reference_pass(model, encoded, run, batch_size=4)
-    before = weights_digest(model)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[3, 2] += 0.25
-    assert weights_digest(model) != before
-    second = stored_reference_pass(model, encoded, run, batch_size=4)
-    assert second == reference_pass(model, encoded, batch_size=4)
-    assert second != first
-
-
-def test_a_reference_that_is_not_finite_names_the_example(model: Any, encoded: Any, tmp_path: Path) -> None:
-    with torch.no_grad():
-        model.get_output_embeddings().weight[:] = torch.nan
-    with pytest.raises(
-        NonFiniteError, match=f"example ({'|'.join(e.id for e in encoded)}): the reference gives"
-    ):
-        stored_reference_pass(model, encoded, RunDir(tmp_path), batch_size=4)
-    assert not (tmp_path / "reference.jsonl").read_text()
 
 
 # --- whole runs -----------------------------------------------------------------------------------------

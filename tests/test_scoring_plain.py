@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cwdpo.data.collate import collate
+from cwdpo.models.inputs import cat_rows
 from cwdpo.scoring import plain, token_logp
 from cwdpo.scoring.pairs import reference_pass, scored_pairs, span_mask
 
@@ -146,7 +147,7 @@ def test_pairs_are_told_apart_by_index(model, encoded) -> None:
 
 def test_images_of_different_sizes_are_padded() -> None:
     pieces = [torch.ones(1, 2, 3), torch.ones(2, 1, 3)]
-    out = plain.cat_rows(pieces)
+    out = cat_rows(pieces)
     assert out.shape == (3, 2, 3)
     assert out[1:, 1].sum() == 0
     assert out[0].sum() == 6

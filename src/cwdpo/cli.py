@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cwdpo import cli_evidence
+from cwdpo.bench.commands import app as bench_app
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError, MissingPackageError, RunDirError
 
@@ -31,6 +32,7 @@ _DISK_ERRORS = {
 recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
 app.add_typer(recipe_app, name="recipe")
 cli_evidence.mount(app)
+app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as you like")]
 
@@ -194,10 +196,10 @@ def _refuse_absent(trackers: tuple[str, ...]) -> None:
 
 
 def _token_counter(model: str) -> Any:
-    from cwdpo.config import ModelSettings
     from cwdpo.data.lengths import token_counter
     from cwdpo.models.checkpoint import check_folder
     from cwdpo.models.load import EMBEDDED, load_processor
+    from cwdpo.models.settings import ModelSettings
 
     source = str(EMBEDDED) if model == "embedded" else model
     check_folder(source)

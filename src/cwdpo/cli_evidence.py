@@ -211,9 +211,9 @@ def best_of(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a preference set whose chosen responses are only better: the best of n samples by a noisy judge."""
-    from cwdpo.config import ModelSettings
     from cwdpo.data.encode import Encoder
     from cwdpo.models.load import load_policy
+    from cwdpo.models.settings import ModelSettings
     from cwdpo.study.best_of import write_best_of
 
     policy = load_policy(ModelSettings(path=model))

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cwdpo.errors import CwdpoError, RecipeError, nearest
-from cwdpo.models.tiny import TinyModelSettings
+from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.base import NEGATIVES, NegativeSource
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.registry import Settings, explain
@@ -34,38 +34,6 @@ SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "inverse_sqrt",
 )  # fmt: skip
-
-
-class LoraSettings(Settings):
-    """LoRA by peft; ``target_modules`` may be ``all-linear``, a regular expression or a list of names."""
-
-    r: int = Field(16, gt=0)
-    alpha: int = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | tuple[str, ...] = "all-linear"
-
-
-class ModelSettings(Settings):
-    """Which model, and what of it is trained."""
-
-    path: str = Field("embedded", description="'embedded', 'init', a local folder, or a hub id")
-    init: TinyModelSettings = Field(
-        default_factory=TinyModelSettings,
-        description="shape of the small random LLaVA that path: init makes from the data's own texts",
-    )
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: the checkpoint's own with LoRA, float32 with full fine-tuning"
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; default: transformers'")
-    tune: Literal["full", "lora"] = "full"
-    lora: LoraSettings = LoraSettings()
-    freeze: tuple[str, ...] = Field((), description="vision, projector, text, or parts of parameter names")
-    trust_remote_code: bool = False
-    processor_options: dict[str, Any] = Field(
-        default_factory=dict, description="passed to AutoProcessor, e.g. min_pixels, max_pixels"
-    )
 
 
 class DataSettings(Settings):
@@ -170,6 +138,15 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     bf16: bool = False
     report_to: tuple[str, ...] = ()
+    max_tokens_per_batch: int | None = Field(
+        None,
+        gt=0,
+        description="most tokens of a micro-batch, padding included; takes the place of batch_size",
+    )
+    group_by_length: bool = Field(True, description="micro-batches of rows of like length, in random order")
+    reference_cache: str | None = Field(
+        None, description="folder of the reference's values, shared between runs; default: in the run folder"
+    )
 
     @field_validator("lr_scheduler_type", "report_to")
     @classmethod

@@ -30,6 +30,10 @@ class RunDirError(CwdpoError, FileExistsError):
     """A run folder that is missing, in use, or would be overwritten."""
 
 
+class ReferenceCacheError(CwdpoError, ValueError):
+    """Stored reference values that are damaged, or that the reference does not give any more."""
+
+
 class UnknownComponentError(CwdpoError, LookupError):
     """A name that no registry knows."""
 

@@ -6,7 +6,7 @@ A run folder explains itself::
     environment.json   versions, platform, command
     problems.jsonl     rows that were left out, and why
     calibration.json   floor and tau, and the mean_logps they came from
-    reference.jsonl    log-likelihoods of the reference, as its pass goes on
+    reference/         log-likelihoods of the reference, as its pass goes on
     metrics.jsonl      one JSON object per logging step: stage, step, and the Trainer's metrics
     timings.jsonl      one per start that ended a stage: its run time and speed, that start's steps only
     readings.jsonl     one Reading per line: held-out probes
@@ -45,7 +45,7 @@ try:
 except ImportError:  # Windows: two starts in one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
-BEGUN = ("metrics.jsonl", "readings.jsonl", "reference.jsonl", "stage1", "stage2", "model", "summary.json")
+BEGUN = ("metrics.jsonl", "readings.jsonl", "reference", "stage1", "stage2", "model", "summary.json")
 """What a folder holds once training has begun."""
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
 

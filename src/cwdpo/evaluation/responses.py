@@ -19,7 +19,7 @@ from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
 from cwdpo.rundir import read_jsonl, write_text
-from cwdpo.scoring import plain
+from cwdpo.scoring.score import score
 
 FILE = "responses.jsonl"
 
@@ -87,7 +87,7 @@ def _options(
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         encoded = [_as_options(encoder, e) for e in part]
-        tokens = plain.score(policy.model, collate(encoded))
+        tokens = score(policy.model, collate(encoded))
         sums, lengths = iter(tokens.logp.double().sum(1).tolist()), iter(tokens.mask.sum(1).tolist())
         for e in encoded:
             n = 1 + len(e.negatives)
@@ -117,7 +117,7 @@ def _tokens(
     found = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        tokens = plain.score(policy.model, collate([encoder.encode(e, "none") for e in part]), details=True)
+        tokens = score(policy.model, collate([encoder.encode(e, "none") for e in part]), details=True)
         assert tokens.top1 is not None
         assert tokens.correct is not None
         for row in range(len(part)):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cwdpo.config import ModelSettings, load_recipe
+from cwdpo.config import load_recipe
 from cwdpo.data.encode import Encoder
 from cwdpo.data.read import read_examples
 from cwdpo.errors import CwdpoError, DataError, RecipeError, optional_package
@@ -22,6 +22,7 @@ from cwdpo.evaluation.metrics._calibration import reliability
 from cwdpo.evaluation.paired import holm, verdict
 from cwdpo.evaluation.responses import collect, read_back, store
 from cwdpo.models.load import load_policy
+from cwdpo.models.settings import ModelSettings
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions, write_json
 

@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import ModelError
 from cwdpo.models.checkpoint import adapter_base, check_folder, check_loaded, quiet, reason, with_adapter
+from cwdpo.models.parts import PARTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from cwdpo.config import ModelSettings
+    from cwdpo.models.settings import ModelSettings
 
 EMBEDDED = Path(__file__).parent.parent / "worlds" / "base"
 """The shipped base VLM of the embedded world."""
-
-PARTS = {
-    "vision": r"(vision_tower|vision_model|visual|vision_encoder|image_encoder)\b",
-    "projector": r"(multi_modal_projector|mm_projector|connector|merger|modality_projection|image_newline)\b",
-    "text": r"(language_model|text_model|lm_head)\b",
-}
 
 
 @dataclass
@@ -43,8 +38,11 @@ def load_policy(settings: ModelSettings) -> Policy:
 
     Raises:
         ModelError: the folder is missing or incomplete, holds no safetensors, or cannot be loaded;
-            nothing in it matches ``freeze`` or ``lora.target_modules``.
+            nothing in it matches ``freeze`` or ``lora.target_modules``, or it cannot be scored as asked.
     """
+    from cwdpo.models.shared_attention import use_scoring
+    from cwdpo.models.vision_cache import keep_vision_features
+
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source)
     base = adapter_base(source, settings.revision)
@@ -57,6 +55,8 @@ def load_policy(settings: ModelSettings) -> Policy:
     if settings.tune == "lora" and base is None:
         model = add_lora(model, settings)
     _move(model, settings.device)
+    use_scoring(model, settings.scoring)
+    keep_vision_features(model, settings.vision_cache_gb)
     policy = Policy(model, processor, source)
     if not policy.trainable():
         raise ModelError(f"model.freeze {list(settings.freeze)} leaves nothing to train")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cwdpo.data.encode import Encoder
+from cwdpo.models.inputs import device_of, image_inputs
 from cwdpo.records import Example
-from cwdpo.scoring.plain import device_of, image_inputs
 
 
 @dataclass(frozen=True)

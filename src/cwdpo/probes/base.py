@@ -13,7 +13,7 @@ from cwdpo.data.collate import PromptBatch, collate
 from cwdpo.data.encode import EncodedExample
 from cwdpo.records import Reading
 from cwdpo.registry import Component, Registry
-from cwdpo.scoring import plain
+from cwdpo.scoring.score import distributions, score
 from cwdpo.scoring.token_logp import output_head
 
 MAX_STORED = 1 << 26
@@ -130,7 +130,7 @@ class ProbeSet:
             prompts.append(batch.completion_prompt + offset)
             offset += len(batch.prompts)
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        found = [plain.distributions(model, batch).cpu() for batch in self.chosen_batches]
+        found = [distributions(model, batch).cpu() for batch in self.chosen_batches]
         logp = torch.cat(found) if found else None
         model.train(was_training)
         sum_logp, n_tokens, entropy, top1, correct = columns
@@ -142,7 +142,7 @@ class ProbeSet:
 
     @staticmethod
     def _measure_batch(model: nn.Module, batch: PromptBatch) -> tuple[Tensor, ...]:
-        tokens = plain.score(model, batch, details=True)
+        tokens = score(model, batch, details=True)
         assert tokens.entropy is not None
         assert tokens.top1 is not None
         assert tokens.correct is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cwdpo.data.collate import PromptBatch, collate
 from cwdpo.data.encode import EncodedExample, with_reference
 from cwdpo.objectives.base import Scored, ScoredPairs, StepTotals
-from cwdpo.scoring import plain
+from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import TokenScores
 
 
@@ -79,7 +79,7 @@ def reference_pass(
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         batch = collate([examples[i] for i in index])
-        tokens = plain.score(model, batch)
+        tokens = score(model, batch)
         sums = tokens.logp.double().sum(1).tolist()
         spans = (tokens.logp.double() * span_mask(batch, tokens)).sum(1).tolist()
         values = iter(zip(sums, spans, strict=True))

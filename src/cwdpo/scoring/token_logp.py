@@ -7,7 +7,7 @@ token. The model is called as it is, so wrappers (peft, DDP, FSDP) see an ordina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cwdpo.errors import ModelError
+from cwdpo.models.inputs import unwrapped
 
 CHUNK_VALUES = 1 << 24
 """Most values of one chunk of logits: 2^24 fp32 values are 64 MiB."""
@@ -116,10 +117,7 @@ def output_head(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: the model has none, or changes its logits behind the head.
     """
-    inner: Any = model
-    while hasattr(inner, "module"):  # DDP
-        inner = inner.module
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = unwrapped(model)
     head = inner.get_output_embeddings()
     if head is None:
         raise ModelError(
@@ -149,6 +147,14 @@ def scoring_head(model: nn.Module, request: HeadRequest) -> Iterator[None]:
         del head.forward
         if hooked is not None:
             head.forward = hooked
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Tensor:
+    """Call the model with its head answering ``request``: [M, columns]."""
+    with scoring_head(model, request):
+        logits = model(**inputs, use_cache=False).logits
+    assert isinstance(logits, Tensor)
+    return logits
 
 
 def unpack(stats: Tensor, request: HeadRequest, lengths: list[int]) -> TokenScores:

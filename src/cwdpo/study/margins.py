@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cwdpo.config import ModelSettings
 from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.data.read import read_examples
 from cwdpo.errors import DataError
 from cwdpo.models.load import load_policy
+from cwdpo.models.settings import ModelSettings
 from cwdpo.rundir import read_jsonl
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.study.rows import store_rows

@@ -1,23 +1,25 @@
-"""The reference pass of a run: values are stored as they come, so that a kill loses one batch at most."""
+"""The reference pass of a run: values are read from the cache, and what is missing is scored and stored as it comes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-import torch
-import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from cwdpo.data.encode import EncodedExample, with_reference
-from cwdpo.errors import NonFiniteError
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.data.encode import EncodedCompletion, EncodedExample, with_reference
+from cwdpo.errors import NonFiniteError, ReferenceCacheError
+from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
+from cwdpo.scoring.reference_cache import ReferenceCache, Value, differs, reference_digest, row_keys
 
-FILE = "reference.jsonl"
-Values = list[tuple[float, float]]
+FOLDER = "reference"
+CANARIES = 4
+"""Examples whose stored values are compared with what the reference says now, before any is used."""
 
 
 def stored_reference_pass(
@@ -27,20 +29,21 @@ def stored_reference_pass(
     *,
     batch_size: int,
     bf16: bool = False,
+    folder: Path | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[EncodedExample]:
-    """As :func:`cwdpo.scoring.pairs.reference_pass`, to the last bit, but only for what the run lacks.
+    """As :func:`cwdpo.scoring.pairs.reference_pass`, but only for completions that the cache lacks.
 
-    Rows of ``reference.jsonl`` are found by the reference's weights and the example's place, id and tokens:
-    those of another reference, precision, picture or other data never match. A batch that is stored in part is scored
-    again as a whole, because a row's last bits depend on the rows that it was padded with.
+    Several processes share the work, batch by batch; the main one reads and writes. Batches are the same whatever is
+    stored, and a batch is stored as a whole, so that a resumed run ends with the same values to the last bit.
 
     Args:
         model: the reference.
         examples: P prompts with their completions.
-        run: where values are stored; nothing is written where ``run.writes`` is not set.
+        run: the run; its process with ``run.writes`` stores.
         batch_size: prompts per forward.
         bf16: whether the caller scores under bfloat16.
+        folder: where values are kept, shared between runs; default ``reference/`` in the run folder.
         progress: called with the number of finished prompts.
 
     Returns:
@@ -48,35 +51,105 @@ def stored_reference_pass(
 
     Raises:
         NonFiniteError: the reference has no finite log-likelihood for an example.
+        ReferenceCacheError: a stored file is damaged, or values are not what the reference says now.
     """
-    start = f"{weights_digest(model)} {bf16}"
-    keys = [_key(start, i, example) for i, example in enumerate(examples)]
-    stored: dict[str, Values] = {row["key"]: row["values"] for row in read_jsonl(run.path / FILE)}
-    done: dict[int, EncodedExample] = {}
+    state = PartialState()
+    digest = reference_digest(model, bf16=bf16)
+    keys = [row_keys(digest, e.prompt, completions_of(e)) for e in examples]
+    cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=bf16)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
-    for first in range(0, len(order), batch_size):
-        index = order[first : first + batch_size]
-        if all(keys[i] in stored for i in index):
-            done |= {i: with_reference(examples[i], stored[keys[i]]) for i in index}
-        else:
-            scored = reference_pass(model, [examples[i] for i in index], batch_size=batch_size)
-            done |= zip(index, scored, strict=True)
-            run.append(
-                FILE,
-                (
-                    {"id": examples[i].id, "key": keys[i], "values": _finite_values(done[i])}
-                    for i in index
-                    if keys[i] not in stored
-                ),
-            )
-        progress(len(index))
-    return [done[i] for i in range(len(examples))]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for first in range(0, len(batches), state.num_processes):
+        group = batches[first : first + state.num_processes]
+        own = group[state.process_index] if state.process_index < len(group) else []
+        scored, problem = {}, ""
+        try:
+            scored = _missing(model, [examples[i] for i in own], [keys[i] for i in own], cache)
+        except NonFiniteError as error:
+            problem = str(error)
+        parts = gather_object([(scored, problem)]) if state.num_processes > 1 else [(scored, problem)]
+        problems = [text for _, text in parts if text]
+        if problems:  # on every process: the others would wait for ever
+            raise NonFiniteError(problems[0])
+        scored = {key: value for part, _ in parts for key, value in part.items()}
+        if run.writes:
+            cache.append(scored)
+        cache.add(scored)
+        for batch in group:
+            progress(len(batch))
+    cache.close()
+    return [
+        with_reference(example, [_known(cache, key) for key in own])
+        for example, own in zip(examples, keys, strict=True)
+    ]
 
 
-def _finite_values(example: EncodedExample) -> Values:
+def completions_of(example: EncodedExample) -> tuple[EncodedCompletion, ...]:
+    """Chosen, then the negatives."""
+    return (example.chosen, *example.negatives)
+
+
+def _opened(
+    folder: Path,
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    keys: Sequence[Sequence[bytes]],
+    *,
+    rounded: bool,
+) -> ReferenceCache:
+    """The cache as the main process reads it, with what it holds of ``keys``; an error there is everyone's error."""
+    state = PartialState()
+    cache = ReferenceCache(folder, read=state.is_main_process)
+    found: dict[bytes, Value] = {}
+    error = ""
+    if state.is_main_process:
+        try:
+            found = {key: value for own in keys for key in own if (value := cache.get(key)) is not None}
+            _check_canaries(model, examples, keys, cache, rounded=rounded)
+        except (ReferenceCacheError, NonFiniteError) as problem:
+            error = str(problem)
+    if state.num_processes > 1:
+        found, error = broadcast_object_list([found, error])
+    if error:
+        raise ReferenceCacheError(error)
+    cache.add(found)
+    return cache
+
+
+def _known(cache: ReferenceCache, key: bytes) -> Value:
+    value = cache.get(key)
+    assert value is not None
+    return value
+
+
+def _missing(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    keys: Sequence[Sequence[bytes]],
+    cache: ReferenceCache,
+) -> dict[bytes, Value]:
+    """Values of the completions of one batch that the cache lacks."""
+    wanted: list[EncodedExample] = []
+    names: list[list[bytes]] = []
+    for example, own in zip(examples, keys, strict=True):
+        lacking = [(k, c) for k, c in zip(own, completions_of(example), strict=True) if cache.get(k) is None]
+        if lacking:
+            first, *rest = (c for _, c in lacking)
+            wanted.append(replace(example, chosen=first, negatives=tuple(rest)))
+            names.append([k for k, _ in lacking])
+    if not wanted:
+        return {}
+    found: dict[bytes, Value] = {}
+    scored = reference_pass(model, wanted, batch_size=len(wanted))
+    for example, own in zip(scored, names, strict=True):
+        found |= zip(own, _finite_values(example), strict=True)
+    return found
+
+
+def _finite_values(example: EncodedExample) -> list[Value]:
     """(sum_logp, span_sum_logp) of chosen, then of each negative."""
-    values: Values = []
-    for completion in (example.chosen, *example.negatives):
+    values: list[Value] = []
+    for completion in completions_of(example):
         total, span = completion.reference_sum_logp, completion.reference_span_sum_logp
         assert total is not None
         assert span is not None
@@ -89,26 +162,27 @@ def _finite_values(example: EncodedExample) -> Values:
     return values
 
 
-def _key(start: str, place: int, example: EncodedExample) -> str:
-    parts = [
-        start,
-        place,
-        example.id,
-        example.prompt.input_ids,
-        example.prompt.image_digest,
-        [(c.ids, c.span) for c in (example.chosen, *example.negatives)],
-    ]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+def _check_canaries(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    keys: Sequence[Sequence[bytes]],
+    cache: ReferenceCache,
+    *,
+    rounded: bool,
+) -> None:
+    """Score a few examples again whose values are all stored.
 
-
-@torch.no_grad()
-def weights_digest(model: nn.Module) -> str:
-    """A digest of what scores: all weights (cheap sums, which any training step changes), dtype, attention, version."""
-    digest = hashlib.blake2b(digest_size=16)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention = getattr(getattr(inner, "config", None), "_attn_implementation", None)
-    digest.update(f"{attention} {transformers.__version__}\n".encode())
-    for name, parameter in model.named_parameters():
-        total = float(parameter.detach().sum(dtype=torch.float64))
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total!r}\n".encode())
-    return digest.hexdigest()
+    Raises:
+        ReferenceCacheError: the reference says something else now.
+    """
+    stored = [i for i, own in enumerate(keys) if all(cache.get(key) is not None for key in own)]
+    for i in stored[:: max(1, len(stored) // CANARIES)][:CANARIES]:
+        now = _finite_values(reference_pass(model, [examples[i]])[0])
+        old = [_known(cache, key) for key in keys[i]]
+        wrong = differs(old, now, [len(c.ids) for c in completions_of(examples[i])], rounded=rounded)
+        if wrong is not None:
+            raise ReferenceCacheError(
+                f"{cache.folder}: stale: of example {examples[i].id}, response {wrong}, it holds the log-likelihood "
+                f"{old[wrong][0]:.4f}, and the reference says {now[wrong][0]:.4f} now, on another machine perhaps or "
+                "with other kernels; delete the folder, or name another in train.reference_cache"
+            )

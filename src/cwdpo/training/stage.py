@@ -124,7 +124,10 @@ def with_reference_values(
     """What the policy as it stands says of every completion, without the negatives that the objective filters."""
     bf16, size = recipe.train.bf16, recipe.train.batch_size
     with autocast(policy.model, bf16):
-        scored = stored_reference_pass(policy.model, encoded, run, batch_size=size, bf16=bf16)
+        shared = recipe.train.reference_cache
+        scored = stored_reference_pass(
+            policy.model, encoded, run, batch_size=size, bf16=bf16, folder=Path(shared) if shared else None
+        )
     return keep_negatives(objective, scored)
 
 

@@ -16,8 +16,8 @@ from cwdpo.data.encode import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
 from cwdpo.objectives.base import Objective, ScoredPairs, StepTotals
-from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import scored_pairs
+from cwdpo.scoring.score import score
 from cwdpo.training.checkpoints import CompleteCheckpoints
 from cwdpo.training.guard import Guard, Seen
 from cwdpo.training.margins import MarginHistory
@@ -157,7 +157,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         training = self.model.training
         self.model.eval()
         scored = [
-            scored_pairs(batch, plain.score(self.model, batch))
+            scored_pairs(batch, score(self.model, batch))
             for batch in batches
             if len(batch.rejected) or self._sharded
         ]
@@ -173,7 +173,7 @@ class PreferenceTrainer(CompleteCheckpoints):
     ) -> Any:
         """This micro-batch's share of the step's loss."""
         batch: PromptBatch = inputs["batch"]
-        tokens = plain.score(
+        tokens = score(
             model,
             batch,
             smoothing=self.objective.needs_uniform,

@@ -1,0 +1,196 @@
+"""What a benchmark runs on: a Qwen2.5-VL of a stated shape with random weights, and one prompt of exact lengths."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cwdpo.errors import RecipeError
+from cwdpo.models.settings import LoraSettings, ModelSettings
+
+Shape = Literal["small", "3b", "7b"]
+WORDS = 1000
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
+HEAD, TAIL = (
+    "<|im_start|> user <|vision_start|><|image_pad|><|vision_end|>",
+    "<|im_end|> <|im_start|> assistant",
+)
+TEXT_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+IMAGE_SHARE = 0.9  # of the prompt's tokens, as in photographs at their usual resolution
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One benchmark setting.
+
+    Attributes:
+        prompt_tokens, completion_tokens: exact lengths; nine tenths of the prompt are image tokens.
+        negatives: K completions offered against chosen.
+        tune: ``lora`` on the text tower's linear layers, or ``full``.
+        reference: ``cached`` reads the reference's values, ``live`` runs the reference in every step.
+        grad_checkpointing: recompute activations in the backward pass, in both.
+        shape: ``small`` for a CPU; ``3b`` and ``7b`` are Qwen2.5-VL's published sizes.
+        vision_cache: keep the image features of the frozen tower (``lora`` only).
+    """
+
+    prompt_tokens: int = 1024
+    completion_tokens: int = 64
+    negatives: int = 1
+    tune: Literal["lora", "full"] = "lora"
+    reference: Literal["cached", "live"] = "cached"
+    grad_checkpointing: bool = False
+    shape: Shape = "small"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    vision_cache: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the picture's tokens."""
+        rows = max(2, math.isqrt(int(self.prompt_tokens * IMAGE_SHARE)))
+        return rows, max(2, int(self.prompt_tokens * IMAGE_SHARE) // rows)
+
+
+def processor() -> Any:
+    """An offline Qwen2.5-VL processor whose words are one token each; needs no torchvision.
+
+    Without torchvision there is no video processor, which the class asks for and a picture does not need.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class ImagesOnly(Qwen2_5_VLProcessor):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            if name == "video_processor":
+                return None
+            return super().check_argument_for_proper_class(name, argument)
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, "user", "assistant"])}
+    vocabulary |= {f"w{i}": len(vocabulary) + i for i in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_bos_token": "<|vision_start|>",
+            "vision_eos_token": "<|vision_end|>",
+        },
+    )
+    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 1 << 14)
+    return ImagesOnly(image_processor=images, tokenizer=fast, video_processor=None, chat_template="")
+
+
+def rows(setting: Setting, tokenizer: Any) -> list[dict[str, Any]]:
+    """K rows in TRL's columns that share prompt, picture and chosen, each with its own rejected.
+
+    Raises:
+        RecipeError: the prompt is too short for its picture.
+    """
+    import numpy as np
+    from PIL import Image
+
+    high, wide = setting.grid
+    pixels = np.random.default_rng(0).integers(0, 255, (28 * high, 28 * wide, 3), dtype=np.uint8)
+    fixed = len(tokenizer(f"{HEAD} {TAIL}", add_special_tokens=False)["input_ids"]) - 1 + high * wide
+    if fixed > setting.prompt_tokens or setting.completion_tokens < 2:
+        raise RecipeError(
+            f"--prompt-tokens {setting.prompt_tokens}: at least 32, and --completion-tokens at least 2, are needed"
+        )
+    draw = random.Random(0)
+
+    def words(n: int) -> str:
+        return "".join(f" w{draw.randrange(WORDS)}" for _ in range(n))
+
+    prompt = f"{HEAD}{words(setting.prompt_tokens - fixed)} {TAIL}"
+    chosen = words(setting.completion_tokens - 1)  # and the end token
+    return [
+        {
+            "prompt": prompt,
+            "chosen": f"{chosen} <|im_end|>",
+            "rejected": f"{words(setting.completion_tokens - 1)} <|im_end|>",
+            "images": [Image.fromarray(pixels)],
+        }
+        for _ in range(setting.negatives)
+    ]
+
+
+def model_config(shape: Shape, tokenizer: Any) -> Any:
+    """Qwen2.5-VL of a shape; the published ones as in their ``config.json``."""
+    from transformers import Qwen2_5_VLConfig
+
+    ids = tokenizer.convert_tokens_to_ids
+    text: dict[str, Any] = {
+        "small": {
+            "vocab_size": 32000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+            "num_attention_heads": 6, "num_key_value_heads": 2,
+        },
+        "3b": {
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2,
+        },
+        "7b": {
+            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4,
+        },
+    }[shape]  # fmt: skip
+    head = text["hidden_size"] // text["num_attention_heads"] // 2
+    sections = [head // 4, (head - head // 4) // 2, head - head // 4 - (head - head // 4) // 2]
+    text |= {
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+        "pad_token_id": ids("<|endoftext|>"), "eos_token_id": ids("<|im_end|>"), "bos_token_id": None,
+    }  # fmt: skip
+    small = shape == "small"
+    vision = {
+        "depth": 8 if small else 32, "hidden_size": 256 if small else 1280,
+        "intermediate_size": 688 if small else 3420, "num_heads": 4 if small else 16, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": text["hidden_size"],
+        "window_size": 112, "fullatt_block_indexes": [3, 7] if small else [7, 15, 23, 31],
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=shape == "3b",
+    )
+
+
+def build_model(setting: Setting, tokenizer: Any) -> Any:
+    """The policy, on its device, in training mode; with LoRA its adapter has moved a little from the base."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from cwdpo.models.load import add_lora
+
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = AutoModelForImageTextToText.from_config(
+            model_config(setting.shape, tokenizer),
+            attn_implementation="sdpa",
+            dtype=getattr(torch, setting.dtype),
+        )
+    if setting.tune == "lora":
+        lora = LoraSettings(r=16, alpha=32, target_modules=TEXT_MODULES)
+        model = add_lora(model, ModelSettings(path="bench", tune="lora", lora=lora))
+        with torch.no_grad():  # a step at the base itself has gradients of zero in A
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 2e-3)
+    if setting.grad_checkpointing:  # as Trainer.train() would
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        if setting.tune == "lora":
+            model.enable_input_require_grads()
+    return model.train()

@@ -1,0 +1,5 @@
+"""LLaVA-OneVision: tiled images, 1-D positions."""
+
+from cwdpo.models.families.base import Family
+
+FAMILY = Family()

@@ -1,0 +1,38 @@
+"""Positions on three axes (time, height, width), as the Qwen-VL models have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwdpo.models.families.base import Family, Rows
+
+
+class MRope(Family):
+    """M-RoPE: the model's own ``get_rope_index`` lays out the prompt; text goes on at its largest position + 1.
+
+    1-D positions, or positions made without ``mm_token_type_ids``, are accepted by these models without an
+    error and give other log-probabilities.
+    """
+
+    needs = ("mm_token_type_ids",)
+
+    def prompt_positions(self, model: Any, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
+        """[3, B, P]."""
+        width, device = rows.prompt_width, rows.ids.device
+        text = torch.arange(width, device=device).expand(3, len(rows.prompts), -1)
+        if not images:  # get_rope_index is for prompts with a picture
+            return text
+        kinds = torch.zeros(len(rows.prompts), width, dtype=torch.int32)
+        for row, prompt in enumerate(rows.prompts):
+            kind = prompt.per_token.get("mm_token_type_ids", ())
+            kinds[row, : len(kind)] = torch.tensor(kind, dtype=torch.int32)
+        inside = torch.arange(width, device=device) < rows.lengths[:, None]
+        grids = {name: value for name, value in images.items() if name.endswith("grid_thw")}
+        positions, _ = model.model.get_rope_index(
+            rows.ids[:, :width], mm_token_type_ids=kinds.to(device), attention_mask=inside.long(), **grids
+        )
+        return torch.where(inside, positions, 0)

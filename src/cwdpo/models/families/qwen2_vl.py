@@ -1,0 +1,5 @@
+"""Qwen2-VL: positions on three axes."""
+
+from cwdpo.models.families.mrope import MRope
+
+FAMILY = MRope()

@@ -1,0 +1,5 @@
+"""SmolVLM: as Idefics3."""
+
+from cwdpo.models.families.base import Family
+
+FAMILY = Family()

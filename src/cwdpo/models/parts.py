@@ -1,0 +1,7 @@
+"""Parts of a vision-language model by the names that families give their parameters."""
+
+PARTS = {
+    "vision": r"(vision_tower|vision_model|visual|vision_encoder|image_encoder)\b",
+    "projector": r"(multi_modal_projector|mm_projector|connector|merger|modality_projection|image_newline)\b",
+    "text": r"(language_model|text_model|lm_head)\b",
+}

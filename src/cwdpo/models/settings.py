@@ -1,0 +1,51 @@
+"""The recipe's section ``model``. No torch is imported here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cwdpo.models.tiny import TinyModelSettings
+from cwdpo.registry import Settings
+
+
+class LoraSettings(Settings):
+    """LoRA by peft; ``target_modules`` may be ``all-linear``, a regular expression or a list of names."""
+
+    r: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class ModelSettings(Settings):
+    """Which model, and what of it is trained."""
+
+    path: str = Field("embedded", description="'embedded', 'init', a local folder, or a hub id")
+    init: TinyModelSettings = Field(
+        default_factory=TinyModelSettings,
+        description="shape of the small random LLaVA that path: init makes from the data's own texts",
+    )
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's own with LoRA, float32 with full fine-tuning"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; default: transformers'")
+    scoring: Literal["auto", "shared_prefix", "plain"] = Field(
+        "auto",
+        description="auto: image and prompt once for all completions wherever that is exact; plain: one sequence each",
+    )
+    vision_cache_gb: float = Field(
+        1.0,
+        ge=0,
+        description="memory for the image features of a frozen vision side; what does not fit is computed",
+    )
+    tune: Literal["full", "lora"] = "full"
+    lora: LoraSettings = LoraSettings()
+    freeze: tuple[str, ...] = Field((), description="vision, projector, text, or parts of parameter names")
+    trust_remote_code: bool = False
+    processor_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to AutoProcessor, e.g. min_pixels, max_pixels"
+    )

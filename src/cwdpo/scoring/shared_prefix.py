@@ -1,0 +1,79 @@
+"""Shared-prefix scoring: image and prompt once for all completions, the fast twin of :mod:`cwdpo.scoring.plain`.
+
+A row is ``[prompt | completion | completion | ...]``. Positions of each completion go on behind the prompt, and a
+completion sees the prompt and itself only, so every token's log-probability is that of plain scoring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cwdpo.data.collate import PromptBatch
+from cwdpo.models.families.base import Rows
+from cwdpo.models.inputs import device_of, padded, unwrapped
+from cwdpo.models.shared_attention import model_family
+from cwdpo.models.vision_cache import vision_inputs
+from cwdpo.scoring.token_logp import HeadRequest
+
+
+def rows_of(batch: PromptBatch, device: torch.device) -> tuple[Rows, HeadRequest]:
+    """The layout of B prompts with their N completions, and where completion tokens are predicted.
+
+    The first token of a completion is predicted at the prompt's last token, every other one at the token before it.
+    """
+    members: list[list[int]] = [[] for _ in batch.prompts]
+    for index, prompt in enumerate(batch.completion_prompt.tolist()):
+        members[prompt].append(index)
+    lengths = [len(p.input_ids) for p in batch.prompts]
+    width = max(lengths)
+    place: dict[int, tuple[int, int, int]] = {}  # row, column of the first token, the prompt's last column
+    ids, segment, offset = [], [], []
+    for row, prompt in enumerate(batch.prompts):
+        completions: list[int] = []
+        parts: list[int] = []
+        offsets: list[int] = []
+        for number, index in enumerate(members[row]):
+            own = batch.completions[index].ids
+            place[index] = row, width + len(completions), lengths[row] - 1
+            completions += own
+            parts += [number + 1] * len(own)
+            offsets += range(len(own))
+        ids.append([*prompt.input_ids, *[0] * (width - lengths[row]), *completions])
+        segment.append(parts)
+        offset.append(offsets)
+    rows = Rows(
+        batch.prompts,
+        padded(ids, device),
+        torch.tensor(lengths, device=device),
+        padded(segment, device) - 1,
+        padded(offset, device),
+    )
+    where = []
+    for index, completion in enumerate(batch.completions):
+        row, first, last = place[index]
+        where += [(row, first + t - 1 if t else last, token) for t, token in enumerate(completion.ids)]
+    return rows, HeadRequest(*torch.tensor(where, dtype=torch.long).T)
+
+
+def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadRequest]:
+    """Model inputs of one row per prompt, and where its completion tokens are predicted.
+
+    Returns:
+        ``input_ids`` [B, P + M], ``position_ids`` [..., B, P + M], the family's ``attention_mask`` and image inputs;
+        and the request for all completion tokens, completion by completion.
+    """
+    device = device_of(model)
+    rows, request = rows_of(batch, device)
+    inner, family = unwrapped(model), model_family(model)
+    assert family is not None
+    images = vision_inputs(model, batch.prompts, device)
+    positions = family.positions(inner, rows, images)
+    inputs: dict[str, Any] = {
+        "input_ids": rows.ids,
+        "position_ids": positions,
+        "attention_mask": family.masks(inner, rows, positions),
+    }
+    return inputs | images, request
