@@ -56,7 +56,18 @@ ALLOWED: dict[str, set[str]] = {
 FOR_TYPES_ONLY: dict[str, set[str]] = {"__init__": {"config", "training"}}
 
 HEAVY_USERS = ("models/", "training/", "study/grid.py", "bench/")
-WITHOUT_TORCH = {*BASE, "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
+WITHOUT_TORCH = {
+    *BASE,
+    "remote",
+    "cli_evidence",
+    "worlds",
+    "objectives",
+    "negatives",
+    "config",
+    "rundir",
+    "report",
+    "cli",
+}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

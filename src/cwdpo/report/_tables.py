@@ -78,8 +78,10 @@ def study_page(folder: Folder, summary: Mapping[str, Any]) -> dict[str, Any]:
     settings = [
         (_named(v), " ".join(map(str, v.get("overrides") or ())) or "the recipe as it is") for v in variants
     ]
-    troubles = [f"{_named(v)}, seed {c.get('seed')}: {plain(c.get('error'))}" for v, c in failed]
-    troubles += [f"{plain(s.get('key'))}: {plain(s.get('error'))}" for s in records(summary.get("shared"))]
+    troubles = [f"{_named(v)}, seed {c.get('seed')}: {_first_line(c.get('error'))}" for v, c in failed]
+    troubles += [
+        f"{plain(s.get('key'))}: {_first_line(s.get('error'))}" for s in records(summary.get("shared"))
+    ]
     return _page(summary, "study", [summary.get("question")], tables, settings, troubles)
 
 
@@ -172,7 +174,7 @@ def _page(
 
 
 def _head(figure: Mapping[str, Any]) -> tuple[str, str]:
-    arrow = {"higher": " ↑", "lower": " ↓"}.get(str(figure.get("better")), "")
+    arrow = {"higher": "\u00a0↑", "lower": "\u00a0↓"}.get(str(figure.get("better")), "")
     return f"{figure.get('label') or figure.get('key')}{arrow}", plain(figure.get("help") or "")
 
 
@@ -185,6 +187,10 @@ def _row(
 ) -> list[Entry]:
     found = mapping(values)
     return [entry(found.get(str(f.get("key"))), f) for f in figures]
+
+
+def _first_line(text: Any) -> str:
+    return plain(text).partition("\n")[0]
 
 
 def _ran(variant: Mapping[str, Any]) -> str:
@@ -229,8 +235,9 @@ def _difference(value: Any, figure: Mapping[str, Any]) -> Entry:
     tone = _TONES.get(word, "")
     if tone:
         below.append(word)
-    sign = "+" if known > 0 else ""
-    return Entry(sign + number(middle, digits), tuple(below), tone)
+    text = number(known, digits)
+    sign = "+" if known > 0 and text.strip("0.") else ""
+    return Entry(sign + text, tuple(below), tone)
 
 
 def _interval(found: Mapping[str, Any], digits: int) -> str:
