@@ -312,9 +312,11 @@ def test_a_real_server_is_asked_in_both_orders_and_resumed_after_a_kill(
         str(store),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / "log.txt"
+    with log.open("wb") as file:
+        first = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     while len(read_jsonl(store / "answers.jsonl")) < 5:
-        assert first.poll() is None, first.stderr.read().decode() if first.stderr else ""
+        assert first.poll() is None, log.read_text(errors="replace")
         time.sleep(0.02)  # waits for the judge, not for a duration
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
