@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +28,7 @@ from cwdpo.config import load_recipe
 from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.data.read import read_examples
 from cwdpo.errors import CwdpoError, DataError
+from cwdpo.models.shared_attention import use_scoring
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.training.guard import Guard
@@ -59,11 +60,16 @@ class Scenario:
     unreadable: int | None = None
     frozen: tuple[str, ...] = ()
     spike: float | None = None
+    scoring: Literal["plain", "shared_prefix"] = "shared_prefix"
+    by_length: bool = True
+    max_tokens: int | None = None
 
 
 MIXED = tuple(i for i in range(24) if i % 3 or i < 8)
 SCENARIOS = {
     "cw_dpo": Scenario(CW, {"max_steps": 6, "optim": "adamw_torch"}),
+    "cw_dpo_plain": Scenario(CW, {"max_steps": 6, "optim": "adamw_torch"}, scoring="plain"),
+    "by_tokens": Scenario(CW, {"num_train_epochs": 2}, n=22, max_tokens=340),
     "sft_constrained": Scenario({"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0}, PLAIN),
     "constraint_holds": Scenario({"name": "sft_constrained", "penalty": 0.5, "constraint": 0.5}, PLAIN),
     "sft_smoothed": Scenario({"name": "sft_smoothed", "weight": 0.2}, PLAIN),
@@ -83,7 +89,7 @@ SCENARIOS = {
         text_only=MIXED,
     ),
     "vision_frozen": Scenario(CW, {"max_steps": 4}, text_only=MIXED, frozen=("vision_tower",)),
-    "nan": Scenario(CW, {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}, nan=11),
+    "nan": Scenario(CW, {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}, nan=11, by_length=False),
     "unreadable": Scenario(CW, {"num_train_epochs": 1}, unreadable=11),
     "spike": Scenario(CW, {"max_steps": 8}, spike=1.01),
 }  # fmt: skip
@@ -131,10 +137,13 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
     """Run a scenario; a dictionary of logged rows, sums over the final weights, and the error's text."""
     scenario = SCENARIOS[name]
     model = random_model(folder)
+    use_scoring(model, scenario.scoring)
     encoded = encoded_examples(model, world, folder, scenario)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in parameter_name for part in scenario.frozen))
     accumulation = scenario.arguments.get("gradient_accumulation_steps", 1)
+    # Micro-batches by tokens are as many whoever runs them: one process takes two of them for a step.
+    split = {"gradient_accumulation_steps": 2 // processes} if scenario.max_tokens else {}
     arguments = TrainingArguments(
         **{
             "output_dir": str(out / name),
@@ -149,6 +158,7 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
             "lr_scheduler_type": "constant",
             "optim": "sgd",
             **scenario.arguments,
+            **split,
         }
     )
     logs: list[dict[str, Any]] = []
@@ -156,6 +166,7 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
     trainer = PreferenceTrainer(
         model, arguments, OBJECTIVES.build(scenario.objective), encoded,
         on_log=lambda row: logs.append(dict(row)), guard=guard,
+        group_by_length=scenario.by_length, max_tokens_per_batch=scenario.max_tokens,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     error = ""

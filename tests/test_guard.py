@@ -44,7 +44,7 @@ def trainer_of(model, encoded, folder, *, guard=None, callbacks=(), **changes):
     logs: list[dict] = []
     trainer = PreferenceTrainer(
         model, TrainingArguments(**settings), OBJECTIVES.build({"name": "dpo", "sft_weight": 0.5}), encoded,
-        callbacks=callbacks, guard=guard, on_log=lambda row: logs.append(dict(row)),
+        callbacks=callbacks, guard=guard, on_log=lambda row: logs.append(dict(row)), group_by_length=False,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.kept_logs = logs

@@ -56,7 +56,7 @@ INSTANTS = [
     Instant("a checkpoint of stage 1", "stage1/.checkpoint-*.tmp/*/optimizer.pt", earlier=2),
     Instant("a checkpoint of stage 1", "stage1/.checkpoint-26.tmp/*/trainer_state.json"),
     Instant("stage 1's model", "stage1/.model.tmp"),
-    *[Instant("reference pass", "reference.jsonl", "calibration.json")] * 2,
+    *[Instant("reference pass", "reference", "calibration.json")] * 2,
     *[Instant("stage 2", "calibration.json", "model")] * 3,
     Instant("a checkpoint of stage 2", "stage2/.checkpoint-*.tmp/*/model.safetensors", earlier=1),
     Instant("a checkpoint of stage 2", "stage2/.checkpoint-27.tmp"),

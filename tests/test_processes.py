@@ -102,9 +102,9 @@ def test_two_processes_take_the_steps_of_one(together, alone, name) -> None:
     assert found == pytest.approx(expected, abs=1e-5, rel=0)
     assert one["skipped"] == two["skipped"] == second[name]["skipped"]
     assert bool(one["skipped"]) == (name == "spike")
-    # Metrics are averaged over the same rows, each counted once.
+    # Metrics are averaged over the same rows, each counted once. Only the padding is that of smaller batches.
     for a, b in zip(one["logs"], two["logs"], strict=True):
-        measured = {k: v for k, v in a.items() if not k.startswith("train_")}
+        measured = {k: v for k, v in a.items() if not k.startswith(("train_", "tokens/"))}
         assert {k: b[k] for k in measured} == pytest.approx(measured, abs=1e-4, rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-3, abs=1e-3)
     assert two["weights"] == second[name]["weights"]

@@ -19,6 +19,7 @@ from cwdpo.config import parse_recipe
 from cwdpo.errors import RecipeError, RunDirError
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.rundir import RunDir, discard, replace_folder
+from cwdpo.scoring.reference_cache import read_file
 from cwdpo.training import checkpoints
 from cwdpo.training.resume import start_run
 from cwdpo.training.stage import Listener, last_checkpoint
@@ -170,14 +171,14 @@ def test_leftovers_are_cleared_and_a_whole_old_folder_returns(tmp_path: Path) ->
     folder_with(tmp_path / "stage1" / "model", "newer")
     folder_with(tmp_path / "stage2" / ".checkpoint-4.tmp" / "checkpoint-4", "half")
     (tmp_path / ".summary.json.tmp").write_text("{")
-    (tmp_path / "reference.jsonl").write_text('{"key": "a"}\n{"key": "b"')
+    (tmp_path / "samples.jsonl").write_text('{"key": "a"}\n{"key": "b"')
     (tmp_path / "mine.txt").write_text("kept")
     run.recover()
     assert (tmp_path / "model" / "a").read_text() == "whole"
     assert (tmp_path / "stage1" / "model" / "a").read_text() == "newer"
-    assert (tmp_path / "reference.jsonl").read_text() == '{"key": "a"}\n'
+    assert (tmp_path / "samples.jsonl").read_text() == '{"key": "a"}\n'
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
-    assert left == ["mine.txt", "model/a", "reference.jsonl", "stage1/model/a"]
+    assert left == ["mine.txt", "model/a", "samples.jsonl", "stage1/model/a"]
 
 
 @pytest.mark.parametrize("calls", range(5))
@@ -313,10 +314,16 @@ def small(world: Path, model: Path, **changes: Any) -> Any:
     return parse_recipe({**tree, **changes})
 
 
+def stored_values(folder: Path) -> dict[bytes, tuple[float, float]]:
+    """The reference's values, whatever files they lie in."""
+    return {k: v for path in (folder / "reference").glob("*.arrow") for k, v in read_file(path).items()}
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Everything that training and evaluation made."""
-    names = ["metrics.jsonl", "readings.jsonl", "samples.jsonl", "summary.json", "reference.jsonl"]
+    names = ["metrics.jsonl", "readings.jsonl", "samples.jsonl", "summary.json"]
     found = {name: (folder / name).read_bytes() for name in names}
+    found["reference"] = repr(sorted(stored_values(folder).items())).encode()
     for path in sorted(folder.rglob("*.safetensors")):
         found[path.relative_to(folder).as_posix()] = path.read_bytes()
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,6 +114,22 @@ def scale(
     typer.echo(json.dumps(found, indent=1) if as_json else scale_text(found))
 
 
+@app.command()
+def recipe(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML)")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="of each variant")] = 20,
+    threads: Threads = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 2 of a recipe with and without shared-prefix scoring and batches by length, alternating."""
+    from cwdpo.bench.recipe import recipe_report
+    from cwdpo.config import load_recipe
+
+    found = recipe_report(load_recipe(path, overrides or ()), steps, threads, _say())
+    typer.echo(json.dumps(found, indent=1) if as_json else recipe_text(found))
+
+
 def _setting(
     prompt_tokens: int,
     completion_tokens: int,
@@ -176,6 +193,17 @@ def step_text(found: dict[str, Any]) -> str:
         f"{gradient['largest_difference']:.1e} at most, the largest is {gradient['largest']:.1e}"
     )
     return "\n".join(lines)
+
+
+def recipe_text(found: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [
+        f"{name:<7} {found[name]['tokens_per_second']:9.0f} tokens/s   "
+        f"{found[name]['seconds_per_step']:.3f} s a step   padding {found[name]['padding']:.1%}"
+        for name in ("before", "after")
+    ]
+    halves = " and ".join(f"{ratio:.2f}" for ratio in found["ratio_of_halves"])
+    return "\n".join([*lines, f"ratio {found['ratio']:.2f} (halves of the steps: {halves})"])
 
 
 def scale_text(found: list[dict[str, Any]]) -> str:

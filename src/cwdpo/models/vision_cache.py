@@ -72,7 +72,8 @@ def vision_inputs(model: nn.Module, prompts: Sequence[EncodedPrompt], device: to
     cache = _CACHES.get(inner)
     if cache is None or not any(p.image_digest for p in prompts):
         return dict(image_inputs(prompts, device))
-    found = {id(p): _features(inner, cache, p, device) for p in prompts if p.image_digest}
+    pictured = {id(p): p for p in prompts if p.image_digest}  # a prompt stands in one row per completion
+    found = {key: _features(inner, cache, p, device) for key, p in pictured.items()}
     rows = [found[id(p)] for p in prompts if p.image_digest]
     inputs: dict[str, Any] = {
         name: cat_rows([r.rest[name] for r in rows if name in r.rest]).to(device)

@@ -23,6 +23,7 @@ class StepMetrics:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._parts: dict[str, float] = defaultdict(float)
         self._steps = 0
+        self._tokens = 0, 0
 
     def begin_step(self) -> None:
         """Count one optimizer step; the parts of its micro-batches add up to one value."""
@@ -44,14 +45,22 @@ class StepMetrics:
         for name, part in output.parts.items():
             self._parts[name] += float(part)
 
+    def add_tokens(self, used: int, padded: int) -> None:
+        """Count the tokens that the text tower ran for a micro-batch, without and with padding."""
+        self._tokens = self._tokens[0] + used, self._tokens[1] + padded
+
     def _take(self, name: str, values: Tensor) -> None:
         if values.numel():
             self._values[name].append(values.detach().float().flatten().cpu())
 
     def flush(self, accelerator: Any) -> dict[str, float]:
         """Averages since the last call; resets."""
+        used, padded = self._tokens
+        self._parts["tokens/scored"], self._parts["tokens/padded"] = float(used), float(padded)
         gathered, parts = self._gather(accelerator)
+        used_share = parts.pop("tokens/scored") / max(parts.pop("tokens/padded"), 1.0)
         logs = {name: value / max(self._steps, 1) for name, value in sorted(parts.items())}
+        logs["tokens/padding"] = 1 - used_share
         for name, values in sorted(gathered.items()):
             if name == "cooling/weight":
                 logs |= _weight_summary(values)
@@ -59,6 +68,7 @@ class StepMetrics:
                 logs[name] = float(values.mean())
         self._values.clear()
         self._parts.clear()
+        self._tokens = 0, 0
         self._steps = 0
         return logs
 

@@ -205,6 +205,23 @@ def run_stage(
         with autocast(policy.model, recipe.train.bf16):
             probe_set = ProbeSet(held, policy.model)
         callbacks.append(ProbeCallback(probe_set, run, stage, recipe.probes.every, objective))
+    trainer = make_trainer(policy, stage, recipe, objective, encoded, callbacks, run)
+    checkpoint = last_checkpoint(run.path / stage) if resume else None
+    run.drop_after(stage, checkpoint_step(checkpoint))
+    go_on(trainer, policy, checkpoint)
+
+
+def make_trainer(
+    policy: Policy,
+    stage: StageName,
+    recipe: Recipe,
+    objective: Objective,
+    encoded: Sequence[EncodedExample],
+    callbacks: Sequence[TrainerCallback],
+    run: RunDir,
+) -> PreferenceTrainer:
+    """The recipe's trainer for one stage; its metrics go to the run."""
+    train, settings = recipe.train, recipe.stage1 if stage == "stage1" else recipe.stage2
     trainer = PreferenceTrainer(
         policy.model,
         training_arguments(recipe, settings, run.path / stage),
@@ -213,13 +230,13 @@ def run_stage(
         processing_class=policy.processor,
         callbacks=callbacks,
         on_log=lambda row: store_row(run, with_cooling({"stage": stage, **row}, objective)),
-        guard=Guard(run.path / stage, recipe.train.spike_factor, recipe.train.spike_window),
+        guard=Guard(run.path / stage, train.spike_factor, train.spike_window),
+        group_by_length=train.group_by_length,
+        max_tokens_per_batch=train.max_tokens_per_batch,
     )
     trainer.before_checkpoint = run.sync
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
-    checkpoint = last_checkpoint(run.path / stage) if resume else None
-    run.drop_after(stage, checkpoint_step(checkpoint))
-    go_on(trainer, policy, checkpoint)
+    return trainer
 
 
 def go_on(trainer: PreferenceTrainer, policy: Policy, checkpoint: Path | None) -> None:

@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from cwdpo.data.collate import Collator, PromptBatch
 from cwdpo.data.encode import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
+from cwdpo.models.shared_attention import shares_prefix
+from cwdpo.models.vision_cache import forget_vision_features
 from cwdpo.objectives.base import Objective, ScoredPairs, StepTotals
 from cwdpo.scoring.pairs import scored_pairs
-from cwdpo.scoring.score import score
+from cwdpo.scoring.score import row_tokens, score
+from cwdpo.training.batching import LengthGrouped, TokenBatches, row_lengths
 from cwdpo.training.checkpoints import CompleteCheckpoints
 from cwdpo.training.guard import Guard, Seen
 from cwdpo.training.margins import MarginHistory
@@ -39,9 +43,13 @@ class PreferenceTrainer(CompleteCheckpoints):
         processing_class: the processor, saved with every checkpoint.
         on_log: called with every row of metrics.
         guard: stops before non-finite updates; the default has no spike rule.
+        group_by_length: steps of rows of like length, in random order; else rows in random order.
+        max_tokens_per_batch: micro-batches of as many rows as fit this many tokens, padding included, instead of
+            ``args.per_device_train_batch_size``.
 
     Raises:
         RecipeError: a spike rule under DeepSpeed, whose update cannot be left out.
+        DataError: a row alone has more than ``max_tokens_per_batch`` tokens.
     """
 
     def __init__(
@@ -55,7 +63,10 @@ class PreferenceTrainer(CompleteCheckpoints):
         callbacks: Sequence[TrainerCallback] = (),
         on_log: Callable[[Mapping[str, Any]], None] | None = None,
         guard: Guard | None = None,
+        group_by_length: bool = True,
+        max_tokens_per_batch: int | None = None,
     ) -> None:
+        self.group_by_length, self.max_tokens_per_batch = group_by_length, max_tokens_per_batch
         args.remove_unused_columns = False
         if args.n_gpu > 1:
             # Several GPUs without a launcher: nn.DataParallel would scatter one batch's indices over replicas.
@@ -82,6 +93,8 @@ class PreferenceTrainer(CompleteCheckpoints):
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator, model)
         self._unsharded = Unsharded(model) if self._sharded else None
+        if self._sharded:
+            forget_vision_features(model)
         if self.is_deepspeed_enabled and self.guard.spike_factor is not None:
             raise RecipeError(
                 "train.spike_factor: DeepSpeed updates inside its backward pass, so no update can be left out; set it "
@@ -91,6 +104,38 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.loss_is_scaled_for_ga = True
         self._sums = StepMetrics()
         self._on_log = on_log
+
+    def _row_tokens(self, index: int) -> int:
+        return row_lengths(self.train_dataset[index], shared=shares_prefix(self.model))[1]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows by length: those of an optimizer step together, however it is split."""
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        step = self.get_total_train_batch_size(self.args)
+        return LengthGrouped(self._row_tokens, len(self.train_dataset), step, self._data_seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of a number of rows, or of a number of tokens."""
+        if self.max_tokens_per_batch is None:
+            loader: DataLoader[Any] = super().get_train_dataloader()
+            return loader
+        shared = shares_prefix(self.model)
+        lengths = [row_lengths(example, shared=shared) for example in self.train_dataset]
+        processes = self.accelerator.num_processes
+        batches = TokenBatches(lengths, self.max_tokens_per_batch, self._data_seed, processes)
+        made = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(made)
+        return prepared
+
+    @property
+    def _data_seed(self) -> int:
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> StepTotals | None:
         """Counts of the whole optimizer step, over micro-batches and processes."""
@@ -132,6 +177,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         size, rank = self.args.per_device_train_batch_size, self.accelerator.process_index
         left = len(self.train_dataset) % (size * self.accelerator.num_processes)
         repeats = left and not (self.args.dataloader_drop_last or self.accelerator.split_batches)
+        repeats = repeats and self.max_tokens_per_batch is None  # those batches come out even
         if repeats and self.accelerator.gradient_state.end_of_dataloader:
             last = first_rows(last, min(max(left - rank * size, 0), size))
         return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
@@ -183,6 +229,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         output = self.objective(pairs)
         self.guard.saw(model, Seen(batch, pairs, output), self.state.global_step + 1)
         self._sums.add(batch, pairs, output)
+        self._sums.add_tokens(*row_tokens(batch, shared=shares_prefix(model)))
         # DDP averages gradients over processes; the loss is already divided by the global count.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss

@@ -19,6 +19,8 @@ from cwdpo.data.read import read_examples
 from cwdpo.data.rows import rows_source
 from cwdpo.errors import DataError
 from cwdpo.models.load import disable_dropout
+from cwdpo.models.shared_attention import Scoring, use_scoring
+from cwdpo.models.vision_cache import keep_vision_features
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.records import Example
@@ -48,6 +50,9 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
         max_bad_fraction: share of rows that may be unusable.
         calibration_samples: samples drawn from the reference for ``floor: auto`` and ``tau: auto``.
         calibration_max_new_tokens: longest of those samples.
+        scoring: ``auto``, ``shared_prefix`` or ``plain``, see :func:`cwdpo.models.shared_attention.use_scoring`.
+        vision_cache_gb: memory for the image features of a frozen vision side.
+        max_tokens_per_batch: micro-batches by tokens instead of by rows.
     """
 
     beta: float = field(default=0.1)
@@ -58,6 +63,9 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
     max_bad_fraction: float = field(default=0.01)
     calibration_samples: int = field(default=200)
     calibration_max_new_tokens: int = field(default=128)
+    scoring: Scoring = field(default="auto")
+    vision_cache_gb: float = field(default=1.0)
+    max_tokens_per_batch: int | None = field(default=None)
 
     def build_objective(self) -> Objective:
         """The objective; ``beta`` is passed where it has one."""
@@ -111,6 +119,10 @@ class CWDPOTrainer(PreferenceTrainer):
 
             model = get_peft_model(model, peft_config)
         model.to(args.device)
+        for one in (model, ref_model):
+            if one is not None:
+                use_scoring(one, args.scoring)
+                keep_vision_features(one, args.vision_cache_gb)
         objective = args.build_objective()
         examples = read_examples(
             rows_source(train_dataset, "train_dataset"), max_bad_fraction=args.max_bad_fraction
@@ -126,7 +138,13 @@ class CWDPOTrainer(PreferenceTrainer):
                 prompts = [e for e in examples if e.id in readable]
                 objective = _calibrated(objective, reference, encoder, prompts, args)
         super().__init__(
-            model, args, objective, encoded, processing_class=processing_class, callbacks=callbacks
+            model,
+            args,
+            objective,
+            encoded,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            max_tokens_per_batch=args.max_tokens_per_batch,
         )
 
 
