@@ -34,6 +34,11 @@ def scored(sums: Tensor, tokens: Tensor, shift: Tensor) -> Scored:
         span_sum_logp=(0.6 * sums).requires_grad_(),
         span_reference_sum_logp=0.6 * sums - 0.4 * shift,
         uniform_sum_logp=(3 * sums).requires_grad_(),
+        collision_sum_logp=0.7 * sums,
+        token_logp=(sums / tokens)[:, None].repeat(1, 8).requires_grad_(),
+        token_mask=torch.arange(8)[None] < tokens[:, None],
+        token_span=torch.arange(8)[None] < (tokens // 2)[:, None],
+        reward_margin=(shift.sin() + 1).to(sums.dtype),
     )
 
 
@@ -64,7 +69,7 @@ def build(name: str) -> Any:
 
 def leaves(pairs: ScoredPairs) -> list[Tensor]:
     sides = (pairs.chosen, pairs.rejected)
-    tensors = [t for s in sides for t in (s.sum_logp, s.span_sum_logp, s.uniform_sum_logp)]
+    tensors = [t for s in sides for t in (s.sum_logp, s.span_sum_logp, s.uniform_sum_logp, s.token_logp)]
     return [t for t in tensors if t is not None]
 
 
@@ -135,7 +140,7 @@ def test_order_of_pairs_does_not_matter(name: str) -> None:
     for key, value in first.per_pair.items():
         torch.testing.assert_close(value[order], second.per_pair[key], rtol=1e-12, atol=1e-14)
     a, b = gradients(first, pairs), gradients(second, turned)
-    torch.testing.assert_close(a[3][order], b[3], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(a[4][order], b[4], rtol=1e-12, atol=1e-14)
 
 
 @each

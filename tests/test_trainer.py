@@ -24,6 +24,11 @@ OBJECTIVE_SPECS = [
     {"name": "dpo", "beta": 0.5, "sft_weight": 0.7},
     {"name": "cw_dpo", "beta": 0.5, "floor": -6.0, "tau": 0.5},
     {"name": "cw_dpo", "beta": 0.5, "floor": -6.0, "tau": 0.5, "negative_mask": "differing_span"},
+    {"name": "ipo", "beta": 0.5},
+    {"name": "wpo", "beta": 0.5},
+    {"name": "beta_dpo", "beta": 0.5, "alpha": 2.0, "keep": 0.6},
+    {"name": "unlikelihood", "weight": 0.5},
+    {"name": "simpo"},
 ]
 
 
@@ -143,8 +148,12 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_example(model, 
         assert torch.equal(a, b)
 
 
-def test_resume_equals_the_uninterrupted_run(model, encoded, tmp_path) -> None:
-    spec = {"name": "dpo", "beta": 0.5}
+@pytest.mark.parametrize(
+    "spec",
+    [{"name": "dpo", "beta": 0.5}, {"name": "beta_dpo", "beta": 0.5, "alpha": 50.0}],
+    ids=["dpo", "beta_dpo"],
+)
+def test_resume_equals_the_uninterrupted_run(model, encoded, tmp_path, spec) -> None:
     settings = {"optim": "adamw_torch", "max_steps": 6, "learning_rate": 1e-4}
     whole, _ = train(model, encoded, spec, tmp_path / "a", **settings)
     folder = tmp_path / "b"

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cwdpo import cli_evidence
 from cwdpo.bench.commands import app as bench_app
 from cwdpo.cli_progress import row_bar, run_listener
 from cwdpo.cli_sample import sample
@@ -31,6 +32,7 @@ _DISK_ERRORS = {
 }  # fmt: skip
 recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
 app.add_typer(recipe_app, name="recipe")
+cli_evidence.mount(app)
 app.add_typer(bench_app, name="bench")
 app.command()(sample)
 

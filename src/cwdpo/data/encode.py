@@ -50,6 +50,7 @@ class EncodedCompletion:
 
     ``span`` is the half-open token range that differs from chosen (the whole range for chosen itself).
     ``reference_sum_logp`` and ``reference_span_sum_logp`` are in nats; ``None`` before the reference pass.
+    ``reward_margin`` is how much better a reward model finds chosen, where the data says so.
     """
 
     ids: tuple[int, ...]
@@ -58,6 +59,7 @@ class EncodedCompletion:
     span: tuple[int, int] = (0, 0)
     reference_sum_logp: float | None = None
     reference_span_sum_logp: float | None = None
+    reward_margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,14 @@ def _digest(images: Mapping[str, Tensor]) -> str:
 
 
 def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:
-    return EncodedCompletion(tuple(ids), completion.origin, completion.kind, span)
+    margin = completion.made.get("reward_margin")
+    return EncodedCompletion(
+        tuple(ids),
+        completion.origin,
+        completion.kind,
+        span,
+        reward_margin=None if margin is None else float(margin),
+    )
 
 
 def with_reference(example: EncodedExample, values: Sequence[tuple[float, float]]) -> EncodedExample:

@@ -34,6 +34,10 @@ class Scored:
         reference_sum_logp: the same under the frozen reference; ``None`` when no reference is used.
         span_sum_logp, span_reference_sum_logp: the sums over the differing span only.
         uniform_sum_logp: sum over tokens of the mean log-probability over the vocabulary.
+        collision_sum_logp: sum over tokens of ``log sum over the vocabulary of p^2``, without gradient.
+        token_logp: [n, C] log-likelihood of each token, right-padded; carries the gradient.
+        token_mask, token_span: [n, C] where there is a token, and which are of the differing span.
+        reward_margin: of a pair, what a reward model finds chosen better by (``Completion.made``); no gradient.
     """
 
     sum_logp: Tensor
@@ -42,6 +46,11 @@ class Scored:
     span_sum_logp: Tensor | None = None
     span_reference_sum_logp: Tensor | None = None
     uniform_sum_logp: Tensor | None = None
+    collision_sum_logp: Tensor | None = None
+    token_logp: Tensor | None = None
+    token_mask: Tensor | None = None
+    token_span: Tensor | None = None
+    reward_margin: Tensor | None = None
 
     @property
     def mean_logp(self) -> Tensor:
@@ -71,13 +80,17 @@ class StepTotals:
 
     A loss is a sum over its micro-batch divided by these, so that the losses of the micro-batches add up
     to the loss of the step. ``negative_nll`` is the step's mean NLL of the negatives, in nats per token,
-    without gradient; only objectives that are not sums need it.
+    without gradient; ``margins`` holds every pair's ``chosen_shift - rejected_shift`` of the step, in nats, and
+    ``usual_margin`` their running mean before this step (0 at the first, where policy and reference are alike).
+    Only objectives that are not sums need them.
     """
 
     prompts: float
     chosen_tokens: float
     rejected_tokens: float
     negative_nll: float | None = None
+    margins: tuple[float, ...] | None = None
+    usual_margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,12 +156,16 @@ class Objective(Component):
     ``needs_reference``: reference log-probabilities are computed before training.
     ``needs_uniform``: the mean log-probability over the vocabulary is computed.
     ``needs_step_negative_nll``: ``totals.negative_nll`` must be the whole step's.
+    ``needs_step_margins``: ``totals.margins`` must be the whole step's.
+    ``needs_collision``: the log-probability that two draws of a token agree is computed.
     """
 
     needs_negatives: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     needs_uniform: ClassVar[bool] = False
     needs_step_negative_nll: ClassVar[bool] = False
+    needs_step_margins: ClassVar[bool] = False
+    needs_collision: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
@@ -179,6 +196,15 @@ def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Pairs]:
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
     }
+
+
+def pair_output(pairs: ScoredPairs, per_pair: Pairs, beta: float, **also: Pairs) -> ObjectiveOutput:
+    """The output of a loss that is a mean of pairs: their losses [P], the rewards, and whatever else is named."""
+    loss = pairs.mean_over_prompts(per_pair)
+    logged = {"loss/pair": per_pair.detach(), **{k: v.detach() for k, v in also.items()}}
+    return ObjectiveOutput(
+        loss, per_pair={**logged, **rewards(pairs, beta)}, parts={"loss/preference": loss.detach()}
+    )
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "cwdpo.objectives", Objective)

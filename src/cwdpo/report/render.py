@@ -1,6 +1,6 @@
 """A run folder -> one self-contained HTML file: no script, no network, every text escaped. No torch.
 
-Two kinds of folder are read. A single run is described in :mod:`cwdpo.rundir`. A demo is a folder whose
+Several kinds of folder are read. A single run is described in :mod:`cwdpo.rundir`. A demo is a folder whose
 ``summary.json`` has this shape; whatever is missing is said to be missing::
 
     {"kind": "demo", "title": str, "note": [paragraph, ...], "seeds": [0, 1, 2],
@@ -19,6 +19,9 @@ Two kinds of folder are read. A single run is described in :mod:`cwdpo.rundir`. 
          "omitted": int, "ill_formed": bool}]}],
      "provenance": {any key: text}}
 
+Two more kinds are tables with intervals, see :mod:`cwdpo.report._tables`: a study (``"kind": "study"``, written by
+``cwdpo ablate``) and a comparison of runs (``"kind": "comparison"``, by ``cwdpo compare``).
+
 ``figures["ece"]`` of a method, where present, is the ECE beside its reliability curve; else the ECE of the
 pooled bins is.
 """
@@ -35,6 +38,7 @@ from cwdpo.errors import RunDirError
 from cwdpo.report._demo import demo_page
 from cwdpo.report._page import Folder
 from cwdpo.report._run import run_page
+from cwdpo.report._tables import comparison_page, study_page
 from cwdpo.report._text import MISSING, shortened, visible
 from cwdpo.rundir import write_text
 
@@ -57,6 +61,9 @@ def write_report(folder: str | Path) -> Path:
     summary = source.json("summary.json")
     if summary.get("kind") == "demo":
         template, values = "demo.html.jinja", demo_page(source, summary)
+    elif summary.get("kind") in ("study", "comparison"):
+        page = study_page if summary["kind"] == "study" else comparison_page
+        template, values = "tables.html.jinja", page(source, summary)
     else:
         template, values = "run.html.jinja", run_page(source)
     text = (

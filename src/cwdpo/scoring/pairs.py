@@ -30,13 +30,21 @@ def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | N
     reference, span_reference = (
         torch.tensor(references, dtype=torch.float32, device=device).T if known else (None, None)
     )
+    margins = [c.reward_margin for c in batch.completions]
+    has_margins = len(batch.rejected) > 0 and all(margins[i] is not None for i in batch.rejected.tolist())
+    span = span_mask(batch, tokens)
     everything = Scored(
         sum_logp=tokens.logp.sum(1),
         n_tokens=tokens.mask.sum(1),
         reference_sum_logp=reference,
-        span_sum_logp=(tokens.logp * span_mask(batch, tokens)).sum(1),
+        span_sum_logp=(tokens.logp * span).sum(1),
         span_reference_sum_logp=span_reference,
         uniform_sum_logp=None if tokens.uniform_logp is None else tokens.uniform_logp.sum(1),
+        collision_sum_logp=None if tokens.collision_logp is None else tokens.collision_logp.sum(1),
+        token_logp=tokens.logp,
+        token_mask=tokens.mask,
+        token_span=span,
+        reward_margin=torch.tensor([m or 0.0 for m in margins], device=device) if has_margins else None,
     )
     return ScoredPairs(
         select(everything, batch.chosen.to(device)),

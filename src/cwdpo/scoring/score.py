@@ -15,7 +15,12 @@ from cwdpo.scoring.token_logp import HeadRequest, TokenScores, run, unpack
 
 
 def score(
-    model: nn.Module, batch: PromptBatch, *, smoothing: bool = False, details: bool = False
+    model: nn.Module,
+    batch: PromptBatch,
+    *,
+    smoothing: bool = False,
+    details: bool = False,
+    collision: bool = False,
 ) -> TokenScores:
     """Score every completion of a batch, in shared-prefix rows where the model is switched to them.
 
@@ -24,6 +29,7 @@ def score(
         batch: B prompts with N completions.
         smoothing: also the mean log-probability over the vocabulary (``sft_smoothed``).
         details: also entropy, top-1 probability and correctness.
+        collision: also the log-probability that two draws of a token agree (``wpo``).
 
     Returns:
         [N, C] per-token scores, C the longest completion, in nats.
@@ -32,7 +38,7 @@ def score(
         ModelError: a prompt that this family would score silently wrong.
     """
     inputs, request = _lay_out(model, batch)
-    request = replace(request, smoothing=smoothing, details=details)
+    request = replace(request, smoothing=smoothing, details=details, collision=collision)
     return unpack(run(model, inputs, request), request, [len(c.ids) for c in batch.completions])
 
 

@@ -32,6 +32,7 @@ class TokenScores:
         mask: [N, C] True on completion tokens.
         uniform_logp: [N, C] mean over the vocabulary of the log-probabilities (for label smoothing);
             carries the gradient.
+        collision_logp: [N, C] log-probability that two draws of the token agree, detached; where asked.
         entropy: [N, C] in nats, detached; with ``top1`` (largest probability) and ``correct``
             (whether that was the token) only where details were asked, else ``None``.
     """
@@ -39,6 +40,7 @@ class TokenScores:
     logp: Tensor
     mask: Tensor
     uniform_logp: Tensor | None = None
+    collision_logp: Tensor | None = None
     entropy: Tensor | None = None
     top1: Tensor | None = None
     correct: Tensor | None = None
@@ -53,6 +55,7 @@ class HeadRequest:
         targets: [M] the token each of them must predict.
         smoothing: also the mean log-probability over the vocabulary.
         details: also entropy, top-1 probability and correctness (no gradient).
+        collision: also ``log sum over the vocabulary of p^2`` (no gradient), for WPO.
         full: instead return the log-probabilities [M, V] themselves (for divergences on few tokens).
     """
 
@@ -62,14 +65,17 @@ class HeadRequest:
     smoothing: bool = False
     details: bool = False
     full: bool = False
+    collision: bool = False
 
 
-def _token_stats(logp: Tensor, targets: Tensor, *, smoothing: bool, details: bool) -> Tensor:
+def _token_stats(logp: Tensor, targets: Tensor, request: HeadRequest) -> Tensor:
     """[M, columns] from log-probabilities over the vocabulary [M, V] and the tokens [M]; see :func:`unpack`."""
     columns = [logp.gather(-1, targets[:, None])[:, 0]]
-    if smoothing:
+    if request.smoothing:
         columns.append(logp.mean(-1))
-    if details:
+    if request.collision:
+        columns.append((2 * logp.detach()).logsumexp(-1))
+    if request.details:
         fixed = logp.detach()
         top1, best = fixed.max(-1)
         columns += [-(fixed.exp() * fixed).sum(-1), top1.exp(), (best == targets).to(fixed.dtype)]
@@ -86,7 +92,7 @@ def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor, request: Hea
 
     def one(part: Tensor, wanted: Tensor) -> Tensor:
         logp = head(part).float().log_softmax(-1)
-        return _token_stats(logp, wanted, smoothing=request.smoothing, details=request.details)
+        return _token_stats(logp, wanted, request)
 
     if len(selected) <= size:
         return one(selected, targets)
@@ -161,5 +167,6 @@ def unpack(stats: Tensor, request: HeadRequest, lengths: list[int]) -> TokenScor
         columns.append(column.new_zeros(n, longest).masked_scatter(mask, column))
     logp, *rest = columns
     uniform = rest.pop(0) if request.smoothing else None
+    collision = rest.pop(0) if request.collision else None
     entropy, top1, correct = rest if request.details else (None, None, None)
-    return TokenScores(logp, mask, uniform, entropy, top1, correct)
+    return TokenScores(logp, mask, uniform, collision, entropy, top1, correct)

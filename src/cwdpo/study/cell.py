@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode import Encoder
@@ -20,7 +22,7 @@ from cwdpo.probes.calibration import reliability
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions, write_json, write_text
 from cwdpo.training.stage import Listener, run_stage
-from cwdpo.training.two_stage import prepare_data, save_model
+from cwdpo.training.two_stage import load_model, prepare_data, save_model
 
 SAMPLES = 2
 MAX_NEW_TOKENS = 40
@@ -28,15 +30,25 @@ EVALUATION_BATCH = 100
 TEST_PROBES = 96
 
 
+StageOfCell = Literal["stage1", "stage2", "base", "best_of", "margins"]
+
+
 @dataclass(frozen=True)
 class CellJob:
-    """What a worker needs to run one cell, or the stage 1 that several cells share."""
+    """What a worker needs to run one cell, or what several cells share.
+
+    ``stage``: ``stage1`` (the first stage that several cells start from), ``stage2`` (one method), ``base`` (an
+    evaluation of the starting model alone), ``best_of`` (a preference set is sampled), ``margins`` (reward margins
+    are estimated). ``metrics`` are read where the data has no exact judge; ``options`` are the stage's own.
+    """
 
     key: str
     recipe: Recipe
     folder: Path
     test: Path
-    stage: str  # "stage1", "stage2", or "base" for an evaluation of the starting model alone
+    stage: StageOfCell
+    metrics: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def result(self) -> Path:
@@ -50,55 +62,107 @@ def run_cell(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[str
     mark = fingerprint(job)
     if job.result.is_file() and run.json("fingerprint.json") == mark:
         return run.json(job.result.name)
+    began = time.monotonic()
     shutil.rmtree(job.folder)
     write_text(job.folder / "recipe.yaml", job.recipe.to_yaml())
     write_json(job.folder / "fingerprint.json", mark)
-    policy = load_policy(job.recipe.model)
-    encoder = Encoder(policy.processor)
-    figures: dict[str, Any] = {}
     listener = Listener(step=on_step)
-    if job.stage == "stage1":
-        splits = prepare_data(job.recipe, run)
-        run_stage(policy, encoder, "stage1", job.recipe, splits.stage1, splits.validation, run, listener)
-        save_model(policy, job.folder / "model", run)
+    if job.stage == "best_of":
+        figures = sample_best(job)
+    elif job.stage == "margins":
+        figures = estimate_margins(job)
     else:
-        test = read_examples(job.test).examples
-        held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
-        probes = ProbeSet(held, policy.model)
-        if job.stage == "stage2":
-            splits = prepare_data(job.recipe, run)
-            run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)
-        figures = evaluate_on_test(policy, encoder, test, probes, run)
+        figures = train_and_measure(job, run, listener)
+    write_json(job.folder / "timing.json", {"seconds": round(time.monotonic() - began, 1)})
     write_json(job.result, figures)
     return figures
+
+
+def train_and_measure(job: CellJob, run: RunDir, listener: Listener) -> dict[str, Any]:
+    """One stage of training (none for ``base``) and, behind it, the figures on the test set."""
+    splits = None if job.stage == "base" else prepare_data(job.recipe, run)
+    policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
+    encoder = Encoder(policy.processor, job.recipe.data.max_length, job.recipe.data.cache_gb)
+    if job.stage == "stage1":
+        assert splits is not None
+        run_stage(policy, encoder, "stage1", job.recipe, splits.stage1, splits.validation, run, listener)
+        save_model(policy, job.folder / "model", run)
+        return {}
+    test = read_examples(
+        job.test, default_prompt=job.recipe.data.default_prompt, format=job.recipe.data.format
+    ).examples
+    held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
+    probes = ProbeSet(held, policy.model)
+    if splits is not None:
+        run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)
+        if job.options.get("keep_model"):  # another cell reads its rewards
+            save_model(policy, job.folder / "model", run)
+    return evaluate_on_test(policy, encoder, test, probes, run, job.metrics)
+
+
+def sample_best(job: CellJob) -> dict[str, Any]:
+    """A preference set whose chosen responses are only better, sampled from the cell's starting model."""
+    from cwdpo.study.best_of import write_best_of
+
+    policy = load_policy(job.recipe.model)
+    source, out = Path(str(job.recipe.data.path)), job.folder / "data"
+    return write_best_of(policy, Encoder(policy.processor), source, out, seed=job.recipe.seed, **job.options)
+
+
+def estimate_margins(job: CellJob) -> dict[str, Any]:
+    """The training rows with the reward margins that a finished DPO cell implies."""
+    from cwdpo.study.margins import write_margins
+
+    return write_margins(
+        Path(job.options["policy"]), job.options["reference"], str(job.recipe.data.path),
+        job.folder, beta=float(job.recipe.stage2.objective.get("beta", 1.0)),
+        image_root=job.recipe.data.image_root,
+    )  # fmt: skip
 
 
 def fingerprint(job: CellJob) -> dict[str, str]:
     """What a cell's figures depend on: recipe, starting weights, training and test rows, version."""
 
     def digest(path: Path) -> str:
+        if not path.is_file():
+            return "not a file"
         with path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
+    def weights(source: str) -> str:
+        folder = EMBEDDED if source == "embedded" else Path(source)
+        return "-".join(digest(f) for f in sorted(folder.glob("*.safetensors"))) or source
+
     recipe = job.recipe
-    start = EMBEDDED if recipe.model.path == "embedded" else Path(recipe.model.path)
     return {
         "recipe": hashlib.blake2b(recipe.to_yaml().encode(), digest_size=16).hexdigest(),
-        "model": digest(start / "model.safetensors"),
+        "model": weights(recipe.model.path),
         "train": digest(Path(str(recipe.data.path))),
         "test": digest(job.test),
+        "stage": job.stage,
+        "metrics": " ".join(job.metrics),
+        "options": json.dumps(dict(job.options), sort_keys=True)
+        + (weights(str(job.options["policy"])) if "policy" in job.options else ""),
         "cwdpo": versions()["cwdpo"],
     }
 
 
 def evaluate_on_test(
-    policy: Policy, encoder: Encoder, test: Sequence[Example], probes: ProbeSet, run: RunDir
+    policy: Policy,
+    encoder: Encoder,
+    test: Sequence[Example],
+    probes: ProbeSet,
+    run: RunDir,
+    metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All figures of a policy; ``probes`` remembers the start of stage 2, its reference."""
     held = probes.measure(policy.model)
     readings = [r for name in PROBES.names() for r in PROBES.build(name)(held)]
     figures: dict[str, Any] = {r.name: r.value for r in readings}
-    figures |= captions(policy, encoder, test)
+    if all("scene" in e.extra for e in test):
+        figures |= captions(policy, encoder, test)
+    else:
+        figures |= responses(policy, encoder, test, metrics)
     figures["reliability"] = reliability(held.top1, held.correct)
     figures["n_tokens"] = int(held.top1.numel())
     norms = [row["grad_norm"] for row in run.metrics() if "grad_norm" in row]
@@ -129,6 +193,25 @@ def captions(policy: Policy, encoder: Encoder, test: Sequence[Example]) -> dict[
         "scores": [[round(one[i].score, 4) for one in sampled] for i in range(len(test))],
         "greedy": greedy,
     }
+
+
+def responses(
+    policy: Policy, encoder: Encoder, test: Sequence[Example], metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Greedy responses to every test prompt and what the named metrics say of them."""
+    from cwdpo.evaluation.base import METRICS, Answer
+
+    made = sample(
+        policy.model,
+        encoder,
+        test,
+        temperature=0.0,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=EVALUATION_BATCH,
+    )
+    answers = [Answer(e, s.text) for e, s in zip(test, made, strict=True)]
+    measured = [m for name in metrics for m in METRICS.build(name)(answers)]
+    return {**{m.name: m.value for m in measured}, "greedy": [s.text for s in made]}
 
 
 def spread(values: Sequence[float]) -> float | None:

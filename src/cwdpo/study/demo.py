@@ -10,7 +10,7 @@ from typing import Any
 from cwdpo.errors import CwdpoError
 from cwdpo.models.load import EMBEDDED
 from cwdpo.rundir import RunDir, write_json
-from cwdpo.study.cell import SAMPLES, CellJob
+from cwdpo.study.cell import SAMPLES, CellJob, StageOfCell
 from cwdpo.study.grid import CellResult, Tick, run_grid
 from cwdpo.study.methods import (
     HOT,
@@ -22,9 +22,9 @@ from cwdpo.study.methods import (
     swept_methods,
 )
 from cwdpo.study.summary import summarise
+from cwdpo.study.worlds import write_world
 
 KIND_SHARES = {"hard": 0.35, "medium": 0.15, "easy": 0.3, "shuffled": 0.2}
-TEST_WORLD_SEED = 777
 
 
 @dataclass(frozen=True)
@@ -73,27 +73,13 @@ class Progress:
 
 def write_data(out: Path, settings: DemoSettings) -> dict[str, str]:
     """Write the world's data: training rows per seed, and one validation and one test set for all."""
-    from cwdpo.worlds.shapes import ShapesSettings, materialise
+    from cwdpo.worlds.shapes import ShapesSettings
 
-    shared = materialise(
-        ShapesSettings(
-            seed=TEST_WORLD_SEED, train=0, validation=max(settings.test_prompts, 64), test=settings.test_prompts,
-            negatives_per_prompt=4, shares=dict.fromkeys(KIND_SHARES, 1.0), questions=0.0,
-        ),
-        out / "data" / "held-out",
+    world = ShapesSettings(
+        seed=settings.world_seed, train=TRAIN_ROWS, validation=max(settings.test_prompts, 64),
+        test=settings.test_prompts, shares=KIND_SHARES, questions=0.0,
     )  # fmt: skip
-    paths = {"validation": str(shared["validation"]), "test": str(shared[settings.split])}
-    for seed in settings.seeds:
-        world = ShapesSettings(
-            seed=settings.world_seed + seed,
-            train=TRAIN_ROWS,
-            validation=0,
-            test=0,
-            shares=KIND_SHARES,
-            questions=0.0,
-        )
-        paths[f"train{seed}"] = str(materialise(world, out / "data" / f"seed{seed}")["train"])
-    return paths
+    return write_world(out / "data", world, settings.seeds, settings.split)
 
 
 def plan(
@@ -104,7 +90,7 @@ def plan(
     first: dict[str, CellJob] = {}
     second: list[CellJob] = []
 
-    def job(key: str, m: Method, seed: int, stage: str, model: str, factor: float = 1.0) -> CellJob:
+    def job(key: str, m: Method, seed: int, stage: StageOfCell, model: str, factor: float = 1.0) -> CellJob:
         recipe = cell_recipe(m, seed, paths[f"train{seed}"], paths["validation"], model, factor)
         return CellJob(key, recipe, out / "cells" / key, test, stage)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
@@ -41,10 +43,19 @@ def _prepare(ticks: Any) -> None:
     import torch
     from transformers.utils import logging
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """A grid that was killed must leave no worker behind: the next start writes into the same folders."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(job: CellJob) -> CellResult:
@@ -68,23 +79,41 @@ def run_grid(
         workers: processes, one torch thread each.
         on_event: hears every optimizer step and every finished cell.
     """
+    results: dict[str, CellResult] = {}
+
+    def hear(event: Tick | CellResult) -> None:
+        if isinstance(event, CellResult):
+            results[event.key] = event
+        on_event(event)
+
+    for wave in waves:
+        for job in wave:
+            job.folder.mkdir(parents=True, exist_ok=True)
+        if not _in_pool(wave, workers, hear):
+            # A worker died (killed, out of memory) and took the pool with it: which cell did it is found one by one.
+            for job in (j for j in wave if j.key not in results):
+                if not _in_pool([job], 1, hear):
+                    hear(CellResult(job.key, "failed", {}, "its process was killed; out of memory?", 0.0))
+    return results
+
+
+def _in_pool(wave: Sequence[CellJob], workers: int, hear: Callable[[Tick | CellResult], None]) -> bool:
+    """Run cells in one pool of processes; ``False`` when the pool broke before all were done."""
     context = mp.get_context("spawn")
     ticks = context.Queue()
-    results: dict[str, CellResult] = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(ticks,)) as pool:
-        for wave in waves:
-            for job in wave:
-                job.folder.mkdir(parents=True, exist_ok=True)
-            pending: set[Future[CellResult]] = {pool.submit(_work, job) for job in wave}
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for tick in _drain(ticks):
-                    on_event(tick)
-                for future in done:
-                    result = future.result()
-                    results[result.key] = result
-                    on_event(result)
-    return results
+    size = max(1, min(workers, len(wave)))
+    with ProcessPoolExecutor(size, mp_context=context, initializer=_prepare, initargs=(ticks,)) as pool:
+        pending: set[Future[CellResult]] = {pool.submit(_work, job) for job in wave}
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for tick in _drain(ticks):
+                hear(tick)
+            for future in done:
+                try:
+                    hear(future.result())
+                except BrokenProcessPool:
+                    return False
+    return True
 
 
 def _drain(ticks: Any) -> list[Tick]:

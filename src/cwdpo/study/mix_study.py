@@ -20,7 +20,7 @@ from cwdpo.evaluation.intervals import mean_interval
 from cwdpo.models.load import EMBEDDED
 from cwdpo.negatives._settings import NegativeSettings
 from cwdpo.rundir import RunDir, write_json, write_text
-from cwdpo.study.cell import MAX_NEW_TOKENS, CellJob
+from cwdpo.study.cell import MAX_NEW_TOKENS, CellJob, StageOfCell
 from cwdpo.study.demo import DemoSettings, Progress, write_data
 from cwdpo.study.grid import CellResult, run_grid
 from cwdpo.study.methods import STAGE1_STEPS, STAGE2_STEPS, Method, cell_recipe, swept_methods
@@ -86,7 +86,7 @@ def plan(out: Path, seeds: Sequence[int], paths: Mapping[str, str], steps: int) 
     first: dict[str, CellJob] = {}
     second = []
 
-    def job(key: str, recipe: Any, stage: str) -> CellJob:
+    def job(key: str, recipe: Any, stage: StageOfCell) -> CellJob:
         return CellJob(key, recipe, out / "cells" / key, Path(paths["test"]), stage)
 
     for seed in seeds:

@@ -113,26 +113,32 @@ def _calibrations(out: Path, cells: Sequence[CellResult]) -> dict[str, Any]:
 
 
 def _wins(name: str, suffix: str, seeds: Sequence[int], results: Mapping[str, CellResult]) -> dict[str, Any]:
-    """Win rate over prompts of all seeds together; continued SFT at its own settings is always the rival."""
-    ours: list[list[float]] = []
-    rival: list[list[float]] = []
-    per_seed: list[float | None] = []
-    for seed in seeds:
-        a = results[f"{name}{suffix}-seed{seed}"].figures.get("scores")
-        b = results[f"{RIVAL}-seed{seed}"].figures.get("scores")
-        if a is None or b is None:
-            per_seed.append(None)
-            continue
-        # The same pictures are asked in every seed: one prompt, more samples.
-        ours = [[*x, *y] for x, y in zip(ours or [[]] * len(a), a, strict=True)]
-        rival = [[*x, *y] for x, y in zip(rival or [[]] * len(b), b, strict=True)]
-        per_seed.append(win_rate(a, b).rate)
-    if not ours:
+    """Against continued SFT at its own settings."""
+    ours = [results[f"{name}{suffix}-seed{seed}"].figures.get("scores") for seed in seeds]
+    return win_over_seeds(ours, [results[f"{RIVAL}-seed{seed}"].figures.get("scores") for seed in seeds])
+
+
+def win_over_seeds(
+    ours: Sequence[Sequence[Sequence[float]] | None], rival: Sequence[Sequence[Sequence[float]] | None]
+) -> dict[str, Any]:
+    """Win rate over prompts of all seeds together: the same pictures are asked in every seed.
+
+    Args:
+        ours, rival: per seed the judge's scores [prompts][samples], or ``None`` for a failed cell.
+    """
+    both = [(a, b) if a is not None and b is not None else None for a, b in zip(ours, rival, strict=True)]
+    per_seed = [None if pair is None else win_rate(*pair).rate for pair in both]
+    known = [pair for pair in both if pair is not None]
+    if not known:
         return {"mean": None, "low": None, "high": None, "n": 0, "per_seed": per_seed}
-    w = win_rate(ours, rival)
+    # One prompt, more samples: prompts are what is resampled.
+    joined = [
+        [[score for own in prompt for score in own] for prompt in zip(*side, strict=True)]
+        for side in zip(*known, strict=True)
+    ]
+    w = win_rate(*joined)
     shares = {"win": w.win, "tie": w.tie, "loss": w.loss, "n_prompts": w.n_prompts}
-    known = sum(v is not None for v in per_seed)
-    return {"mean": w.rate, "low": w.low, "high": w.high, "n": known, "per_seed": per_seed, **shares}
+    return {"mean": w.rate, "low": w.low, "high": w.high, "n": len(known), "per_seed": per_seed, **shares}
 
 
 def curves(out: Path, cells: Sequence[CellResult]) -> dict[str, list[dict[str, Any]]]:

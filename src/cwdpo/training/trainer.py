@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.models.vision_cache import forget_vision_features
-from cwdpo.objectives.base import Objective, StepTotals
+from cwdpo.objectives.base import Objective, ScoredPairs, StepTotals
 from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.scoring.score import row_tokens, score
 from cwdpo.training.batching import LengthGrouped, TokenBatches, row_lengths
 from cwdpo.training.checkpoints import CompleteCheckpoints
 from cwdpo.training.guard import Guard, Seen
+from cwdpo.training.margins import MarginHistory
 from cwdpo.training.metrics import StepMetrics
 from cwdpo.training.processes import Unsharded, check_sharding, first_rows, together
 
@@ -76,13 +78,18 @@ class PreferenceTrainer(CompleteCheckpoints):
             # gradient checkpointing, which matters for the reentrant kind only.
             args.ddp_find_unused_parameters = True
         self.guard = guard or Guard(Path(args.output_dir))
+        self.margins = MarginHistory()
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=Collator(),
             processing_class=processing_class,
-            callbacks=[self.guard, *callbacks],  # first: nothing is measured on weights that are not finite
+            callbacks=[
+                self.guard,
+                self.margins,
+                *callbacks,
+            ],  # the guard first: it stops before anything is measured
         )
         self.guard.accelerator = self.accelerator
         if self.is_fsdp_enabled:
@@ -155,7 +162,11 @@ class PreferenceTrainer(CompleteCheckpoints):
             summed = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device), "sum")
             counts = summed.tolist()
         prompts, chosen, rejected, *nll = counts
-        return StepTotals(prompts, chosen, rejected, nll[0] / max(rejected, 1.0) if nll else None)
+        totals = StepTotals(prompts, chosen, rejected, nll[0] / max(rejected, 1.0) if nll else None)
+        if not self.objective.needs_step_margins:
+            return totals
+        margins, usual = self.margins.of_step(self.accelerator, self._step_margins(batches))
+        return replace(totals, margins=margins, usual_margin=usual)
 
     @property
     def _sharded(self) -> bool:
@@ -178,19 +189,28 @@ class PreferenceTrainer(CompleteCheckpoints):
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return model if self._unsharded is None else self._unsharded.filled(model)
 
-    @torch.no_grad()
     def _negative_nll_sum(self, batches: Sequence[PromptBatch]) -> float:
         """NLL of all negatives of a split step: its penalty switches on the mean over the whole step."""
-        total = 0.0
+        return -sum(float(pairs.rejected.sum_logp.sum()) for pairs in self._scored_ahead(batches))
+
+    def _step_margins(self, batches: Sequence[PromptBatch]) -> list[float]:
+        """``chosen_shift - rejected_shift`` of this process's pairs of the step, in nats."""
+        scored = self._scored_ahead(batches)
+        return [m for pairs in scored for m in (pairs.chosen_shift - pairs.rejected.shift).tolist()]
+
+    @torch.no_grad()
+    def _scored_ahead(self, batches: Sequence[PromptBatch]) -> list[ScoredPairs]:
+        """The step's pairs before its first update, without gradient: what depends on all of them is known then."""
         # Without dropout: it would draw from the generator before a resumed run has restored it.
         training = self.model.training
         self.model.eval()
-        for batch in batches:
-            if len(batch.rejected) or self._sharded:
-                pairs = scored_pairs(batch, score(self.model, batch))
-                total -= float(pairs.rejected.sum_logp.sum())
+        scored = [
+            scored_pairs(batch, score(self.model, batch))
+            for batch in batches
+            if len(batch.rejected) or self._sharded
+        ]
         self.model.train(training)
-        return total
+        return scored
 
     def compute_loss(
         self,
@@ -201,7 +221,12 @@ class PreferenceTrainer(CompleteCheckpoints):
     ) -> Any:
         """This micro-batch's share of the step's loss."""
         batch: PromptBatch = inputs["batch"]
-        tokens = score(model, batch, smoothing=self.objective.needs_uniform)
+        tokens = score(
+            model,
+            batch,
+            smoothing=self.objective.needs_uniform,
+            collision=self.objective.needs_collision,
+        )
         pairs = scored_pairs(batch, tokens, num_items_in_batch)
         output = self.objective(pairs)
         self.guard.saw(model, Seen(batch, pairs, output), self.state.global_step + 1)

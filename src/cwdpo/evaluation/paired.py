@@ -1,0 +1,56 @@
+"""Paired differences over seeds with p-values, corrected for how many comparisons were made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cwdpo.evaluation.intervals import mean_interval
+
+
+def paired_difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict[str, Any]:
+    """Mean of ours minus theirs over the seeds that both have, with a t interval and a two-sided p-value.
+
+    Args:
+        ours, theirs: one value per seed, in the same order; ``None`` where a cell failed.
+
+    Returns:
+        ``mean``, ``low``, ``high``, ``n`` and ``p`` (paired t test); ``p`` is ``None`` for fewer than two pairs, and
+        where all differences are equal, which leaves the test without a spread to go by.
+    """
+    from scipy import stats
+
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    differences = [a - b for a, b in pairs]
+    found = mean_interval(differences)
+    p = None
+    if len(differences) > 1 and max(differences) - min(differences) > 1e-12:
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return {**{k: found[k] for k in ("mean", "low", "high", "n")}, "p": p}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction: p-values that keep the chance of any false alarm among them.
+
+    The k-th smallest of m is multiplied by m - k + 1, never falls below a smaller one's, and stops at 1. Missing
+    ones stay missing and do not count.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    out: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, i) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        out[i] = highest
+    return out
+
+
+def verdict(difference: dict[str, Any], better: str, p: float | None) -> str:
+    """``better`` or ``worse`` where the corrected p-value is below 0.05; never more than the seeds can tell."""
+    if difference["mean"] is None:
+        return "not measured"
+    if p is None or p >= 0.05 or better == "none":
+        return "no clear difference" if better != "none" or p is None or p >= 0.05 else "differs"
+    return "better" if (difference["mean"] > 0) == (better == "higher") else "worse"

@@ -1,0 +1,163 @@
+"""A model's responses to a data set, and everything that metrics ask of them; stored and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cwdpo.data.collate import collate
+from cwdpo.data.encode import EncodedExample, Encoder
+from cwdpo.errors import DataError
+from cwdpo.evaluation.base import Answer
+from cwdpo.evaluation.metrics.multiple_choice import spelled
+from cwdpo.models.load import Policy
+from cwdpo.models.sample import sample
+from cwdpo.records import Completion, Example
+from cwdpo.rundir import read_jsonl, write_text
+from cwdpo.scoring.score import score
+
+FILE = "responses.jsonl"
+
+
+def collect(
+    policy: Policy,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    needs: Iterable[str],
+    *,
+    temperature: float = 0.0,
+    samples: int = 1,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> list[Answer]:
+    """Answers with what is needed (see :class:`cwdpo.evaluation.base.Metric`); ``samples`` per example, in order.
+
+    Raises:
+        DataError: an example cannot be encoded, or has no options where they are needed.
+    """
+    needs = frozenset(needs)
+    policy.model.eval()
+    answers = [Answer(e) for e in examples for _ in range(samples)]
+    if "text" in needs:
+        repeated = [a.example for a in answers]
+        done = 0
+
+        def tick(n: int) -> None:
+            nonlocal done
+            done += n
+            progress("responses", done, len(repeated))
+
+        drawn = sample(
+            policy.model, encoder, repeated, temperature=temperature, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, seed=seed, progress=tick,
+        )  # fmt: skip
+        answers = [replace(a, text=s.text) for a, s in zip(answers, drawn, strict=True)]
+    if "options" in needs:
+        found = _options(policy, encoder, examples, batch_size, progress)
+        answers = [
+            replace(a, option_logps=found[i // samples][0], option_tokens=found[i // samples][1])
+            for i, a in enumerate(answers)
+        ]
+    if "tokens" in needs:
+        details = _tokens(policy, encoder, examples, batch_size, progress)
+        answers = [
+            replace(a, top1=details[i // samples][0], correct=details[i // samples][1])
+            for i, a in enumerate(answers)
+        ]
+    return answers
+
+
+@torch.no_grad()
+def _options(
+    policy: Policy,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
+    """Log-likelihood (nats, summed) and tokens of every option of every example."""
+    found = []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        encoded = [_as_options(encoder, e) for e in part]
+        tokens = score(policy.model, collate(encoded))
+        sums, lengths = iter(tokens.logp.double().sum(1).tolist()), iter(tokens.mask.sum(1).tolist())
+        for e in encoded:
+            n = 1 + len(e.negatives)
+            found.append((tuple(next(sums) for _ in range(n)), tuple(next(lengths) for _ in range(n))))
+        progress("options", start + len(part), len(examples))
+    return found
+
+
+def _as_options(encoder: Encoder, example: Example) -> EncodedExample:
+    first, *rest = spelled(Answer(example))
+    one = replace(example, chosen=Completion(first), rejected=tuple(map(Completion, rest)))
+    encoded = encoder.encode(one, "rejected")
+    if len(encoded.negatives) != len(rest):
+        raise DataError(f"{example.where or example.id}: options: two of them are the same text")
+    return encoded
+
+
+@torch.no_grad()
+def _tokens(
+    policy: Policy,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> list[tuple[tuple[float, ...], tuple[bool, ...]]]:
+    """Top-1 probability and correctness on the tokens of each chosen response."""
+    found = []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        tokens = score(policy.model, collate([encoder.encode(e, "none") for e in part]), details=True)
+        assert tokens.top1 is not None
+        assert tokens.correct is not None
+        for row in range(len(part)):
+            inside = tokens.mask[row]
+            top1, right = tokens.top1[row][inside].tolist(), tokens.correct[row][inside].bool().tolist()
+            found.append((tuple(top1), tuple(right)))
+        progress("tokens", start + len(part), len(examples))
+    return found
+
+
+def store(folder: Path, answers: Sequence[Answer]) -> None:
+    """Write ``responses.jsonl``."""
+    rows = (
+        {
+            "id": a.example.id, "prompt": a.example.prompt_text, "text": a.text, "option_logps": a.option_logps,
+            "option_tokens": a.option_tokens, "top1": [round(t, 6) for t in a.top1], "correct": a.correct,
+        }
+        for a in answers
+    )  # fmt: skip
+    write_text(folder / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_back(folder: Path, examples: Mapping[str, Example]) -> list[Answer]:
+    """The answers of a folder, with their examples.
+
+    Raises:
+        DataError: there are none, or they answer another data set.
+    """
+    rows: list[dict[str, Any]] = read_jsonl(folder / FILE)
+    if not rows:
+        raise DataError(
+            f"{folder}: no responses here; write them with `cwdpo evaluate MODEL --data DATA --out {folder}`"
+        )
+    unknown = next((r["id"] for r in rows if r["id"] not in examples), None)
+    if unknown is not None:
+        raise DataError(f"{folder / FILE}: answers {unknown!r}, which the data set does not have")
+    return [
+        Answer(
+            examples[r["id"]], r["text"], tuple(r["option_logps"]), tuple(r["option_tokens"]), tuple(r["top1"]),
+            tuple(r["correct"]),
+        )
+        for r in rows
+    ]  # fmt: skip

@@ -1,0 +1,63 @@
+"""Rewards of responses by a sequence classifier with one label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cwdpo.errors import ModelError
+from cwdpo.models.checkpoint import quiet, reason
+from cwdpo.records import Example
+
+
+@torch.no_grad()
+def reward_scores(
+    source: str, examples: Sequence[Example], texts: Sequence[str], *, batch_size: int = 8
+) -> list[float]:
+    """The one logit of each conversation of prompt and response.
+
+    Args:
+        source: folder or hub id with a processor (or a tokenizer, for models that read text only).
+
+    Raises:
+        ModelError: it cannot be loaded, or has more than one label.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+    try:
+        with quiet():
+            model: Any = AutoModelForSequenceClassification.from_pretrained(
+                source, use_safetensors=True
+            ).eval()
+            processor: Any = AutoProcessor.from_pretrained(source)
+    except Exception as error:  # from_pretrained lets out whatever config, weights or a family's code raise
+        raise ModelError(f"reward model {source!r} cannot be loaded: {reason(error)}") from error
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"reward model {source!r} has {model.config.num_labels} labels: a reward is one number"
+        )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    scores: list[float] = []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        rows = [
+            _conversation(processor, e, t)
+            for e, t in zip(part, texts[start : start + batch_size], strict=True)
+        ]
+        inputs: dict[str, Any] = {"text": rows, "padding": True, "return_tensors": "pt"}
+        if processor is not tokenizer:
+            inputs["images"] = [[i.open() for i in e.images] for e in part]
+        scores += model(**processor(**inputs)).logits[:, 0].float().tolist()
+    return scores
+
+
+def _conversation(processor: Any, example: Example, text: str) -> str:
+    chat = [m.as_chat() for m in example.prompt]
+    chat.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+    if getattr(processor, "chat_template", None):
+        return str(processor.apply_chat_template(chat, tokenize=False))
+    return f"{example.prompt_text}\n{text}"

@@ -1,0 +1,60 @@
+"""beta-DPO: beta follows how far apart the step's pairs are, and pairs far from the usual are left out.
+
+Source: Wu et al., "beta-DPO: Direct Preference Optimization with Dynamic beta" (arXiv 2407.08639): the
+batch's beta (eq. 8), its threshold as a running mean (eq. 9), beta-guided filtering (section 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from pydantic import Field
+
+from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, negative_log_sigmoid, pair_output
+
+MIN_BETA = 1e-3
+"""The linear rule can turn beta negative; this is the smallest that is used."""
+
+TIE = 1e-3
+"""Nats: margins this close count as equal. The same pair scored in another batch differs in its last bits."""
+
+
+class BetaDpo(Objective):
+    """``L = mean over kept pairs of -log sigmoid(b * (chosen_shift - rejected_shift))``.
+
+    ``b = beta * (1 + alpha * (mean M - M0))``, M = beta * (chosen_shift - rejected_shift) of the whole optimizer
+    step's pairs and M0 their running mean (momentum 0.9, from 0). Kept are the pairs whose
+    M is nearest to M0. The paper draws them with a Gaussian density around M0; taking the likeliest instead
+    makes the loss a function of the step.
+
+    Args:
+        beta: inverse temperature at M = M0, per nat.
+        alpha: how strongly beta follows the margin; 0 keeps it fixed.
+        keep: share of the step's pairs that take part.
+    """
+
+    needs_step_margins: ClassVar[bool] = True
+
+    beta: float = Field(0.3, gt=0)
+    alpha: float = Field(0.6, ge=0)
+    keep: float = Field(0.8, gt=0, le=1)
+
+    def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
+        """Loss over P pairs of B prompts; beta and the choice of pairs carry no gradient."""
+        margin = pairs.chosen_shift - pairs.rejected.shift
+        own = margin.detach()
+        step = own
+        usual = 0.0
+        if pairs.totals is not None:
+            assert pairs.totals.margins is not None, "of a split step, totals.margins must be given"
+            step = own.new_tensor(pairs.totals.margins)
+            usual = pairs.totals.usual_margin
+        beta = max(MIN_BETA, self.beta * (1 + self.alpha * self.beta * (float(step.mean()) - usual)))
+        distance = (step - usual).abs().sort().values
+        limit = distance[math.ceil(self.keep * len(step)) - 1] + TIE if len(step) else math.inf
+        kept = ((own - usual).abs() <= limit).to(margin.dtype)
+        share = (distance <= limit).to(margin.dtype).mean()
+        per_pair = kept / share * negative_log_sigmoid(beta * margin)
+        logged = {"beta_dpo/beta": own.new_full(own.shape, beta), "beta_dpo/kept": kept}
+        return pair_output(pairs, per_pair, self.beta, **logged)

@@ -1,0 +1,52 @@
+"""WPO: DPO whose pairs weigh by how likely the current policy would write them.
+
+Source: Zhou et al., "WPO: Enhancing RLHF with Weighted Preference Optimization" (arXiv 2406.11827), eq. 2 and
+3 (sampled alignment).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from cwdpo.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    Scored,
+    ScoredPairs,
+    negative_log_sigmoid,
+    pair_output,
+)
+
+if TYPE_CHECKING:
+    from cwdpo.objectives.base import Pairs
+
+
+def alignment(scored: Scored) -> Pairs:
+    """[n] ``exp(mean over tokens of log p(token) - log sum over the vocabulary of p^2)``, without gradient.
+
+    The second term is what a token drawn from the policy scores on average, so a response that the policy
+    would draw weighs about 1.
+    """
+    assert scored.collision_sum_logp is not None
+    weight: Pairs = ((scored.sum_logp.detach() - scored.collision_sum_logp) / scored.n_tokens).exp()
+    return weight
+
+
+class Wpo(Objective):
+    """``L = mean -w(chosen) w(rejected) log sigmoid(beta * (chosen_shift - rejected_shift))``, w of :func:`alignment`.
+
+    Args:
+        beta: inverse temperature, per nat.
+    """
+
+    needs_collision: ClassVar[bool] = True
+
+    beta: float = Field(0.3, gt=0)
+
+    def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
+        """Loss over P pairs of B prompts; weights carry no gradient."""
+        weight = alignment(pairs.chosen)[pairs.prompt] * alignment(pairs.rejected)
+        per_pair = weight * negative_log_sigmoid(self.beta * (pairs.chosen_shift - pairs.rejected.shift))
+        return pair_output(pairs, per_pair, self.beta, **{"wpo/weight": weight})

@@ -1,0 +1,138 @@
+"""Cells of a study to its summary: means with intervals, and paired differences to the full method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cwdpo.evaluation.intervals import mean_interval
+from cwdpo.evaluation.paired import holm, paired_difference, verdict
+from cwdpo.rundir import RunDir
+from cwdpo.study.grid import CellResult
+from cwdpo.study.spec import Study, overrides_of
+from cwdpo.study.summary import FIGURES, win_over_seeds
+
+Figure = dict[str, Any]
+
+
+def outcome(
+    out: Path,
+    study: Study,
+    seeds: Sequence[int],
+    results: Mapping[str, CellResult],
+    chosen: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """The study's summary.json; see :mod:`cwdpo.report.render` for its shape.
+
+    Figures are compared by seed: every variant sees the same pictures in the same order. p-values are corrected
+    (Holm) within a figure, for the number of variants that are compared with the full one.
+    """
+    cells = {name: [_result(results, f"{name}-seed{seed}") for seed in seeds] for name in study.variants}
+    figures = figures_of(study, cells)
+    rows = [_row(out, study, name, seeds, cells, figures, chosen) for name in study.variants]
+    _compare(rows, study.full, figures)
+    hours = sum(_seconds(out, key) for key in results) / 3600
+    return {
+        "kind": "study",
+        "title": study.title or study.name,
+        "question": study.question,
+        "full": study.full,
+        "seeds": list(seeds),
+        "figures": figures,
+        "variants": rows,
+        "shared": [
+            {"key": key, "error": r.error}
+            for key, r in sorted(results.items())
+            if r.status == "failed" and key not in {f"{n}-seed{s}" for n in study.variants for s in seeds}
+        ],
+        "provenance": {
+            "study": study.name,
+            "cells": f"{len(results)} cells, {hours:.2f} hours of one process each",
+            "intervals": "t interval over seeds; differences paired by seed",
+            "p-values": "paired t test over seeds, Holm-corrected within a column",
+        },
+    }
+
+
+def figures_of(study: Study, cells: Mapping[str, Sequence[CellResult]]) -> list[Figure]:
+    """The table's columns: the world's, or whatever the study's metrics gave."""
+    found = [c.figures for row in cells.values() for c in row if c.status == "done"]
+    if not found or any("judge_score" in f for f in found):
+        label = f"win rate vs {study.label(study.full)}"
+        return [
+            {
+                "key": key, "label": label if key == "win_rate" else text, "better": better, "digits": digits,
+                "help": f"by the judge's score, prompt by prompt, against {study.label(study.full)}; a tie counts half"
+                if key == "win_rate" else note,
+            }
+            for key, text, better, digits, note in FIGURES
+        ]  # fmt: skip
+    from cwdpo.evaluation.base import describe
+
+    keys = [k for k, v in found[0].items() if isinstance(v, int | float) or v is None]
+    return [describe(key) for key in keys]
+
+
+def _result(results: Mapping[str, CellResult], key: str) -> CellResult:
+    return results.get(key) or CellResult(key, "failed", {}, "never ran: what it starts from failed", 0.0)
+
+
+def _row(
+    out: Path,
+    study: Study,
+    name: str,
+    seeds: Sequence[int],
+    cells: Mapping[str, Sequence[CellResult]],
+    figures: Sequence[Figure],
+    chosen: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    own = cells[name]
+    values = {
+        f["key"]: mean_interval([c.figures.get(f["key"]) for c in own])
+        for f in figures
+        if f["key"] != "win_rate"
+    }
+    if any(f["key"] == "win_rate" for f in figures):
+        scores = [c.figures.get("scores") for c in own]
+        values["win_rate"] = win_over_seeds(scores, [c.figures.get("scores") for c in cells[study.full]])
+    return {
+        "name": name,
+        "label": study.label(name),
+        "overrides": overrides_of(study, name, chosen),
+        "figures": values,
+        "against": {},
+        "calibration": _calibration(out, own),
+        "cells": [
+            {"seed": seed, "status": c.status, "error": c.error, "seconds": _seconds(out, c.key)}
+            for seed, c in zip(seeds, own, strict=True)
+        ],
+    }
+
+
+def _calibration(out: Path, cells: Sequence[CellResult]) -> dict[str, list[float]]:
+    found = [RunDir(out / "cells" / c.key).json("calibration.json") for c in cells]
+    known = [c for c in found if c]
+    return {name: [round(c[name], 3) for c in known] for name in ("floor", "tau")} if known else {}
+
+
+def _seconds(out: Path, key: str) -> float:
+    return float(RunDir(out / "cells" / key).json("timing.json").get("seconds", 0.0))
+
+
+def _compare(rows: Sequence[dict[str, Any]], full: str, figures: Sequence[Figure]) -> None:
+    """Fill ``against``: each variant minus the full one."""
+    reference = next(row for row in rows if row["name"] == full)
+    others = [row for row in rows if row["name"] != full]
+    for figure in figures:
+        key = figure["key"]
+        if key == "win_rate":
+            continue
+        found = [
+            paired_difference(row["figures"][key]["per_seed"], reference["figures"][key]["per_seed"])
+            for row in others
+        ]
+        corrected = holm([d["p"] for d in found])
+        for row, difference, p in zip(others, found, corrected, strict=True):
+            word = verdict(difference, figure["better"], p)
+            row["against"][key] = {**difference, "p_corrected": p, "word": word}

@@ -1,0 +1,34 @@
+"""JSONL rows with their pictures next to them, so that a made data set can be read from anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cwdpo.rundir import write_text
+
+
+def store_rows(root: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``out/train.jsonl`` and link (or copy) the pictures that its rows name, from ``root``."""
+    names = {n for row in rows for n in _pictures(row)}
+    for name in sorted(names):
+        source, target = root / name, out / name
+        if Path(name).is_absolute() or not source.is_file() or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copyfile(source, target)
+    path = out / "train.jsonl"
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def _pictures(row: Mapping[str, Any]) -> list[str]:
+    value = row.get("images", row.get("image"))
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
