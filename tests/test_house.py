@@ -30,21 +30,36 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE,
     "scoring": {*BASE, "data", "objectives"},
     "models": {*BASE, "data", "scoring"},  # the sampler lays rows out as scoring does
-    "config": {"errors", "registry", "objectives", "negatives", "models.tiny", "worlds"},
+    "curriculum": BASE,
+    "dynamics": {*BASE, "rundir", "curriculum"},
+    "config": {
+        "errors",
+        "registry",
+        "objectives",
+        "negatives",
+        "models.tiny",
+        "worlds",
+        "dynamics",
+        "curriculum",
+    },
     "rundir": {"errors", "records"},
-    "probes": {*BASE, "scoring", "data", "objectives"},
+    "probes": {*BASE, "scoring", "data", "objectives", "dynamics"},
     "evaluation": {"worlds", "records", "errors"},
-    "report": {"rundir", "errors", "records"},
-    "training": {*MODELLING, "probes", "evaluation", "report.render"},
-    "study": {*MODELLING, "probes", "evaluation", "report", "training"},
-    "cli": {*MODELLING, "probes", "evaluation", "report", "training", "study"},
+    "report": {"rundir", "errors", "records", "dynamics"},
+    "training": {*MODELLING, "dynamics", "curriculum", "probes", "evaluation", "report.render"},
+    "study": {*MODELLING, "dynamics", "curriculum", "probes", "evaluation", "report", "training"},
+    "cli": {*MODELLING, "dynamics", "probes", "evaluation", "report", "training", "study", "cli_dynamics"},
+    "cli_dynamics": {"dynamics", "report", "rundir", "errors"},
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
 FOR_TYPES_ONLY: dict[str, set[str]] = {"models": {"config"}, "__init__": {"config", "training"}}
 
 HEAVY_USERS = ("models/", "training/", "study/grid.py")
-WITHOUT_TORCH = {*BASE, "worlds", "objectives", "negatives", "config", "rundir", "report", "cli"}
+WITHOUT_TORCH = {
+    *BASE, "worlds", "objectives", "negatives", "config", "rundir", "report", "cli", "cli_dynamics", "dynamics",
+    "curriculum",
+}  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

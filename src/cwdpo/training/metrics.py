@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cwdpo.data.collate import PromptBatch
 from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
+from cwdpo.scoring.token_logp import TokenScores
+from cwdpo.training.gradient import gradient_metrics, gradient_sums
 
 
 class StepMetrics:
@@ -22,14 +24,19 @@ class StepMetrics:
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._parts: dict[str, float] = defaultdict(float)
+        self._gradient: dict[str, float] = defaultdict(float)
         self._steps = 0
 
     def begin_step(self) -> None:
         """Count one optimizer step; the parts of its micro-batches add up to one value."""
         self._steps += 1
 
-    def add(self, batch: PromptBatch, pairs: ScoredPairs, output: ObjectiveOutput) -> None:
-        """Take in one micro-batch."""
+    def add(
+        self, batch: PromptBatch, tokens: TokenScores, pairs: ScoredPairs, output: ObjectiveOutput
+    ) -> None:
+        """Take in one micro-batch, before its backward pass."""
+        for name, total in gradient_sums(batch, tokens, pairs, output).items():
+            self._gradient[name] += total
         for side, scored in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
             self._take(f"logps/{side}", scored.sum_logp)
             self._take(f"logps_mean/{side}", scored.mean_logp)
@@ -50,32 +57,35 @@ class StepMetrics:
 
     def flush(self, accelerator: Any) -> dict[str, float]:
         """Averages since the last call; resets."""
-        gathered, parts = self._gather(accelerator)
+        gathered, parts, gradient = self._gather(accelerator)
         logs = {name: value / max(self._steps, 1) for name, value in sorted(parts.items())}
         for name, values in sorted(gathered.items()):
             if name == "cooling/weight":
                 logs |= _weight_summary(values)
             else:
                 logs[name] = float(values.mean())
+        logs |= gradient_metrics(gradient)
         self._values.clear()
         self._parts.clear()
+        self._gradient.clear()
         self._steps = 0
         return logs
 
-    def _gather(self, accelerator: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _gather(self, accelerator: Any) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         own = {name: torch.cat(values) for name, values in self._values.items()}
         if accelerator is None or accelerator.num_processes == 1:
-            return own, dict(self._parts)
+            return own, dict(self._parts), dict(self._gradient)
         from accelerate.utils import gather_object
 
         merged: dict[str, list[Tensor]] = defaultdict(list)
-        parts: dict[str, float] = defaultdict(float)
-        for values, shares in gather_object([(own, dict(self._parts))]):
+        sums: tuple[dict[str, float], dict[str, float]] = (defaultdict(float), defaultdict(float))
+        for values, *others in gather_object([(own, dict(self._parts), dict(self._gradient))]):
             for name, value in values.items():
                 merged[name].append(value)
-            for name, share in shares.items():
-                parts[name] += share
-        return {name: torch.cat(values) for name, values in merged.items()}, parts
+            for total, other in zip(sums, others, strict=True):
+                for name, share in other.items():
+                    total[name] += share
+        return {name: torch.cat(values) for name, values in merged.items()}, *sums
 
 
 def _weight_summary(weights: Tensor) -> dict[str, float]:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from cwdpo.config import Recipe, StageSettings
+from cwdpo.curriculum.base import CURRICULA
 from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.models.load import Policy, load_weights
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
-from cwdpo.probes.base import PROBES, ProbeSet
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 from cwdpo.training.guard import Guard
@@ -26,8 +26,11 @@ from cwdpo.training.prepare import (
     reference_mean_logps,
     wants_calibration,
 )
+from cwdpo.training.probing import Instruments, ProbeCallback, instruments
 from cwdpo.training.reference import stored_reference_pass
+from cwdpo.training.stopping import Stopping
 from cwdpo.training.trainer import PreferenceTrainer
+from cwdpo.training.window import CurriculumCallback, hardness_of
 
 StageName = Literal["stage1", "stage2"]
 
@@ -39,39 +42,12 @@ class Listener:
     Attributes:
         phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
         step: called with (stage, step, steps) after every optimizer step.
+        measured: called with (stage, step, policy) after every held-out measurement.
     """
 
     phase: Callable[[str], None] = field(default=lambda text: None)
     step: Callable[[str, int, int], None] = field(default=lambda stage, step, steps: None)
-
-
-class ProbeCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures the probe set every few steps and writes the readings to the run."""
-
-    def __init__(
-        self, probes: ProbeSet, run: RunDir, stage: StageName, every: int, objective: Objective
-    ) -> None:
-        self.probe_set, self.run, self.stage, self.every = probes, run, stage, every
-        cooled = isinstance(objective, CwDpo) and objective.cooling == "adaptive"
-        self.floor = objective.floor if cooled and isinstance(objective, CwDpo) else None
-        self.tau = objective.tau if cooled and isinstance(objective, CwDpo) else None
-        self.probes = [PROBES.build(name) for name in PROBES.names()]
-
-    def _measure(self, model: Any, step: int, bf16: bool) -> None:
-        with autocast(model, bf16):
-            held = self.probe_set.measure(model, step, self.floor, self.tau)  # type: ignore[arg-type]
-        readings = [reading for probe in self.probes for reading in probe(held)]
-        self.run.append_readings(self.stage, readings)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Readings at step 0."""
-        if state.global_step == 0:
-            self._measure(model, 0, args.bf16)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Readings every ``every`` steps and at the last one."""
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._measure(model, state.global_step, args.bf16)
+    measured: Callable[[str, int, Any], None] = field(default=lambda stage, step, model: None)
 
 
 class ListenerCallback(TrainerCallback):  # type: ignore[misc]
@@ -83,6 +59,52 @@ class ListenerCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One more step is done."""
         self.listener.step(self.stage, state.global_step, state.max_steps)
+
+
+@dataclass
+class Signals:
+    """What measures a stage and what acts on its readings."""
+
+    probes: ProbeCallback | None = None
+    stopping: Stopping | None = None
+    curriculum: CurriculumCallback | None = None
+
+    @classmethod
+    def of(
+        cls,
+        found: Instruments | None,
+        recipe: Recipe,
+        stage: StageName,
+        objective: Objective,
+        encoded: Sequence[EncodedExample],
+        run: RunDir,
+        listener: Listener,
+    ) -> Signals:
+        """As the recipe asks; only a stage with a reference is stopped and steered."""
+        if found is None:
+            return cls()
+        probes = ProbeCallback(found, run, stage, listener.measured)
+        if not objective.needs_reference:
+            return cls(probes)
+        stopping, curriculum = None, None
+        if recipe.stop:
+            stopping = Stopping(probes, recipe.stop, run, stage, listener.phase)
+        if recipe.curriculum["name"] != "steady":
+            built = CURRICULA.build(recipe.curriculum)
+            curriculum = CurriculumCallback(built, hardness_of(objective, encoded), probes, run, stage)
+        return cls(probes, stopping, curriculum)
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """In the order in which they must stand."""
+        return [c for c in (self.probes, self.stopping, self.curriculum) if c is not None]
+
+    def connect(self, trainer: PreferenceTrainer) -> None:
+        """Hand the trainer what it asks of them."""
+        if self.stopping is not None:
+            trainer.add_to_checkpoint = self.stopping.add_to_checkpoint
+        if self.curriculum is not None:
+            trainer.select = self.curriculum.select
 
 
 def training_arguments(recipe: Recipe, stage: StageSettings, folder: Path) -> TrainingArguments:
@@ -195,24 +217,24 @@ def run_stage(
         with autocast(policy.model, recipe.train.bf16):
             prompts = [e for e in examples if e.id in kept]
             objective = calibrated(objective, policy, encoder, prompts, recipe, run, stage)
-    held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
+    with autocast(policy.model, recipe.train.bf16):
+        found = instruments(
+            policy, encoder, recipe, stage, objective, validation, examples, encoded, run, resume=resume
+        )
     listener.phase(f"{stage}: {settings.objective['name']}")
-    callbacks: list[TrainerCallback] = [ListenerCallback(listener, stage)]
-    if held:
-        with autocast(policy.model, recipe.train.bf16):
-            probe_set = ProbeSet(held, policy.model)
-        callbacks.append(ProbeCallback(probe_set, run, stage, recipe.probes.every, objective))
+    signals = Signals.of(found, recipe, stage, objective, encoded, run, listener)
     trainer = PreferenceTrainer(
         policy.model,
         training_arguments(recipe, settings, run.path / stage),
         objective,
         encoded,
         processing_class=policy.processor,
-        callbacks=callbacks,
+        callbacks=[ListenerCallback(listener, stage), *signals.callbacks],
         on_log=lambda row: store_row(run, with_cooling({"stage": stage, **row}, objective)),
         guard=Guard(run.path / stage, recipe.train.spike_factor, recipe.train.spike_window),
     )
     trainer.before_checkpoint = run.sync
+    signals.connect(trainer)
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
     checkpoint = last_checkpoint(run.path / stage) if resume else None
     run.drop_after(stage, checkpoint_step(checkpoint))

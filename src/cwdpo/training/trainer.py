@@ -38,6 +38,9 @@ class PreferenceTrainer(CompleteCheckpoints):
         on_log: called with every row of metrics.
         guard: stops before non-finite updates; the default has no spike rule.
 
+    Attributes:
+        select: what of a micro-batch takes part, asked before its step is counted (a curriculum); all of it.
+
     Raises:
         RecipeError: a spike rule under DeepSpeed, whose update cannot be left out.
     """
@@ -84,12 +87,16 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.loss_is_scaled_for_ga = True
         self._sums = StepMetrics()
         self._on_log = on_log
+        self.select: Callable[[PromptBatch], PromptBatch] = lambda batch: batch
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> StepTotals | None:
         """Counts of the whole optimizer step, over micro-batches and processes."""
         batches: list[PromptBatch] = [inputs["batch"] for inputs in batch_samples]
         if not batches:
             return None
+        for inputs in batch_samples:
+            inputs["batch"] = self.select(inputs["batch"])
+        batches = [inputs["batch"] for inputs in batch_samples]
         if self.accelerator.num_processes > 1:
             batches = self._together(batches)
             for inputs, batch in zip(batch_samples, batches, strict=True):
@@ -157,7 +164,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         pairs = scored_pairs(batch, tokens, num_items_in_batch)
         output = self.objective(pairs)
         self.guard.saw(model, Seen(batch, pairs, output), self.state.global_step + 1)
-        self._sums.add(batch, pairs, output)
+        self._sums.add(batch, tokens, pairs, output)
         # DDP averages gradients over processes; the loss is already divided by the global count.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
