@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cwdpo import cli_dynamics
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError, MissingPackageError, RunDirError
 
@@ -29,6 +30,7 @@ _DISK_ERRORS = {
 }  # fmt: skip
 recipe_app = typer.Typer(no_args_is_help=True, help="About recipes.")
 app.add_typer(recipe_app, name="recipe")
+cli_dynamics.mount(app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as you like")]
 

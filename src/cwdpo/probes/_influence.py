@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,8 @@ class OneStep:
     def correlation(self) -> float | None:
         """Pearson of predicted and actual over all U * N; ``None`` where one does not vary."""
         both = torch.stack([self.predicted.flatten(), self.actual.flatten()]).double()
+        if both.shape[1] < 2:
+            return None
         return float(torch.corrcoef(both)[0, 1]) if bool((both.std(1) > 0).all()) else None
 
     def kernel_of(self, kind: str) -> Tensor:
@@ -96,7 +99,9 @@ def one_step(
     model.eval()
     try:
         # The fused kernels know no forward-mode derivative.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # torch writes the derivative of some operators with a function of its own that it has deprecated.
+            warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)
             scores = plain.score(model, observed)
             before = scores.logp.sum(1) / scores.mask.sum(1)
             belief = (2 * (1 - scores.logp.exp()) * scores.mask).sum(1) / scores.mask.sum(1)

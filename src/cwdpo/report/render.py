@@ -50,6 +50,20 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         RunDirError: there is no such folder.
     """
+    out = Path(folder) / "report.html"
+    write_text(out, render_report(folder))
+    return out
+
+
+def render_report(folder: str | Path, *, refresh: int | None = None) -> str:
+    """The page as text.
+
+    Args:
+        refresh: seconds after which the page loads itself again; ``None`` for a page that stays.
+
+    Raises:
+        RunDirError: there is no such folder.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise RunDirError(f"{path}: no such folder; give the folder of a run, e.g. runs/<name>")
@@ -59,14 +73,9 @@ def write_report(folder: str | Path) -> Path:
         template, values = "demo.html.jinja", demo_page(source, summary)
     else:
         template, values = "run.html.jinja", run_page(source)
-    text = (
-        _environment()
-        .get_template(template)
-        .render(**values, troubles=list(dict.fromkeys(source.troubles)), missing=MISSING)
-    )
-    out = path / "report.html"
-    write_text(out, text)
-    return out
+    troubles = list(dict.fromkeys(source.troubles))
+    page = _environment().get_template(template)
+    return page.render(**values, troubles=troubles, missing=MISSING, refresh=refresh)
 
 
 def _environment() -> Environment:

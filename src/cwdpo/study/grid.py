@@ -17,6 +17,7 @@ from cwdpo.study.cell import CellJob, run_cell
 
 Tick = tuple[str, str, int, int]
 """(cell key, stage, step, steps)."""
+RunCell = Callable[[CellJob, Callable[[str, int, int], None]], dict[str, Any]]
 
 _ticks: Any = None
 
@@ -47,10 +48,10 @@ def _prepare(ticks: Any) -> None:
     logging.disable_progress_bar()
 
 
-def _work(job: CellJob) -> CellResult:
+def _work(job: CellJob, run: RunCell) -> CellResult:
     began = time.monotonic()
     try:
-        figures = run_cell(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
+        figures = run(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         write_text(job.folder / "error.txt", traceback.format_exc())
@@ -59,7 +60,10 @@ def _work(job: CellJob) -> CellResult:
 
 
 def run_grid(
-    waves: Sequence[Sequence[CellJob]], workers: int, on_event: Callable[[Tick | CellResult], None]
+    waves: Sequence[Sequence[CellJob]],
+    workers: int,
+    on_event: Callable[[Tick | CellResult], None],
+    run: RunCell = run_cell,
 ) -> dict[str, CellResult]:
     """Run waves of cells one after the other, the cells of a wave in parallel processes.
 
@@ -67,6 +71,7 @@ def run_grid(
         waves: cells of a later wave may start from what an earlier one wrote.
         workers: processes, one torch thread each.
         on_event: hears every optimizer step and every finished cell.
+        run: what a cell does; a function of a module, because it goes to other processes.
     """
     context = mp.get_context("spawn")
     ticks = context.Queue()
@@ -75,7 +80,7 @@ def run_grid(
         for wave in waves:
             for job in wave:
                 job.folder.mkdir(parents=True, exist_ok=True)
-            pending: set[Future[CellResult]] = {pool.submit(_work, job) for job in wave}
+            pending: set[Future[CellResult]] = {pool.submit(_work, job, run) for job in wave}
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 for tick in _drain(ticks):
