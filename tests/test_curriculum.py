@@ -150,7 +150,7 @@ def test_a_resumed_run_goes_on_with_its_plan(tmp_path) -> None:
     rows = read_jsonl(whole.path / "curriculum.jsonl")
     assert [r["step"] for r in rows][:3] == [0, 2, 4]
     assert rows[1]["low"] > rows[0]["low"]
-    assert rows[-1]["negatives"] < rows[0]["negatives"] == rows[0]["of"]
+    assert rows[-1]["negatives"] < rows[0]["negatives"] <= rows[0]["of"]
 
     class Killed(BaseException):
         pass

@@ -30,6 +30,7 @@ class Scenario:
         change: what is done to every row of the data.
         rows: training rows used; ``None`` for all.
         shares: of the world's kinds of negatives.
+        rate_factor: on the method's swept learning rate of stage 2.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Scenario:
     change: Callable[[Row], Row] | None = None
     rows: int | None = None
     shares: Mapping[str, float] = field(default_factory=lambda: dict(KIND_SHARES))
+    rate_factor: float = 1.0
 
     @property
     def variant(self) -> str:
@@ -113,7 +115,7 @@ def job_of(scenario: Scenario, seed: int, out: Path, test: Path) -> CellJob:
         data = write_variant(data, scenario.name, change, scenario.rows)
         held = write_variant(held, scenario.name, change, None)
     method = next(m for m in swept_methods() if m.name == scenario.method)
-    recipe = cell_recipe(method, seed, str(data), str(held), str(EMBEDDED))
+    recipe = cell_recipe(method, seed, str(data), str(held), str(EMBEDDED), scenario.rate_factor)
     tree = recipe.model_dump(mode="json")
     probes = {"every": 10, "prompts": 48, "types": ["chosen_initial", "chosen_paraphrase", "other_test"]}
     sections = {name: {**tree[name], **scenario.sections.get(name, {})} for name in ("stage1", "stage2")}

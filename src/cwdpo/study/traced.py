@@ -16,8 +16,10 @@ from cwdpo.models.load import load_policy
 from cwdpo.models.sample import sample
 from cwdpo.rundir import RunDir, read_jsonl, write_json, write_text
 from cwdpo.study.cell import EVALUATION_BATCH, MAX_NEW_TOKENS, CellJob, fingerprint
+from cwdpo.study.demo import TEST_WORLD_SEED
 from cwdpo.training.stage import Listener, run_stage
 from cwdpo.training.two_stage import prepare_data
+from cwdpo.worlds.shapes import ShapesSettings, materialise
 
 JUDGED = 100
 """Test pictures that the policy describes, at temperature 1, after every measurement."""
@@ -91,3 +93,18 @@ def write_variant(
     path = source.with_name(f"{source.stem}-{name}.jsonl")
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def shared_test(out: Path) -> Path:
+    """The pictures on which every cell of a study is judged."""
+    world = ShapesSettings(seed=TEST_WORLD_SEED, train=0, validation=1, test=200, questions=0.0)
+    return materialise(world, out / "data" / "shared")["test"]
+
+
+def training_steps(jobs: Sequence[CellJob]) -> int:
+    """Optimizer steps of cells, for a progress line."""
+    total = 0
+    for job in jobs:
+        wanted = {"stage1": ("stage1",), "stage2": ("stage1", "stage2")}[job.stage]
+        total += sum(getattr(job.recipe, stage).steps or 0 for stage in wanted)
+    return total

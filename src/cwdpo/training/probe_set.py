@@ -22,8 +22,10 @@ from cwdpo.worlds.shapes import paraphrases
 
 FEWEST = 4
 """So many prompts get responses of every type, whatever the budget: fewer tell nothing, none hides a type."""
-FORWARD_BACKWARD = 3
+FORWARD_BACKWARD = 2.5
 """A training step costs about so many forward passes over its tokens."""
+EXTRA_PASSES = 3
+"""Beside one pass every so many steps: the start, the end, and about as much again to sample and encode."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,22 @@ def sequence_tokens(example: EncodedExample, extras: Sequence[EncodedCompletion]
     return sum(len(example.prompt.input_ids) + len(c.ids) for c in completions)
 
 
-def within_budget(encoded: Sequence[EncodedExample], train_tokens: float, settings: ProbeSettings) -> int:
+@dataclass(frozen=True)
+class Load:
+    """How much a stage trains: tokens of one optimizer step, summed over full sequences, and its steps."""
+
+    tokens: float
+    steps: int
+
+
+def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: ProbeSettings) -> int:
     """How many prompts may have responses of every type, from counts of tokens alone (so that it is repeatable).
 
     Args:
         encoded: held-out prompts with their negatives, which are measured whatever the budget.
-        train_tokens: of one optimizer step, summed over full sequences.
     """
-    allowed = settings.budget * settings.every * FORWARD_BACKWARD * train_tokens
+    passes = load.steps / settings.every + EXTRA_PASSES
+    allowed = settings.budget * FORWARD_BACKWARD * load.tokens * load.steps / passes
     left = allowed - sum(map(sequence_tokens, encoded))
     typed = 0
     for example in encoded:
@@ -85,7 +95,7 @@ def build_prompts(
     validation: Sequence[Example],
     training: Sequence[Example],
     settings: ProbeSettings,
-    train_tokens: float,
+    load: Load,
     sampler: Callable[[Sequence[Example]], list[str]],
     run: RunDir,
     stage: str,
@@ -97,7 +107,7 @@ def build_prompts(
 
     Args:
         training: the stage's own examples, for responses to other prompts.
-        train_tokens: of one optimizer step.
+        load: what the stage trains, which the budget is a share of.
         sampler: texts that the policy as it stands samples for prompts.
         seed: of everything that is drawn.
 
@@ -116,7 +126,7 @@ def build_prompts(
     if resume and path.is_file():
         responses = stored_responses(read_jsonl(path))
     else:
-        typed = kept[: within_budget(encoded, train_tokens, settings)]
+        typed = kept[: within_budget(encoded, load, settings)]
         made = make_responses(typed, training, validation, settings.types, given, sampler, seed)
         responses = {e.id: [r for r in made[e.id] if _encoded(encoder, e, r)] for e in typed}
         if run.writes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from cwdpo.probes.base import PROBES, HeldOut, ProbeSet, Scale
 from cwdpo.records import Example, Reading
 from cwdpo.rundir import RunDir
 from cwdpo.training.prepare import autocast
-from cwdpo.training.probe_set import Prompts, as_chosen, build_prompts, sequence_tokens
+from cwdpo.training.probe_set import Load, Prompts, as_chosen, build_prompts, sequence_tokens
 from cwdpo.training.weights import Weights
 
 
@@ -144,10 +145,12 @@ def instruments(
     """
     began = time.perf_counter()
     settings, train = recipe.probes, recipe.train
+    own = recipe.stage1 if stage == "stage1" else recipe.stage2
     per_step = train.batch_size * train.gradient_accumulation_steps
-    train_tokens = per_step * sum(map(sequence_tokens, encoded)) / len(encoded)
+    steps = own.steps or math.ceil(own.epochs * len(encoded) / per_step)
+    load = Load(per_step * sum(map(sequence_tokens, encoded)) / len(encoded), steps)
     prompts = build_prompts(
-        encoder, validation, training, settings, train_tokens,
+        encoder, validation, training, settings, load,
         lambda asked: [s.text for s in draw(policy.model, encoder, asked, recipe, recipe.seed)],
         run, stage, recipe.seed, resume=resume,
     )  # fmt: skip
