@@ -134,8 +134,8 @@ def test_the_shipped_rules_cover_the_list_and_read_what_exists() -> None:
          "tokens/rejected", "pairs", "easy", "judged", "vulnerable", "saturated"), 1.0,
     )  # fmt: skip
     trained = {f"train/{n}" for n in gradient_metrics(ones)} | {
-        "train/cooling/weight_p10", "train/cooling/weight_p90", "train/logps_mean/rejected",
-        "train/rewards/accuracies",
+        "train/cooling/weight_p10", "train/cooling/weight_p90", "train/cooling/weight_mean",
+        "train/cooling/fraction_between", "train/logps_mean/chosen", "train/rewards/accuracies",
     }  # fmt: skip
     for r in rules:
         assert all(text.strip() for text in (r.title, r.advice, r.source)), r.name
@@ -171,20 +171,29 @@ def test_a_squeezed_run_is_named_from_the_step_where_it_began() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p10", "p90", "name"),
+    ("p10", "mean", "p90", "between", "name"),
     [
-        (0.0, 0.01, "everything_cooled"),
-        (0.95, 1.0, "nothing_cooled"),
-        (0.49, 0.51, "nothing_cooled"),
-        (0.0, 1.0, "cooling_is_a_switch"),
+        (0.0, 0.01, 0.02, 0.0, "everything_cooled"),
+        (0.95, 0.97, 1.0, 0.0, "nothing_cooled"),
+        (0.49, 0.5, 0.51, 1.0, "nothing_cooled"),
+        (0.0, 0.4, 1.0, 0.01, "cooling_is_a_switch"),
     ],
 )
-def test_the_cooling_is_judged_by_its_weights(p10: float, p90: float, name: str) -> None:
-    rows = [
-        {"stage": "stage2", "step": i, "cooling/weight_p10": p10, "cooling/weight_p90": p90}
-        for i in range(1, 8)
-    ]
-    assert [f.name for f in diagnose_rows([], rows)] == [name]
+def test_the_cooling_is_judged_by_its_weights(
+    p10: float, mean: float, p90: float, between: float, name: str
+) -> None:
+    weights = {"weight_p10": p10, "weight_mean": mean, "weight_p90": p90, "fraction_between": between}
+    row = {f"cooling/{k}": v for k, v in weights.items()}
+    assert [
+        f.name for f in diagnose_rows([], [{"stage": "stage2", "step": i, **row} for i in range(1, 25)])
+    ] == [name]
+    healthy = {
+        "cooling/weight_p10": 0.0,
+        "cooling/weight_mean": 0.2,
+        "cooling/weight_p90": 0.5,
+        "cooling/fraction_between": 0.3,
+    }
+    assert diagnose_rows([], [{"stage": "stage2", "step": i, **healthy} for i in range(1, 25)]) == []
 
 
 # --- the commands ---------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def test_easy_negatives_are_told_by_their_distance_from_chosen(model, encoded) -
     rejected = replace(pairs.rejected, sum_logp=far * pairs.rejected.n_tokens)
     found = gradient_metrics(gradient_sums(batch, tokens, replace(pairs, rejected=rejected), output))
     assert found["pairs/easy"] == pytest.approx(1 / len(chosen))
+    assert found["pairs/gap"] == pytest.approx((2.5 + 1.5 * (len(chosen) - 1)) / len(chosen), rel=1e-4)
     push = pushes(output.loss, tokens)[batch.rejected]
     assert found["gradient/easy_share"] == pytest.approx(float(push[0] / push.sum()))
 

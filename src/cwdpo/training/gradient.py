@@ -49,6 +49,7 @@ def gradient_sums(
     easy = pairs.rejected.mean_logp.detach() < own - EASY
     sums["push/easy"] = float(push[rejected][easy].sum())
     sums["pairs"], sums["easy"] = float(len(rejected)), float(easy.sum())
+    sums["gap"] = float((own - pairs.rejected.mean_logp.detach()).sum())
     margins = output.per_pair.get("rewards/margins")
     if margins is not None:
         a = margins.sigmoid()
@@ -58,7 +59,10 @@ def gradient_sums(
 
 
 def gradient_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """``gradient/*`` over the steps since the last log; what has no denominator is left out."""
+    """``gradient/*`` and ``pairs/*`` over the steps since the last log; what has no denominator is left out.
+
+    ``pairs/gap`` is the mean of mean_logp(chosen) - mean_logp(rejected), nats per token.
+    """
     push = sums.get("push/chosen", 0.0) + sums.get("push/rejected", 0.0)
     parts = {
         "gradient/rejected_share": (sums.get("push/rejected", 0.0), push),
@@ -68,5 +72,6 @@ def gradient_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "gradient/vulnerable": (sums.get("vulnerable", 0.0), sums.get("judged", 0.0)),
         "gradient/saturated": (sums.get("saturated", 0.0), sums.get("judged", 0.0)),
         "pairs/easy": (sums.get("easy", 0.0), sums.get("pairs", 0.0)),
+        "pairs/gap": (sums.get("gap", 0.0), sums.get("pairs", 0.0)),
     }
     return {name: value / whole for name, (value, whole) in parts.items() if whole > 0}

@@ -95,4 +95,5 @@ def _weight_summary(weights: Tensor) -> dict[str, float]:
         "cooling/weight_p10": low,
         "cooling/weight_p90": high,
         "cooling/fraction_cooled": float((weights < 0.1).float().mean()),
+        "cooling/fraction_between": float(((weights >= 0.1) & (weights <= 0.9)).float().mean()),
     }
