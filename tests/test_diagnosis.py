@@ -148,6 +148,12 @@ def test_the_shipped_rules_cover_the_list_and_read_what_exists() -> None:
             assert known, f"{r.name}: nothing writes {c.series}"
 
 
+def test_the_docs_name_every_finding() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+    for r in load_rules():
+        assert f"| `{r.name}` | {r.severity} |" in page
+
+
 # --- findings on runs whose numbers are known ------------------------------------------------------------
 
 
