@@ -243,7 +243,13 @@ def _listener() -> tuple[Any, Any]:
             tasks[stage] = bar.add_task(stage, total=total)
         bar.update(tasks[stage], completed=done, total=total)
 
-    return Listener(phase=lambda text: bar.console.print(text, markup=False), step=step), bar.stop
+    def read(stage: str, readings: Any) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=None)
+        bar.update(tasks[stage], description=f"{stage} {cli_dynamics.in_short(readings)}")
+
+    listener = Listener(phase=lambda text: bar.console.print(text, markup=False), step=step, readings=read)
+    return listener, bar.stop
 
 
 def _disk_trouble(error: Exception) -> str | None:

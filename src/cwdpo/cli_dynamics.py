@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 FINDINGS = 3
 """Exit code of a diagnosis with findings."""
+
+
+SHORT = (("delta_logp/chosen", "Δchosen"), ("margin", "margin"), ("kl", "KL"), ("cooling/cooled", "cooled"))
+"""Readings of the progress line, in nats per token, nats, nats per token, and as a share."""
+
+
+def in_short(readings: Mapping[str, Any]) -> str:
+    """The last measurement on one line; what was not measured is left out.
+
+    Args:
+        readings: name -> an object with ``value``.
+    """
+    known = [(label, readings[name].value) for name, label in SHORT if name in readings]
+    return "  ".join(f"{label} {value:+.3f}" for label, value in known if value is not None)
 
 
 def mount(app: typer.Typer) -> None:

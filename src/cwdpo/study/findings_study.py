@@ -149,7 +149,7 @@ def study(out: Path, wanted: Sequence[tuple[Scenario, int]], workers: int) -> di
     tuning, reporting = halves(list(runs))
     rules = load_rules()
     factors = choose([runs[k] for k in tuning], rules)
-    summary = {
+    summary: dict[str, Any] = {
         "failed": {k: r.error for k, r in results.items() if r.status == "failed"},
         "factors": factors,
         "shipped": table([runs[k] for k in reporting], rules),

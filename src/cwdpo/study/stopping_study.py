@@ -150,7 +150,7 @@ def study(out: Path, seeds: int, workers: int, only: Sequence[str] = ()) -> dict
             runs[job.key] = load(job.key, group, job.folder)
     tuning, reporting = ([runs[k] for k in half] for half in halves(list(runs)))
     chosen = choose(tuning)
-    summary = {
+    summary: dict[str, Any] = {
         "failed": {k: r.error for k, r in results.items() if r.status == "failed"},
         "chosen": list(chosen),
         "default": {

@@ -172,6 +172,7 @@ def instruments(
 
 
 Measured = Callable[[str, int, nn.Module], None]
+Read = Callable[[str, dict[str, Reading]], None]
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]
@@ -180,10 +181,13 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         last: the readings of the last measurement by name, for what follows from them.
         last_step: when that was; -1 before the first.
+        reports: told the values by ``probe/<name>``, for trackers.
     """
 
-    def __init__(self, found: Instruments, run: RunDir, stage: str, hears: Measured) -> None:
-        self.instruments, self.run, self.stage, self.hears = found, run, stage, hears
+    def __init__(self, found: Instruments, run: RunDir, stage: str, hears: Measured, reads: Read) -> None:
+        self.instruments, self.run, self.stage = found, run, stage
+        self.hears, self.reads = hears, reads
+        self.reports: Callable[[dict[str, float]], None] = lambda values: None
         self.every = found.recipe.probes.every
         self.probes = [PROBES.build(name) for name in PROBES.names()]
         self.last: dict[str, Reading] = {}
@@ -198,6 +202,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         self.run.append_readings(self.stage, readings)
         self.last, self.last_step = {r.name: r for r in readings}, step
         self.instruments.seconds += time.perf_counter() - began
+        self.reads(self.stage, self.last)
+        self.reports({f"probe/{r.name}": r.value for r in readings if r.value is not None})
         self.hears(self.stage, step, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

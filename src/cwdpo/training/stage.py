@@ -16,7 +16,7 @@ from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.models.load import Policy, load_weights
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
-from cwdpo.records import Example
+from cwdpo.records import Example, Reading
 from cwdpo.rundir import RunDir
 from cwdpo.training.guard import Guard
 from cwdpo.training.prepare import (
@@ -43,11 +43,13 @@ class Listener:
         phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
         step: called with (stage, step, steps) after every optimizer step.
         measured: called with (stage, step, policy) after every held-out measurement.
+        readings: called with (stage, readings by name) after every held-out measurement.
     """
 
     phase: Callable[[str], None] = field(default=lambda text: None)
     step: Callable[[str, int, int], None] = field(default=lambda stage, step, steps: None)
     measured: Callable[[str, int, Any], None] = field(default=lambda stage, step, model: None)
+    readings: Callable[[str, Mapping[str, Reading]], None] = field(default=lambda stage, readings: None)
 
 
 class ListenerCallback(TrainerCallback):  # type: ignore[misc]
@@ -83,7 +85,7 @@ class Signals:
         """As the recipe asks; only a stage with a reference is stopped and steered."""
         if found is None:
             return cls()
-        probes = ProbeCallback(found, run, stage, listener.measured)
+        probes = ProbeCallback(found, run, stage, listener.measured, listener.readings)
         if not objective.needs_reference:
             return cls(probes)
         stopping, curriculum = None, None
@@ -100,7 +102,9 @@ class Signals:
         return [c for c in (self.probes, self.stopping, self.curriculum) if c is not None]
 
     def connect(self, trainer: PreferenceTrainer) -> None:
-        """Hand the trainer what it asks of them."""
+        """Hand the trainer what it asks of them, and the probes what its trackers take."""
+        if self.probes is not None:
+            self.probes.reports = trainer.report
         if self.stopping is not None:
             trainer.add_to_checkpoint = self.stopping.add_to_checkpoint
         if self.curriculum is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 from cwdpo.data.collate import Collator, PromptBatch
 from cwdpo.data.encode import EncodedExample
@@ -188,6 +188,13 @@ class PreferenceTrainer(CompleteCheckpoints):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_weights(self.model, Path(resume_from_checkpoint))
+
+    def report(self, readings: Mapping[str, float]) -> None:
+        """Hand held-out readings to the trackers of ``report_to``, and to nothing else."""
+        control: TrainerControl = self.control
+        due = control.should_log
+        self.callback_handler.on_log(self.args, self.state, control, dict(readings))
+        control.should_log = due  # the step's own metrics are logged whatever was told in between
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, reduced over processes, to what the Trainer logs."""
