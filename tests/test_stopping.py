@@ -182,6 +182,23 @@ def test_a_resumed_stage_goes_back_as_far_as_an_uninterrupted_one(to_the_end, tm
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_rules_may_be_added_to_a_run_that_had_none(to_the_end, tmp_path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(stage: str, step: int, steps: int) -> None:
+        if step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_two_stage(recipe([], save_steps=3), tmp_path / "run", listener=Listener(step=kill))
+    assert to_the_end[6] > 1.01 * to_the_end[4]
+    late = recipe([f"kl > {1.01 * to_the_end[4]:.8f}"], save_steps=1)
+    run = train_two_stage(late, tmp_path / "run", resume=True, accept_changes=True)
+    stopped = run.json("stopped-stage2.json")
+    assert (stopped["step"], stopped["rolled_back_to"]) == (6, 4)
+
+
 def test_readings_reach_trackers_and_the_terminal_without_disturbing_the_log(
     to_the_end, tmp_path, monkeypatch
 ) -> None:

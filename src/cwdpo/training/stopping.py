@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -57,6 +58,8 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The start is healthy; a resumed stage takes up what its checkpoint kept."""
+        # A checkpoint of a run that had no rules yet knows nothing of this; saving would look for it.
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         self._every_process = any(hasattr(p, "device_mesh") for p in model.parameters())
         if self._every_process:
             self._file = f"healthy-{args.process_index}.safetensors"
@@ -66,8 +69,7 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._file
-        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        if state.global_step and checkpoint.is_file() and kept.get("healthy_step", -1) >= 0:
+        if state.global_step and checkpoint.is_file() and kept["healthy_step"] >= 0:
             self.healthy, self.healthy_step = Weights.load(checkpoint, model), int(kept["healthy_step"])
         else:
             self.healthy, self.healthy_step = Weights.of(model), state.global_step
@@ -76,7 +78,8 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Look at the measurement of this step, if there was one."""
         if self.probes.last_step != state.global_step:
             return
-        found = first_violation(self.rules, self.probes.last)
+        # Of several processes none may stop alone, whatever the last bits of its readings.
+        found = broadcast_object_list([first_violation(self.rules, self.probes.last)])[0]
         if found is not None:
             self._stop(found, model, control)
         elif self.healthy is not None:

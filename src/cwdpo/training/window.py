@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -97,8 +98,9 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take up the plan of a resumed stage."""
-        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        if state.global_step and "plan" in kept:
+        known = type(self).__name__ in state.stateful_callbacks
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        if state.global_step and known:
             self.plan = Plan.from_json(kept["plan"])
         else:
             self._note(state.global_step)
@@ -108,7 +110,10 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if self.probes.last_step != state.global_step or control.should_training_stop:
             return
         readings = {name: reading.value for name, reading in self.probes.last.items()}
-        plan = next_round(self.curriculum, self.plan, readings, self.hardness)
+        # Every process must take the same negatives, whatever the last bits of its readings.
+        plan: Plan = broadcast_object_list([next_round(self.curriculum, self.plan, readings, self.hardness)])[
+            0
+        ]
         if plan != self.plan:
             self.plan = plan
             self._note(state.global_step)
