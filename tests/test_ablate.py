@@ -249,7 +249,7 @@ def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path: Path, monkeypatch: 
     jobs = list(planned(spec, tmp_path).cells.values())
     calls = []
 
-    def broken(wave: Any, workers: int, hear: Any) -> bool:
+    def broken(wave: Any, workers: int, hear: Any, run: Any) -> bool:
         calls.append([j.key for j in wave])
         for job in wave:
             if job.key == "v1-seed0":

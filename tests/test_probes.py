@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cwdpo.probes.base import PROBES, HeldOut, ProbeSet
+from cwdpo.probes._influence import OneStep
+from cwdpo.probes.base import PROBES, HeldOut, ProbeSet, Scale
 from cwdpo.probes.calibration import reliability
 
 
@@ -28,8 +29,7 @@ def held() -> HeldOut:
         correct=torch.tensor([1.0, 0.0]),
         logp=now,
         start_logp=start,
-        floor=-2.0,
-        tau=0.5,
+        scale=Scale(floor=-2.0, tau=0.5),
         step=7,
     )
 
@@ -61,7 +61,7 @@ def test_cooling(held) -> None:
 
     assert found["cooling/weight/hard"] == (pytest.approx((weight(-3) + weight(-1)) / 2), 2)
     assert found["cooling/weight/easy"] == (pytest.approx(weight(-4)), 1)
-    assert read("cooling", replace(held, floor=None)) == {}
+    assert read("cooling", replace(held, scale=Scale())) == {}
 
 
 def test_divergence(held) -> None:
@@ -77,7 +77,11 @@ def test_divergence(held) -> None:
 
 
 def test_peakedness_and_calibration(held) -> None:
-    assert read("peakedness", held) == {"entropy": (1.5, 2), "top1": (pytest.approx(0.65), 2)}
+    assert read("peakedness", held) == {
+        "entropy": (1.5, 2),
+        "top1": (pytest.approx(0.65), 2),
+        "argmax_logp": (pytest.approx((math.log(0.5) + math.log(0.8)) / 2), 2),
+    }
     # one token a bin: |0.5 - 1| / 2 + |0.8 - 0| / 2
     assert read("calibration", held)["ece"] == (pytest.approx(0.65), 2)
     nothing = torch.empty(0)
@@ -149,6 +153,10 @@ def test_divergence_is_measured_on_as_many_prompts_as_fit(model, encoder, exampl
 
 
 def test_every_probe_reads_and_names_its_unit(held) -> None:
+    step = OneStep(
+        ("chosen", "hard"), torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.ones(2), torch.ones(1)
+    )
+    held = replace(held, sum_p=held.n_tokens * 0.5, sampled={"on_policy": [("a b", True)]}, one_step=step)
     for name in PROBES.names():
         readings = PROBES.build(name)(held)
         assert readings, name

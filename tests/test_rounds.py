@@ -38,6 +38,7 @@ TREE: dict[str, Any] = {
     "calibration": {"samples": 12, "max_new_tokens": 30},
     "probes": {"every": 5, "prompts": 8},
     "evaluation": {"prompts": 0},
+    "stop": [],  # at these learning rates the default rule would end every run in its first round
 }
 
 

@@ -146,8 +146,10 @@ def test_readings_keep_their_fields(tmp_path: Path) -> None:
     run.append_readings("stage2", [Reading("probe/chosen", None, 0, "nats", 5, "validation")])
     assert run.readings() == [
         {"stage": "stage2", "name": "probe/chosen", "value": None, "n": 0, "unit": "nats", "step": 5,
-         "split": "validation"}
+         "split": "validation", "low": None, "high": None}
     ]  # fmt: skip
+    run.append_readings("stage2", [Reading("kl", float("nan"), 3, low=float("-inf"), high=1.0)])
+    assert [run.readings()[1][k] for k in ("value", "low", "high")] == [None, None, 1.0]
 
 
 def test_a_last_line_cut_off_is_left_out_and_a_broken_one_inside_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cwdpo import cli_evidence
+from cwdpo import cli_dynamics, cli_evidence
 from cwdpo.bench.commands import app as bench_app
 from cwdpo.cli_progress import row_bar, run_listener
 from cwdpo.cli_sample import sample
@@ -35,6 +35,7 @@ app.add_typer(recipe_app, name="recipe")
 cli_evidence.mount(app)
 app.add_typer(bench_app, name="bench")
 app.command()(sample)
+cli_dynamics.mount(app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as you like")]
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cwdpo.cli_dynamics import in_short
+
 
 def row_bar(name: str, total: int | None) -> tuple[Callable[[int], None], Callable[[], None]]:
     """A bar of rows on stderr, where that is a terminal."""
@@ -49,7 +51,13 @@ def run_listener() -> tuple[Any, Callable[[], None]]:
         pace = "" if speed is None else f"{speed:.1f} {unit}/s"
         bar.update(tasks[name], completed=done, total=total, pace=pace)
 
+    def read(stage: str, readings: Any) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=None, pace="")
+        bar.update(tasks[stage], description=f"{stage} {in_short(readings)}")
+
     listener = Listener(
+        readings=read,
         phase=lambda text: bar.console.print(text, markup=False),
         step=lambda stage, done, total: show(stage, done, total, "steps"),
         sampled=lambda round_, done, total: show(f"samples of round {round_}", done, total, "completions"),

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cwdpo.dynamics.settings import DEFAULT_STOP, CurriculumSpec, ProbeSettings, StopRules
 from cwdpo.errors import CwdpoError, RecipeError, nearest
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives._settings import NegativeSettings
@@ -128,13 +129,6 @@ class TrainSettings(Settings):
         return value
 
 
-class ProbeSettings(Settings):
-    """Held-out readings while training."""
-
-    every: int = Field(25, gt=0, description="optimizer steps between two readings")
-    prompts: int = Field(64, gt=0, description="held-out prompts scored each time")
-
-
 class EvaluationSettings(Settings):
     """What is generated and measured on held-out prompts after the last stage."""
 
@@ -164,6 +158,8 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     probes: ProbeSettings = ProbeSettings()
+    stop: StopRules = Field(DEFAULT_STOP, description="a rule that holds ends stage 2 and takes it back")
+    curriculum: CurriculumSpec = Field(default_factory=lambda: {"name": "steady"})
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="before")

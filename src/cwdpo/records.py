@@ -101,7 +101,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Reading:
-    """One measured number with the count behind it; the mean of nothing is ``None``, not zero."""
+    """One measured number with the count behind it; the mean of nothing is ``None``, not zero.
+
+    ``low`` and ``high`` bound its 95% interval over the n values, where one was computed.
+    """
 
     name: str
     value: float | None
@@ -109,3 +112,5 @@ class Reading:
     unit: str = ""
     step: int = 0
     split: str = "validation"
+    low: float | None = None
+    high: float | None = None

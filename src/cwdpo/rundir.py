@@ -13,6 +13,8 @@ A run folder explains itself::
     metrics.jsonl      one JSON object per logging step: stage, step, and the Trainer's metrics
     timings.jsonl      one per start that ended a stage: its run time and speed, that start's steps only
     readings.jsonl     one Reading per line: held-out probes
+    probes-STAGE.jsonl the probe set: per prompt its responses by type, each with its provenance
+    stopped-STAGE.json why a stage ended early, and the step that it went back to
     samples.jsonl      held-out prompts with the captions that the final policy wrote
     summary.json       the final figures
     stage1/, stage2/   checkpoints of each stage
@@ -220,7 +222,8 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume and (self.path / "recipe.yaml").exists():
             shutil.rmtree(self.path / "init", ignore_errors=True)
-            for leftover in (*self.path.glob("calibration*.json"), self.path / "problems.jsonl"):
+            stale = ("calibration*.json", "problems.jsonl", "probes-*.jsonl", "stopped-*.json")
+            for leftover in [path for name in stale for path in self.path.glob(name)]:
                 leftover.unlink(missing_ok=True)
         return self
 
@@ -267,9 +270,11 @@ class RunDir:
             sync(path)
 
     def drop_after(self, stage: str, step: int) -> None:
-        """Cut metrics and readings of ``stage`` behind ``step``: a resumed run writes them again."""
-        for name in ("metrics.jsonl", "readings.jsonl"):
+        """Cut what ``stage`` wrote behind ``step``: a resumed run writes it again."""
+        for name in ("metrics.jsonl", "readings.jsonl", "curriculum.jsonl"):
             self._keep_rows(name, lambda row: row.get("stage") != stage or row.get("step", 0) <= step)
+        if self.writes and self.json(f"stopped-{stage}.json").get("step", -1) > step:
+            (self.path / f"stopped-{stage}.json").unlink(missing_ok=True)
 
     def drop_stages(self, name: str, stages: Collection[str]) -> None:
         """Cut the rows of some stages out of a JSONL file: a resumed run writes them again."""
@@ -286,11 +291,12 @@ class RunDir:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def append_readings(self, stage: str, readings: Iterable[Reading]) -> None:
-        """Append held-out readings of a stage; one that is not finite has no value."""
+        """Append held-out readings of a stage; a number that is not finite is left out."""
         rows: list[dict[str, Any]] = [{"stage": stage, **asdict(r)} for r in readings]
         for row in rows:
-            if row["value"] is not None and not math.isfinite(row["value"]):
-                row["value"] = None
+            for key in ("value", "low", "high"):
+                if row[key] is not None and not math.isfinite(row[key]):
+                    row[key] = None
         self.append("readings.jsonl", rows)
 
     def metrics(self) -> list[dict[str, Any]]:

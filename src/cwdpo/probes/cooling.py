@@ -1,19 +1,50 @@
-"""The cooling weight that each kind of held-out negative would get now."""
+"""The cooling weight that each kind of held-out negative would get now, and whether the cooling still fits."""
 
 from __future__ import annotations
 
-from cwdpo.objectives.cw_dpo import cooling_weight
+import torch
+
+from cwdpo.objectives.cw_dpo import MIN_TAU, calibrate, cooling_weight
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
 
+COOLED = 0.1
+"""A negative whose weight is lower counts as cooled."""
+
 
 class Cooling(Probe):
-    """Mean weight by kind of negative; nothing where the objective does not cool."""
+    """Weights by kind and by origin, and the distance of floor and tau from what they would be now.
+
+    Nothing where the objective does not cool. The distances need responses that the policy sampled: the
+    current policy's own where there are any, else the starting policy's, under the current policy.
+    """
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """Readings ``cooling/weight/<kind>``."""
-        if held.floor is None or held.tau is None:
+        """Readings ``cooling/weight/<kind>``, ``cooling/origin/<origin>``, ``cooling/cooled``, ``cooling/*_gap``."""
+        floor, tau = held.scale.floor, held.scale.tau
+        if floor is None or tau is None:
             return []
-        weight = cooling_weight(held.mean_logp, held.floor, held.tau)
-        kinds = [k for k in held.kind_names() if k != "chosen"]
-        return [held.reading(f"cooling/weight/{k}", weight[held.of(k)], "weight") for k in kinds]
+        weight, negatives = cooling_weight(held.mean_logp, floor, tau), held.negatives
+        readings = [
+            held.reading(f"cooling/weight/{k}", weight[held.of(k) & negatives], "weight")
+            for k in held.negative_kinds()
+        ]
+        for origin in sorted({o for o, n in zip(held.origins, negatives.tolist(), strict=False) if n}):
+            own = torch.tensor([o == origin for o in held.origins]) & negatives
+            readings.append(held.reading(f"cooling/origin/{origin}", weight[own], "weight"))
+        readings.append(held.reading("cooling/cooled", (weight[negatives] < COOLED).double(), "share"))
+        return readings + self._gaps(held, floor, tau)
+
+    @staticmethod
+    def _gaps(held: HeldOut, floor: float, tau: float) -> list[Reading]:
+        """How far floor and tau lie above what the calibration would find on the policy's samples now."""
+        for kind in ("on_policy", "chosen_initial"):
+            mean_logp = held.mean_logp[held.of(kind)]
+            if len(mean_logp) > 1:
+                now_floor, now_tau = calibrate(mean_logp.tolist())
+                n = len(mean_logp)
+                return [
+                    Reading("cooling/floor_gap", floor - now_floor, n, "nats/token", held.step),
+                    Reading("cooling/tau_gap", tau - max(MIN_TAU, now_tau), n, "nats/token", held.step),
+                ]
+        return []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
 
@@ -15,21 +13,17 @@ class DeltaLogp(Probe):
     """
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """Readings ``delta_logp/<kind>``, ``chosen_shift``, ``rejected_shift``, ``margin``, ``accuracy``, ``nll``."""
-        shift = held.sum_logp - held.start_sum_logp
-        readings = [
-            held.reading(f"delta_logp/{kind}", (shift / held.n_tokens)[held.of(kind)], "nats/token")
-            for kind in held.kind_names()
-        ]
-        chosen = held.of("chosen")
-        chosen_shift = torch.zeros(int(held.prompt.max()) + 1, dtype=shift.dtype)
-        chosen_shift[held.prompt[chosen]] = shift[chosen]
-        margin = chosen_shift[held.prompt[~chosen]] - shift[~chosen]
+        """Readings ``delta_logp/<type>``, ``chosen_shift``, ``rejected_shift``, ``margin``, ``accuracy``, ``nll``."""
+        shift, chosen, negatives = held.shift, held.of("chosen"), held.negatives
+        margin = held.pair_chosen_shift - shift[negatives]
         nll = -held.sum_logp[chosen].sum() / held.n_tokens[chosen].sum()
         return [
-            *readings,
+            *(
+                held.reading(f"delta_logp/{kind}", (shift / held.n_tokens)[held.of(kind)], "nats/token")
+                for kind in held.kind_names()
+            ),
             held.reading("chosen_shift", shift[chosen], "nats"),
-            held.reading("rejected_shift", shift[~chosen], "nats"),
+            held.reading("rejected_shift", shift[negatives], "nats"),
             held.reading("margin", margin, "nats"),
             held.reading("accuracy", (margin > 0).double(), "share"),
             Reading("nll", float(nll), int(held.n_tokens[chosen].sum()), "nats/token", held.step),

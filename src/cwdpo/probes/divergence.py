@@ -1,6 +1,8 @@
-"""How far the policy has moved from where the stage began, on held-out chosen tokens."""
+"""How far the policy has moved from where the stage began, on chosen tokens and on tokens that it sampled."""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
@@ -13,15 +15,23 @@ class Divergence(Probe):
     """
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """Readings ``tv``, ``js``, ``kl``; nothing where the distributions were too large to keep."""
-        if held.logp is None or held.start_logp is None:
-            return []
-        now, start = held.logp.double(), held.start_logp.double()
+        """Readings ``tv``, ``js``, ``kl`` on chosen, and ``kl/<type>``, ... on each sampled type that was measured.
+
+        Nothing where the distributions were too large to keep.
+        """
+        pairs = {f"/{kind}": pair for kind, pair in held.own.items()}
+        if held.logp is not None and held.start_logp is not None:
+            pairs = {"": (held.logp, held.start_logp), **pairs}
+        return [reading for suffix, pair in pairs.items() for reading in self._readings(held, suffix, *pair)]
+
+    @staticmethod
+    def _readings(held: HeldOut, suffix: str, logp: Tensor, start_logp: Tensor) -> list[Reading]:
+        now, start = logp.double(), start_logp.double()
         p, q = now.exp(), start.exp()
         middle = ((p + q) / 2).clamp_min(1e-300).log()
         js = ((p * (now - middle)).sum(-1) + (q * (start - middle)).sum(-1)) / 2
         return [
-            held.reading("tv", (p - q).abs().sum(-1) / 2, "probability"),
-            held.reading("js", js, "nats/token"),
-            held.reading("kl", (p * (now - start)).sum(-1), "nats/token"),
+            held.reading(f"tv{suffix}", (p - q).abs().sum(-1) / 2, "probability"),
+            held.reading(f"js{suffix}", js, "nats/token"),
+            held.reading(f"kl{suffix}", (p * (now - start)).sum(-1), "nats/token"),
         ]

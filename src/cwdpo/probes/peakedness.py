@@ -7,11 +7,16 @@ from cwdpo.records import Reading
 
 
 class Peakedness(Probe):
-    """Entropy (nats) and top-1 probability of the next-token distribution."""
+    """Entropy (nats), top-1 probability, and the log-probability of the argmax (nats) of the next token.
+
+    ``argmax_logp`` is Ren & Sutherland's argmax confidence (arXiv 2407.10490): under the squeezing effect it
+    rises while every response that was trained on or near falls.
+    """
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """Readings ``entropy`` and ``top1``."""
+        """Readings ``entropy``, ``top1`` and ``argmax_logp``."""
         return [
             held.reading("entropy", held.entropy, "nats/token"),
             held.reading("top1", held.top1, "probability"),
+            held.reading("argmax_logp", held.top1.double().log(), "nats/token"),
         ]

@@ -106,16 +106,23 @@ class Panels:
     absent: list[str] = field(default_factory=list)
 
     def add(
-        self, title: str, unit: str, lines: Sequence[Line], *, legend: bool = True, whole: bool = False
+        self,
+        title: str,
+        unit: str,
+        lines: Sequence[Line],
+        *,
+        legend: bool = True,
+        whole: bool = False,
+        limit: float | None = None,
     ) -> None:
-        """Draw lines over steps (``whole``: from 0 to 1); lines without a point are left out."""
+        """Draw lines over steps (``whole``: from 0 to 1) and a ``limit``; lines without a point are left out."""
         drawn = [line for line in lines if len(line.x)]
         if not drawn:
             self.absent.append(title)
             return
         entries = tuple(Legend(line.label, line.slot) for line in drawn) if legend else ()
         self.found.append(
-            Panel(title, unit, Markup(line_chart(next(self.keys), drawn, whole=whole)), entries)
+            Panel(title, unit, Markup(line_chart(next(self.keys), drawn, whole=whole, limit=limit)), entries)
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cwdpo.report._dynamics import dynamics
 from cwdpo.report._negatives import negatives_section
 from cwdpo.report._page import Folder, Legend, Panel, Panels, keys, mapping, points, records
 from cwdpo.report._text import MISSING, finite, number, picture_uri, plain
@@ -27,6 +28,7 @@ def run_page(folder: Folder) -> dict[str, Any]:
     cooling = _cooling(recipe, calibration)
     names = keys()
     return {
+        "dynamics": dynamics(folder, readings, metrics, names),
         "title": plain(recipe.get("name") or summary.get("name") or folder.path.resolve().name),
         "facts": _facts(recipe, summary, readings, metrics),
         "headline": _headline(readings, cooling, summary),

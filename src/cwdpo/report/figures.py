@@ -1,7 +1,7 @@
 """Small charts as SVG text for an HTML page that has a light and a dark theme.
 
 Matplotlib draws with stand-in colours, which are then replaced by CSS variables (``--ink``, ``--muted``,
-``--grid``, ``--c0`` to ``--c7``), so one SVG serves both themes. No text from data is drawn into a chart:
+``--grid``, ``--bad``, ``--c0`` to ``--c7``), so one SVG serves both themes. No text from data is drawn into a chart:
 titles and legends are HTML, where they are escaped and wrap. Identifiers are prefixed by the chart's key, and
 those that nothing refers to are dropped, so that charts on one page do not collide.
 """
@@ -23,8 +23,8 @@ SLOTS = 8
 DASHES = ("", "6 2.5", "2 2", "8 2.5 2 2.5", "4 2", "3 1.5", "10 3", "6 2 1 2 1 2")
 """SVG dash patterns by slot: a line is told apart without its colour too."""
 
-_INK, _MUTED, _GRID = "#fd0001", "#fd0002", "#fd0003"
-_THEME = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
+_INK, _MUTED, _GRID, _BAD = "#fd0001", "#fd0002", "#fd0003", "#fd0004"
+_THEME = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)", _BAD: "var(--bad)"}
 _SIZE = (4.6, 2.5)  # inches of 72 units: about the width of one column, so text is drawn at its own size
 _FEW = 12  # points that are still worth a marker each
 _RC = {
@@ -82,13 +82,14 @@ def dash(slot: int) -> str:
     return DASHES[(slot + slot // SLOTS) % len(DASHES)]
 
 
-def line_chart(key: str, lines: Sequence[Line], *, whole: bool = False) -> str:
+def line_chart(key: str, lines: Sequence[Line], *, whole: bool = False, limit: float | None = None) -> str:
     """Lines with their bands over steps.
 
     Args:
         key: unique on the page.
         lines: at least one.
         whole: show all of 0 to 1, so that a weight that hardly moves is seen to hardly move.
+        limit: a value that is not to be crossed; drawn across, so that the distance to it is seen.
 
     Returns:
         An ``<svg>`` element.
@@ -105,6 +106,8 @@ def line_chart(key: str, lines: Sequence[Line], *, whole: bool = False) -> str:
                 marker="o" if len(line.x) <= _FEW else "", markersize=3,
             )  # fmt: skip
         axes.set_xlabel("step")
+        if limit is not None:
+            axes.axhline(limit, color=_BAD, linewidth=1.1, linestyle=(0, (1, 2)))
         if whole:
             axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -54,6 +54,20 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         RunDirError: there is no such folder.
     """
+    out = Path(folder) / "report.html"
+    write_text(out, render_report(folder))
+    return out
+
+
+def render_report(folder: str | Path, *, refresh: int | None = None) -> str:
+    """The page as text.
+
+    Args:
+        refresh: seconds after which the page loads itself again; ``None`` for a page that stays.
+
+    Raises:
+        RunDirError: there is no such folder.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise RunDirError(f"{path}: no such folder; give the folder of a run, e.g. runs/<name>")
@@ -62,18 +76,13 @@ def write_report(folder: str | Path) -> Path:
     if summary.get("kind") == "demo":
         template, values = "demo.html.jinja", demo_page(source, summary)
     elif summary.get("kind") in ("study", "comparison"):
-        page = study_page if summary["kind"] == "study" else comparison_page
-        template, values = "tables.html.jinja", page(source, summary)
+        tables = study_page if summary["kind"] == "study" else comparison_page
+        template, values = "tables.html.jinja", tables(source, summary)
     else:
         template, values = "run.html.jinja", run_page(source)
-    text = (
-        _environment()
-        .get_template(template)
-        .render(**values, troubles=list(dict.fromkeys(source.troubles)), missing=MISSING)
-    )
-    out = path / "report.html"
-    write_text(out, text)
-    return out
+    troubles = list(dict.fromkeys(source.troubles))
+    page = _environment().get_template(template)
+    return page.render(**values, troubles=troubles, missing=MISSING, refresh=refresh)
 
 
 def _environment() -> Environment:

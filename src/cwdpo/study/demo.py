@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cwdpo.errors import CwdpoError
 from cwdpo.models.load import EMBEDDED
-from cwdpo.rundir import RunDir, write_json
+from cwdpo.rundir import RunDir, read_jsonl, write_json
 from cwdpo.study.cell import SAMPLES, CellJob, StageOfCell
 from cwdpo.study.grid import CellResult, Tick, run_grid
 from cwdpo.study.methods import (
@@ -135,10 +135,23 @@ def run_demo(out: str | Path = "runs/demo", settings: DemoSettings | None = None
         progress.stop()
     if not any(r.status == "done" for r in results.values()):
         raise CwdpoError(f"every cell failed; the first: {next(iter(results.values())).error}")
-    summary = summarise(out, methods, settings.seeds, settings.hot_seeds, results, _provenance(settings))
+    provenance = {**_provenance(settings), "probes": _probe_cost(out, results)}
+    summary = summarise(out, methods, settings.seeds, settings.hot_seeds, results, provenance)
     write_json(out / "summary.json", summary)
     write_report(out)
     return summary
+
+
+def _probe_cost(out: Path, results: Mapping[str, CellResult]) -> str:
+    """What the held-out measurements took of training and of the whole cells."""
+    rows = [
+        r for key in results for r in read_jsonl(out / "cells" / key / "timings.jsonl") if "probe_share" in r
+    ]
+    spent, trained = (sum(r[k] for r in rows) for k in ("probe_seconds", "seconds"))
+    whole = sum(r.seconds for r in results.values())
+    if not (trained and whole > trained):  # cells of an earlier start take no time in this one
+        return f"{spent:.0f} s of {trained:.0f} s of training"
+    return f"{100 * spent / trained:.1f}% of training, {100 * spent / whole:.1f}% of the demo's process time"
 
 
 def _provenance(settings: DemoSettings) -> dict[str, str]:

@@ -19,6 +19,7 @@ from cwdpo.study.cell import CellJob, run_cell
 
 Tick = tuple[str, str, int, int]
 """(cell key, stage, step, steps)."""
+RunCell = Callable[[CellJob, Callable[[str, int, int], None]], dict[str, Any]]
 
 _ticks: Any = None
 
@@ -58,10 +59,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(job: CellJob) -> CellResult:
+def _work(job: CellJob, run: RunCell) -> CellResult:
     began = time.monotonic()
     try:
-        figures = run_cell(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
+        figures = run(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         write_text(job.folder / "error.txt", traceback.format_exc())
@@ -70,7 +71,10 @@ def _work(job: CellJob) -> CellResult:
 
 
 def run_grid(
-    waves: Sequence[Sequence[CellJob]], workers: int, on_event: Callable[[Tick | CellResult], None]
+    waves: Sequence[Sequence[CellJob]],
+    workers: int,
+    on_event: Callable[[Tick | CellResult], None],
+    run: RunCell = run_cell,
 ) -> dict[str, CellResult]:
     """Run waves of cells one after the other, the cells of a wave in parallel processes.
 
@@ -78,6 +82,7 @@ def run_grid(
         waves: cells of a later wave may start from what an earlier one wrote.
         workers: processes, one torch thread each.
         on_event: hears every optimizer step and every finished cell.
+        run: what a cell does; a function of a module, because it goes to other processes.
     """
     results: dict[str, CellResult] = {}
 
@@ -89,21 +94,23 @@ def run_grid(
     for wave in waves:
         for job in wave:
             job.folder.mkdir(parents=True, exist_ok=True)
-        if not _in_pool(wave, workers, hear):
+        if not _in_pool(wave, workers, hear, run):
             # A worker died (killed, out of memory) and took the pool with it: which cell did it is found one by one.
             for job in (j for j in wave if j.key not in results):
-                if not _in_pool([job], 1, hear):
+                if not _in_pool([job], 1, hear, run):
                     hear(CellResult(job.key, "failed", {}, "its process was killed; out of memory?", 0.0))
     return results
 
 
-def _in_pool(wave: Sequence[CellJob], workers: int, hear: Callable[[Tick | CellResult], None]) -> bool:
+def _in_pool(
+    wave: Sequence[CellJob], workers: int, hear: Callable[[Tick | CellResult], None], run: RunCell
+) -> bool:
     """Run cells in one pool of processes; ``False`` when the pool broke before all were done."""
     context = mp.get_context("spawn")
     ticks = context.Queue()
     size = max(1, min(workers, len(wave)))
     with ProcessPoolExecutor(size, mp_context=context, initializer=_prepare, initargs=(ticks,)) as pool:
-        pending: set[Future[CellResult]] = {pool.submit(_work, job) for job in wave}
+        pending: set[Future[CellResult]] = {pool.submit(_work, job, run) for job in wave}
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             for tick in _drain(ticks):

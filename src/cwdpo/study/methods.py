@@ -76,6 +76,7 @@ def cell_recipe(m: Method, seed: int, data: str, validation: str, model: str, fa
             },
             "train": {"batch_size": BATCH, "logging_steps": 1, "warmup_steps": 10},
             "calibration": {"samples": 200, "max_new_tokens": 40},
-            "probes": {"every": 10, "prompts": 32},
+            "probes": {"every": 10, "prompts": 32, "types": []},
+            "stop": [],  # each method to its end: the comparison is of what it does, hot or not
         }
     )

@@ -33,6 +33,8 @@ def print_tables(summary: Mapping[str, Any]) -> None:
         console.print(table)
     for line in summary["note"]:
         console.print(line, markup=False)
+    if "probes" in summary.get("provenance", {}):
+        console.print(f"Held-out probes took {summary['provenance']['probes']}.", markup=False)
     verdicts = (
         ("swept", summary["verdicts"]),
         (f"{factor} times the learning rate", summary["hot"]["verdicts"]),

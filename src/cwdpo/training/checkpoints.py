@@ -23,9 +23,11 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
     Attributes:
         before_checkpoint: called on the process that saves, before the new name appears; what the checkpoint
             counts on (logged rows) must be on disk by then.
+        add_to_checkpoint: called on every process with the folder that is being written, to add files to it.
     """
 
     before_checkpoint: Callable[[], None] = staticmethod(lambda: None)
+    add_to_checkpoint: Callable[[Path], None] = staticmethod(lambda folder: None)
     _writing: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -51,6 +53,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
         self._writing = aside
         try:
             super()._save_checkpoint(model, trial)
+            self.add_to_checkpoint(aside / name)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
             raise

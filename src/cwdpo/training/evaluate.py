@@ -77,9 +77,16 @@ def _with_stored(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> li
 
 
 def last_readings(run: RunDir) -> dict[str, dict[str, Any]]:
-    """Per stage: the last step, and each reading's value and count there."""
+    """Per stage: the last step, and each reading's value and count there.
+
+    Of a stage that went back to an earlier step, the readings of that step: they are the model's.
+    """
     stages: dict[str, dict[str, Any]] = {}
+    kept = {stage: run.json(f"stopped-{stage}.json").get("rolled_back_to") for stage in ("stage1", "stage2")}
     for row in run.readings():
+        back = kept.get(row["stage"])
+        if back is not None and row["step"] > back:
+            continue
         stage = stages.setdefault(row["stage"], {"step": 0, "readings": {}})
         stage["step"] = max(stage["step"], row["step"])
         stage["readings"][row["name"]] = {"value": row["value"], "n": row["n"], "unit": row["unit"]}

@@ -160,7 +160,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
     def _check_parameters(
         self, model: nn.Module, parameters: Sequence[tuple[str, Tensor]], step: int
     ) -> None:
-        own = [_local(p) for _, p in parameters if p.is_floating_point()]
+        own = [local_part(p) for _, p in parameters if p.is_floating_point()]
         largest = get_total_norm([p for p in own if p.numel()], norm_type=math.inf)  # a shard may be empty
         if self._anywhere(not math.isfinite(largest)):
             self._stop("parameter", _named(parameters, lambda p: p), step)
@@ -216,10 +216,11 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; the tensor itself where it is not sharded."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.tolocal_part() if isinstance(tensor, DTensor) else tensor
 
 
 def _named(parameters: Any, part: Callable[[Tensor], Tensor | None]) -> list[str]:
@@ -228,7 +229,7 @@ def _named(parameters: Any, part: Callable[[Tensor], Tensor | None]) -> list[str
     return [
         name.removeprefix("module.")  # DDP's
         for name, value in values
-        if value is not None and not bool(_local(value.detach()).isfinite().all())
+        if value is not None and not bool(local_part(value.detach()).isfinite().all())
     ]
 
 

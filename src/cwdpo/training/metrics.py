@@ -11,6 +11,8 @@ from torch import Tensor
 from cwdpo.data.collate import PromptBatch
 from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
 from cwdpo.records import Origin
+from cwdpo.scoring.token_logp import TokenScores
+from cwdpo.training.gradient import gradient_metrics, gradient_sums
 
 
 class StepMetrics:
@@ -28,6 +30,7 @@ class StepMetrics:
         self._by_origin = by_origin
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._parts: dict[str, float] = defaultdict(float)
+        self._gradient: dict[str, float] = defaultdict(float)
         self._steps = 0
         self._tokens = 0, 0
 
@@ -35,8 +38,12 @@ class StepMetrics:
         """Count one optimizer step; the parts of its micro-batches add up to one value."""
         self._steps += 1
 
-    def add(self, batch: PromptBatch, pairs: ScoredPairs, output: ObjectiveOutput) -> None:
-        """Take in one micro-batch."""
+    def add(
+        self, batch: PromptBatch, tokens: TokenScores, pairs: ScoredPairs, output: ObjectiveOutput
+    ) -> None:
+        """Take in one micro-batch, before its backward pass."""
+        for name, total in gradient_sums(batch, tokens, pairs, output).items():
+            self._gradient[name] += total
         for side, scored in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
             self._take(f"logps/{side}", scored.sum_logp)
             self._take(f"logps_mean/{side}", scored.mean_logp)
@@ -77,7 +84,7 @@ class StepMetrics:
         """Averages since the last call; resets."""
         used, padded = self._tokens
         self._parts["tokens/scored"], self._parts["tokens/padded"] = float(used), float(padded)
-        gathered, parts = self._gather(accelerator)
+        gathered, parts, gradient = self._gather(accelerator)
         used_share = parts.pop("tokens/scored") / max(parts.pop("tokens/padded"), 1.0)
         logs = {name: value / max(self._steps, 1) for name, value in sorted(parts.items())}
         logs["tokens/padding"] = 1 - used_share
@@ -88,26 +95,29 @@ class StepMetrics:
                 logs[name] = float(values.mean())
             if name.startswith("negatives/") and name.endswith("/share"):
                 logs[name.removesuffix("share") + "n"] = float(values.sum())
+        logs |= gradient_metrics(gradient)
         self._values.clear()
         self._parts.clear()
         self._tokens = 0, 0
+        self._gradient.clear()
         self._steps = 0
         return logs
 
-    def _gather(self, accelerator: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _gather(self, accelerator: Any) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
         own = {name: torch.cat(values) for name, values in self._values.items()}
         if accelerator is None or accelerator.num_processes == 1:
-            return own, dict(self._parts)
+            return own, dict(self._parts), dict(self._gradient)
         from accelerate.utils import gather_object
 
         merged: dict[str, list[Tensor]] = defaultdict(list)
-        parts: dict[str, float] = defaultdict(float)
-        for values, shares in gather_object([(own, dict(self._parts))]):
+        sums: tuple[dict[str, float], dict[str, float]] = (defaultdict(float), defaultdict(float))
+        for values, *others in gather_object([(own, dict(self._parts), dict(self._gradient))]):
             for name, value in values.items():
                 merged[name].append(value)
-            for name, share in shares.items():
-                parts[name] += share
-        return {name: torch.cat(values) for name, values in merged.items()}, parts
+            for total, other in zip(sums, others, strict=True):
+                for name, share in other.items():
+                    total[name] += share
+        return {name: torch.cat(values) for name, values in merged.items()}, *sums
 
 
 def _weight_summary(weights: Tensor) -> dict[str, float]:
@@ -117,4 +127,5 @@ def _weight_summary(weights: Tensor) -> dict[str, float]:
         "cooling/weight_p10": low,
         "cooling/weight_p90": high,
         "cooling/fraction_cooled": float((weights < 0.1).float().mean()),
+        "cooling/fraction_between": float(((weights >= 0.1) & (weights <= 0.9)).float().mean()),
     }

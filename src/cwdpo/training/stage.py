@@ -15,8 +15,7 @@ from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.models.load import Policy, load_weights
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
-from cwdpo.probes.base import PROBES, ProbeSet
-from cwdpo.records import Example
+from cwdpo.records import Example, Reading
 from cwdpo.rundir import RunDir
 from cwdpo.training.guard import Guard
 from cwdpo.training.prepare import (
@@ -26,8 +25,10 @@ from cwdpo.training.prepare import (
     reference_mean_logps,
     wants_calibration,
 )
+from cwdpo.training.probing import ProbeCallback, instruments
 from cwdpo.training.reference import stored_reference_pass
 from cwdpo.training.rounds import RoundData, Rounds
+from cwdpo.training.signals import Signals
 from cwdpo.training.trainer import PreferenceTrainer
 
 StageName = Literal["stage1", "stage2"]
@@ -41,40 +42,15 @@ class Listener:
         phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
         step: called with (stage, step, steps) after every optimizer step.
         sampled: called with (round, completions done, completions) while a round's negatives are sampled.
+        measured: called with (stage, step, policy) after every held-out measurement.
+        readings: called with (stage, readings by name) after every held-out measurement.
     """
 
     phase: Callable[[str], None] = field(default=lambda text: None)
     step: Callable[[str, int, int], None] = field(default=lambda stage, step, steps: None)
     sampled: Callable[[int, int, int], None] = field(default=lambda round_, done, total: None)
-
-
-class ProbeCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures the probe set every few steps and writes the readings to the run."""
-
-    def __init__(
-        self, probes: ProbeSet, run: RunDir, stage: StageName, every: int, objective: Objective
-    ) -> None:
-        self.probe_set, self.run, self.stage, self.every = probes, run, stage, every
-        cooled = isinstance(objective, CwDpo) and objective.cooling == "adaptive"
-        self.floor = objective.floor if cooled and isinstance(objective, CwDpo) else None
-        self.tau = objective.tau if cooled and isinstance(objective, CwDpo) else None
-        self.probes = [PROBES.build(name) for name in PROBES.names()]
-
-    def _measure(self, model: Any, step: int, bf16: bool) -> None:
-        with autocast(model, bf16):
-            held = self.probe_set.measure(model, step, self.floor, self.tau)  # type: ignore[arg-type]
-        readings = [reading for probe in self.probes for reading in probe(held)]
-        self.run.append_readings(self.stage, readings)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Readings at step 0."""
-        if state.global_step == 0:
-            self._measure(model, 0, args.bf16)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Readings every ``every`` steps and at the last one."""
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._measure(model, state.global_step, args.bf16)
+    measured: Callable[[str, int, Any], None] = field(default=lambda stage, step, model: None)
+    readings: Callable[[str, Mapping[str, Reading]], None] = field(default=lambda stage, readings: None)
 
 
 class ListenerCallback(TrainerCallback):  # type: ignore[misc]
@@ -188,30 +164,39 @@ def run_stage(
         NonFiniteError: the loss is no longer finite; nothing was updated.
     """
     listener = listener or Listener()
-    settings = recipe.stage1 if stage == "stage1" else recipe.stage2
     run.drop_stages("problems.jsonl", {stage})
     data: Sequence[EncodedExample] | RoundData
     rounds = None
     if stage == "stage2" and recipe.negatives.on_policy_fraction is not None:
         rounds = in_rounds(policy, encoder, recipe, examples, run, listener)
         data, objective = rounds.data, rounds.objective
+        encoded = encoder.encode_all(examples, "rejected", require_negative=False)[0]
     else:
-        data, objective = made_once(policy, encoder, stage, recipe, settings, examples, run, listener)
-    held, _ = encoder.encode_all(validation[: recipe.probes.prompts], "rejected", require_negative=False)
-    listener.phase(f"{stage}: {settings.objective['name']}")
-    callbacks: list[TrainerCallback] = [ListenerCallback(listener, stage)]
-    if held:
-        with autocast(policy.model, recipe.train.bf16):
-            probe_set = ProbeSet(held, policy.model)
-        callbacks.append(ProbeCallback(probe_set, run, stage, recipe.probes.every, objective))
+        data, objective = encoded, objective = made_once(
+            policy, encoder, stage, recipe, examples, run, listener
+        )
+    with autocast(policy.model, recipe.train.bf16):
+        found = instruments(
+            policy, encoder, recipe, stage, objective, validation, examples, encoded, run, resume=resume
+        )
+    listener.phase(f"{stage}: {stage_settings(recipe, stage).objective['name']}")
+    probes = None if found is None else ProbeCallback(found, run, stage, listener.measured, listener.readings)
+    signals = Signals.of(probes, recipe, stage, objective, encoded, run, listener.phase)
+    callbacks = [ListenerCallback(listener, stage), *signals.callbacks]
     trainer = make_trainer(
         policy, stage, recipe, objective, data, callbacks, run, by_origin=rounds is not None
     )
+    signals.connect(trainer)
     if rounds is not None:
         rounds.steer(trainer)
     checkpoint = last_checkpoint(run.path / stage) if resume else None
     run.drop_after(stage, checkpoint_step(checkpoint))
     go_on(trainer, policy, checkpoint)
+
+
+def stage_settings(recipe: Recipe, stage: StageName) -> StageSettings:
+    """The recipe's section of a stage."""
+    return recipe.stage1 if stage == "stage1" else recipe.stage2
 
 
 def make_trainer(
@@ -226,7 +211,7 @@ def make_trainer(
     by_origin: bool = False,
 ) -> PreferenceTrainer:
     """The recipe's trainer for one stage; its metrics go to the run."""
-    train, settings = recipe.train, recipe.stage1 if stage == "stage1" else recipe.stage2
+    train, settings = recipe.train, stage_settings(recipe, stage)
     trainer = PreferenceTrainer(
         policy.model,
         training_arguments(recipe, settings, run.path / stage),
@@ -250,13 +235,12 @@ def made_once(
     encoder: Encoder,
     stage: StageName,
     recipe: Recipe,
-    settings: StageSettings,
     examples: Sequence[Example],
     run: RunDir,
     listener: Listener,
 ) -> tuple[list[EncodedExample], Objective]:
     """Encoded examples with the negatives that they have, and the objective; nothing changes while it trains."""
-    objective = settings.build()
+    objective = stage_settings(recipe, stage).build()
     negatives: Literal["gentle", "rejected"] = "gentle" if stage == "stage1" else "rejected"
     encoded, problems = encode_usable(encoder, examples, objective, negatives, recipe.data.max_bad_fraction)
     run.append("problems.jsonl", ({"stage": stage, "problem": text} for text in problems))

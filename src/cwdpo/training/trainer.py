@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 from cwdpo.data.collate import Collator, PromptBatch
 from cwdpo.data.encode import EncodedExample
@@ -47,6 +47,9 @@ class PreferenceTrainer(CompleteCheckpoints):
         max_tokens_per_batch: micro-batches of as many rows as fit this many tokens, padding included, instead of
             ``args.per_device_train_batch_size``.
         by_origin: also log share, mean_logp and cooling weight of the negatives by where they came from.
+
+    Attributes:
+        select: what of a micro-batch takes part, asked before its step is counted (a curriculum); all of it.
 
     Raises:
         RecipeError: a spike rule under DeepSpeed, whose update cannot be left out.
@@ -106,6 +109,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.loss_is_scaled_for_ga = True
         self._sums = StepMetrics(by_origin)
         self._on_log = on_log
+        self.select: Callable[[PromptBatch], PromptBatch] = lambda batch: batch
 
     def _row_tokens(self, index: int) -> int:
         return row_lengths(self.train_dataset[index], shared=shares_prefix(self.model))[1]
@@ -144,6 +148,9 @@ class PreferenceTrainer(CompleteCheckpoints):
         batches: list[PromptBatch] = [inputs["batch"] for inputs in batch_samples]
         if not batches:
             return None
+        for inputs in batch_samples:
+            inputs["batch"] = self.select(inputs["batch"])
+        batches = [inputs["batch"] for inputs in batch_samples]
         if self.accelerator.num_processes > 1:
             batches = self._together(batches)
             for inputs, batch in zip(batch_samples, batches, strict=True):
@@ -230,7 +237,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         pairs = scored_pairs(batch, tokens, num_items_in_batch)
         output = self.objective(pairs)
         self.guard.saw(model, Seen(batch, pairs, output), self.state.global_step + 1)
-        self._sums.add(batch, pairs, output)
+        self._sums.add(batch, tokens, pairs, output)
         self._sums.add_tokens(*row_tokens(batch, shared=shares_prefix(model)))
         # DDP averages gradients over processes; the loss is already divided by the global count.
         loss = output.loss * self.accelerator.num_processes
@@ -255,6 +262,13 @@ class PreferenceTrainer(CompleteCheckpoints):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_weights(self.model, Path(resume_from_checkpoint))
+
+    def report(self, readings: Mapping[str, float]) -> None:
+        """Hand held-out readings to the trackers of ``report_to``, and to nothing else."""
+        control: TrainerControl = self.control
+        due = control.should_log
+        self.callback_handler.on_log(self.args, self.state, control, dict(readings))
+        control.should_log = due  # the step's own metrics are logged whatever was told in between
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, reduced over processes, to what the Trainer logs."""

@@ -18,6 +18,7 @@ from cwdpo.models.load import Policy, load_policy, load_weights
 from cwdpo.models.tiny import init_model
 from cwdpo.negatives._mix import attach_negatives
 from cwdpo.records import Example
+from cwdpo.report.model_card import write_model_card
 from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir, replace_folder, sync_tree
 from cwdpo.training.evaluate import evaluate_policy
@@ -189,6 +190,7 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
         with autocast(policy.model, recipe.train.bf16):
             summary = evaluate_policy(policy, encoder, splits.validation, recipe, run, resume=trained)
         run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
+        write_model_card(run.path)
         write_report(run.path)
     state.wait_for_everyone()
 

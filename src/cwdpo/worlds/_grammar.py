@@ -116,3 +116,17 @@ def true_captions(scene: Scene) -> Iterator[str]:
             for relation in RELATIONS if links else ():
                 if relation_holds(order[0].place, relation, order[1].place):
                     yield Sentence(opener, bare, (relation, *links[1:])).text
+
+
+def paraphrases(text: str) -> list[str]:
+    """The same facts in the grammar's other words: another opener, and objects in another order.
+
+    Objects change places only where no relation hangs on their order. Empty for a text that is no sentence.
+    """
+    said = parse(text)
+    if said is None:
+        return []
+    free = not any(said.relations)
+    orders = itertools.permutations(said.objects) if free else [said.objects]
+    made = {Sentence(o, tuple(objects), said.relations).text for objects in orders for o in OPENERS}
+    return sorted(made - {text})

@@ -18,7 +18,15 @@ from pydantic import Field, field_validator
 from cwdpo.errors import DataError
 from cwdpo.records import Completion
 from cwdpo.registry import Settings
-from cwdpo.worlds._grammar import OPENERS, Sentence, StatedObject, caption, parse, true_captions
+from cwdpo.worlds._grammar import (
+    OPENERS,
+    Sentence,
+    StatedObject,
+    caption,
+    paraphrases,
+    parse,
+    true_captions,
+)
 from cwdpo.worlds._judge import Judgement, judge
 from cwdpo.worlds._negatives import NEGATIVES, easy, edit, hard, medium, noisy_caption, shuffled
 from cwdpo.worlds._questions import COUNTS, YES_NO, answer, question, wrong_answers
@@ -66,6 +74,7 @@ __all__ = [
     "materialise",
     "medium",
     "noisy_caption",
+    "paraphrases",
     "parse",
     "question",
     "render",

@@ -1,0 +1,79 @@
+"""``cwdpo diagnose`` and ``cwdpo watch``: what a run's numbers say, while it trains and afterwards. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+FINDINGS = 3
+"""Exit code of a diagnosis with findings."""
+
+
+SHORT = (("delta_logp/chosen", "Δchosen"), ("margin", "margin"), ("kl", "KL"), ("cooling/cooled", "cooled"))
+"""Readings of the progress line, in nats per token, nats, nats per token, and as a share."""
+
+
+def in_short(readings: Mapping[str, Any]) -> str:
+    """The last measurement on one line; what was not measured is left out.
+
+    Args:
+        readings: name -> an object with ``value``.
+    """
+    known = [(label, readings[name].value) for name, label in SHORT if name in readings]
+    return "  ".join(f"{label} {value:+.3f}" for label, value in known if value is not None)
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(diagnose)
+    app.command()(watch)
+
+
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="a run folder, finished or not")],
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Name what is wrong with a run and what to change; exit code 0 healthy, 3 with findings."""
+    from cwdpo.dynamics.diagnose import diagnose as look
+    from cwdpo.dynamics.diagnose import verdict
+    from cwdpo.rundir import RunDir
+
+    folder = RunDir.open(run)
+    findings = look(folder)
+    if as_json:
+        typer.echo(json.dumps(verdict(findings), indent=1, ensure_ascii=False))
+    elif not findings:
+        rows = folder.readings()
+        where = f"{len(rows)} readings up to step {max((r['step'] for r in rows), default=0)}"
+        typer.echo(f"{run}: healthy ({where})" if rows else f"{run}: nothing was measured yet")
+    for finding in findings if not as_json else ():
+        typer.echo(
+            f"{finding.severity}: {finding.name}: {finding.title} ({finding.stage}, from step {finding.first_step})"
+        )
+        for line in finding.evidence:
+            typer.echo(f"  seen    {line}")
+        typer.echo(f"  change  {finding.advice}\n  source  {finding.source}")
+    if findings:
+        raise typer.Exit(FINDINGS)
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8765,
+    every: Annotated[int, typer.Option(min=1, help="seconds between two looks")] = 5,
+) -> None:
+    """Show a run on a local page that refreshes itself; it reads only, and answers this machine only."""
+    from cwdpo.report.watch import serve
+    from cwdpo.rundir import RunDir
+
+    RunDir.open(run)
+    with serve(run, port, every) as server:
+        typer.echo(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("")

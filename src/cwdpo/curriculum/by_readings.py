@@ -1,0 +1,66 @@
+"""Harder and fresher negatives when their weights fall, gentler ones when chosen drifts down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pydantic import Field, model_validator
+
+from cwdpo.curriculum.base import Curriculum, Hardness, Plan
+
+
+class ByReadings(Curriculum):
+    """A window on hardness, in units of the cooling's tau around its floor, moved one notch at a measurement.
+
+    Drift is looked at first: a policy that loses its chosen responses gets gentler negatives even where the
+    weights call for harder ones. Here a gentle negative is one that the reference finds unlikely: the hardest ones,
+    which share most with chosen, leave first. The window never closes below ``narrowest``.
+
+    Args:
+        start_low, start_high: the window at the start: ``floor + k * tau`` for these k.
+        notch: of each move, in tau.
+        narrowest: smallest width of the window, in tau.
+        drift_below: ``delta_logp/chosen`` (nats per token) under which negatives become gentler.
+        cooled_above: ``cooling/cooled`` (share of held-out negatives with a weight under 0.1) over which they
+            become harder.
+        fresh_step: how much more of the pool is drawn anew with each harder notch, at most all of it.
+    """
+
+    start_low: float = -6.0
+    start_high: float = 6.0
+    notch: float = Field(1.0, gt=0)
+    narrowest: float = Field(2.0, gt=0)
+    drift_below: float = -0.01
+    cooled_above: float = Field(0.6, ge=0, le=1)
+    fresh_step: float = Field(0.25, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _wide_enough(self) -> ByReadings:
+        if self.start_high - self.start_low < self.narrowest:
+            raise ValueError("start_high - start_low must be at least narrowest")
+        return self
+
+    def first(self, hardness: Hardness) -> Plan:
+        """The starting window."""
+        low, high = (hardness.floor + k * hardness.tau for k in (self.start_low, self.start_high))
+        return Plan(low, high, reason="start")
+
+    def following(self, plan: Plan, readings: Mapping[str, float], hardness: Hardness) -> Plan:
+        """One notch, or none."""
+        notch, width = self.notch * hardness.tau, self.narrowest * hardness.tau
+        drift, cooled = readings.get("delta_logp/chosen"), readings.get("cooling/cooled")
+        if drift is not None and drift < self.drift_below:
+            # What lies above the hardest negative at hand is empty: the first notch has to bite.
+            top = min(plan.high, max(hardness.mean_logps, default=plan.high))
+            high = max(top - notch, plan.low + width)
+            if high < plan.high:
+                return replace(plan, high=high, reason=f"gentler: delta_logp/chosen {drift:.4g}")
+        elif cooled is not None and cooled > self.cooled_above:
+            bottom = max(plan.low, min(hardness.mean_logps, default=plan.low))
+            low, fresh = min(bottom + notch, plan.high - width), min(1.0, plan.fresh + self.fresh_step)
+            if low > plan.low or fresh > plan.fresh:
+                return replace(
+                    plan, low=max(low, plan.low), fresh=fresh, reason=f"harder: cooling/cooled {cooled:.4g}"
+                )
+        return plan

@@ -1,0 +1,68 @@
+"""Sections of the recipe about probes, stopping and curriculum. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+
+from cwdpo.curriculum.base import CURRICULA
+from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
+from cwdpo.errors import nearest
+from cwdpo.registry import Settings
+
+__all__ = ["DEFAULT_STOP", "TYPES", "CurriculumSpec", "ProbeSettings", "StopRules"]
+
+TYPES = (
+    "chosen_initial", "chosen_paraphrase", "rejected_paraphrase", "other_train", "other_test", "unrelated",
+    "shuffled", "on_policy",
+)  # fmt: skip
+"""Response types that can be asked for, beside ``chosen`` and the kinds of negatives."""
+
+
+class ProbeSettings(Settings):
+    """Held-out readings while training."""
+
+    every: int = Field(25, gt=0, description="optimizer steps between two readings")
+    prompts: int = Field(64, gt=0, description="held-out prompts scored each time")
+    types: tuple[str, ...] = Field(
+        TYPES[:-1],
+        description="response types besides chosen and the negatives; on_policy samples every time",
+    )
+    budget: float = Field(
+        0.1, ge=0, description="share of the stage's compute that all responses together may take, by tokens"
+    )
+    max_new_tokens: int = Field(48, gt=0, description="longest sampled response")
+    file: str | None = Field(
+        None, description="a probe set of your own, or in Ren's format, instead of validation"
+    )
+    influence: int = Field(
+        0, ge=0, description="training examples whose one-step influence is measured each time; 0 is off"
+    )
+
+    @field_validator("types")
+    @classmethod
+    def _known(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        for name in types:
+            if name not in TYPES:
+                raise ValueError(f"unknown type {name!r}{nearest(name, TYPES)}; allowed: {', '.join(TYPES)}")
+        return types
+
+
+def _rules(stop: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(parse_rule(text).text for text in stop)
+
+
+def _spec(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _buildable(spec: dict[str, Any]) -> dict[str, Any]:
+    CURRICULA.build(spec)
+    return spec
+
+
+StopRules = Annotated[tuple[str, ...], AfterValidator(_rules)]
+"""Rules over readings, see :func:`cwdpo.dynamics.rules.parse_rule`."""
+CurriculumSpec = Annotated[dict[str, Any], BeforeValidator(_spec), AfterValidator(_buildable)]
+"""``name`` and settings of a curriculum."""

@@ -1,0 +1,29 @@
+"""One update taken apart: what it should do to each held-out response, and what it does."""
+
+from __future__ import annotations
+
+from cwdpo.probes.base import HeldOut, Probe
+from cwdpo.records import Reading
+
+
+class Influence(Probe):
+    """Predicted against actual change of mean_logp after one small step of gradient descent; off unless asked for.
+
+    Source: the paper's and Ren & Sutherland's one-step decomposition, ``-eta * A * K * G``; see
+    :func:`cwdpo.probes._influence.one_step` for how it is computed and what it costs.
+    """
+
+    def __call__(self, held: HeldOut) -> list[Reading]:
+        """``influence/sign`` (share of predicted signs that came true), ``influence/correlation`` (Pearson), and the
+        mean norms ``influence/A``, ``influence/G`` and effective kernel ``influence/K/<type>``."""
+        found = held.one_step
+        if found is None:
+            return []
+        n = found.predicted.numel()
+        return [
+            Reading("influence/sign", found.sign_agreement, n, "share", held.step),
+            Reading("influence/correlation", found.correlation, n, "correlation", held.step),
+            held.reading("influence/A", found.belief, "norm"),
+            held.reading("influence/G", found.residual, "norm"),
+            *(held.reading(f"influence/K/{k}", found.kernel_of(k), "nats") for k in sorted(set(found.kinds))),
+        ]

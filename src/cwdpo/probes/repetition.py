@@ -1,0 +1,39 @@
+"""Whether what the policy writes repeats itself, or does not end."""
+
+from __future__ import annotations
+
+import torch
+
+from cwdpo.probes.base import HeldOut, Probe
+from cwdpo.records import Reading
+
+GRAM = 4
+
+
+class Repetition(Probe):
+    """Of the responses that the policy sampled; nothing where no type is sampled."""
+
+    def __call__(self, held: HeldOut) -> list[Reading]:
+        """Readings ``repetition/<type>`` (mean :func:`repeated`) and ``ended/<type>`` (share that ended by itself)."""
+        readings = []
+        for kind, rows in held.sampled.items():
+            shares = torch.tensor([repeated(text) for text, _ in rows])
+            ended = torch.tensor([float(end) for _, end in rows])
+            readings += [
+                held.reading(f"repetition/{kind}", shares, "share"),
+                held.reading(f"ended/{kind}", ended, "share"),
+            ]
+        return readings
+
+
+def repeated(text: str, n: int = GRAM) -> float:
+    """seq-rep-n: share of the word n-grams of a text that stand in it already; 0 for a text too short to have any.
+
+    Source: Welleck et al., "Neural text generation with unlikelihood training" (arXiv 1908.04319).
+
+    >>> repeated("a b c d a b c d"), repeated("a b c d e")
+    (0.2, 0.0)
+    """
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
