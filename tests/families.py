@@ -116,6 +116,7 @@ def build(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.floa
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from cwdpo.models.sample import Decoding, _inverted, sample, sample_batch, shared_prefill
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sampler_families import FAMILIES, build, prompt
+from families import FAMILIES, build, prompt
 
 GREEDY = Decoding(temperature=0, max_new_tokens=16)
 
@@ -28,7 +28,10 @@ def one_by_one(model, p) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_generate_in_every_family(family: str) -> None:
     model = build(family)
-    prompts = [prompt(family, model, seed, before, 4 + seed) for seed, before in ((1, 5), (2, 9), (3, 2))]
+    prompts = [
+        prompt(family, model, seed=seed, before=before, after=4 + seed)
+        for seed, before in ((1, 5), (2, 9), (3, 2))
+    ]
     expected = [one_by_one(model, p) for p in prompts]
     assert len({tuple(e) for e in expected}) == 3, "the pictures and prompts make a difference"
     draws = [str(i) for i in range(9)]
@@ -40,7 +43,7 @@ def test_greedy_tokens_equal_generate_in_every_family(family: str) -> None:
 def test_rows_that_end_leave_the_others_as_they_are(family: str) -> None:
     """An end token early in some rows: the batch shrinks, the other rows' tokens stay."""
     model = build(family)
-    prompts = [prompt(family, model, seed) for seed in range(4)]
+    prompts = [prompt(family, model, seed=seed) for seed in range(4)]
     expected = [one_by_one(model, p) for p in prompts]
     end = expected[0][3]
     cut = [row[: row.index(end) + 1] if end in row else row for row in expected]
