@@ -45,7 +45,7 @@ def test_drift_makes_negatives_gentler_and_cooled_ones_harder() -> None:
     assert (gentler.low, gentler.high) == (-4.0, -0.5)  # from the hardest at hand (0.0), by one notch of tau
     assert gentler.reason == "gentler: delta_logp/chosen -0.02"
     harder = next_round(curriculum, first, {"delta_logp/chosen": 0.0, "cooling/cooled": 0.9}, HARD)
-    assert (harder.low, harder.high, harder.fresh) == (-3.5, 2.0, 0.25)
+    assert (harder.low, harder.high) == (-3.5, 2.0)
     assert harder.reason == "harder: cooling/cooled 0.9"
 
 
@@ -55,7 +55,6 @@ def test_the_window_never_closes() -> None:
     for readings in [{"delta_logp/chosen": -1.0}] * 30 + [{"cooling/cooled": 1.0}] * 30:
         plan = next_round(curriculum, plan, readings, HARD)
         assert plan.high - plan.low >= 2 * HARD.tau - 1e-9
-    assert plan.fresh == 1.0
 
 
 def test_settings_are_checked_when_the_recipe_is_read() -> None:

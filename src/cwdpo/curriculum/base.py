@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cwdpo.registry import Component, Registry
@@ -17,15 +17,11 @@ class Plan:
 
     Attributes:
         low, high: hardness window: mean_logp of a negative under the reference, nats per token, ends included.
-        origins: share of each origin among newly drawn negatives; empty leaves them to the recipe's mix.
-        fresh: share of a round's pool that is drawn anew from the current policy, 0 to 1.
         reason: why this plan and not the last one, in words.
     """
 
     low: float = -math.inf
     high: float = math.inf
-    origins: Mapping[str, float] = field(default_factory=dict)
-    fresh: float = 0.0
     reason: str = ""
 
     def takes(self, mean_logp: float) -> bool:
@@ -38,19 +34,13 @@ class Plan:
             name: value if math.isfinite(value) else None
             for name, value in (("low", self.low), ("high", self.high))
         }
-        return {**asdict(self), **ends, "origins": dict(self.origins)}
+        return {**asdict(self), **ends}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`to_json` wrote."""
         low, high = row["low"], row["high"]
-        return cls(
-            -math.inf if low is None else low,
-            math.inf if high is None else high,
-            dict(row["origins"]),
-            row["fresh"],
-            row["reason"],
-        )
+        return cls(-math.inf if low is None else low, math.inf if high is None else high, row["reason"])
 
 
 @dataclass(frozen=True)

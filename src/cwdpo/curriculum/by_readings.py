@@ -1,4 +1,4 @@
-"""Harder and fresher negatives when their weights fall, gentler ones when chosen drifts down."""
+"""Harder negatives when their weights fall, gentler ones when chosen drifts down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class ByReadings(Curriculum):
         drift_below: ``delta_logp/chosen`` (nats per token) under which negatives become gentler.
         cooled_above: ``cooling/cooled`` (share of held-out negatives with a weight under 0.1) over which they
             become harder.
-        fresh_step: how much more of the pool is drawn anew with each harder notch, at most all of it.
     """
 
     start_low: float = -6.0
@@ -33,7 +32,6 @@ class ByReadings(Curriculum):
     narrowest: float = Field(2.0, gt=0)
     drift_below: float = -0.01
     cooled_above: float = Field(0.6, ge=0, le=1)
-    fresh_step: float = Field(0.25, ge=0, le=1)
 
     @model_validator(mode="after")
     def _wide_enough(self) -> ByReadings:
@@ -58,9 +56,7 @@ class ByReadings(Curriculum):
                 return replace(plan, high=high, reason=f"gentler: delta_logp/chosen {drift:.4g}")
         elif cooled is not None and cooled > self.cooled_above:
             bottom = max(plan.low, min(hardness.mean_logps, default=plan.low))
-            low, fresh = min(bottom + notch, plan.high - width), min(1.0, plan.fresh + self.fresh_step)
-            if low > plan.low or fresh > plan.fresh:
-                return replace(
-                    plan, low=max(low, plan.low), fresh=fresh, reason=f"harder: cooling/cooled {cooled:.4g}"
-                )
+            low = min(bottom + notch, plan.high - width)
+            if low > plan.low:
+                return replace(plan, low=low, reason=f"harder: cooling/cooled {cooled:.4g}")
         return plan
