@@ -345,3 +345,33 @@ def test_family_needs_image_tokens_of_its_config() -> None:
     assert int(text[0, 0]) == int(positions[:, : len(one.prompt.input_ids)].max()) + 1
     assert int(text[0, 0]) < len(one.prompt.input_ids), "a picture takes fewer positions than tokens"
     assert family_of("no_such_family") is None
+
+
+def test_a_family_that_changed_is_noticed_before_training(
+    model, encoder, examples, monkeypatch, caplog
+) -> None:
+    """What a release of transformers could do: rows that are laid out as before, and score otherwise."""
+    from cwdpo.models.families.base import Family
+    from cwdpo.training.prepare import check_scoring
+
+    use_scoring(model, "auto")
+    check_scoring(model, encoder, examples, "shared_prefix")
+    assert shares_prefix(model)
+    original = Family.positions
+    monkeypatch.setattr(Family, "positions", lambda self, *a: original(self, *a) // 2)
+    with pytest.raises(ModelError, match="other log-probabilities than plain scoring"):
+        check_scoring(model, encoder, examples, "shared_prefix")
+    with caplog.at_level(logging.WARNING, logger="cwdpo"):
+        check_scoring(model, encoder, examples, "auto")
+    assert "scoring is plain" in caplog.text
+    assert not shares_prefix(model)
+
+
+def test_a_tower_that_caps_its_attention_is_refused() -> None:
+    model = build("llava")
+    model.config.get_text_config().attn_logit_softcapping = 50.0
+    assert "caps attention logits" in shared_attention.obstacle(model)
+    query = torch.randn(1, 2, 6, 8)
+    mask = torch.ones(1, 1, 2, 6, dtype=torch.bool)
+    with pytest.raises(ModelError, match="softcap"):
+        shared_attention.shared_prefix_attention(model, query, query, query, mask, softcap=50.0)

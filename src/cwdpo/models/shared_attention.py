@@ -25,6 +25,8 @@ from cwdpo.models.inputs import unwrapped
 Scoring = Literal["auto", "shared_prefix", "plain"]
 NAME = "cwdpo_shared_prefix"
 logger = logging.getLogger("cwdpo")
+_NOT_HERE = ("softcap", "s_aux", "position_bias")
+"""What some towers hand to their attention and would be left out without a word."""
 
 
 def shared_prefix_attention(
@@ -55,6 +57,9 @@ def shared_prefix_attention(
         return output, None
     if key.shape[2] != length:
         raise ModelError("shared-prefix rows are scored without a cache of keys")
+    for name in _NOT_HERE:
+        if kwargs.get(name) is not None:
+            raise ModelError(f"this text tower's attention has a {name}; set model.scoring: plain")
     width = length - attention_mask.shape[-2]
     groups = query.shape[1] // key.shape[1]
     prompt = scaled_dot_product_attention(
@@ -121,6 +126,8 @@ def obstacle(inner: Any) -> str | None:
         )
     if text is config or _text_key(config) is None:
         return "its text tower has no config of its own"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "its text tower caps attention logits"
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     # Without layer types, a window holds for all layers unless it is switched off.
     if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):

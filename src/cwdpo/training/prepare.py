@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +12,20 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from cwdpo.data.collate import collate
 from cwdpo.data.encode import EncodedExample, Encoder
-from cwdpo.errors import DataError
+from cwdpo.errors import DataError, ModelError
 from cwdpo.models.sample import sample
+from cwdpo.models.shared_attention import Scoring, shares_prefix, use_scoring
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.records import Example
+from cwdpo.scoring import plain
+from cwdpo.scoring.score import score
+
+logger = logging.getLogger("cwdpo")
+MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
+"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16. The known traps give 0.2 and more."""
 
 
 def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
@@ -27,6 +36,38 @@ def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
     """
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
+
+
+@torch.no_grad()
+def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
+    """Compare shared-prefix with plain scoring on one prompt before anything relies on it.
+
+    Families are known by their type, and what a release of transformers does with it may change. Where the two
+    differ, ``auto`` goes on in plain rows, with a line in the log.
+
+    Raises:
+        ModelError: they differ, and ``model.scoring`` is ``shared_prefix``.
+    """
+    if not shares_prefix(model):
+        return
+    found = encoder.encode_all(encoder.readable(examples, 1), "rejected", require_negative=False)[0]
+    if not found:
+        return  # what is wrong with the data is said where it is trained on
+    batch = collate(found)
+    was_training = model.training
+    model.eval()
+    wanted, ours = plain.score(model, batch).logp, score(model, batch).logp
+    model.train(was_training)
+    rounded = wanted.dtype != torch.float32 or torch.is_autocast_enabled(wanted.device.type)
+    rounded = rounded or next(model.parameters()).dtype != torch.float32
+    difference = float((ours - wanted).abs().mean())
+    if not bool(wanted.isfinite().all()) or difference <= (MOST_ROUNDED if rounded else MOST_EXACT):
+        return
+    told = f"it gives other log-probabilities than plain scoring here (by {difference:.2g} nats per token)"
+    if scoring == "shared_prefix":
+        raise ModelError(f"model.scoring: shared_prefix is not possible: {told}; set it to auto or plain")
+    logger.warning("scoring is plain, one full sequence per completion: %s", told)
+    use_scoring(model, "plain")
 
 
 def encode_usable(

@@ -27,6 +27,7 @@ from cwdpo.records import Example
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.training.prepare import (
     autocast,
+    check_scoring,
     encode_usable,
     keep_negatives,
     reference_mean_logps,
@@ -128,6 +129,8 @@ class CWDPOTrainer(PreferenceTrainer):
             rows_source(train_dataset, "train_dataset"), max_bad_fraction=args.max_bad_fraction
         ).examples
         encoder = Encoder(processing_class, args.max_length)
+        with autocast(model, args.bf16):
+            check_scoring(model, encoder, examples, args.scoring)
         encoded, _ = encode_usable(encoder, examples, objective, "rejected", args.max_bad_fraction)
         if objective.needs_reference:
             reference = model if ref_model is None else ref_model.to(args.device)

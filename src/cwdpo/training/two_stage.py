@@ -22,7 +22,7 @@ from cwdpo.report.model_card import write_model_card
 from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir, replace_folder, sync_tree
 from cwdpo.training.evaluate import evaluate_policy
-from cwdpo.training.prepare import autocast
+from cwdpo.training.prepare import autocast, check_scoring
 from cwdpo.training.resume import start_run
 from cwdpo.training.stage import Listener, run_stage
 
@@ -180,6 +180,8 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
+    with autocast(policy.model, recipe.train.bf16):
+        check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
     trained = resume and (run.path / "model").is_dir()
     if trained:
         load_weights(policy.model, run.path / "model")
