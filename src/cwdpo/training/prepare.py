@@ -25,7 +25,7 @@ from cwdpo.scoring.score import score
 
 logger = logging.getLogger("cwdpo")
 MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
-"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 and more."""
+"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 up."""
 
 
 def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
