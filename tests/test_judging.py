@@ -7,12 +7,9 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from cwdpo.evaluation.judging import JUDGES, kind_of, strengths, tournament, win
 from cwdpo.evaluation.win_rate import win_rate
 from cwdpo.records import Completion, Example, Message
 from cwdpo.rundir import read_jsonl
+from server import needs_server
 
 openai = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="pip install 'cwdpo[server]'")
 
@@ -240,47 +238,6 @@ def test_both_orders_are_asked_and_the_transcript_is_kept(
     assert judge.estimate(rows, ours, theirs, None).startswith("7 requests"), "equal ones are sent once"
 
 
-LIMIT = 240.0
-"""Seconds after which the server counts as stuck."""
-NEEDED = [name for name in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server that holds the embedded small LLaVA."""
-    from cwdpo.models.load import EMBEDDED
-
-    home = tmp_path_factory.mktemp("hub")
-    (home / "hub").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        str(Path(sys.executable).parent / "transformers"), "serve", str(EMBEDDED), "--device", "cpu", "--host",
-        "127.0.0.1", "--port", str(port), "--log-level", "info",
-    ]  # fmt: skip
-    said: list[str] = []
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as server:
-        patience = threading.Timer(LIMIT, server.kill)
-        patience.start()
-        assert server.stdout is not None
-        for line in server.stdout:
-            said.append(line)
-            if "Uvicorn running on" in line:
-                break
-        else:
-            pytest.fail("the server ended: " + "".join(said)[-3000:])
-        drain = threading.Thread(target=lambda: said.extend(server.stdout or ()))
-        drain.start()
-        yield f"http://127.0.0.1:{port}/v1"
-        server.terminate()
-        drain.join(30)
-        patience.cancel()
-
-
 JUDGING = """
 import sys
 from pathlib import Path
@@ -294,7 +251,7 @@ print(*judge(rows, [e.chosen.text for e in rows], [e.rejected[0].text for e in r
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(NEEDED), reason=f"not installed: {', '.join(NEEDED)} (pip install 'cwdpo[dev]')")
+@needs_server
 def test_a_real_server_is_asked_in_both_orders_and_resumed_after_a_kill(
     served: str, tmp_path: Path, world_folder: Path
 ) -> None:
