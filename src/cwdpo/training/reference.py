@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
@@ -56,7 +57,8 @@ def stored_reference_pass(
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
     keys = [row_keys(digest, e.prompt, completions_of(e)) for e in examples]
-    cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=bf16)
+    rounded = bf16 or next(model.parameters()).dtype != torch.float32
+    cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=rounded)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for first in range(0, len(batches), state.num_processes):
@@ -99,11 +101,12 @@ def _opened(
 ) -> ReferenceCache:
     """The cache as the main process reads it, with what it holds of ``keys``; an error there is everyone's error."""
     state = PartialState()
-    cache = ReferenceCache(folder, read=state.is_main_process)
+    cache = ReferenceCache(folder, read=False)
     found: dict[bytes, Value] = {}
     error = ""
     if state.is_main_process:
         try:
+            cache = ReferenceCache(folder)
             found = {key: value for own in keys for key in own if (value := cache.get(key)) is not None}
             _check_canaries(model, examples, keys, cache, rounded=rounded)
         except (ReferenceCacheError, NonFiniteError) as problem:
