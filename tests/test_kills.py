@@ -30,9 +30,10 @@ train: {batch_size: 4, logging_steps: 3, save_steps: 4, warmup_steps: 2}
 calibration: {samples: 48, max_new_tokens: 16}
 probes: {every: 5, prompts: 12}
 evaluation: {prompts: 12, samples: 4, max_new_tokens: 24, batch_size: 4}
+stop: []
 """
 ROUNDS = """
-negatives: {on_policy_fraction: 0.5, rounds: 3, sampler: {samples: 2, max_new_tokens: 16, batch_size: 4}}
+negatives: {on_policy_fraction: 0.5, rounds: 3, sampler: {samples: 2, max_new_tokens: 48, batch_size: 4}}
 """
 ATTEMPTS = 6
 LIMIT = 240.0

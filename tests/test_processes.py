@@ -105,6 +105,8 @@ def test_two_processes_take_the_steps_of_one(together, alone, name) -> None:
     # Metrics are averaged over the same rows, each counted once. Only the padding is that of smaller batches.
     for a, b in zip(one["logs"], two["logs"], strict=True):
         measured = {k: v for k, v in a.items() if not k.startswith(("train_", "tokens/"))}
+        if a.get("step") == 1:  # no shift yet: which of two zeros is larger is rounding
+            measured.pop("rewards/accuracies", None)
         assert {k: b[k] for k in measured} == pytest.approx(measured, abs=1e-4, rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-3, abs=1e-3)
     assert two["weights"] == second[name]["weights"]
@@ -151,9 +153,17 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
         a, b = ([r["loss"] for r in run.metrics() if r["stage"] == stage] for run in (one, two))
         assert len(a) == 4
         assert b == pytest.approx(a, abs=1e-5, rel=0)
-    readings = [[r["value"] for r in run.readings()] for run in (one, two)]
+    readings = [
+        {(r["stage"], r["step"], r["name"]): r["value"] for r in run.readings()} for run in (one, two)
+    ]
     assert len(readings[0]) > 20
-    assert readings[1] == pytest.approx(readings[0], abs=1e-4, rel=1e-4)
+    missing = [{name for name, value in found.items() if value is None} for found in readings]
+    assert missing[0] == missing[1]
+    known = [{name: value for name, value in found.items() if value is not None} for found in readings]
+    # A correlation of shifts that are near zero yet magnifies their rounding.
+    fine = [{k: v for k, v in found.items() if k[2] != "length/correlation"} for found in known]
+    assert fine[1] == pytest.approx(fine[0], abs=1e-4, rel=1e-4)
+    assert known[1] == pytest.approx(known[0], abs=0.02)
     load_policy(_settings(tmp_path / "two" / "model"))
 
 

@@ -220,7 +220,7 @@ def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; the tensor itself where it is not sharded."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.tolocal_part() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _named(parameters: Any, part: Callable[[Tensor], Tensor | None]) -> list[str]:
