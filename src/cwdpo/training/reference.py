@@ -40,10 +40,12 @@ def stored_reference_pass(
 
     Args:
         model: the reference.
+        examples: P prompts with their completions.
         run: the run; its process with ``run.writes`` stores.
         batch_size: prompts per forward.
         bf16: whether the caller scores under bfloat16.
         folder: where values are kept, shared between runs; default ``reference/`` in the run folder.
+        progress: called with the number of finished prompts.
 
     Returns:
         The examples with reference sums (nats), in their order.
