@@ -35,8 +35,8 @@ def stored_reference_pass(
 ) -> list[EncodedExample]:
     """As :func:`cwdpo.scoring.pairs.reference_pass`, but only for completions that the cache lacks.
 
-    Several processes share the work, batch by batch; the main one reads and writes. Batches are the same whatever is
-    stored, and a batch is stored as a whole, so that a resumed run ends with the same values to the last bit.
+    Several processes share the work; the main one reads and writes. Batches are the same whatever is stored, and each
+    is stored as a whole: a resumed run ends with the same values to the last bit.
 
     Args:
         model: the reference.
@@ -51,8 +51,7 @@ def stored_reference_pass(
         The examples with reference sums (nats), in their order.
 
     Raises:
-        NonFiniteError: the reference has no finite log-likelihood for an example.
-        ReferenceCacheError: a stored file is damaged, or values are not what the reference says now.
+        NonFiniteError, ReferenceCacheError: an example's value is not finite; a stored one is damaged or stale.
     """
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
