@@ -15,10 +15,11 @@ from cwdpo.bench.measure import quiet
 from cwdpo.config import Recipe
 from cwdpo.data.encode import Encoder
 from cwdpo.models.shared_attention import shares_prefix
+from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.scoring.score import row_tokens
-from cwdpo.training.prepare import encode_usable
+from cwdpo.training.prepare import encode_usable, wants_calibration
 from cwdpo.training.stage import make_trainer
 from cwdpo.training.trainer import PreferenceTrainer
 from cwdpo.training.two_stage import load_model, prepare_data
@@ -78,7 +79,8 @@ def _walk(recipe: Recipe, folder: Path) -> Iterator[tuple[float, int, int, int]]
     splits = prepare_data(recipe, run)
     policy = load_model(recipe, splits, run)
     objective = recipe.stage2.build()
-    if hasattr(objective, "calibrated") and getattr(objective, "needs_calibration", False):
+    if wants_calibration(objective):
+        assert isinstance(objective, CwDpo)
         objective = objective.calibrated([-3.0, -2.0, -1.0])  # any floor: the step costs the same
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
     encoded, _ = encode_usable(encoder, splits.stage2, objective, "rejected", recipe.data.max_bad_fraction)
