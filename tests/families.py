@@ -26,6 +26,16 @@ SIGLIP = {
 TILES = [[56, 56], [56, 112], [112, 56]]
 
 
+def distributions(model: Any, batch: Any) -> torch.Tensor:
+    """Log-probabilities over the vocabulary of all completion tokens, [M, V], by the path the model is switched to."""
+    from cwdpo.scoring.score import score
+
+    with torch.no_grad():
+        whole = score(model, batch, whole=torch.ones(len(batch.completions), dtype=torch.bool)).whole
+    assert whole is not None
+    return whole
+
+
 def config(name: str) -> Any:
     """The configuration of a model with four text layers and three vision layers."""
     if name.startswith("qwen"):

@@ -26,16 +26,17 @@ from cwdpo.rundir import RunDir, read_jsonl
 from cwdpo.scoring import plain
 from cwdpo.training.probe_set import (
     FEWEST,
+    FEWEST_PROMPTS,
     Load,
     build_prompts,
     make_responses,
-    sequence_tokens,
     within_budget,
 )
 from cwdpo.training.probing import instruments
 from cwdpo.worlds.shapes import Scene, judge, paraphrases, parse
+from families import distributions
 
-RICH = Load(tokens=1e9, steps=100)
+RICH = Load(tokens=1e9, steps=100, shared=False)
 
 
 def echo(asked: Sequence[Example]) -> list[str]:
@@ -200,20 +201,33 @@ def test_unknown_types_are_refused_in_the_recipe() -> None:
 # --- the budget -----------------------------------------------------------------------------------------
 
 
-def test_the_budget_decides_how_many_prompts_have_every_type(encoder, examples) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_budget_decides_how_many_prompts_are_probed_and_have_every_type(
+    encoder, examples, shared
+) -> None:
     encoded = encoder.encode_all(examples[:20], "rejected", require_negative=False)[0]
     settings = ProbeSettings(every=10, types=("shuffled", "other_test"), budget=0.1)
-    core = sum(map(sequence_tokens, encoded))
-    one = [2 * (len(e.prompt.input_ids) + len(e.chosen.ids)) for e in encoded]
+    prompts = [len(e.prompt.input_ids) for e in encoded]
+    chosen = [len(e.chosen.ids) for e in encoded]
+    rejected = [[len(c.ids) for c in e.negatives] for e in encoded]
+    pairs = [
+        (1 if shared else 1 + len(r)) * p + c + sum(r)
+        for p, c, r in zip(prompts, chosen, rejected, strict=True)
+    ]
+    typed = [2 * ((0 if shared else p) + c) for p, c in zip(prompts, chosen, strict=True)]
     passes = 100 / 10 + 3
 
     def load_for(tokens: float) -> Load:
-        return Load(tokens * passes / (0.1 * 2.5 * 100), 100)
+        return Load(tokens * passes / (0.1 * 2.5 * 100), 100, shared)
 
-    assert within_budget(encoded, load_for(core + sum(one[:9]) + 1), settings) == 9
-    assert within_budget(encoded, load_for(core), settings) == FEWEST
-    assert within_budget(encoded, RICH, settings) == 20
-    assert within_budget(encoded, RICH, ProbeSettings(types=())) == 0
+    assert within_budget(encoded, load_for(sum(pairs) + sum(typed[:9]) + 1), settings) == (20, 9)
+    assert within_budget(encoded, load_for(sum(pairs) + 1), settings) == (20, FEWEST)
+    assert within_budget(encoded, load_for(sum(pairs[:18]) + 1), settings) == (18, FEWEST)
+    assert within_budget(encoded, load_for(1), settings) == (FEWEST_PROMPTS, FEWEST)
+    assert within_budget(encoded[:3], load_for(1), settings) == (3, 3)
+    rich = Load(1e9, 100, shared)
+    assert within_budget(encoded, rich, settings) == (20, 20)
+    assert within_budget(encoded, rich, ProbeSettings(types=())) == (20, 0)
 
 
 # --- one pass is exact ----------------------------------------------------------------------------------
@@ -256,6 +270,16 @@ def test_readings_equal_an_independent_plain_computation(model, encoder, example
 
             low, high = stats.t.interval(0.95, len(moved) - 1, sum(moved) / len(moved), stats.sem(moved))
             assert (found.low, found.high) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
+    # the starting policy's own samples: distributions of exactly those tokens, from the same pass
+    initial = [
+        EncodedExample(e.id, e.prompt, c)
+        for e in built.encoded
+        for c in built.extras[e.id]
+        if c.kind == "chosen_initial"
+    ]
+    expected = torch.cat([distributions(model, collate([e])) for e in initial])
+    assert torch.allclose(held.own["chosen_initial"][0], expected, atol=1e-4)
+    assert not torch.allclose(held.own["chosen_initial"][1], expected, atol=1e-4)
     # margins are those of the data's pairs: further responses make none
     assert readings["margin"].n == sum(len(e.negatives) for e in built.encoded)
 

@@ -109,7 +109,7 @@ def test_reliability_rows_are_the_bins_of_the_ece() -> None:
 def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(model, encoder, examples) -> None:
     from cwdpo.data.collate import collate
     from cwdpo.scoring import plain
-    from cwdpo.scoring.score import distributions
+    from families import distributions
 
     encoded = encoder.encode_all(examples[:5], "rejected", require_negative=False)[0]
 

@@ -17,8 +17,8 @@ from cwdpo.models import shared_attention
 from cwdpo.models.families import family_names, family_of
 from cwdpo.models.shared_attention import NAME, shares_prefix, use_scoring
 from cwdpo.scoring import plain, shared_prefix
-from cwdpo.scoring.score import distributions, row_tokens, score
-from families import FAMILIES, IMAGE, build, example, ragged
+from cwdpo.scoring.score import row_tokens, score
+from families import FAMILIES, IMAGE, build, distributions, example, ragged
 
 LORA = r".*(language_model|text_model).*\.(q_proj|v_proj|down_proj)"
 

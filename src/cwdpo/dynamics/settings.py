@@ -24,13 +24,17 @@ class ProbeSettings(Settings):
     """Held-out readings while training."""
 
     every: int = Field(25, gt=0, description="optimizer steps between two readings")
-    prompts: int = Field(64, gt=0, description="held-out prompts scored each time")
+    prompts: int = Field(
+        64, gt=0, description="held-out prompts scored each time, or as many as the budget allows"
+    )
     types: tuple[str, ...] = Field(
         TYPES[:-1],
         description="response types besides chosen and the negatives; on_policy samples every time",
     )
     budget: float = Field(
-        0.1, ge=0, description="share of the stage's compute that all responses together may take, by tokens"
+        0.1,
+        ge=0,
+        description="share of the stage's compute that all prompts and responses may take, by tokens",
     )
     max_new_tokens: int = Field(48, gt=0, description="longest sampled response")
     file: str | None = Field(

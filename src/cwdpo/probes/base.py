@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from cwdpo.data.collate import PromptBatch, collate
+from cwdpo.data.collate import PromptBatch
 from cwdpo.data.encode import EncodedCompletion, EncodedExample
 from cwdpo.records import Reading
 from cwdpo.registry import Component, Registry
-from cwdpo.scoring.score import distributions, score
+from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import output_head
 
 if TYPE_CHECKING:
     from cwdpo.probes._influence import OneStep
 
 MAX_STORED = 1 << 26
-"""Most values of the reference's distributions kept for divergences (256 MiB of fp32)."""
+"""Most values of the reference's distributions kept for the divergences of a type (256 MiB of fp32)."""
+WHOLE = ("chosen", "chosen_initial")
+"""Response types whose distributions over the vocabulary are kept: what the policy should say, and what it said."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class ProbeSet:
     Args:
         examples: encoded held-out examples; every negative is scored, by kind.
         model: the policy at the start of the stage.
-        batch_size: prompts per forward.
+        batch_size: most prompts of a forward.
         extras: further responses by example id; their ``kind`` is the response type.
     """
 
@@ -174,75 +176,75 @@ class ProbeSet:
         batch_size: int = 32,
         extras: Mapping[str, Sequence[EncodedCompletion]] | None = None,
     ) -> None:
-        self._rows: list[tuple[str, int, bool, str]] = []  # kind, prompt, negative, origin
-        bare = self._within_budget(examples, vocabulary_size(model))
-        self._chosen = [collate(bare[i : i + batch_size]) for i in range(0, len(bare), batch_size)]
-        self._rows += [("chosen", i, False, e.chosen.origin) for i, e in enumerate(bare)]
-        rest = []
-        for i, example in enumerate(examples):
-            added = tuple((extras or {}).get(example.id, ()))
-            chosen = (example.chosen,) if i >= len(bare) else ()
-            if chosen or example.negatives or added:
-                rest.append((i, example, chosen, added))
-        rest.sort(key=lambda row: (row[1].n_tokens, row[0]))
-        self._others = [self._lay_out(rest[k : k + batch_size]) for k in range(0, len(rest), batch_size)]
-        self._start: tuple[Tensor, Tensor | None] | None = None
+        rows = []
+        for index, example in enumerate(examples):
+            own = [_Response("chosen", example.chosen, index)]
+            own += [_Response(c.kind or "rejected", c, index, negative=True) for c in example.negatives]
+            own += [_Response(c.kind, c, index) for c in (extras or {}).get(example.id, ())]
+            rows.append((example, own))
+        self._keep_whole([r for _, own in rows for r in own], vocabulary_size(model))
+        self._batches = [_lay_out(part) for part in _of_like_length(rows, batch_size)]
+        responses = [r for part in self._batches for r in part.responses]
+        order = sorted(
+            range(len(responses)), key=lambda i: (responses[i].kind != "chosen", responses[i].prompt)
+        )
+        self._order = torch.tensor(order)
+        self._responses = [responses[i] for i in order]
+        self._start: tuple[Tensor, dict[str, Tensor]] | None = None
         self._first = self.measure(model)
-        self._start = self._first.sum_logp, self._first.logp
-
-    def _lay_out(
-        self,
-        rows: Sequence[tuple[int, EncodedExample, Sequence[EncodedCompletion], Sequence[EncodedCompletion]]],
-    ) -> PromptBatch:
-        """A batch of what is not scored with its whole distributions, noted completion by completion."""
-        completions: list[EncodedCompletion] = []
-        prompts: list[int] = []
-        chosen_at: list[int] = []
-        for position, (index, example, chosen, added) in enumerate(rows):
-            chosen_at += [len(completions)] * len(chosen)
-            own = (*chosen, *example.negatives, *added)
-            completions += own
-            prompts += [position] * len(own)
-            self._rows += [("chosen", index, False, c.origin) for c in chosen]
-            self._rows += [(c.kind or "rejected", index, True, c.origin) for c in example.negatives]
-            self._rows += [(c.kind, index, False, c.origin) for c in added]
-        empty = torch.zeros(0, dtype=torch.long)
-        return PromptBatch(
-            tuple(e.id for _, e, _, _ in rows), tuple(e.prompt for _, e, _, _ in rows), tuple(completions),
-            torch.tensor(prompts), torch.tensor(chosen_at, dtype=torch.long), empty, empty,
-        )  # fmt: skip
+        self._start = self._first.sum_logp, self._whole_now
 
     @staticmethod
-    def _within_budget(examples: Sequence[EncodedExample], vocabulary: int) -> list[EncodedExample]:
-        """The first examples, without negatives, whose chosen tokens' distributions may be kept."""
-        kept: list[EncodedExample] = []
-        tokens = 0
-        for example in examples:
-            tokens += len(example.chosen.ids)
-            if tokens * vocabulary > MAX_STORED:
-                break
-            kept.append(replace(example, negatives=()))
-        return kept
+    def _keep_whole(responses: Sequence[_Response], vocabulary: int) -> None:
+        """Mark the first responses of each type in :data:`WHOLE` whose distributions may be kept."""
+        for kind in WHOLE:
+            tokens = 0
+            for response in (r for r in responses if r.kind == kind):
+                tokens += len(response.completion.ids)
+                if tokens * vocabulary > MAX_STORED:
+                    break
+                response.whole = True
 
     @torch.no_grad()
     def measure(self, model: nn.Module, step: int = 0, scale: Scale | None = None) -> HeldOut:
-        """One pass of the current policy over the set: every response is run once."""
+        """One pass of the current policy over the set: every prompt and every response is run once."""
         was_training = model.training
         model.eval()
-        found = [distributions(model, batch).cpu() for batch in self._chosen]
-        parts = [_read_off(logp, batch) for logp, batch in zip(found, self._chosen, strict=True)]
-        parts += [_scored(model, batch) for batch in self._others]
+        found = [one for batch in self._batches for one in batch.scored(model)]
         model.train(was_training)
-        logp = torch.cat(found) if found else None
-        sum_logp, n_tokens, sum_p, entropy, top1, correct = (
-            torch.cat(column) for column in zip(*parts, strict=True)
-        )
-        start, start_logp = (sum_logp, logp) if self._start is None else self._start
-        kinds, prompts, negative, origins = zip(*self._rows, strict=True)
+        found = [found[i] for i in self._order.tolist()]
+        self._whole_now = {
+            kind: torch.cat(parts)
+            for kind in WHOLE
+            if (
+                parts := [
+                    f.whole for f, r in zip(found, self._responses, strict=True) if r.whole and r.kind == kind
+                ]
+            )
+        }
+        sum_logp = torch.stack([f.logp.sum() for f in found])
+        start, whole_start = (sum_logp, self._whole_now) if self._start is None else self._start
+        pairs = {kind: (now, whole_start[kind]) for kind, now in self._whole_now.items()}
+        logp, start_logp = pairs.pop("chosen", (None, None))
+        chosen = [f for f, r in zip(found, self._responses, strict=True) if r.kind == "chosen"]
         return HeldOut(
-            kinds, torch.tensor(prompts), sum_logp, start, n_tokens, entropy, top1, correct, logp, start_logp,
-            scale or Scale(), step, torch.tensor(negative), origins, sum_p,
-        )  # fmt: skip
+            kinds=tuple(r.kind for r in self._responses),
+            prompt=torch.tensor([r.prompt for r in self._responses]),
+            sum_logp=sum_logp,
+            start_sum_logp=start,
+            n_tokens=torch.tensor([len(f.logp) for f in found]),
+            entropy=torch.cat([f.entropy for f in chosen]),
+            top1=torch.cat([f.top1 for f in chosen]),
+            correct=torch.cat([f.correct for f in chosen]),
+            logp=logp,
+            start_logp=start_logp,
+            scale=scale or Scale(),
+            step=step,
+            negative=torch.tensor([r.negative for r in self._responses]),
+            origins=tuple(r.completion.origin for r in self._responses),
+            sum_p=torch.stack([f.logp.exp().sum() for f in found]),
+            own=pairs,
+        )
 
     def at_start(self, scale: Scale | None = None) -> HeldOut:
         """The measurement that was taken when the set was made."""
@@ -250,30 +252,80 @@ class ProbeSet:
         return replace(first, scale=scale or Scale())
 
 
-def _read_off(logp: Tensor, batch: PromptBatch) -> tuple[Tensor, ...]:
-    """Sums and token details of chosen responses from their distributions [M, V]."""
-    lengths = [len(c.ids) for c in batch.completions]
-    targets = torch.tensor([token for c in batch.completions for token in c.ids])
-    own = logp.gather(-1, targets[:, None])[:, 0].double()
-    top1, best = logp.max(-1)
-    entropy = torch.cat([-(part.exp() * part).sum(-1) for part in logp.split(256)])
-    sums = [torch.stack([part.sum() for part in values.split(lengths)]) for values in (own, own.exp())]
-    return sums[0], torch.tensor(lengths), sums[1], entropy, top1.exp(), (best == targets).float()
+@dataclass
+class _Response:
+    """A response of the set; ``whole``: its distributions over the vocabulary are kept."""
+
+    kind: str
+    completion: EncodedCompletion
+    prompt: int
+    negative: bool = False
+    whole: bool = False
 
 
-def _scored(model: nn.Module, batch: PromptBatch) -> tuple[Tensor, ...]:
-    """The same from a scoring pass; token details of the chosen responses among the completions."""
-    tokens = score(model, batch, details=True)
-    assert tokens.entropy is not None
-    assert tokens.top1 is not None
-    assert tokens.correct is not None
-    chosen = torch.zeros(len(batch.completions), dtype=torch.bool)
-    chosen[batch.chosen] = True
-    inside = tokens.mask & chosen[:, None].to(tokens.mask.device)
-    logp = tokens.logp.double()
-    sums = (logp.sum(1), tokens.mask.sum(1), (logp.exp() * tokens.mask).sum(1))
-    details = (tokens.entropy[inside], tokens.top1[inside], tokens.correct[inside])
-    return tuple(t.cpu() for t in (*sums, *details))
+class _Scored(NamedTuple):
+    """Of one response with C tokens: [C] each, and its distributions [C, V] where they are kept."""
+
+    logp: Tensor
+    entropy: Tensor
+    top1: Tensor
+    correct: Tensor
+    whole: Tensor
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Responses in the order of the batch's completions."""
+
+    batch: PromptBatch
+    responses: Sequence[_Response]
+
+    def scored(self, model: nn.Module) -> list[_Scored]:
+        """Every response of the batch from one forward."""
+        wanted = torch.tensor([r.whole for r in self.responses])
+        tokens = score(model, self.batch, details=True, whole=wanted)
+        lengths = [len(r.completion.ids) for r in self.responses]
+        kept = [n if r.whole else 0 for n, r in zip(lengths, self.responses, strict=True)]
+        assert tokens.whole is not None
+        whole = tokens.whole.cpu().split(kept)
+        columns = [tokens.logp.double(), tokens.entropy, tokens.top1, tokens.correct]
+        logp, entropy, top1, correct = (c.cpu() for c in columns if c is not None)
+        return [
+            _Scored(logp[i, :n], entropy[i, :n], top1[i, :n], correct[i, :n], whole[i])
+            for i, n in enumerate(lengths)
+        ]
+
+
+_Row = tuple[EncodedExample, list[_Response]]
+
+
+def _row_length(row: _Row) -> int:
+    example, own = row
+    return len(example.prompt.input_ids) + sum(len(r.completion.ids) for r in own)
+
+
+def _of_like_length(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
+    """Prompts with all their responses, in batches that padding makes longer by a quarter at most."""
+    part: list[_Row] = []
+    for row in sorted(rows, key=_row_length):
+        if part and (len(part) == most or _row_length(row) > 1.25 * _row_length(part[0])):
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def _lay_out(rows: Sequence[_Row]) -> _Batch:
+    responses = [r for _, own in rows for r in own]
+    prompts = [position for position, (_, own) in enumerate(rows) for _ in own]
+    chosen = [i for i, r in enumerate(responses) if r.kind == "chosen"]
+    empty = torch.zeros(0, dtype=torch.long)
+    batch = PromptBatch(
+        tuple(e.id for e, _ in rows), tuple(e.prompt for e, _ in rows), tuple(r.completion for r in responses),
+        torch.tensor(prompts), torch.tensor(chosen), empty, empty,
+    )  # fmt: skip
+    return _Batch(batch, responses)
 
 
 def vocabulary_size(model: nn.Module) -> int:

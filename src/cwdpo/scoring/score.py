@@ -21,6 +21,7 @@ def score(
     smoothing: bool = False,
     details: bool = False,
     collision: bool = False,
+    whole: Tensor | None = None,
 ) -> TokenScores:
     """Score every completion of a batch, in shared-prefix rows where the model is switched to them.
 
@@ -30,6 +31,8 @@ def score(
         smoothing: also the mean log-probability over the vocabulary (``sft_smoothed``).
         details: also entropy, top-1 probability and correctness.
         collision: also the log-probability that two draws of a token agree (``wpo``).
+        whole: [N] True for completions whose log-probabilities over the vocabulary are kept; only without gradient
+            and for few, since they are the tensor that scoring avoids.
 
     Returns:
         [N, C] per-token scores, C the longest completion, in nats.
@@ -38,18 +41,10 @@ def score(
         ModelError: a prompt that this family would score silently wrong.
     """
     inputs, request = _lay_out(model, batch)
-    request = replace(request, smoothing=smoothing, details=details, collision=collision)
-    return unpack(run(model, inputs, request), request, [len(c.ids) for c in batch.completions])
-
-
-@torch.no_grad()
-def distributions(model: nn.Module, batch: PromptBatch) -> Tensor:
-    """Log-probabilities over the vocabulary at all M completion tokens, [M, V], completion by completion.
-
-    For small held-out sets only: this is the tensor that :func:`score` avoids.
-    """
-    inputs, request = _lay_out(model, batch)
-    return run(model, inputs, replace(request, full=True))
+    lengths = [len(c.ids) for c in batch.completions]
+    tokens = None if whole is None else whole.repeat_interleave(torch.tensor(lengths))
+    request = replace(request, smoothing=smoothing, details=details, collision=collision, whole=tokens)
+    return unpack(run(model, inputs, request), request, lengths)
 
 
 def row_tokens(batch: PromptBatch, *, shared: bool) -> tuple[int, int]:

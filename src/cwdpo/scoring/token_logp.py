@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class TokenScores:
         collision_logp: [N, C] log-probability that two draws of the token agree, detached; where asked.
         entropy: [N, C] in nats, detached; with ``top1`` (largest probability) and ``correct``
             (whether that was the token) only where details were asked, else ``None``.
+        whole: [W, V] log-probabilities over the vocabulary, detached, of the tokens of completions that were asked
+            for, completion by completion; else ``None``.
     """
 
     logp: Tensor
@@ -44,6 +46,7 @@ class TokenScores:
     entropy: Tensor | None = None
     top1: Tensor | None = None
     correct: Tensor | None = None
+    whole: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class HeadRequest:
         smoothing: also the mean log-probability over the vocabulary.
         details: also entropy, top-1 probability and correctness (no gradient).
         collision: also ``log sum over the vocabulary of p^2`` (no gradient), for WPO.
-        full: instead return the log-probabilities [M, V] themselves (for divergences on few tokens).
+        whole: [M] True where the log-probabilities over the vocabulary are wanted themselves (for divergences on
+            few tokens; without gradient). They are put into ``found``, part by part.
     """
 
     rows: Tensor
@@ -64,8 +68,9 @@ class HeadRequest:
     targets: Tensor
     smoothing: bool = False
     details: bool = False
-    full: bool = False
     collision: bool = False
+    whole: Tensor | None = None
+    found: list[Tensor] = field(default_factory=list)
 
 
 def _token_stats(logp: Tensor, targets: Tensor, request: HeadRequest) -> Tensor:
@@ -85,21 +90,22 @@ def _token_stats(logp: Tensor, targets: Tensor, request: HeadRequest) -> Tensor:
 def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor, request: HeadRequest) -> Tensor:
     selected = hidden[request.rows.to(hidden.device), request.positions.to(hidden.device)]
     targets = request.targets.to(hidden.device)
-    if request.full:
-        return head(selected).float().log_softmax(-1)
+    whole = torch.zeros_like(targets) if request.whole is None else request.whole.to(hidden.device)
     vocabulary = _vocabulary_size(head, selected)
     size = max(1, CHUNK_VALUES // vocabulary)
 
-    def one(part: Tensor, wanted: Tensor) -> Tensor:
+    def one(part: Tensor, wanted: Tensor, kept: Tensor) -> Tensor:
         logp = head(part).float().log_softmax(-1)
+        if request.whole is not None:
+            request.found.append(logp[kept.bool()].detach())
         return _token_stats(logp, wanted, request)
 
     if len(selected) <= size:
-        return one(selected, targets)
-    pieces = zip(selected.split(size), targets.split(size), strict=True)
+        return one(selected, targets, whole)
+    pieces = zip(selected.split(size), targets.split(size), whole.split(size), strict=True)
     if torch.is_grad_enabled() and selected.requires_grad:
-        return torch.cat([checkpoint(one, part, wanted, use_reentrant=False) for part, wanted in pieces])
-    return torch.cat([one(part, wanted) for part, wanted in pieces])
+        return torch.cat([checkpoint(one, *piece, use_reentrant=False) for piece in pieces])
+    return torch.cat([one(*piece) for piece in pieces])
 
 
 def _vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
@@ -169,4 +175,5 @@ def unpack(stats: Tensor, request: HeadRequest, lengths: list[int]) -> TokenScor
     uniform = rest.pop(0) if request.smoothing else None
     collision = rest.pop(0) if request.collision else None
     entropy, top1, correct = rest if request.details else (None, None, None)
-    return TokenScores(logp, mask, uniform, collision, entropy, top1, correct)
+    whole = None if request.whole is None else torch.cat(request.found)
+    return TokenScores(logp, mask, uniform, collision, entropy, top1, correct, whole)

@@ -20,8 +20,10 @@ from cwdpo.records import Completion, Example, Origin
 from cwdpo.rundir import RunDir, read_jsonl, write_text
 from cwdpo.worlds.shapes import paraphrases
 
+FEWEST_PROMPTS = 16
+"""So many prompts are probed, whatever the budget: fewer would tell nothing."""
 FEWEST = 4
-"""So many prompts get responses of every type, whatever the budget: fewer tell nothing, none hides a type."""
+"""So many of them get responses of every type, whatever the budget: none would hide a type."""
 FORWARD_BACKWARD = 2.5
 """A training step costs about so many forward passes over its tokens."""
 EXTRA_PASSES = 3
@@ -44,50 +46,50 @@ class Prompts:
     extras: dict[str, list[EncodedCompletion]]
     responses: dict[str, list[Response]]
 
-    def of_type(self, kind: str) -> list[EncodedExample]:
-        """Responses of one type, each as if it were the chosen one of its prompt."""
-        return [
-            EncodedExample(e.id, e.prompt, completion)
-            for e in self.encoded
-            for completion in self.extras.get(e.id, ())
-            if completion.kind == kind
-        ]
 
-    def without(self, kind: str) -> dict[str, list[EncodedCompletion]]:
-        """The extras but those of one type."""
-        return {id_: [c for c in own if c.kind != kind] for id_, own in self.extras.items()}
-
-
-def sequence_tokens(example: EncodedExample, extras: Sequence[EncodedCompletion] = ()) -> int:
-    """Tokens of one full sequence per completion, as plain scoring runs them."""
-    completions = (example.chosen, *example.negatives, *extras)
-    return sum(len(example.prompt.input_ids) + len(c.ids) for c in completions)
+def sequence_tokens(example: EncodedExample, *, shared: bool) -> int:
+    """Tokens that scoring chosen and negatives runs: the prompt once in all, or once per completion."""
+    completions = (example.chosen, *example.negatives)
+    prompts = 1 if shared else len(completions)
+    return prompts * len(example.prompt.input_ids) + sum(len(c.ids) for c in completions)
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much a stage trains: tokens of one optimizer step, summed over full sequences, and its steps."""
+    """How much a stage trains: tokens of one optimizer step and its steps; whether prompts are run once."""
 
     tokens: float
     steps: int
+    shared: bool
 
 
-def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: ProbeSettings) -> int:
-    """How many prompts may have responses of every type, from counts of tokens alone (so that it is repeatable).
+def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: ProbeSettings) -> tuple[int, int]:
+    """How many prompts may be probed, and how many with responses of every type; from counts of tokens alone.
+
+    Chosen and negatives of the prompts come first, then what is left goes into types. The counts do not depend on
+    the clock, so that they are repeatable.
 
     Args:
-        encoded: held-out prompts with their negatives, which are measured whatever the budget.
+        encoded: held-out prompts with their negatives.
+
+    Returns:
+        At least :data:`FEWEST_PROMPTS` and, where types are asked for, :data:`FEWEST`, or all that there are.
     """
     passes = load.steps / settings.every + EXTRA_PASSES
-    allowed = settings.budget * FORWARD_BACKWARD * load.tokens * load.steps / passes
-    left = allowed - sum(map(sequence_tokens, encoded))
-    typed = 0
+    left = settings.budget * FORWARD_BACKWARD * load.tokens * load.steps / passes
+    prompts = typed = 0
     for example in encoded:
-        left -= len(settings.types) * (len(example.prompt.input_ids) + len(example.chosen.ids))
+        left -= sequence_tokens(example, shared=load.shared)
+        if left < 0 and prompts >= FEWEST_PROMPTS:
+            break
+        prompts += 1
+    for example in encoded[:prompts]:
+        prompt = 0 if load.shared else len(example.prompt.input_ids)
+        left -= len(settings.types) * (prompt + len(example.chosen.ids))
         if left < 0:
             break
         typed += 1
-    return min(max(typed, FEWEST), len(encoded)) if settings.types else 0
+    return prompts, min(max(typed, FEWEST), prompts) if settings.types else 0
 
 
 def build_prompts(
@@ -122,11 +124,13 @@ def build_prompts(
         with contextlib.suppress(DataError):  # what cannot be used is not probed
             encoded.append(encoder.encode(example))
             kept.append(example)
+    prompts, typed_prompts = within_budget(encoded, load, settings)
+    encoded, kept = encoded[:prompts], kept[:prompts]
     path = run.path / f"probes-{stage}.jsonl"
     if resume and path.is_file():
         responses = stored_responses(read_jsonl(path))
     else:
-        typed = kept[: within_budget(encoded, load, settings)]
+        typed = kept[:typed_prompts]
         made = make_responses(typed, training, validation, settings.types, given, sampler, seed)
         responses = {e.id: [r for r in made[e.id] if _encoded(encoder, e, r)] for e in typed}
         if run.writes:

@@ -17,6 +17,7 @@ from cwdpo.data.encode import EncodedExample, Encoder
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import Sample, sample
+from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.probes._influence import one_step
@@ -45,8 +46,7 @@ class Instruments:
     """Everything that measures a stage on held-out prompts.
 
     Attributes:
-        main: the pass over chosen, negatives and further responses.
-        initial: the starting policy's own samples with their distributions, or ``None`` without any.
+        probes: the pass over chosen, negatives and further responses.
         prompts: what is probed.
         updates: training examples for the one-step influence; empty for none.
         start: weights of the stage's start; kept only where ``on_policy`` needs them.
@@ -58,8 +58,7 @@ class Instruments:
     recipe: Recipe
     objective: Objective
     prompts: Prompts
-    main: ProbeSet
-    initial: ProbeSet | None
+    probes: ProbeSet
     updates: Sequence[EncodedExample] = ()
     start: Weights | None = None
     seconds: float = 0.0
@@ -68,15 +67,10 @@ class Instruments:
     def measure(self, model: nn.Module, step: int) -> HeldOut:
         """One measurement of the policy as it stands."""
         scale = scale_of(self.objective)
-        held = self.main.measure(model, step, scale) if step else self.main.at_start(scale)
-        if self.initial is not None:
-            own = self.initial.measure(model, step) if step else self.initial.at_start()
-            held = held.plus(own, "chosen_initial")
-            texts = [
-                r.text for own in self.prompts.responses.values() for r in own if r.type == "chosen_initial"
-            ]
-            if step == 0:
-                held = replace(held, sampled={"chosen_initial": [(text, True) for text in texts]})
+        held = self.probes.measure(model, step, scale) if step else self.probes.at_start(scale)
+        texts = [r.text for own in self.prompts.responses.values() for r in own if r.type == "chosen_initial"]
+        if texts and step == 0:
+            held = replace(held, sampled={"chosen_initial": [(text, True) for text in texts]})
         if self.start is not None:
             held = self._with_fresh_samples(model, held, step)
         if self.updates:
@@ -148,7 +142,10 @@ def instruments(
     own = recipe.stage1 if stage == "stage1" else recipe.stage2
     per_step = train.batch_size * train.gradient_accumulation_steps
     steps = own.steps or math.ceil(own.epochs * len(encoded) / per_step)
-    load = Load(per_step * sum(map(sequence_tokens, encoded)) / len(encoded), steps)
+    shared = shares_prefix(policy.model)
+    trained = encoded if objective.needs_negatives else [replace(e, negatives=()) for e in encoded]
+    one_pass = sum(sequence_tokens(e, shared=shared) for e in trained)
+    load = Load(per_step * one_pass / len(encoded), steps, shared)
     prompts = build_prompts(
         encoder, validation, training, settings, load,
         lambda asked: [s.text for s in draw(policy.model, encoder, asked, recipe, recipe.seed)],
@@ -156,15 +153,13 @@ def instruments(
     )  # fmt: skip
     if not prompts.encoded:
         return None
-    initial = prompts.of_type("chosen_initial")
     return Instruments(
         policy,
         encoder,
         recipe,
         objective,
         prompts,
-        ProbeSet(prompts.encoded, policy.model, extras=prompts.without("chosen_initial")),
-        ProbeSet(initial, policy.model) if initial else None,
+        ProbeSet(prompts.encoded, policy.model, extras=prompts.extras),
         [e for e in encoded if e.negatives or not objective.needs_negatives][: settings.influence],
         Weights.of(policy.model) if "on_policy" in settings.types else None,
         time.perf_counter() - began,
