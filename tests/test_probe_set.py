@@ -27,6 +27,7 @@ from cwdpo.scoring import plain
 from cwdpo.training.probe_set import (
     FEWEST,
     FEWEST_PROMPTS,
+    FORWARD_BACKWARD,
     Load,
     build_prompts,
     make_responses,
@@ -218,11 +219,14 @@ def test_the_budget_decides_how_many_prompts_are_probed_and_have_every_type(
     passes = 100 / 10 + 3
 
     def load_for(tokens: float) -> Load:
-        return Load(tokens * passes / (0.1 * 2.5 * 100), 100, shared)
+        return Load(tokens * passes / (0.1 * FORWARD_BACKWARD * 100), 100, shared)
 
     assert within_budget(encoded, load_for(sum(pairs) + sum(typed[:9]) + 1), settings) == (20, 9)
-    assert within_budget(encoded, load_for(sum(pairs) + 1), settings) == (20, FEWEST)
-    assert within_budget(encoded, load_for(sum(pairs[:18]) + 1), settings) == (18, FEWEST)
+    assert within_budget(encoded, load_for(sum(pairs) + sum(typed[:FEWEST]) + 1), settings) == (20, FEWEST)
+    assert within_budget(encoded, load_for(sum(pairs[:18]) + sum(typed[:FEWEST]) + 1), settings) == (
+        18,
+        FEWEST,
+    )
     assert within_budget(encoded, load_for(1), settings) == (FEWEST_PROMPTS, FEWEST)
     assert within_budget(encoded[:3], load_for(1), settings) == (3, 3)
     rich = Load(1e9, 100, shared)

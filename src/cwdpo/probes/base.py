@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_STORED = 1 << 26
 """Most values of the reference's distributions kept for the divergences of a type (256 MiB of fp32)."""
+PADDING = 512
+"""Tokens of padding that cost no more than a further forward."""
 WHOLE = ("chosen", "chosen_initial")
 """Response types whose distributions over the vocabulary are kept: what the policy should say, and what it said."""
 
@@ -305,13 +307,17 @@ def _row_length(row: _Row) -> int:
 
 
 def _of_like_length(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
-    """Prompts with all their responses, in batches that padding makes longer by a quarter at most."""
+    """Prompts with all their responses, in batches that padding makes little longer."""
     part: list[_Row] = []
+    tokens = 0
     for row in sorted(rows, key=_row_length):
-        if part and (len(part) == most or _row_length(row) > 1.25 * _row_length(part[0])):
+        length = _row_length(row)
+        padding = len(part) * length - tokens
+        if len(part) == most or padding > max(PADDING, tokens // 10):
             yield part
-            part = []
+            part, tokens = [], 0
         part.append(row)
+        tokens += length
     if part:
         yield part
 

@@ -24,8 +24,8 @@ FEWEST_PROMPTS = 16
 """So many prompts are probed, whatever the budget: fewer would tell nothing."""
 FEWEST = 4
 """So many of them get responses of every type, whatever the budget: none would hide a type."""
-FORWARD_BACKWARD = 2.5
-"""A training step costs about so many forward passes over its tokens."""
+FORWARD_BACKWARD = 2.0
+"""A training step costs about so many forward passes over its tokens (measured on the embedded model)."""
 EXTRA_PASSES = 3
 """Beside one pass every so many steps: the start, the end, and about as much again to sample and encode."""
 
@@ -66,8 +66,8 @@ class Load:
 def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: ProbeSettings) -> tuple[int, int]:
     """How many prompts may be probed, and how many with responses of every type; from counts of tokens alone.
 
-    Chosen and negatives of the prompts come first, then what is left goes into types. The counts do not depend on
-    the clock, so that they are repeatable.
+    Chosen and negatives come first, then what is left goes into further responses of every type. Tokens are
+    counted, not seconds, so that a run can be repeated.
 
     Args:
         encoded: held-out prompts with their negatives.
@@ -77,19 +77,22 @@ def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: Probe
     """
     passes = load.steps / settings.every + EXTRA_PASSES
     left = settings.budget * FORWARD_BACKWARD * load.tokens * load.steps / passes
-    prompts = typed = 0
+
+    def every_type(example: EncodedExample) -> int:
+        prompt = 0 if load.shared else len(example.prompt.input_ids)
+        return len(settings.types) * (prompt + len(example.chosen.ids))
+
+    left -= sum(map(every_type, encoded[:FEWEST]))
+    prompts = 0
     for example in encoded:
         left -= sequence_tokens(example, shared=load.shared)
         if left < 0 and prompts >= FEWEST_PROMPTS:
             break
         prompts += 1
-    for example in encoded[:prompts]:
-        prompt = 0 if load.shared else len(example.prompt.input_ids)
-        left -= len(settings.types) * (prompt + len(example.chosen.ids))
-        if left < 0:
-            break
+    typed = FEWEST
+    while typed < prompts and (left := left - every_type(encoded[typed])) >= 0:
         typed += 1
-    return prompts, min(max(typed, FEWEST), prompts) if settings.types else 0
+    return prompts, min(typed, prompts) if settings.types else 0
 
 
 def build_prompts(
