@@ -117,7 +117,12 @@ def job_of(scenario: Scenario, seed: int, out: Path, test: Path) -> CellJob:
     method = next(m for m in swept_methods() if m.name == scenario.method)
     recipe = cell_recipe(method, seed, str(data), str(held), str(EMBEDDED), scenario.rate_factor)
     tree = recipe.model_dump(mode="json")
-    probes = {"every": 10, "prompts": 48, "types": ["chosen_initial", "chosen_paraphrase", "other_test"]}
+    probes = {
+        "every": 10,
+        "prompts": 48,
+        "budget": 0.3,
+        "types": ["chosen_initial", "chosen_paraphrase", "other_test"],
+    }
     sections = {name: {**tree[name], **scenario.sections.get(name, {})} for name in ("stage1", "stage2")}
     sections["probes"] = {**tree["probes"], **probes, **scenario.sections.get("probes", {})}
     key = f"{scenario.name}-seed{seed}"
