@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,21 @@ def test_drift_makes_negatives_gentler_and_cooled_ones_harder() -> None:
     harder = next_round(curriculum, first, {"delta_logp/chosen": 0.0, "cooling/cooled": 0.9}, HARD)
     assert (harder.low, harder.high) == (-3.5, 2.0)
     assert harder.reason == "harder: cooling/cooled 0.9"
+
+
+def test_the_share_of_fresh_negatives_moves_with_the_window_where_there_are_rounds() -> None:
+    curriculum = ByReadings(fresh_notch=0.4)
+    in_rounds = replace(HARD, rounds=True)
+    cooled, drift = {"cooling/cooled": 0.9}, {"delta_logp/chosen": -0.02}
+    plan = next_round(curriculum, None, {}, in_rounds)
+    shares = []
+    for readings in (cooled, cooled, cooled, drift, drift):
+        plan = next_round(curriculum, plan, readings, in_rounds)
+        shares.append(plan.fresh)
+    assert shares == pytest.approx([0.4, 0.8, 1.0, 0.6, 0.2])
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    alone = next_round(curriculum, next_round(curriculum, None, {}, HARD), cooled, HARD)
+    assert alone.fresh == 0.0
 
 
 def test_the_window_never_closes() -> None:

@@ -47,8 +47,11 @@ def test_the_detection_table_by_hand() -> None:
     ]
     found = findings_study.table(runs, [kl_rule()])
     assert (found["detected"], found["provoked"], found["false"], found["healthy"]) == (1, 2, 1, 2)
-    assert found["lead"] == {"n": 1, "median": 10, "not_late": 1, "all": [10]}
-    assert "Detected 1 of 2; false alarms 1 of 2" in findings_study.markdown("x", found)
+    assert found["lead"] == found["lead_critical"] == {"n": 1, "median": 10, "not_late": 1, "all": [10]}
+    assert found["unseen"] == ["missed"]
+    text = findings_study.markdown("x", found)
+    assert "Detected 1 of 2; false alarms 1 of 2" in text
+    assert "Damaged without an alarm: missed" in text
 
 
 def test_bounds_move_only_where_that_tells_the_runs_apart_better() -> None:

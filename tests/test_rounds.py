@@ -199,6 +199,28 @@ def test_a_kill_in_sampling_or_in_a_round_changes_nothing(
         assert ours.replace(str(folder).encode(), b"") == theirs.replace(str(whole).encode(), b""), name
 
 
+def test_a_curriculum_freshens_the_next_round_and_a_kill_changes_nothing(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "curriculum": {"name": "by_readings", "cooled_above": 0.0, "drift_below": -100.0, "fresh_notch": 0.5},
+        "negatives": {"on_policy_fraction": 0.0, "rounds": 2},
+        "stage2": {"steps": 6, "learning_rate": 1e-4},
+        "probes": {"every": 3},
+    }
+    whole = train(tmp_path / "whole", **changes)
+    rounds = read_jsonl(whole / "rounds.jsonl")
+    assert [r["asked"] for r in rounds] == [0.0, 0.5]
+    assert rounds[1]["realised"] == pytest.approx(0.5, abs=0.05)
+    moves = [(r["step"], r["fresh"]) for r in read_jsonl(whole / "curriculum.jsonl")]
+    assert moves[:2] == [(0, 0.0), (3, 0.5)]
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(folder, killer("step", (2, 5)), **changes)
+    train(folder, resume=True, **changes)
+    for name in ("rounds.jsonl", "curriculum.jsonl", "model/model.safetensors"):
+        ours, theirs = (folder / name).read_bytes(), (whole / name).read_bytes()
+        assert ours.replace(str(folder).encode(), b"") == theirs.replace(str(whole).encode(), b""), name
+
+
 def test_a_changed_recipe_samples_again(whole: Path, tmp_path: Path) -> None:
     """Rows of a pool that other settings drew are not taken."""
     from cwdpo.rundir import RunDir

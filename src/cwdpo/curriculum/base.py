@@ -17,11 +17,13 @@ class Plan:
 
     Attributes:
         low, high: hardness window: mean_logp of a negative under the reference, nats per token, ends included.
+        fresh: added to the share of on-policy negatives of the next round (``negatives.on_policy_fraction``).
         reason: why this plan and not the last one, in words.
     """
 
     low: float = -math.inf
     high: float = math.inf
+    fresh: float = 0.0
     reason: str = ""
 
     def takes(self, mean_logp: float) -> bool:
@@ -40,7 +42,8 @@ class Plan:
     def from_json(cls, row: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`to_json` wrote."""
         low, high = row["low"], row["high"]
-        return cls(-math.inf if low is None else low, math.inf if high is None else high, row["reason"])
+        ends = (-math.inf if low is None else low, math.inf if high is None else high)
+        return cls(*ends, row.get("fresh", 0.0), row["reason"])
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,13 @@ class Hardness:
     """What the negatives of the data are like under the reference: nats per token.
 
     ``floor`` and ``tau`` are the cooling's (or what its calibration would find); ``mean_logps`` are those of all
-    negatives at hand.
+    negatives at hand. ``rounds``: negatives are sampled anew at each round, so that their share may move.
     """
 
     floor: float
     tau: float
     mean_logps: tuple[float, ...] = ()
+    rounds: bool = False
 
 
 class Curriculum(Component, ABC):

@@ -10,6 +10,7 @@ table is made on the other half, with the shipped bounds and with the chosen one
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +77,13 @@ def with_factors(rules: Sequence[FindingRule], factors: Mapping[str, float]) -> 
 def table(runs: Sequence[Run], rules: Sequence[FindingRule]) -> dict[str, Any]:
     """Detections by scenario, false alarms of healthy runs, and how early the first alarm came.
 
-    A note is no alarm. ``lead``: steps from the first critical finding to the first damage of the judged score, of
-    the runs that were damaged and alarmed.
+    A note is no alarm. ``lead``: steps from the first alarm of stage 2 to the first damage of the judged score, of the
+    runs that were damaged and alarmed; ``lead_critical``: from the first critical finding. ``unseen``: runs that were
+    damaged without an alarm, whatever they were meant to be.
     """
     rows: dict[str, dict[str, Any]] = {}
-    leads: list[int] = []
+    leads: dict[str, list[int]] = {"lead": [], "lead_critical": []}
+    unseen: list[str] = []
     for run in runs:
         found = run.findings(rules)
         alarms = [f for f in found if f.severity != "note"]
@@ -94,11 +97,12 @@ def table(runs: Sequence[Run], rules: Sequence[FindingRule]) -> dict[str, Any]:
             if f.name not in meant:
                 row["others"][f.name] = row["others"].get(f.name, 0) + 1
         damage = damage_step(run.trace)
-        first = min(
-            (f.first_step for f in alarms if f.severity == "critical" and f.stage == "stage2"), default=None
-        )
-        if damage is not None and first is not None:
-            leads.append(damage - first)
+        stage2 = [f for f in alarms if f.stage == "stage2"]
+        critical = [f for f in stage2 if f.severity == "critical"]
+        if damage is not None:
+            unseen += [] if stage2 else [run.key]
+            for name, some in (("lead", stage2), ("lead_critical", critical)):
+                leads[name] += [damage - min(f.first_step for f in some)] if some else []
     provoked = [r for r in rows.values() if r["provokes"]]
     healthy = [r for r in rows.values() if not r["provokes"]]
     return {
@@ -107,9 +111,18 @@ def table(runs: Sequence[Run], rules: Sequence[FindingRule]) -> dict[str, Any]:
         "detected": sum(r["found"] for r in provoked),
         "healthy": sum(r["runs"] for r in healthy),
         "false": sum(r["found"] for r in healthy),
-        "lead": {"n": len(leads), "median": sorted(leads)[len(leads) // 2] if leads else None,
-                 "not_late": sum(lead >= 0 for lead in leads), "all": leads},
-    }  # fmt: skip
+        **{name: _spread(steps) for name, steps in leads.items()},
+        "unseen": unseen,
+    }
+
+
+def _spread(steps: Sequence[int]) -> dict[str, Any]:
+    return {
+        "n": len(steps),
+        "median": statistics.median_low(steps) if steps else None,
+        "not_late": sum(step >= 0 for step in steps),
+        "all": sorted(steps),
+    }
 
 
 def markdown(title: str, found: Mapping[str, Any]) -> str:
@@ -123,11 +136,12 @@ def markdown(title: str, found: Mapping[str, Any]) -> str:
         others = ", ".join(f"{k} {v}" for k, v in sorted(row["others"].items())) or "–"
         word = ", ".join(row["provokes"]) or "nothing (found = false alarms)"
         lines.append(f"| {name} | {word} | {row['found']} | {row['runs']} | {others} |")
-    lead = found["lead"]
+    lead, critical = found["lead"], found["lead_critical"]
     lines.append(
         f"\nDetected {found['detected']} of {found['provoked']}; false alarms {found['false']} of {found['healthy']}. "
-        f"First critical finding before or at the damage in {lead['not_late']} of {lead['n']} damaged runs, "
-        f"median lead {lead['median']} steps."
+        f"First alarm before or at the damage in {lead['not_late']} of {lead['n']} damaged runs, median lead "
+        f"{lead['median']} steps; first critical finding in {critical['not_late']} of {critical['n']}, median "
+        f"{critical['median']}. Damaged without an alarm: {', '.join(found['unseen']) or 'none'}."
     )
     return "\n".join(lines) + "\n"
 

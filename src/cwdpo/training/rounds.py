@@ -30,6 +30,7 @@ from cwdpo.models.load import Policy
 from cwdpo.negatives._blend import BlendCounts, blend
 from cwdpo.negatives._mix import seeded
 from cwdpo.negatives._samples import DrawnFor, outside, sort_samples
+from cwdpo.negatives._settings import NegativeSettings
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.records import Example
@@ -37,6 +38,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.training.pool import ANSWERS, LocalSampler, Pool, Sampler, ServerSampler
 from cwdpo.training.prepare import autocast, encode_usable, wants_calibration
 from cwdpo.training.trainer import PreferenceTrainer
+from cwdpo.training.window import added_share
 
 FILE = "rounds.jsonl"
 _SHOWN = 12
@@ -205,10 +207,11 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         step = round_ * self.plan.per_round
         order = self.plan.prompts(list(self.examples), round_, self.recipe.seed)
         examples = self._readable(order)
-        drawn = self._sample(examples, round_, step)
-        sampled = {e.id: sort_samples(e, drawn[e.id], self.settings) for e in examples if e.id in drawn}
+        settings = self._settings_of(round_, step)
+        drawn = self._sample(examples, settings, round_, step)
+        sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in examples if e.id in drawn}
         need = self.objective.needs_negatives
-        ready, counts = blend(examples, sampled, self.settings, self.recipe.seed, round_, need=need)
+        ready, counts = blend(examples, sampled, settings, self.recipe.seed, round_, need=need)
         if not ready:
             raise DataError(
                 f"round {round_} of stage 2: no negative for any of {len(examples)} prompts; samples were dropped as "
@@ -226,8 +229,15 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         wanted = [self.examples[i] for i in dict.fromkeys(order)]
         return self.encoder.readable(wanted, len(wanted))
 
-    def _sample(self, examples: Sequence[Example], round_: int, step: int) -> dict[str, DrawnFor]:
-        if self.settings.fraction(round_) == 0 and not self.settings.on_policy_chosen:
+    def _settings_of(self, round_: int, step: int) -> NegativeSettings:
+        """The recipe's, with the share of on-policy negatives that the curriculum makes of the round's."""
+        share = self.settings.fraction(round_) + added_share(self.run, step)
+        return self.settings.model_copy(update={"on_policy_fraction": min(max(share, 0.0), 1.0)})
+
+    def _sample(
+        self, examples: Sequence[Example], settings: NegativeSettings, round_: int, step: int
+    ) -> dict[str, DrawnFor]:
+        if settings.fraction(round_) == 0 and not settings.on_policy_chosen:
             return {}
         self._pool = self._pool or Pool(self.run, self.recipe)
         model = self._model_now()

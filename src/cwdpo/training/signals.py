@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import TrainerCallback
 
@@ -45,7 +45,9 @@ class Signals:
             stopping = Stopping(probes, recipe.stop, run, stage, say)
         if recipe.curriculum["name"] != "steady":
             built = CURRICULA.build(recipe.curriculum)
-            curriculum = CurriculumCallback(built, hardness_of(objective, encoded), probes, run, stage)
+            in_rounds = recipe.negatives.on_policy_fraction is not None
+            hardness = replace(hardness_of(objective, encoded), rounds=in_rounds)
+            curriculum = CurriculumCallback(built, hardness, probes, run, stage)
         return cls(probes, stopping, curriculum)
 
     @property

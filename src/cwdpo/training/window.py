@@ -16,7 +16,7 @@ from cwdpo.data.collate import PromptBatch
 from cwdpo.data.encode import EncodedCompletion, EncodedExample
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo, calibrate
-from cwdpo.rundir import RunDir
+from cwdpo.rundir import RunDir, read_jsonl
 from cwdpo.training.probing import ProbeCallback
 
 FILE = "curriculum.jsonl"
@@ -76,6 +76,16 @@ def keep_pairs(batch: PromptBatch, keep: Sequence[bool]) -> PromptBatch:
         rejected=moved[batch.rejected[pairs]],
         pair_prompt=batch.pair_prompt[pairs],
     )
+
+
+def added_share(run: RunDir, step: int) -> float:
+    """What the curriculum's plan at a step adds to the share of on-policy negatives; the same on all processes.
+
+    Read from the run, so that a round that is prepared again after a resume is the round that was begun.
+    """
+    known = [row for row in read_jsonl(run.path / FILE) if row["stage"] == "stage2" and row["step"] <= step]
+    added: float = broadcast_object_list([known[-1].get("fresh", 0.0) if known else 0.0])[0]
+    return added
 
 
 class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
