@@ -48,6 +48,17 @@ def study(**changes: Any) -> Study:
 # --- files ----------------------------------------------------------------------------------------------
 
 
+def test_some_variants_of_a_study_with_what_they_need() -> None:
+    methods = load_study("methods")
+    assert list(methods.only(["sft"]).variants) == ["sft", "cw_dpo"]
+    assert list(methods.only(["madpo"]).variants) == ["dpo", "cw_dpo", "madpo"]
+    panel = load_study("learning_rates").only(["cw_dpo_span"])
+    assert list(panel.variants) == ["cw_dpo", "cw_dpo_span"]
+    assert panel.full in panel.expanded({}).variants
+    with pytest.raises(RecipeError, match="no variant 'dpp'; did you mean 'dpop'"):
+        methods.only(["dpp"])
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_study_fits_the_recipe(name: str) -> None:
     spec = load_study(name)

@@ -11,6 +11,9 @@ import typer
 RECIPE = Annotated[Path, typer.Argument(help="a recipe (YAML)")]
 STUDY = Annotated[str, typer.Option(help="a study file, or the name of a shipped study")]
 JOBS = Annotated[int, typer.Option(min=1, help="parallel processes, one core each")]
+ONLY = Annotated[
+    list[str] | None, typer.Option(help="a variant to take (repeatable), with what it needs; default: all")
+]
 TEST = Annotated[Path | None, typer.Option(help="test set, for data that is not the embedded world's")]
 
 
@@ -158,6 +161,7 @@ def ablate(
     jobs: JOBS = 2,
     out: Annotated[Path | None, typer.Option(help="folder; default runs/<study>")] = None,
     tuned: Annotated[Path | None, typer.Option(help="the chosen.yaml of a sweep")] = None,
+    only: ONLY = None,
     test: TEST = None,
 ) -> None:
     """Run a study: every variant at every seed, to a table with intervals and corrected p-values.
@@ -171,6 +175,9 @@ def ablate(
     spec = load_study(study)
     folder = out or Path("runs") / spec.name
     chosen = load_chosen(tuned) if tuned else {}
+    if only:
+        spec = spec.only(only)
+        chosen = {name: settings for name, settings in chosen.items() if name in spec.variants}
     summary = run(recipe, spec, folder, seeds=seeds, jobs=jobs, chosen=chosen, test=test)
     typer.echo(markdown(summary))
     typer.echo(
@@ -186,6 +193,7 @@ def sweep(
     ] = 3,
     jobs: JOBS = 2,
     out: Annotated[Path | None, typer.Option(help="folder; default runs/<study>-sweep")] = None,
+    only: ONLY = None,
     test: TEST = None,
 ) -> None:
     """Find every variant's best settings by the same budget, on validation pictures and seeds of its own."""
@@ -193,6 +201,7 @@ def sweep(
     from cwdpo.study.spec import load_study
 
     spec = load_study(study)
+    spec = spec.only(only) if only else spec
     folder = out or Path("runs") / f"{spec.name}-sweep"
     found = run(recipe, spec, folder, finalists=finalists, jobs=jobs, test=test)
     for name, settings in found["chosen"].items():

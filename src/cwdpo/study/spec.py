@@ -115,6 +115,22 @@ class Study(Settings):
         tree = {**self.model_dump(exclude={"variants"}), "panel": False, "variants": points}
         return Study.model_validate(tree)
 
+    def only(self, names: Sequence[str]) -> Study:
+        """The study with some of its variants, and those that they need: the full one and teachers.
+
+        Raises:
+            RecipeError: a name that the study does not have.
+        """
+        for name in names:
+            if name not in self.variants:
+                raise RecipeError(
+                    f"--only: no variant {name!r}{nearest(name, self.variants)}; known: {', '.join(self.variants)}"
+                )
+        full = {n for n in self.variants if self.full == n or (self.panel and self.full.startswith(f"{n}-"))}
+        needed = full | set(names) | {self.variants[n].margins_from for n in names}
+        kept = {name: v for name, v in self.variants.items() if name in needed}
+        return self.model_copy(update={"variants": kept})
+
     def label(self, name: str) -> str:
         """What a table calls a variant."""
         return self.variants[name].label or name
