@@ -163,7 +163,7 @@ def squeezed() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows += readings("rejected_shift", {s: -0.3 * s for s in steps})
     rows += readings("argmax_logp", {s: -0.2 + 0.001 * s for s in steps})
     rows += readings("kl", {s: 0.0005 * s for s in steps})
-    return rows, []
+    return rows, metrics("gradient/rejected_share", [0.7] * 50)
 
 
 def test_a_squeezed_run_is_named_from_the_step_where_it_began() -> None:
@@ -171,6 +171,8 @@ def test_a_squeezed_run_is_named_from_the_step_where_it_began() -> None:
     assert found["squeezing"].first_step == 20
     assert found["likelihood_displacement"].first_step == 20
     assert "too_hot" not in found
+    # the same numbers under an objective without a rejected side (SFT) are neither
+    assert diagnose_rows(squeezed()[0], metrics("gradient/rejected_share", [0.0] * 50)) == []
     healthy = readings("delta_logp/chosen", {0: 0.0, 10: 0.01}) + readings("kl", {0: 0.0, 10: 0.01})
     assert diagnose_rows(healthy, []) == []
     assert verdict([]) == {"findings": [], "healthy": True}
@@ -210,8 +212,9 @@ def folder(tmp_path: Path) -> Path:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     (run.path / "recipe.yaml").write_text("name: demo\n")
-    rows, _ = squeezed()
+    rows, steps = squeezed()
     run.append("readings.jsonl", rows)
+    run.append("metrics.jsonl", steps)
     return run.path
 
 
