@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cwdpo.data.collate import collate
 from cwdpo.data.encode import EncodedPrompt
 from cwdpo.errors import ModelError
 from cwdpo.models.load import load_policy, load_weights
 from cwdpo.objectives.base import OBJECTIVES, StepTotals
-from cwdpo.rundir import RunDir
+from cwdpo.rundir import RunDir, read_jsonl
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
 from cwdpo.training.processes import Unsharded, first_rows, with_silent_row
@@ -165,6 +166,47 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
     assert fine[1] == pytest.approx(fine[0], abs=1e-4, rel=1e-4)
     assert known[1] == pytest.approx(known[0], abs=0.02)
     load_policy(_settings(tmp_path / "two" / "model"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_stop_and_steer_as_one_does(tmp_path, mode) -> None:
+    """A curriculum that moves at every measurement, and a rule that holds at the third of four."""
+    small = [
+        "stage1.steps=2", "stage2.steps=8", "stage2.learning_rate=1e-3", "data.world.train=40", "data.world.validation=8",
+        "data.world.negatives_per_prompt=3", "train.logging_steps=1", "calibration.samples=10", "evaluation.prompts=0",
+        "probes.every=2", "curriculum={name: by_readings, start_high: 1.0, cooled_above: 0.0, notch: 0.2, narrowest: 0.2}",
+    ]  # fmt: skip
+    recipe = str(ROOT / "recipes" / "tiny.yaml")
+    module = worker()
+
+    def alone(out: Path, stop: str) -> RunDir:
+        return module.train_two_stage(module.load_recipe(recipe, [*small, stop, "train.batch_size=16"]), out)
+
+    free = alone(tmp_path / "free", "stop=[]")
+    assert len(read_jsonl(free.path / "curriculum.jsonl")) >= 3
+    margins = {
+        r["step"]: r["value"] for r in free.readings() if r["name"] == "margin" and r["stage"] == "stage2"
+    }
+    assert sorted(margins) == [0, 2, 4, 6, 8]
+    assert max(margins[s] for s in (0, 2, 4)) < margins[6]
+    stop = f"stop=[margin > {(margins[6] + max(margins[s] for s in (0, 2, 4))) / 2}]"
+    one = alone(tmp_path / "one", stop)
+    launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small, stop)
+    two = RunDir.open(tmp_path / "two")
+    for run in (one, two):
+        stopped = run.json("stopped-stage2.json")
+        assert (stopped["step"], stopped["rolled_back_to"]) == (6, 4)
+    assert [r["loss"] for r in two.metrics() if r["stage"] == "stage2"] == pytest.approx(
+        [r["loss"] for r in one.metrics() if r["stage"] == "stage2"], abs=1e-4
+    )
+    moves = [
+        [(r["step"], r["negatives"]) for r in read_jsonl(run.path / "curriculum.jsonl")] for run in (one, two)
+    ]
+    assert moves[0] == moves[1]
+    states = [load_file(run.path / "model" / "model.safetensors") for run in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    assert max(float((states[0][n] - states[1][n]).abs().max()) for n in states[0]) < 1e-4
 
 
 def _settings(folder: Path):
