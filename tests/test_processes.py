@@ -173,9 +173,10 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
 def test_two_processes_stop_and_steer_as_one_does(tmp_path, mode) -> None:
     """A curriculum that moves at every measurement, and a rule that holds at the third of four."""
     small = [
-        "stage1.steps=2", "stage2.steps=8", "stage2.learning_rate=1e-3", "data.world.train=40", "data.world.validation=8",
-        "data.world.negatives_per_prompt=3", "train.logging_steps=1", "calibration.samples=10", "evaluation.prompts=0",
-        "probes.every=2", "curriculum={name: by_readings, start_high: 1.0, cooled_above: 0.0, notch: 0.2, narrowest: 0.2}",
+        "stage1.steps=2", "stage2.steps=8", "stage2.learning_rate=1e-3", "data.world.train=40",
+        "data.world.validation=8", "data.world.negatives_per_prompt=3", "train.logging_steps=1",
+        "calibration.samples=10", "evaluation.prompts=0", "probes.every=2",
+        "curriculum={name: by_readings, start_high: 1.0, cooled_above: 0.0, notch: 0.2, narrowest: 0.2}",
     ]  # fmt: skip
     recipe = str(ROOT / "recipes" / "tiny.yaml")
     module = worker()
