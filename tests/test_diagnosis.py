@@ -178,6 +178,14 @@ def test_a_squeezed_run_is_named_from_the_step_where_it_began() -> None:
     assert verdict([]) == {"findings": [], "healthy": True}
 
 
+def test_a_drift_that_few_tokens_carry_is_none() -> None:
+    kl = {0: 0.0, 10: 0.05}
+    assert diagnose_rows(readings("kl", kl, low=0.01, high=0.09), []) == []
+    (found,) = diagnose_rows(readings("kl", kl, low=0.03, high=0.07), [])
+    assert (found.name, found.first_step) == ("reference_drift", 10)
+    assert found.evidence[1] == "kl (lower end of its 95% interval): 0.03 at step 10, above 0.02"
+
+
 @pytest.mark.parametrize(
     ("p10", "mean", "p90", "between", "name"),
     [
@@ -277,7 +285,7 @@ def test_watch_serves_the_run_as_it_grows_and_nothing_else(folder) -> None:
             assert "<script" not in page
             assert "Probability moves" in page
             assert "The policy leaves its reference" not in page
-            RunDir(folder).append("readings.jsonl", readings("kl", {99: 5.0}))
+            RunDir(folder).append("readings.jsonl", readings("kl", {99: 5.0}, low=4.0, high=6.0))
             assert "The policy leaves its reference" in get("/")[1]
             assert get("/recipe.yaml")[0] == 404
             assert get("/../recipe.yaml")[0] == 404

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-View = Literal["value", "change", "fall", "rise", "width", "n"]
-VIEWS: tuple[View, ...] = ("value", "change", "fall", "rise", "width", "n")
+View = Literal["value", "change", "fall", "rise", "width", "low", "n"]
+VIEWS: tuple[View, ...] = ("value", "change", "fall", "rise", "width", "low", "n")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Series:
 
         Args:
             view: ``value``; ``change`` since the first point; ``fall`` below the highest so far; ``rise`` above the
-                lowest so far; ``width``, half of the interval; ``n``.
+                lowest so far; ``width``, half of the interval; ``low``, its lower end; ``n``.
             window: each number is the mean of so many last points; the first ``window - 1`` are left out.
         """
         points = self.points(stage, name)
@@ -70,6 +70,8 @@ class Series:
             return [(p.step, float(p.n)) for p in points]
         if view == "width":
             return [(p.step, p.width) for p in points if p.width is not None]
+        if view == "low":
+            return [(p.step, p.value - p.width) for p in points if p.width is not None]
         means = [
             (points[i].step, sum(p.value for p in points[i - window + 1 : i + 1]) / window)
             for i in range(window - 1, len(points))
