@@ -57,8 +57,8 @@ class Condition(Settings):
         """What was seen, in one line."""
         view = {
             "value": "", "change": " since the start of the stage", "fall": " below its highest",
-            "rise": " above its lowest", "width": " (half of its 95% interval)", "low": " (lower end of its 95% interval)",
-            "n": " (n)",
+            "rise": " above its lowest", "width": " (half of its 95% interval)",
+            "low": " (lower end of its 95% interval)", "n": " (n)",
         }[self.view]  # fmt: skip
         sign = "above" if self.above is not None else "below"
         return f"{self.series}{view}: {value:.4g} at step {step}, {sign} {self.threshold:g}"
