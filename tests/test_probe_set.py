@@ -199,6 +199,25 @@ def test_unknown_types_are_refused_in_the_recipe() -> None:
         parse_recipe({"data": {"path": "x"}, "probes": {"types": ["shufled"]}})
 
 
+def test_a_resumed_set_has_the_stored_prompts_whatever_the_budget_would_be_now(
+    encoder, examples, tmp_path
+) -> None:
+    settings = ProbeSettings(prompts=24, types=("shuffled", "on_policy"))
+
+    def build(load: Load, *, resume: bool) -> Any:
+        return build_prompts(
+            encoder, examples[:24], examples[24:], settings, load, echo, RunDir(tmp_path), "stage2", 4, resume=resume
+        )  # fmt: skip
+
+    poor = Load(tokens=1, steps=100, shared=True)
+    first = build(poor, resume=False)
+    assert len(first.encoded) == FEWEST_PROMPTS
+    assert len(first.responses) == FEWEST
+    assert build(poor, resume=True) == first
+    longer = build(RICH, resume=True)
+    assert (longer.examples, longer.extras) == (first.examples, first.extras)
+
+
 # --- the budget -----------------------------------------------------------------------------------------
 
 

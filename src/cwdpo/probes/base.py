@@ -11,7 +11,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from cwdpo.data.collate import PromptBatch
+from cwdpo.data.collate import PromptBatch, collate
 from cwdpo.data.encode import EncodedCompletion, EncodedExample
 from cwdpo.records import Reading
 from cwdpo.registry import Component, Registry
@@ -180,21 +180,23 @@ class ProbeSet:
     ) -> None:
         rows = []
         for index, example in enumerate(examples):
+            added = (extras or {}).get(example.id, ())
             own = [_Response("chosen", example.chosen, index)]
             own += [_Response(c.kind or "rejected", c, index, negative=True) for c in example.negatives]
-            own += [_Response(c.kind, c, index) for c in (extras or {}).get(example.id, ())]
-            rows.append((example, own))
+            own += [_Response(c.kind, c, index) for c in added]
+            rows.append((with_responses(example, added), own))
         self._keep_whole([r for _, own in rows for r in own], vocabulary_size(model))
-        self._batches = [_lay_out(part) for part in _of_like_length(rows, batch_size)]
+        self._batches = [
+            _Batch(collate([e for e, _ in part]), [r for _, own in part for r in own])
+            for part in _of_like_length(rows, batch_size)
+        ]
         responses = [r for part in self._batches for r in part.responses]
-        order = sorted(
+        self._order = sorted(
             range(len(responses)), key=lambda i: (responses[i].kind != "chosen", responses[i].prompt)
         )
-        self._order = torch.tensor(order)
-        self._responses = [responses[i] for i in order]
-        self._start: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._responses = [responses[i] for i in self._order]
+        self._first: HeldOut | None = None
         self._first = self.measure(model)
-        self._start = self._first.sum_logp, self._whole_now
 
     @staticmethod
     def _keep_whole(responses: Sequence[_Response], vocabulary: int) -> None:
@@ -214,26 +216,21 @@ class ProbeSet:
         model.eval()
         found = [one for batch in self._batches for one in batch.scored(model)]
         model.train(was_training)
-        found = [found[i] for i in self._order.tolist()]
-        self._whole_now = {
-            kind: torch.cat(parts)
-            for kind in WHOLE
-            if (
-                parts := [
-                    f.whole for f, r in zip(found, self._responses, strict=True) if r.whole and r.kind == kind
-                ]
-            )
-        }
+        found = [found[i] for i in self._order]
+        both = list(zip(self._responses, found, strict=True))
         sum_logp = torch.stack([f.logp.sum() for f in found])
-        start, whole_start = (sum_logp, self._whole_now) if self._start is None else self._start
-        pairs = {kind: (now, whole_start[kind]) for kind, now in self._whole_now.items()}
+        whole = {kind: [f.whole for r, f in both if r.whole and r.kind == kind] for kind in WHOLE}
+        now = {kind: torch.cat(parts) for kind, parts in whole.items() if parts}
+        first = self._first
+        start = now if first is None else {"chosen": first.logp, **{k: p for k, (p, _) in first.own.items()}}
+        pairs = {kind: (logp, start[kind]) for kind, logp in now.items()}
         logp, start_logp = pairs.pop("chosen", (None, None))
-        chosen = [f for f, r in zip(found, self._responses, strict=True) if r.kind == "chosen"]
+        chosen = [f for r, f in both if r.kind == "chosen"]
         return HeldOut(
             kinds=tuple(r.kind for r in self._responses),
             prompt=torch.tensor([r.prompt for r in self._responses]),
             sum_logp=sum_logp,
-            start_sum_logp=start,
+            start_sum_logp=sum_logp if first is None else first.sum_logp,
             n_tokens=torch.tensor([len(f.logp) for f in found]),
             entropy=torch.cat([f.entropy for f in chosen]),
             top1=torch.cat([f.top1 for f in chosen]),
@@ -250,8 +247,8 @@ class ProbeSet:
 
     def at_start(self, scale: Scale | None = None) -> HeldOut:
         """The measurement that was taken when the set was made."""
-        first: HeldOut = self._first
-        return replace(first, scale=scale or Scale())
+        assert self._first is not None
+        return replace(self._first, scale=scale or Scale())
 
 
 @dataclass
@@ -322,16 +319,9 @@ def _of_like_length(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
         yield part
 
 
-def _lay_out(rows: Sequence[_Row]) -> _Batch:
-    responses = [r for _, own in rows for r in own]
-    prompts = [position for position, (_, own) in enumerate(rows) for _ in own]
-    chosen = [i for i, r in enumerate(responses) if r.kind == "chosen"]
-    empty = torch.zeros(0, dtype=torch.long)
-    batch = PromptBatch(
-        tuple(e.id for e, _ in rows), tuple(e.prompt for e, _ in rows), tuple(r.completion for r in responses),
-        torch.tensor(prompts), torch.tensor(chosen), empty, empty,
-    )  # fmt: skip
-    return _Batch(batch, responses)
+def with_responses(example: EncodedExample, added: Sequence[EncodedCompletion]) -> EncodedExample:
+    """The example with further responses behind its negatives, to be scored with them."""
+    return replace(example, negatives=(*example.negatives, *added))
 
 
 def vocabulary_size(model: nn.Module) -> int:

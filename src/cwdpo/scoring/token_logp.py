@@ -89,20 +89,21 @@ def _token_stats(logp: Tensor, targets: Tensor, request: HeadRequest) -> Tensor:
 
 def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor, request: HeadRequest) -> Tensor:
     selected = hidden[request.rows.to(hidden.device), request.positions.to(hidden.device)]
-    targets = request.targets.to(hidden.device)
-    whole = torch.zeros_like(targets) if request.whole is None else request.whole.to(hidden.device)
+    columns = [selected, request.targets.to(hidden.device)]
+    if request.whole is not None:
+        columns.append(request.whole.to(hidden.device))
     vocabulary = _vocabulary_size(head, selected)
     size = max(1, CHUNK_VALUES // vocabulary)
 
-    def one(part: Tensor, wanted: Tensor, kept: Tensor) -> Tensor:
+    def one(part: Tensor, wanted: Tensor, kept: Tensor | None = None) -> Tensor:
         logp = head(part).float().log_softmax(-1)
-        if request.whole is not None:
-            request.found.append(logp[kept.bool()].detach())
+        if kept is not None:
+            request.found.append(logp[kept].detach())
         return _token_stats(logp, wanted, request)
 
     if len(selected) <= size:
-        return one(selected, targets, whole)
-    pieces = zip(selected.split(size), targets.split(size), whole.split(size), strict=True)
+        return one(*columns)
+    pieces = zip(*(column.split(size) for column in columns), strict=True)
     if torch.is_grad_enabled() and selected.requires_grad:
         return torch.cat([checkpoint(one, *piece, use_reentrant=False) for piece in pieces])
     return torch.cat([one(*piece) for piece in pieces])

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import compress
 
 from accelerate.utils import broadcast_object_list
 
@@ -128,16 +129,21 @@ def build_prompts(
             encoded.append(encoder.encode(example))
             kept.append(example)
     prompts, typed_prompts = within_budget(encoded, load, settings)
-    encoded, kept = encoded[:prompts], kept[:prompts]
+    typed = kept[:typed_prompts]
     path = run.path / f"probes-{stage}.jsonl"
     if resume and path.is_file():
-        responses = stored_responses(read_jsonl(path))
+        # The prompts are the stored ones, whatever the budget of a recipe with more steps would be.
+        stored = stored_responses(read_jsonl(path))
+        measured = [e.id in stored for e in kept]
+        asked = {e.id for e in typed}
+        responses = {id_: own for id_, own in stored.items() if own or id_ in asked}
     else:
-        typed = kept[:typed_prompts]
+        measured = [i < prompts for i in range(len(kept))]
         made = make_responses(typed, training, validation, settings.types, given, sampler, seed)
         responses = {e.id: [r for r in made[e.id] if _encoded(encoder, e, r)] for e in typed}
         if run.writes:
-            write_text(path, to_jsonl(kept, responses))
+            write_text(path, to_jsonl(kept[:prompts], responses))
+    encoded, kept = list(compress(encoded, measured)), list(compress(kept, measured))
     extras = {e.id: [c for r in responses.get(e.id, ()) if (c := _encoded(encoder, e, r))] for e in kept}
     return Prompts(kept, encoded, extras, responses)
 

@@ -21,7 +21,7 @@ from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.probes._influence import one_step
-from cwdpo.probes.base import PROBES, HeldOut, ProbeSet, Scale
+from cwdpo.probes.base import PROBES, HeldOut, ProbeSet, Scale, with_responses
 from cwdpo.records import Example, Reading
 from cwdpo.rundir import RunDir
 from cwdpo.training.prepare import autocast
@@ -93,9 +93,7 @@ class Instruments:
         chosen = [e for e in self.prompts.encoded if e.id in self.prompts.responses] or self.prompts.encoded[
             :4
         ]
-        with_extras = [
-            replace(e, negatives=(*e.negatives, *self.prompts.extras.get(e.id, ()))) for e in chosen[:8]
-        ]
+        with_extras = [with_responses(e, self.prompts.extras.get(e.id, ())) for e in chosen[:8]]
         kinds = [k for e in with_extras for k in ("chosen", *(c.kind or "rejected" for c in e.negatives))]
         return one_step(
             model, collate(with_extras), kinds, [collate([u]) for u in self.updates], self.objective
