@@ -185,10 +185,10 @@ def test_other_data_needs_a_test_set(tmp_path: Path) -> None:
 # --- tables ---------------------------------------------------------------------------------------------
 
 
-def summary_of(values: dict[str, list[float | None]]) -> dict[str, Any]:
+def summary_of(values: dict[str, list[float | None]], spec: Study | None = None) -> dict[str, Any]:
     from cwdpo.study import outcome
 
-    spec = study(variants={name: {"label": name.upper()} for name in values})
+    spec = spec or study(variants={name: {"label": name.upper()} for name in values})
     results = {
         f"{name}-seed{i}": CellResult(
             f"{name}-seed{i}", "failed" if v is None else "done", {} if v is None else {"judge_score": v},
@@ -221,6 +221,42 @@ def test_means_differences_and_corrections_by_hand() -> None:
     assert float(line["difference"]) == against["mean"]
     assert float(line["p_corrected"]) == against["p_corrected"]
     assert "| DPO | -0.137 [" in markdown(found).replace("| - ", "")
+
+
+def test_a_variant_may_be_compared_with_another_than_the_full_one() -> None:
+    spec = study(
+        variants={
+            "cw_dpo": {"label": "CW-DPO"},
+            "dpo": {"label": "DPO"},
+            "dpo_r3": {"label": "DPO, fresh", "against": "dpo"},
+        }
+    )
+    values = {"cw_dpo": [0.5, 0.7, 0.6], "dpo": [0.4, 0.5, 0.45], "dpo_r3": [0.41, 0.53, 0.49]}
+    found = summary_of(values, spec)
+    rows = {r["name"]: r for r in found["variants"]}
+    assert rows["dpo_r3"]["against"]["judge_score"]["mean"] == pytest.approx(0.08 / 3)
+    assert rows["dpo"]["against"]["judge_score"]["mean"] == pytest.approx(-0.15)
+    text = markdown(found).replace("| - ", "")
+    assert "| DPO, fresh minus DPO | +0.027 [" in text
+    assert "| DPO | -0.150 [" in text
+    lines = {r["variant"]: r["against"] for r in csv.DictReader(to_csv(found).splitlines())}
+    assert lines == {"cw_dpo": "", "dpo": "cw_dpo", "dpo_r3": "dpo"}
+    assert list(spec.only(["dpo_r3"]).variants) == ["cw_dpo", "dpo", "dpo_r3"]
+    with pytest.raises(ValueError, match="no variant 'dpp'; did you mean 'dpo'"):
+        study(variants={"cw_dpo": {}, "dpo": {"against": "dpp"}})
+
+
+def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:
+    chosen = {
+        "cw_dpo": ("stage2.learning_rate=2e-4",),
+        "dpo": ("stage2.learning_rate=5e-5",),
+        "ipo": ("x=1",),
+    }
+    mix = load_study("mix")
+    assert overrides_of(mix, "cw_dpo_75", chosen)[-1] == "stage2.learning_rate=2e-4"
+    assert overrides_of(mix, "dpo_75", chosen)[-1] == "stage2.learning_rate=5e-5"
+    with pytest.raises(RecipeError, match=r"settings are of ipo; the study small takes those of cw_dpo, dpo"):
+        ablate(RECIPE, study(), tmp_path / "out", seeds=1, jobs=1, chosen={"ipo": ("x=1",)})
 
 
 def test_a_failed_cell_is_shown_and_not_averaged_away() -> None:

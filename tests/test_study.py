@@ -10,8 +10,8 @@ import pytest
 from cwdpo.study import demo, methods
 from cwdpo.study.cell import spread, steps_to_share
 from cwdpo.study.grid import CellResult
+from cwdpo.study.spec import load_study
 from cwdpo.study.summary import compared
-from cwdpo.study.sweep import BUDGET, GRID, score
 from cwdpo.study.table import markdown, name_of, number
 
 
@@ -56,16 +56,18 @@ def test_a_failed_cell_is_shown() -> None:
     assert number(figure(0.5), 3) == "0.500"
 
 
-def test_the_sweep_gives_every_method_the_same_budget() -> None:
-    assert {len(grid) for grid in GRID.values()} == {BUDGET}
-    assert set(GRID) == set(methods.LABELS)
-    assert score({"sampled_correct": 0.5, "greedy_correct": 0.7, "ill_formed": 0.1}) == pytest.approx(1.1)
-
-
 def test_the_shipped_settings_were_swept() -> None:
+    study = load_study("demo")
+    assert {len(v.settings()) for v in study.variants.values()} == {8}, "every method has the same budget"
     for m in methods.swept_methods():
-        settings = {k: v for k, v in m.stage2.items() if k != "name"} | {"learning_rate": m.learning_rate}
-        assert settings in GRID[m.name], m.name
+        grid = study.variants[m.name].grid
+        tried = {
+            key.removeprefix("stage2.").removeprefix("objective."): values for key, values in grid.items()
+        }
+        settings = {**m.stage2, "learning_rate": m.learning_rate}
+        assert {key: settings[key] in values for key, values in tried.items()} == dict.fromkeys(
+            tried, True
+        ), m.name
         methods.cell_recipe(m, 0, "train.jsonl", "validation.jsonl", "model").stage2.build()
 
 
@@ -109,8 +111,8 @@ def test_a_cell_that_fails_is_a_row_of_the_table(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(methods, "STAGE1_STEPS", 2)
     monkeypatch.setattr(methods, "STAGE2_STEPS", 2)
     monkeypatch.setattr(demo, "TRAIN_ROWS", 64)
-    broken = methods.method("cw_dpo", 1e-4, floor=-0.5, tau=1e-300)  # sigmoid overflows on purpose
-    monkeypatch.setattr(demo, "swept_methods", lambda: [methods.method("sft", 1e-4), broken])
+    swept = [m for m in methods.swept_methods() if m.name in ("sft", "cw_dpo")]
+    monkeypatch.setattr(demo, "swept_methods", lambda: swept)
     real = demo.run_grid
 
     def fail_one(waves, workers, on_event):
@@ -124,49 +126,6 @@ def test_a_cell_that_fails_is_a_row_of_the_table(tmp_path, monkeypatch) -> None:
     assert ours["cells"][0]["status"] == "failed"
     assert ours["figures"]["sampled_correct"]["mean"] is None
     assert "planted" in (tmp_path / "demo" / "report.html").read_text()
-
-
-def test_the_mix_study_pairs_its_arms_by_seed(tmp_path: Path) -> None:
-    from cwdpo.study import mix_study
-
-    arms = mix_study.arms()
-    names = [a.name for a in arms]
-    assert len(set(names)) == len(names) == 17
-    assert all(a.against is None or a.against in names for a in arms)
-    results = {}
-    for k, arm in enumerate(arms):
-        for seed in (0, 1, 2):
-            key = f"{arm.name}-seed{seed}"
-            failed = arm.name == "dpo-mixed-r3" and seed == 2
-            figures = {} if failed else {name: k + seed**2 for name, *_ in mix_study.FIGURES}
-            results[key] = CellResult(
-                key, "failed" if failed else "done", figures, "boom" if failed else None, 1.0
-            )
-            rows = [{"realised": 0.25 * r, "replaced_chosen": 2} for r in range(arm.rounds)]
-            (tmp_path / "cells" / key).mkdir(parents=True)
-            (tmp_path / "cells" / key / "rounds.jsonl").write_text(
-                "".join(json.dumps(r) + "\n" for r in rows)
-            )
-    found = mix_study.summarise(tmp_path, (0, 1, 2), results, 100)
-    by_name = {row["arm"]: row for row in found["arms"]}
-    assert by_name["dpo-mixed-r1"]["differences"]["kl"]["mean"] == 3, "places in the list, paired: no spread"
-    assert by_name["dpo-mixed-r3"]["differences"]["kl"]["n"] == 2
-    assert by_name["dpo-mixed-r3"]["realised"] == 0.25
-    assert by_name["sft-dataset-r1"]["figures"]["ece"]["mean"] == pytest.approx(5 / 3)
-    text = mix_study.markdown(found)
-    assert "| dpo-mixed-r3 (1 FAILED) |" in text
-    assert "**+3.000 [+3.000, +3.000]**" in text
-
-
-def test_an_arms_recipe_holds_its_negatives_and_steps() -> None:
-    from cwdpo.study import mix_study
-
-    base = methods.cell_recipe(methods.swept_methods()[1], 1, "t.jsonl", "v.jsonl", "model")
-    arm = next(a for a in mix_study.arms() if a.name == "dpo-mixed-chosen-r3")
-    made = mix_study.arm_recipe(arm, base, 42)
-    n = made.negatives
-    assert (n.on_policy_fraction, n.rounds, n.on_policy_chosen, made.stage2.steps) == (0.5, 3, True, 42)
-    assert made.stage2.objective == base.stage2.objective
 
 
 def test_edits_are_counted_and_shown(tmp_path: Path) -> None:

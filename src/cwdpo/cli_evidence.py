@@ -175,11 +175,10 @@ def ablate(
     spec = load_study(study)
     folder = out or Path("runs") / spec.name
     chosen = load_chosen(tuned) if tuned else {}
-    if only:
-        spec = spec.only(only)
-        chosen = {name: settings for name, settings in chosen.items() if name in spec.variants}
+    spec = spec.only(only) if only else spec
     summary = run(recipe, spec, folder, seeds=seeds, jobs=jobs, chosen=chosen, test=test)
     typer.echo(markdown(summary))
+    typer.echo(f"Settings {summary['provenance']['settings']}.\n")
     typer.echo(
         f"table    {folder / 'table.md'}\nfigures  {folder / 'table.csv'}\nreport   {folder / 'report.html'}"
     )

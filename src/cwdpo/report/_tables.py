@@ -6,6 +6,7 @@ A study's ``summary.json``::
      "figures": [{"key", "label", "better": "higher" | "lower" | "none", "digits": int, "help"}],
      "variants": [{"name", "label", "overrides": [str],
         "figures": {key: {"mean", "low", "high", "n", "per_seed"}},
+        "rival": name it is compared with, or null,
         "against": {key: {"mean", "low", "high", "n", "p", "p_corrected", "word"}},
         "cells": [{"seed", "status": "done" | "failed", "error", "seconds"}]}],
      "shared": [{"key", "error"}], "provenance": {key: text}}
@@ -58,7 +59,9 @@ def study_page(folder: Folder, summary: Mapping[str, Any]) -> dict[str, Any]:
     full = next((v for v in variants if v.get("name") == summary.get("full")), {})
     heads = [_head(f) for f in figures]
     compared = [f for f in figures if f.get("key") != "win_rate"]
-    others = [v for v in variants if v is not full]
+    others = [v for v in variants if v.get("against")]
+    named = {str(v.get("name")): plain(v.get("label")) for v in variants}
+    rivals = [named.get(str(v.get("rival"))) or plain(full.get("label")) for v in others]
     failed = [(v, c) for v in variants for c in records(v.get("cells")) if c.get("status") == "failed"]
     tables = [
         Table(
@@ -69,10 +72,15 @@ def study_page(folder: Folder, summary: Mapping[str, Any]) -> dict[str, Any]:
         ),
         Table(
             "differences", f"Difference to {plain(full.get('label'))}",
-            f"Variant minus full, paired by seed, with its 95% interval. p-values are corrected (Holm) for the "
-            f"{len(others)} comparisons of a column; a word is given only where the corrected p is below 0.05.",
+            f"Variant minus full, or minus the one that is named, paired by seed, with its 95% interval. p-values are "
+            f"corrected (Holm) for the {len(others)} comparisons of a column; a word is given only where the corrected "
+            "p is below 0.05.",
             [_head(f) for f in compared],
-            [(_named(v), "", _row(v.get("against"), compared, _difference)) for v in others],
+            [
+                (_named(v), "" if rival == plain(full.get("label")) else f"minus {rival}",
+                 _row(v.get("against"), compared, _difference))
+                for v, rival in zip(others, rivals, strict=True)
+            ],
         ),
     ]  # fmt: skip
     settings = [

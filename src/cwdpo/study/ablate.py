@@ -43,7 +43,7 @@ def ablate(
     from cwdpo.report.render import write_report
 
     chosen = chosen or {}
-    _refuse_unknown(chosen, study)
+    settings = _settings(study, chosen)
     if study.panel:
         study, chosen = study.expanded(chosen), {}
     numbers = list(range(seeds))
@@ -52,6 +52,7 @@ def ablate(
         planned = plan(out, read_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test)
         results = _run(planned, jobs)
         summary = outcome(out, study, numbers, results, chosen)
+        summary["provenance"]["settings"] = settings
         write_json(out / "summary.json", summary)
         write_text(out / "table.md", markdown(summary))
         write_text(out / "table.csv", to_csv(summary))
@@ -202,9 +203,15 @@ def _started(out: Path) -> RunDir:
     return run
 
 
-def _refuse_unknown(chosen: Mapping[str, Sequence[str]], study: Study) -> None:
-    unknown = set(chosen) - set(study.variants)
-    if unknown:
+def _settings(study: Study, chosen: Mapping[str, Sequence[str]]) -> str:
+    """Which variants take what a sweep chose; a file of settings that no variant takes is a mistake."""
+    tuned = [name for name in study.variants if study.tuned_by(name) in chosen]
+    if not tuned and chosen:
+        wanted = sorted({study.tuned_by(name) for name in study.variants})
         raise RecipeError(
-            f"the tuned settings name {sorted(unknown)}, which the study {study.name} does not have"
+            f"the tuned settings are of {', '.join(sorted(chosen))}; the study {study.name} takes those of "
+            f"{', '.join(wanted)}"
         )
+    rest = [name for name in study.variants if name not in tuned]
+    parts = {"by a sweep": tuned, "as recipe and study have them": rest}
+    return "; ".join(f"{how}: {', '.join(names)}" for how, names in parts.items() if names)

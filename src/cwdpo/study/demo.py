@@ -29,14 +29,12 @@ KIND_SHARES = {"hard": 0.35, "medium": 0.15, "easy": 0.3, "shuffled": 0.2}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Size of the comparison. ``world_seed`` shifts the training pictures (the sweep uses others)."""
+    """Size of the comparison."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     hot_seeds: tuple[int, ...] = (0, 1, 2)
     test_prompts: int = 200
     workers: int = 2
-    world_seed: int = 0
-    split: str = "test"
 
 
 class Progress:
@@ -76,10 +74,10 @@ def write_data(out: Path, settings: DemoSettings) -> dict[str, str]:
     from cwdpo.worlds.shapes import ShapesSettings
 
     world = ShapesSettings(
-        seed=settings.world_seed, train=TRAIN_ROWS, validation=max(settings.test_prompts, 64),
+        seed=0, train=TRAIN_ROWS, validation=max(settings.test_prompts, 64),
         test=settings.test_prompts, shares=KIND_SHARES, questions=0.0,
     )  # fmt: skip
-    return write_world(out / "data", world, settings.seeds, settings.split)
+    return write_world(out / "data", world, settings.seeds, "test")
 
 
 def plan(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cwdpo.config import Recipe, parse_recipe
+from cwdpo.study.spec import load_chosen, load_study, overrides_of
 
 STAGE1_STEPS = 50
 STAGE2_STEPS = 100
@@ -33,23 +33,20 @@ class Method:
     learning_rate: float
 
 
-LABELS = {"sft": "continued SFT", "dpo": "DPO", "dpo_sft": "DPO + SFT term", "cw_dpo": "CW-DPO"}
-STAGE1 = {name: {"name": "sft"} for name in ("sft", "dpo", "dpo_sft")} | {
-    "cw_dpo": {"name": "sft_constrained", "penalty": 0.1, "constraint": 0.8}
-}
-OBJECTIVE = {"sft": "sft", "dpo": "dpo", "dpo_sft": "dpo", "cw_dpo": "cw_dpo"}
-
-
-def method(name: str, learning_rate: float, **settings: Any) -> Method:
-    """A method at some settings of its stage-2 objective."""
-    return Method(name, LABELS[name], STAGE1[name], {"name": OBJECTIVE[name], **settings}, learning_rate)
-
-
 def swept_methods() -> list[Method]:
-    """The four methods at the settings that the sweep chose (``study/swept.yaml``)."""
-    text = resources.files("cwdpo.study").joinpath("swept.yaml").read_text(encoding="utf-8")
-    chosen = yaml.safe_load(text)["chosen"]
-    return [method(name, **settings) for name, settings in chosen.items()]
+    """The methods of the study ``demo`` at the settings that its sweep chose (``study/swept.yaml``)."""
+    study = load_study("demo")
+    with resources.as_file(resources.files("cwdpo.study").joinpath("swept.yaml")) as path:
+        chosen = load_chosen(Path(path))
+    found = []
+    for name in study.variants:
+        recipe = parse_recipe({"name": name, "model": {"path": "embedded"}, "data": {"world": {}}},
+                              overrides_of(study, name, chosen))  # fmt: skip
+        stage2 = recipe.stage2
+        found.append(
+            Method(name, study.label(name), recipe.stage1.objective, stage2.objective, stage2.learning_rate)
+        )
+    return found
 
 
 def cell_recipe(m: Method, seed: int, data: str, validation: str, model: str, factor: float = 1.0) -> Recipe:

@@ -1,4 +1,4 @@
-"""Cells of a study to its summary: means with intervals, and paired differences to the full method."""
+"""Cells of a study to its summary: means with intervals, and paired differences to the full method or another."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def outcome(
     """The study's summary.json; see :mod:`cwdpo.report.render` for its shape.
 
     Figures are compared by seed: every variant sees the same pictures in the same order. p-values are corrected
-    (Holm) within a figure, for the number of variants that are compared with the full one.
+    (Holm) within a figure, for the number of variants that are compared with another.
     """
     cells = {name: [_result(results, f"{name}-seed{seed}") for seed in seeds] for name in study.variants}
     figures = figures_of(study, cells)
     rows = [_row(out, study, name, seeds, cells, figures, chosen) for name in study.variants]
-    _compare(rows, study.full, figures)
+    _compare(rows, figures)
     hours = sum(_seconds(out, key) for key in results) / 3600
     return {
         "kind": "study",
@@ -101,6 +101,7 @@ def _row(
         "label": study.label(name),
         "overrides": overrides_of(study, name, chosen),
         "figures": values,
+        "rival": study.rival(name),
         "against": {},
         "calibration": _calibration(out, own),
         "cells": [
@@ -120,16 +121,16 @@ def _seconds(out: Path, key: str) -> float:
     return float(RunDir(out / "cells" / key).json("timing.json").get("seconds", 0.0))
 
 
-def _compare(rows: Sequence[dict[str, Any]], full: str, figures: Sequence[Figure]) -> None:
-    """Fill ``against``: each variant minus the full one."""
-    reference = next(row for row in rows if row["name"] == full)
-    others = [row for row in rows if row["name"] != full]
+def _compare(rows: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> None:
+    """Fill ``against``: each variant minus its rival."""
+    named = {row["name"]: row["figures"] for row in rows}
+    others = [row for row in rows if row["rival"]]
     for figure in figures:
         key = figure["key"]
         if key == "win_rate":
             continue
         found = [
-            paired_difference(row["figures"][key]["per_seed"], reference["figures"][key]["per_seed"])
+            paired_difference(row["figures"][key]["per_seed"], named[row["rival"]][key]["per_seed"])
             for row in others
         ]
         corrected = holm([d["p"] for d in found])

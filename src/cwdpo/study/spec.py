@@ -31,13 +31,16 @@ class Variant(Settings):
     """One row of the table: overrides (``section.key=value``) on the recipe, and what a sweep may try.
 
     ``grid`` maps keys to values; a sweep tries their product. ``margins_from`` names the variant whose trained
-    policy estimates the reward margins first (madpo).
+    policy estimates the reward margins first (madpo). ``against`` is the variant that it is compared with instead of
+    the study's full one. ``tuned_as`` names the variant of a sweep whose chosen settings it takes (default: its own).
     """
 
     label: str = ""
     set: tuple[str, ...] = ()
     grid: Mapping[str, tuple[Any, ...]] = {}
     margins_from: str | None = None
+    against: str | None = None
+    tuned_as: str | None = None
 
     def settings(self) -> list[tuple[str, ...]]:
         """Every point of the grid, as overrides."""
@@ -80,7 +83,7 @@ class Study(Settings):
 
     @model_validator(mode="after")
     def _known_names(self) -> Study:
-        named = [v.margins_from for v in self.variants.values() if v.margins_from]
+        named = [n for v in self.variants.values() for n in (v.margins_from, v.against) if n]
         named += [] if self.panel else [self.full]
         for name in named:
             if name not in self.variants:
@@ -102,7 +105,7 @@ class Study(Settings):
                 point = variant.model_copy(
                     update={
                         "label": f"{self.label(name)}, {shown}",
-                        "set": (*variant.set, *chosen.get(name, ()), *settings),
+                        "set": (*variant.set, *chosen.get(self.tuned_by(name), ()), *settings),
                         "grid": {},
                     }
                 )
@@ -110,7 +113,9 @@ class Study(Settings):
         teachers = {v.margins_from for v in self.variants.values() if v.margins_from}
         for name in teachers - set(points):
             own = self.variants[name]
-            points[name] = own.model_copy(update={"set": (*own.set, *chosen.get(name, ())), "grid": {}})
+            points[name] = own.model_copy(
+                update={"set": (*own.set, *chosen.get(self.tuned_by(name), ())), "grid": {}}
+            )
         # Checked again: now the full variant must be among them.
         tree = {**self.model_dump(exclude={"variants"}), "panel": False, "variants": points}
         return Study.model_validate(tree)
@@ -127,13 +132,27 @@ class Study(Settings):
                     f"--only: no variant {name!r}{nearest(name, self.variants)}; known: {', '.join(self.variants)}"
                 )
         full = {n for n in self.variants if self.full == n or (self.panel and self.full.startswith(f"{n}-"))}
-        needed = full | set(names) | {self.variants[n].margins_from for n in names}
+        needed = full | set(names)
+        while more := {n for v in needed for n in self._read_by(v)} - needed:
+            needed |= more
         kept = {name: v for name, v in self.variants.items() if name in needed}
         return self.model_copy(update={"variants": kept})
+
+    def _read_by(self, name: str) -> set[str]:
+        own = self.variants[name]
+        return {n for n in (own.margins_from, own.against) if n}
 
     def label(self, name: str) -> str:
         """What a table calls a variant."""
         return self.variants[name].label or name
+
+    def rival(self, name: str) -> str | None:
+        """The variant that one is compared with; ``None`` for the full one, unless it names another."""
+        return self.variants[name].against or (self.full if name != self.full else None)
+
+    def tuned_by(self, name: str) -> str:
+        """The name under which a sweep chose the variant's settings."""
+        return self.variants[name].tuned_as or name
 
 
 def shipped() -> list[str]:
@@ -193,4 +212,4 @@ def _yaml(value: Any) -> str:
 
 def overrides_of(study: Study, name: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
     """All overrides of a variant, in order: the study's, its own, and what a sweep chose for it."""
-    return [*study.common, *study.variants[name].set, *chosen.get(name, ())]
+    return [*study.common, *study.variants[name].set, *chosen.get(study.tuned_by(name), ())]

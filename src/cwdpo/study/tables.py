@@ -11,15 +11,16 @@ from cwdpo.study.table import name_of, number
 
 COLUMNS = (
     "variant", "label", "figure", "better", "n", "failed", "mean", "low", "high",
-    "difference", "difference_low", "difference_high", "p", "p_corrected", "verdict",
+    "against", "difference", "difference_low", "difference_high", "p", "p_corrected", "verdict",
 )  # fmt: skip
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """Two tables: means with half of their 95% interval, and differences to the full variant."""
+    """Two tables: means with half of their 95% interval, and paired differences."""
     figures, rows = summary["figures"], summary["variants"]
     labels = [_arrow(f) for f in figures]
-    full = next(r["label"] for r in rows if r["name"] == summary["full"])
+    named = {r["name"]: r["label"] for r in rows}
+    compared_rows = [r for r in rows if r["rival"]]
     lines = [f"## {summary['title']}", ""]
     if summary["question"]:
         lines += [summary["question"], ""]
@@ -31,15 +32,16 @@ def markdown(summary: Mapping[str, Any]) -> str:
         lines.append(_line([name_of(row), *cells]))
     lines += [
         "",
-        f"Difference to {full}, paired by seed, with its 95% interval and the p-value corrected (Holm) for "
-        f"{len(rows) - 1} comparisons; * marks p < 0.05.",
+        f"Difference to {named[summary['full']]} or to what is named, paired by seed, with its 95% interval and the "
+        f"p-value corrected (Holm) for {len(compared_rows)} comparisons; * marks p < 0.05.",
         "",
     ]
     compared = [f for f in figures if f["key"] != "win_rate"]
     lines += _head(["variant", *(_arrow(f) for f in compared)])
-    for row in rows:
-        if row["name"] != summary["full"]:
-            lines.append(_line([row["label"], *(_difference(row["against"][f["key"]], f) for f in compared)]))
+    for row in compared_rows:
+        other = "" if row["rival"] == summary["full"] else f" minus {named[row['rival']]}"
+        cells = [_difference(row["against"][f["key"]], f) for f in compared]
+        lines.append(_line([row["label"] + other, *cells]))
     failed = [c for row in rows for c in row["cells"] if c["status"] == "failed"]
     if failed:
         lines += ["", f"**{len(failed)} cells failed:**", ""]
@@ -65,6 +67,7 @@ def to_csv(summary: Mapping[str, Any]) -> str:
                 {
                     "variant": row["name"], "label": row["label"], "figure": figure["key"], "better": figure["better"],
                     "n": value["n"], "failed": failed, **{k: value[k] for k in ("mean", "low", "high")},
+                    "against": row["rival"],
                     "difference": against.get("mean"), "difference_low": against.get("low"),
                     "difference_high": against.get("high"), "p": against.get("p"),
                     "p_corrected": against.get("p_corrected"), "verdict": against.get("word"),
