@@ -440,6 +440,20 @@ BAD_SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, 
 }
 
 
+def test_a_recipe_says_how_its_data_is_validated(run: Run, place: Path) -> None:
+    (place / "my.yaml").write_text("data: {path: data/train.jsonl, max_length: 3, format: trl}\n")
+    done = run("validate", "my.yaml")
+    refused(done, "too-long", "tokens")
+    (place / "my.yaml").write_text(
+        "data: {path: data/train.jsonl, max_length: 500}\nmodel: {path: nowhere/at-all}\n"
+    )
+    assert run("validate", "my.yaml").code == 1
+    done = run("validate", "my.yaml", "--model", "embedded")
+    assert (done.code, "tokens" in done.out) == (0, True)
+    (place / "my.yaml").write_text("data: {world: {}}\n")
+    refused(run("validate", "my.yaml"), "data.world is drawn by cwdpo itself")
+
+
 @pytest.mark.parametrize("what", BAD_SETS)
 def test_bad_sets(run: Run, place: Path, what: str) -> None:
     change, arguments, parts = BAD_SETS[what]

@@ -79,6 +79,13 @@ def test_shipped_recipes_parse(path: Path) -> None:
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_the_readme_shows_the_shipped_recipe() -> None:
+    root = Path(__file__).parent.parent
+    assert (
+        f"```yaml\n{(root / 'recipes' / 'qwen_lora.yaml').read_text()}```" in (root / "README.md").read_text()
+    )
+
+
 def test_there_are_shipped_recipes() -> None:
     assert RECIPES
 

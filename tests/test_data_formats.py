@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cwdpo.data.formats import FORMATS
+from cwdpo.data.formats import FORMATS, find_format
 from cwdpo.data.read import ReadResult, read_examples
 from cwdpo.errors import DataError
 from cwdpo.records import Completion, Example, Message
@@ -275,6 +275,147 @@ def test_rlaifv_parquet_and_rlhfv_text(folder: Path) -> None:
         assert example.extra == ({"ds_name": "x"} if name == "plain" else {})
 
 
+IMAGE = {"images": ["images/a.png"]}
+TURN = [{"role": USER, "content": "<image>What?"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "<image>What?", "chosen": "a dog", "rejected": "a cat"},
+        {"instruction": "<image>", "input": "What?", "chosen": "a dog", "rejected": "a cat"},
+        {"messages": TURN, "chosen": turn(BOT, "a dog"), "rejected": turn(BOT, "a cat")},
+        {"messages": TURN, "chosen": "a dog", "rejected": "a cat"},
+    ],
+    ids=["alpaca", "alpaca with input", "openai", "openai with strings"],
+)
+def test_llamafactory_s_other_spellings(folder: Path, row: dict[str, Any]) -> None:
+    result = read(folder, {**row, **IMAGE})
+    example = only(result)
+    assert result.format == "llamafactory"
+    assert example.prompt == (Message("user", (None, "What?")),)
+    assert (example.chosen.text, example.rejected) == ("a dog", (Completion("a cat"),))
+    assert example.extra == {}
+
+
+def test_alpaca_history_system_and_output(folder: Path) -> None:
+    row = {"instruction": "And here?", "input": "", "output": "red", "system": "Be brief.",
+           "history": [["<image>What?", "a dog"]], **IMAGE}  # fmt: skip
+    example = only(read(folder, row))
+    assert example.prompt == (
+        Message("system", ("Be brief.",)),
+        Message("user", (None, "What?")),
+        Message("assistant", ("a dog",)),
+        Message("user", ("And here?",)),
+    )
+    assert (example.chosen.text, example.rejected) == ("red", ())
+    with pytest.raises(DataError, match=r"history\[0\].*a list of \[question, answer\]"):
+        read(folder, {**row, "history": ["What?"]})
+    with pytest.raises(DataError, match=r"\[input\]: int \(3\); allowed: a string"):
+        read(folder, {**row, "input": 3})
+
+
+@pytest.mark.parametrize("key", ["rejected_conversations", "contrastive_conversations"])
+def test_povid_and_vdpo(folder: Path, key: str) -> None:
+    asked = {"from": "human", "value": "<image>\nWhat?"}
+    row = {"id": "p1", "image": "images/a.png", "conversations": [asked, {"from": "gpt", "value": "a dog"}],
+           key: [asked, {"from": "gpt", "value": "a cat"}]}  # fmt: skip
+    result = read(folder, row)
+    example = only(result)
+    assert (result.format, example.id) == ("povid", "p1")
+    assert example.prompt == (Message("user", (None, "What?")),)
+    assert (example.chosen.text, example.rejected) == ("a dog", (Completion("a cat"),))
+    with pytest.raises(DataError, match="do not begin with the prompt"):
+        read(folder, {**row, key: [{"from": "human", "value": "Other?"}, {"from": "gpt", "value": "a cat"}]})
+
+
+def test_mdpo_is_trl_s_with_another_name_for_the_picture(folder: Path) -> None:
+    row = {"img_path": "images/a.png", "prompt": "What?", "chosen": "a dog", "rejected": "a cat"}
+    result = read(folder, row)
+    assert result.format == "trl"
+    assert only(result).prompt == (Message("user", (None, "What?")),)
+    assert only(result).images[0].path == (folder / "images" / "a.png").resolve()
+    with pytest.raises(DataError, match="both 'img_path' and 'image' are set"):
+        read(folder, {**row, "image": "images/a.png"})
+
+
+def rated(model: str, response: str, *ratings: str) -> dict[str, Any]:
+    aspects = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
+    return {
+        "annotations": {a: {"Rating": r, "Rationale": "x"} for a, r in zip(aspects, ratings, strict=True)},
+        "model": model,
+        "response": response,
+    }
+
+
+def test_vlfeedback_takes_the_best_rated_and_all_that_are_worse(folder: Path) -> None:
+    rows = [
+        rated("m1", "fair", "3", "4", "5"),  # mean 4
+        rated("m2", "best", "5", "4", "N/A"),  # mean 4.5
+        rated("m3", "as good", "4", "5", "4.5"),  # 4.5 too: no negative
+        rated("m4", "poor", "1", "1", "1"),
+        rated("m5", "unrated", "N/A", "", "no"),
+    ]
+    made = {"img_path": "images/a.png", "prompt": "What?", "models": ["m1"], "completions": rows}
+    result = read(folder, made)
+    example = only(result)
+    assert result.format == "vlfeedback"
+    assert example.chosen.text == "best"
+    assert [(n.text, n.made) for n in example.rejected] == [
+        ("fair", {"model": "m1", "rating": 4.0}),
+        ("poor", {"model": "m4", "rating": 1.0}),
+    ]
+    columns = {
+        key: [row[key] for row in rows] for key in rows[0]
+    }  # as datasets' Sequence of a struct stores it
+    assert only(read(folder, {**made, "completions": columns})).rejected == example.rejected
+    with pytest.raises(DataError, match="all responses are rated alike"):
+        read(folder, {**made, "completions": rows[1:3]})
+
+
+def test_an_entry_of_llamafactory_s_registry(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    row = {"dialog": [{"who": "u", "what": "<image>What?"}], "good": {"who": "a", "what": "a dog"},
+           "bad": {"who": "a", "what": "a cat"}, "pics": ["images/a.png"], "note": 1}  # fmt: skip
+    (folder / "sub" / "pairs.json").write_text(json.dumps([row]))
+    alpaca = {"q": "<image>What?", "better": "a dog", "worse": "a cat", "pics": ["images/a.png"]}
+    (folder / "alpaca.jsonl").write_text(json.dumps(alpaca) + "\n")
+    registry = {
+        "pairs": {
+            "file_name": "sub/pairs.json", "formatting": "sharegpt", "ranking": True,
+            "columns": {"messages": "dialog", "chosen": "good", "rejected": "bad", "images": "pics"},
+            "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "u", "assistant_tag": "a"},
+        },
+        "alpaca": {
+            "file_name": "alpaca.jsonl", "ranking": True,
+            "columns": {"prompt": "q", "chosen": "better", "rejected": "worse", "images": "pics"},
+        },
+        "films": {"file_name": "x.json", "columns": {"videos": "v"}},
+        "script": {"script_url": "x"},
+        "empty": {},
+    }  # fmt: skip
+    file = folder / "dataset_info.json"
+    file.write_text(json.dumps(registry))
+    for name in ("pairs", "alpaca"):
+        result = read_examples(f"{file}:{name}")
+        example = only(result)
+        assert result.format == "llamafactory"
+        assert example.prompt == (Message("user", (None, "What?")),)
+        assert (example.chosen.text, example.rejected) == ("a dog", (Completion("a cat"),))
+        assert example.images[0].path == (folder / "images" / "a.png").resolve(), "from the registry's folder"
+    assert only(read_examples(f"{file}:pairs")).extra == {"note": 1}
+    for name, said in {
+        "pair": "no data set 'pair'; did you mean 'pairs'?; known: pairs, alpaca",
+        "films": r"films: columns.videos: only images",
+        "script": "loading scripts are not run",
+        "empty": "neither 'file_name' nor 'hf_hub_url'",
+    }.items():
+        with pytest.raises(DataError, match=said.replace("?;", r"\?;")):
+            read_examples(f"{file}:{name}")
+    with pytest.raises(DataError, match=r"cannot be read .*FOLDER/dataset_info.json:NAME"):
+        read_examples(folder / "nowhere" / "dataset_info.json:pairs")
+
+
 def test_format_choice(folder: Path) -> None:
     both = {"image": "images/a.png", "captions": ["x"], "prompt": "Q", "chosen": "A", "rejected": "B"}
     with pytest.raises(DataError, match=r"match several formats \(trl, captions\); set data.format"):
@@ -291,5 +432,21 @@ def test_every_format_names_columns_that_it_matches_alone() -> None:
     for form in FORMATS.values():
         for need in form.columns:
             assert form.matches(need)
-        others = [other.name for other in FORMATS.values() if other.matches(form.columns[0])]
-        assert others == [form.name]
+            assert find_format("auto", need, "here") is form
+
+
+def test_the_rows_of_the_docs_are_read(folder: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    picture(folder / "a.png")
+    found: set[str] = set()
+    for part in text.split("<!-- rows -->")[1].split("<!-- end rows -->")[0].split("\n**`")[1:]:
+        name = part.split("`")[0]
+        for line in part.split("```json\n")[1].split("\n```")[0].splitlines():
+            row = json.loads(line)
+            assert find_format("auto", frozenset(row), "docs").name == name
+            example = only(read(folder, row))
+            assert None in example.prompt[0].parts
+            assert example.chosen.text.startswith("a cat")
+            assert [n.text for n in example.rejected] == ([] if name == "captions" else ["a dog"])
+        found.add(name)
+    assert found == set(FORMATS)

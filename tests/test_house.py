@@ -64,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_dynamics": {"dynamics", "report", "rundir", "errors"},
     "cli_progress": {"training", "cli_dynamics"},
     "cli_sample": {"cli_progress", "config", "training"},
+    "cli_validate": {"cli_progress", "config", "data", "errors", "models"},
     "cli_evidence": {*MODELLING, "probes", "evaluation", "report", "training", "study"},
     "bench": {*MODELLING, "training"},
     "cli": {
@@ -73,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         "cli_progress",
         "cli_sample",
         "cli_evidence",
+        "cli_validate",
         "probes",
         "evaluation",
         "report",
@@ -95,6 +97,7 @@ WITHOUT_TORCH = {
     "curriculum",
     "cli_sample",
     "cli_evidence",
+    "cli_validate",
     "worlds",
     "objectives",
     "negatives",

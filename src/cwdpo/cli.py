@@ -9,14 +9,15 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cwdpo import cli_dynamics, cli_evidence
 from cwdpo.bench.commands import app as bench_app
-from cwdpo.cli_progress import row_bar, run_listener
+from cwdpo.cli_progress import run_listener
 from cwdpo.cli_sample import sample
+from cwdpo.cli_validate import validate
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError, MissingPackageError, RunDirError
 
@@ -35,6 +36,7 @@ app.add_typer(recipe_app, name="recipe")
 cli_evidence.mount(app)
 app.add_typer(bench_app, name="bench")
 app.command()(sample)
+app.command()(validate)
 cli_dynamics.mount(app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as you like")]
@@ -90,52 +92,6 @@ def train(
     typer.echo(
         f"model    {run.path / 'model'}\nfigures  {run.path / 'summary.json'}\nreport   {run.path / 'report.html'}"
     )
-
-
-@app.command()
-def validate(
-    data: Annotated[str, typer.Argument(help="a file, a folder, or a hub id")],
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
-    data_format: Annotated[str, typer.Option("--format", help="auto, or the name of a format")] = "auto",
-    image_root: Annotated[
-        Path | None, typer.Option(help="folder that image paths start from; default: the data's own")
-    ] = None,
-    against: Annotated[
-        list[str] | None, typer.Option(help="another set that may share no picture with this one")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="most tokens of prompt + longest response")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="count tokens as this checkpoint does; default: words")
-    ] = None,
-    fix: Annotated[Path | None, typer.Option(help="write the good rows to this new .jsonl file")] = None,
-) -> None:
-    """Say what was understood of a data set and what is wrong with it; exit code 1 when something is.
-
-    A train file is compared with the validation and test files next to it: no picture may stand in both.
-    """
-    from cwdpo.data.rows import count_rows, open_source
-    from cwdpo.data.validate import validate as check
-
-    source = open_source(data)
-    progress, stop = row_bar(source.name, count_rows(source))
-    try:
-        found = check(
-            source,
-            format=data_format,
-            image_root=image_root,
-            against=against or (),
-            lengths=None if model is None else _token_counter(model),
-            max_length=max_length,
-            fix=fix,
-            progress=progress,
-        )
-    finally:
-        stop()
-    typer.echo(found.to_json() if as_json else found.to_text())
-    if found.problems:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -212,17 +168,6 @@ def _refuse_absent(trackers: tuple[str, ...]) -> None:
             raise MissingPackageError(
                 f"train.report_to: the tracker {name!r} is not installed: pip install {name}, or leave it out"
             )
-
-
-def _token_counter(model: str) -> Any:
-    from cwdpo.data.lengths import token_counter
-    from cwdpo.models.checkpoint import check_folder
-    from cwdpo.models.load import EMBEDDED, load_processor
-    from cwdpo.models.settings import ModelSettings
-
-    source = str(EMBEDDED) if model == "embedded" else model
-    check_folder(source)
-    return token_counter(load_processor(source, ModelSettings(path=model)))
 
 
 def _disk_trouble(error: Exception) -> str | None:

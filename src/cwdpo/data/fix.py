@@ -12,6 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cwdpo.data.rowparts import image_key
 from cwdpo.data.rows import LINES, RawRow
 from cwdpo.errors import DataError
 from cwdpo.records import ImageRef
@@ -79,7 +80,7 @@ class GoodRows:
 
     def _with_paths(self, row: dict[str, Any], images: tuple[ImageRef, ...]) -> dict[str, Any]:
         """The row itself where every path leads to its picture from the new file too; else a copy."""
-        key = "images" if row.get("images") is not None else "image"
+        key = image_key(row) or "image"
         values = row[key] if key == "images" else [row.get(key)]
         placed = [self._placed(value, image) for value, image in zip(values, images, strict=False)]
         if all(new is old for new, old in zip(placed, values, strict=False)):

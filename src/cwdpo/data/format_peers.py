@@ -1,4 +1,4 @@
-"""Formats of LLaMA-Factory, ms-swift and RLAIF-V / RLHF-V, so that their data is read as it is."""
+"""Formats of LLaMA-Factory, ms-swift, RLAIF-V / RLHF-V and POVID, so that their data is read as it is."""
 
 from __future__ import annotations
 
@@ -35,24 +35,58 @@ def _sharegpt(value: Any, key: str) -> list[Turn]:
 
 
 def parse_llamafactory(row: Row) -> list[Example]:
-    """Sharegpt: ``conversations[{from, value}]``, ``chosen``/``rejected`` one ``{from, value}``, ``images``.
+    """Sharegpt, its OpenAI spelling, or alpaca; each with ``chosen`` and ``rejected``, or as SFT data without.
 
-    ``<image>`` marks each image in the text. Without ``chosen`` (LLaVA's SFT form) the last turn is chosen.
+    Sharegpt: ``conversations[{from, value}]`` (or ``messages[{role, content}]``), answers as one such turn each; the
+    last turn is chosen where there is no ``chosen`` (LLaVA's SFT form). Alpaca: ``instruction`` and ``input``, joined
+    by a line break, behind the pairs of ``history``; answers are strings; ``output`` is chosen where there is no
+    ``chosen``. ``<image>`` marks each picture of ``images`` in the text.
     """
     images = row.images()
-    turns = _sharegpt(row.take("conversations", "a list of {from, value}"), "conversations")
-    system = row.has("system") and plain_text(row.take("system", "a string"), "system")
     row.used |= {"system", "rejected"}
-    if system:
+    if row.has("instruction"):
+        key, turns = "instruction", [*_history(row), Turn("user", _instruction(row))]
+    else:
+        key = "messages" if row.has("messages") else "conversations"
+        turns = _sharegpt(row.take(key, "a list of {from, value}"), key)
+    if row.has("system") and (system := plain_text(row.take("system", "a string"), "system")):
         turns = [Turn("system", (system,)), *turns]
     rejected = []
     if row.has("chosen"):
-        chosen = _answer(row.take("chosen", "{from, value}"), "chosen")
-        rejected = [("rejected", Completion(_answer(row.take("rejected", "{from, value}"), "rejected")))]
+        chosen = _answer(row.take("chosen", "a string or one turn"), "chosen")
+        rejected = [
+            ("rejected", Completion(_answer(row.take("rejected", "a string or one turn"), "rejected")))
+        ]
+    elif key == "instruction":
+        chosen = plain_text(row.take("output", "'chosen' and 'rejected', or a string in 'output'"), "output")
     else:
-        chosen, turns = reply_of(turns, "conversations", turns[:-1]), turns[:-1]
-    prompt = place_images(turns, len(images), "conversations", in_front=False)
+        chosen, turns = reply_of(turns, key, turns[:-1]), turns[:-1]
+    prompt = place_images(turns, len(images), key, in_front=False)
     return [row.example(prompt, images, chosen, rejected)]
+
+
+def _instruction(row: Row) -> tuple[str | None, ...]:
+    row.used.add("input")
+    texts = [row.take("instruction", "a string"), row.values.get("input") or ""]
+    for key, text in zip(("instruction", "input"), texts, strict=True):
+        if not isinstance(text, str):
+            raise wrong_type(key, text, "a string")
+    parts = split_tags("\n".join(text for text in texts if text))
+    return tuple(part if part is None else plain_text(part, "instruction") for part in parts)
+
+
+def _history(row: Row) -> list[Turn]:
+    """Earlier questions and answers, as pairs of strings."""
+    row.used.add("history")
+    allowed = "a list of [question, answer]"
+    turns = []
+    pairs = row.values.get("history") or []
+    for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+            raise wrong_type(f"history[{i}]", pair, allowed)
+        parts = [p if p is None else plain_text(p, f"history[{i}]") for p in split_tags(pair[0])]
+        turns += [Turn("user", tuple(parts)), Turn("assistant", (plain_text(pair[1], f"history[{i}]"),))]
+    return turns
 
 
 def _answer(value: Any, key: str) -> str:
@@ -85,6 +119,21 @@ def parse_ms_swift(row: Row) -> list[Example]:
         ]
     rejected = [(where, Completion(text)) for where, text in texts]
     return [row.example(place_images(prompt, len(images), "messages"), images, chosen, rejected)]
+
+
+def parse_povid(row: Row) -> list[Example]:
+    """LLaVA's rows (``image``, ``conversations`` ending in chosen) with a second conversation that ends in rejected.
+
+    POVID calls it ``rejected_conversations``, V-DPO ``contrastive_conversations``. ``<image>`` marks the picture.
+    """
+    images = row.images()
+    turns = _sharegpt(row.take("conversations", "a list of {from, value}"), "conversations")
+    prompt, chosen = turns[:-1], reply_of(turns, "conversations", turns[:-1])
+    key = "contrastive_conversations" if row.has("contrastive_conversations") else "rejected_conversations"
+    other = _sharegpt(row.take(key, "a list of {from, value}"), key)
+    rejected = [(key, Completion(reply_of(other, key, prompt)))]
+    placed = place_images(prompt, len(images), "conversations", in_front=False)
+    return [row.example(placed, images, chosen, rejected)]
 
 
 def parse_rlaifv(row: Row) -> list[Example]:

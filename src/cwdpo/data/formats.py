@@ -6,8 +6,9 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from cwdpo.data.format_captions import parse_captions
-from cwdpo.data.format_peers import parse_llamafactory, parse_ms_swift, parse_rlaifv
+from cwdpo.data.format_peers import parse_llamafactory, parse_ms_swift, parse_povid, parse_rlaifv
 from cwdpo.data.format_trl import parse_trl
+from cwdpo.data.format_vlfeedback import parse_vlfeedback
 from cwdpo.data.rowparts import Row
 from cwdpo.errors import DataError, nearest
 from cwdpo.records import Example
@@ -28,7 +29,12 @@ class Format:
 
     def matches(self, columns: Set[str]) -> bool:
         """Whether these columns can be this format."""
-        return any(need <= columns for need in self.columns) and not self.without & columns
+        return bool(self.matched(columns))
+
+    def matched(self, columns: Set[str]) -> frozenset[str]:
+        """The largest set of columns by which these are known as this format; empty where they are not."""
+        found = [need for need in self.columns if need <= columns and not self.without & columns]
+        return max(found, key=len, default=frozenset())
 
 
 def _format(
@@ -44,18 +50,34 @@ FORMATS: dict[str, Format] = dict(
             "trl",
             parse_trl,
             ("chosen rejected", "prompt chosen", "prompt completion", "messages"),
-            "conversations question rejected_response rejected_messages",
+            "conversations question rejected_response rejected_messages instruction",
         ),
         _format("captions", parse_captions, ("image captions",)),
-        _format("llamafactory", parse_llamafactory, ("conversations",), "rejected_conversations"),
+        _format(
+            "llamafactory",
+            parse_llamafactory,
+            (
+                "conversations",
+                "messages chosen rejected",
+                "instruction chosen rejected",
+                "instruction output",
+            ),
+            "rejected_conversations contrastive_conversations prompt",
+        ),
         _format("ms_swift", parse_ms_swift, ("messages rejected_response", "messages rejected_messages")),
+        _format(
+            "povid",
+            parse_povid,
+            ("conversations rejected_conversations", "conversations contrastive_conversations"),
+        ),
+        _format("vlfeedback", parse_vlfeedback, ("prompt completions",)),
         _format("rlaifv", parse_rlaifv, ("image question chosen rejected", "image text"), "captions"),
     )
 )
 
 
 def find_format(name: str, columns: Set[str], where: str) -> Format:
-    """The format called ``name``; for ``auto`` the only one that the columns match.
+    """The format called ``name``; for ``auto`` the only one that the columns match, or that asks for more than others.
 
     Raises:
         DataError: an unknown name, or columns that match no format or several.
@@ -66,7 +88,12 @@ def find_format(name: str, columns: Set[str], where: str) -> Format:
                 f"unknown data format {name!r}{nearest(name, FORMATS)}; allowed: auto, {', '.join(FORMATS)}"
             )
         return FORMATS[name]
-    matching = [form for form in FORMATS.values() if form.matches(columns)]
+    known_by = {form.name: form.matched(columns) for form in FORMATS.values()}
+    matching = [
+        form
+        for form in FORMATS.values()
+        if known_by[form.name] and not any(known_by[form.name] < other for other in known_by.values())
+    ]
     if len(matching) == 1:
         return matching[0]
     seen = ", ".join(sorted(columns)) or "none"

@@ -25,6 +25,13 @@ PLACEHOLDERS = (
     "[IMG]",
 )
 _COMPLETION_KEYS = ("text", "kind", "origin", "made")
+IMAGE_KEYS = ("images", "image", "img_path")
+"""A list of pictures, or one picture (``img_path`` in the data of mDPO and VLFeedback)."""
+
+
+def image_key(values: Mapping[str, Any]) -> str | None:
+    """The key under which a row has its pictures; ``None`` for a row without."""
+    return next((key for key in IMAGE_KEYS if values.get(key) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -160,22 +167,23 @@ class Row:
         return tuple(kept)
 
     def images(self) -> tuple[ImageRef, ...]:
-        """The pictures of ``images`` (a list) or ``image`` (one); none when both are absent."""
-        self.used |= {"images", "image"}
-        if self.has("images") and self.has("image"):
+        """The pictures of ``images`` (a list), ``image`` or ``img_path`` (one); none when all are absent."""
+        self.used |= set(IMAGE_KEYS)
+        given = [key for key in IMAGE_KEYS if self.has(key)]
+        if len(given) > 1:
             raise RowError(
                 "two-image-keys",
-                "images",
-                "both 'image' and 'images' are set; allowed: one of them",
+                given[0],
+                f"both {given[1]!r} and {given[0]!r} are set; allowed: one of {', '.join(IMAGE_KEYS)}",
                 "keep one",
             )
-        if self.has("image"):
-            if isinstance(self.values["image"], list):
-                raise wrong_type("image", self.values["image"], "one image", "call a list of images 'images'")
-            return (self.folder.take(self.values["image"], "image"),)
-        values = self.values.get("images")
-        if values is None:
+        if not given:
             return ()
+        values = self.values[given[0]]
+        if given[0] != "images":
+            if isinstance(values, list):
+                raise wrong_type(given[0], values, "one image", "call a list of images 'images'")
+            return (self.folder.take(values, given[0]),)
         if not isinstance(values, list):
             raise wrong_type(
                 "images",

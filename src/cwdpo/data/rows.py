@@ -6,11 +6,12 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cwdpo.data.dataset_info import Entry, registry_entry
 from cwdpo.data.problems import RowError
 from cwdpo.errors import DataError
 
@@ -53,6 +54,7 @@ def iter_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     ``path`` is a ``.jsonl``, ``.json`` or ``.parquet`` file; a folder with a ``.jsonl`` or ``.parquet`` file
     (``train`` or ``captions`` go first), with parquet shards, or written by ``datasets``' ``save_to_disk``;
+    an entry of LLaMA-Factory's registry, ``FOLDER/dataset_info.json:NAME``;
     or, where no such path exists, a hub id ``owner/name``. Of several splits ``train`` is read. Each shard
     counts from 1.
 
@@ -72,6 +74,8 @@ def rows_source(rows: Iterable[Mapping[str, Any]], name: str) -> Source:
 
 def open_source(path: str | Path) -> Source:
     """The source behind ``path`` (see :func:`iter_rows`); rows are read when iterated."""
+    if entry := registry_entry(str(path)):
+        return _described(open_source(entry.place), entry, str(path))
     place = Path(path)
     try:
         is_file, is_folder = place.is_file(), place.is_dir()
@@ -87,6 +91,18 @@ def open_source(path: str | Path) -> Source:
         f"there is no file or folder {str(path)!r}; allowed: a {', '.join(SUFFIXES)} file, "
         "a folder with one, or the hub id of a data set (owner/name)"
     )
+
+
+def _described(source: Source, entry: Entry, name: str) -> Source:
+    """A source whose rows come under the names that a registry gives their columns."""
+
+    def rows() -> Iterator[RawRow]:
+        for raw in source.rows():
+            value = raw.value if isinstance(raw.value, RowError) else entry.renamed(raw.value)
+            yield replace(raw, value=value, line=None)
+
+    # Image paths start from the registry's folder, as in LLaMA-Factory; the files' own columns are not to be read.
+    return Source(name, entry.folder, rows)
 
 
 def _file_source(path: Path) -> Source:
