@@ -44,25 +44,13 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
 
 
 def score(
-    model: nn.Module,
-    batch: PromptBatch,
-    *,
-    smoothing: bool = False,
-    details: bool = False,
-    collision: bool = False,
+    model: nn.Module, batch: PromptBatch, *, smoothing: bool = False, details: bool = False
 ) -> TokenScores:
-    """Score every completion of a batch.
-
-    Args:
-        model: a causal vision-language model, bare or wrapped.
-        batch: B prompts with N completions.
-        smoothing: also the mean log-probability over the vocabulary (``sft_smoothed``).
-        details: also entropy, top-1 probability and correctness.
-        collision: also the log-probability that two draws of a token agree (``wpo``).
+    """:func:`cwdpo.scoring.score.score` with one sequence for each completion, however the model is switched.
 
     Returns:
         [N, C] per-token scores, C the longest completion, in nats.
     """
     inputs, request = lay_out(model, batch)
-    request = replace(request, smoothing=smoothing, details=details, collision=collision)
+    request = replace(request, smoothing=smoothing, details=details)
     return unpack(run(model, inputs, request), request, [len(c.ids) for c in batch.completions])
