@@ -197,7 +197,7 @@ def summary_of(values: dict[str, list[float | None]], spec: Study | None = None)
         for name, row in values.items()
         for i, v in enumerate(row)
     }  # fmt: skip
-    return outcome.outcome(Path("nowhere"), spec, range(len(values["cw_dpo"])), results, {})
+    return outcome.outcome(Path("nowhere"), spec, range(len(next(iter(values.values())))), results, {})
 
 
 def test_means_differences_and_corrections_by_hand() -> None:
@@ -246,6 +246,26 @@ def test_a_variant_may_be_compared_with_another_than_the_full_one() -> None:
         study(variants={"cw_dpo": {}, "dpo": {"against": "dpp"}})
 
 
+def test_scores_stand_in_a_panel() -> None:
+    spec = study(
+        variants={
+            "cw_dpo": {"grid": {"stage2.learning_rate": [1.0e-5, 1.0e-4]}, "label": "CW-DPO"},
+            "dpo": {"grid": {"stage2.learning_rate": [1.0e-4]}, "label": "DPO"},
+        },
+        full="cw_dpo-1.0e-05", panel=True, score={"judge_score": 2.0},
+    ).expanded({})  # fmt: skip
+    values = {"cw_dpo-1.0e-05": [0.5, 0.7], "cw_dpo-0.0001": [0.4, 0.6], "dpo-0.0001": [0.1, None]}
+    found = summary_of(values, spec)
+    assert found["panel"]["columns"] == ["1.0e-05", "0.0001"]
+    ours, dpo = found["panel"]["rows"]
+    assert [v["per_seed"] for v in ours["values"]] == [[1.0, 1.4], [0.8, 1.2]]
+    assert dpo["values"][0] is None, "DPO was not run there"
+    assert dpo["values"][1]["mean"] == pytest.approx(0.2)
+    assert "| DPO | - | 0.200 |" in markdown(found)
+    assert found["variants"][1]["against"]["score"]["mean"] == pytest.approx(-0.2)
+    assert summary_of({"cw_dpo": [0.5], "dpo": [0.4]})["panel"] is None
+
+
 def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:
     chosen = {
         "cw_dpo": ("stage2.learning_rate=2e-4",),
@@ -276,10 +296,17 @@ def test_a_failed_cell_is_shown_and_not_averaged_away() -> None:
 def test_the_page_of_a_study(tmp_path: Path) -> None:
     from cwdpo.report.render import write_report
 
-    (tmp_path / "summary.json").write_text(
-        json.dumps(summary_of({"cw_dpo": [0.5, 0.7, 0.5], "dpo": [0.4, None, 0.1]}))
-    )
+    variants = {
+        "cw_dpo": {"label": "CW-DPO", "cell": ["ours", "0%"]},
+        "dpo": {"cell": ["theirs", "0%"]},
+        "ipo": {"label": "IPO", "against": "dpo"},
+    }
+    values = {"cw_dpo": [0.5, 0.7, 0.5], "dpo": [0.4, None, 0.1], "ipo": [0.4, 0.3, 0.2]}
+    found = summary_of(values, study(variants=variants, score={"judge_score": 1.0}))
+    (tmp_path / "summary.json").write_text(json.dumps(found))
     page = write_report(tmp_path).read_text()
+    assert "minus dpo" in page
+    assert "theirs" in page
     assert "1 of 3 failed" in page
     assert "NonFiniteError: planted" in page
     assert "<script" not in page

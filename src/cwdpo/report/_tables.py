@@ -9,6 +9,7 @@ A study's ``summary.json``::
         "rival": name it is compared with, or null,
         "against": {key: {"mean", "low", "high", "n", "p", "p_corrected", "word"}},
         "cells": [{"seed", "status": "done" | "failed", "error", "seconds"}]}],
+     "panel": {"columns": [str], "rows": [{"label", "values": [figure of the score or null]}]} or null,
      "shared": [{"key", "error"}], "provenance": {key: text}}
 
 A comparison's::
@@ -83,6 +84,15 @@ def study_page(folder: Folder, summary: Mapping[str, Any]) -> dict[str, Any]:
             ],
         ),
     ]  # fmt: skip
+    panel = mapping(summary.get("panel"))
+    if panel:
+        score = next((f for f in figures if f.get("key") == "score"), {})
+        rows = [
+            (plain(r.get("label")), "", [_mean(v, score) for v in r.get("values") or ()])
+            for r in records(panel.get("rows"))
+        ]
+        columns = [(plain(c), "") for c in panel.get("columns") or ()]
+        tables.insert(0, Table("panel", "Scores", plain(score.get("help")), columns, rows))
     settings = [
         (_named(v), " ".join(map(str, v.get("overrides") or ())) or "the recipe as it is") for v in variants
     ]

@@ -89,7 +89,7 @@ def sweep(
             cells = _points(study, tried, wanted, seed)
             results = _run(plan(out, tree, study, cells, split="validation", test=test), jobs)
             for name, i in wanted:
-                tried[name][i].take(results.get(f"{name}-{i}-seed{seed}"), study.score)
+                tried[name][i].take(results.get(f"{name}-{i}-seed{seed}"), study)
             wanted = [(name, i) for name in grids for i in _best(tried[name])[:finalists]]
     finally:
         run.unlock()
@@ -111,19 +111,18 @@ class _Tried:
         self.figures: list[dict[str, float]] = []
         self.error: str | None = None
 
-    def take(self, result: CellResult | None, weights: Mapping[str, float]) -> None:
+    def take(self, result: CellResult | None, study: Study) -> None:
         if result is None or result.status == "failed":
             self.error = "never ran" if result is None else result.error
             return
-        values = {key: result.figures.get(key) for key in weights}
-        missing = [key for key, value in values.items() if value is None]
-        if missing:
+        score = study.scored(result.figures)
+        if score is None:
+            missing = next(key for key in study.score if result.figures.get(key) is None)
             raise RecipeError(
-                f"study: score: {missing[0]!r} is no figure of the cells; known: {', '.join(result.figures)}"
+                f"study: score: {missing!r} is no figure of the cells; known: {', '.join(result.figures)}"
             )
-        known = {key: float(value) for key, value in values.items() if value is not None}
-        self.figures.append(known)
-        self.scores.append(sum(weights[key] * value for key, value in known.items()))
+        self.figures.append({key: float(result.figures[key]) for key in study.score})
+        self.scores.append(score)
 
     @property
     def score(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ def outcome(
     Figures are compared by seed: every variant sees the same pictures in the same order. p-values are corrected
     (Holm) within a figure, for the number of variants that are compared with another.
     """
-    cells = {name: [_result(results, f"{name}-seed{seed}") for seed in seeds] for name in study.variants}
+    cells = {
+        name: [_scored(study, _result(results, f"{name}-seed{seed}")) for seed in seeds]
+        for name in study.variants
+    }
     figures = figures_of(study, cells)
     rows = [_row(out, study, name, seeds, cells, figures, chosen) for name in study.variants]
     _compare(rows, figures)
@@ -41,6 +45,7 @@ def outcome(
         "seeds": list(seeds),
         "figures": figures,
         "variants": rows,
+        "panel": panel_of(study, rows),
         "shared": [
             {"key": key, "error": r.error}
             for key, r in sorted(results.items())
@@ -58,9 +63,18 @@ def outcome(
 def figures_of(study: Study, cells: Mapping[str, Sequence[CellResult]]) -> list[Figure]:
     """The table's columns: the world's, or whatever the study's metrics gave."""
     found = [c.figures for row in cells.values() for c in row if c.status == "done"]
+    terms = " ".join(f"{weight:+g} {key}" for key, weight in study.score.items())
+    score = {
+        "key": "score",
+        "label": "score",
+        "better": "higher",
+        "digits": 3,
+        "help": f"by which a sweep chooses: {terms}",
+    }
+    scored = [score] if any("score" in f for f in found) else []
     if not found or any("judge_score" in f for f in found):
         label = f"win rate vs {study.label(study.full)}"
-        return [
+        return scored + [
             {
                 "key": key, "label": label if key == "win_rate" else text, "better": better, "digits": digits,
                 "help": f"by the judge's score, prompt by prompt, against {study.label(study.full)}; a tie counts half"
@@ -70,8 +84,26 @@ def figures_of(study: Study, cells: Mapping[str, Sequence[CellResult]]) -> list[
         ]  # fmt: skip
     from cwdpo.evaluation.base import describe
 
-    keys = [k for k, v in found[0].items() if isinstance(v, int | float) or v is None]
-    return [describe(key) for key in keys]
+    keys = [k for k, v in found[0].items() if (isinstance(v, int | float) or v is None) and k != "score"]
+    return scored + [describe(key) for key in keys]
+
+
+def panel_of(study: Study, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The scores of variants that have a ``cell``, as a grid of labels; ``None`` without such variants."""
+    placed = {study.variants[row["name"]].cell: row["figures"].get("score") for row in rows}
+    cells = {cell: value for cell, value in placed.items() if cell is not None and value is not None}
+    if not cells:
+        return None
+    names, columns = (list(dict.fromkeys(cell[side] for cell in cells)) for side in (0, 1))
+    return {
+        "columns": columns,
+        "rows": [{"label": n, "values": [cells.get((n, column)) for column in columns]} for n in names],
+    }
+
+
+def _scored(study: Study, cell: CellResult) -> CellResult:
+    score = study.scored(cell.figures)
+    return cell if score is None else replace(cell, figures={**cell.figures, "score": score})
 
 
 def _result(results: Mapping[str, CellResult], key: str) -> CellResult:

@@ -33,6 +33,7 @@ class Variant(Settings):
     ``grid`` maps keys to values; a sweep tries their product. ``margins_from`` names the variant whose trained
     policy estimates the reward margins first (madpo). ``against`` is the variant that it is compared with instead of
     the study's full one. ``tuned_as`` names the variant of a sweep whose chosen settings it takes (default: its own).
+    ``cell`` is its row and column in a panel of scores.
     """
 
     label: str = ""
@@ -41,6 +42,7 @@ class Variant(Settings):
     margins_from: str | None = None
     against: str | None = None
     tuned_as: str | None = None
+    cell: tuple[str, str] | None = None
 
     def settings(self) -> list[tuple[str, ...]]:
         """Every point of the grid, as overrides."""
@@ -55,8 +57,8 @@ class Study(Settings):
     """A study file.
 
     ``full`` is the variant that every other one is compared with. ``common`` overrides hold for all. ``score``
-    weighs the figures by which a sweep chooses. ``metrics`` are read where the data has no exact judge. Of a
-    ``panel`` every point of every grid is a row, named ``<variant>-<values>``.
+    weighs the figures by which a sweep chooses; it is a figure of the tables too. ``metrics`` are read where the data
+    has no exact judge. Of a ``panel`` every point of every grid is a row, named ``<variant>-<values>``.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Study(Settings):
                         "label": f"{self.label(name)}, {shown}",
                         "set": (*variant.set, *chosen.get(self.tuned_by(name), ()), *settings),
                         "grid": {},
+                        "cell": (self.label(name), shown),
                     }
                 )
                 points[f"{name}-{shown}"] = point
@@ -149,6 +152,12 @@ class Study(Settings):
     def rival(self, name: str) -> str | None:
         """The variant that one is compared with; ``None`` for the full one, unless it names another."""
         return self.variants[name].against or (self.full if name != self.full else None)
+
+    def scored(self, figures: Mapping[str, Any]) -> float | None:
+        """The score of a cell's figures; ``None`` where one that it weighs is missing."""
+        if any(figures.get(key) is None for key in self.score):
+            return None
+        return sum(weight * float(figures[key]) for key, weight in self.score.items())
 
     def tuned_by(self, name: str) -> str:
         """The name under which a sweep chose the variant's settings."""

@@ -16,7 +16,7 @@ COLUMNS = (
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """Two tables: means with half of their 95% interval, and paired differences."""
+    """Means with half of their 95% interval, paired differences, and a panel of scores where variants have places."""
     figures, rows = summary["figures"], summary["variants"]
     labels = [_arrow(f) for f in figures]
     named = {r["name"]: r["label"] for r in rows}
@@ -42,6 +42,15 @@ def markdown(summary: Mapping[str, Any]) -> str:
         other = "" if row["rival"] == summary["full"] else f" minus {named[row['rival']]}"
         cells = [_difference(row["against"][f["key"]], f) for f in compared]
         lines.append(_line([row["label"] + other, *cells]))
+    if summary["panel"]:
+        lines += [
+            "",
+            "Score, mean ± half of the 95% interval:",
+            "",
+            *_head(["", *summary["panel"]["columns"]]),
+        ]
+        for row in summary["panel"]["rows"]:
+            lines.append(_line([row["label"], *("-" if v is None else number(v, 3) for v in row["values"])]))
     failed = [c for row in rows for c in row["cells"] if c["status"] == "failed"]
     if failed:
         lines += ["", f"**{len(failed)} cells failed:**", ""]
