@@ -19,10 +19,10 @@ from cwdpo.config import NegativeSettings, load_recipe, parse_recipe
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.study import grid
-from cwdpo.study.ablate import ablate, sweep
+from cwdpo.study.ablate import ablate, at_edge, sweep
 from cwdpo.study.grid import CellResult, run_grid
 from cwdpo.study.plan import asked, plan, read_tree
-from cwdpo.study.spec import Study, load_chosen, load_study, overrides_of, shipped
+from cwdpo.study.spec import Study, Variant, load_chosen, load_study, overrides_of, shipped
 from cwdpo.study.tables import markdown, to_csv
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +130,15 @@ def test_a_study_that_cannot_be_understood(tmp_path: Path) -> None:
         load_study(file)
     with pytest.raises(RecipeError, match=r"not the chosen\.yaml of a sweep"):
         load_chosen(file)
+
+
+def test_a_choice_at_the_edge_of_its_grid_is_said() -> None:
+    variant = Variant(
+        grid={"stage2.learning_rate": (2.5e-5, 5.0e-5, 1.0e-4), "stage2.objective.beta": (0.3, 1.0)}
+    )
+    at = [at_edge(variant, settings) for settings in variant.settings()[::2]]
+    low, high = "stage2.learning_rate=2.5e-05 is the lowest", "stage2.learning_rate=0.0001 is the highest"
+    assert at == [[f"{low} that was tried"], [], [f"{high} that was tried"]]
 
 
 # --- plans ----------------------------------------------------------------------------------------------

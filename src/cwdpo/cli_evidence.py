@@ -205,6 +205,8 @@ def sweep(
     found = run(recipe, spec, folder, finalists=finalists, jobs=jobs, test=test)
     for name, settings in found["chosen"].items():
         typer.echo(f"{name}: {' '.join(settings)}")
+    for name, edges in found["edges"].items():
+        typer.echo(f"{name}: {'; '.join(edges)}: widen its grid", err=True)
     typer.echo(f"\ntable    {folder / 'sweep.md'}\nchosen   {folder / 'chosen.yaml'}")
 
 

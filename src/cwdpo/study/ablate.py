@@ -14,7 +14,7 @@ from cwdpo.study.demo import Progress
 from cwdpo.study.grid import CellResult, run_grid
 from cwdpo.study.outcome import outcome
 from cwdpo.study.plan import Asked, Plan, asked, plan, read_tree
-from cwdpo.study.spec import Study, overrides_of
+from cwdpo.study.spec import Study, Variant, overrides_of
 from cwdpo.study.tables import markdown, to_csv
 
 TUNING_SEED = 100
@@ -68,7 +68,10 @@ def sweep(
     """Find each variant's best point of its grid on validation pictures and tuning seeds, with equal budgets.
 
     Every point runs on the first tuning seed, the best ``finalists`` again on the second; chosen is the best mean
-    score. Writes ``chosen.yaml``, ``sweep.json`` and ``sweep.md``.
+    score. Writes ``chosen.yaml``, ``sweep.json`` and ``sweep.md``; what lies at the edge of its grid is said there.
+
+    Returns:
+        ``chosen``: overrides by variant; ``edges``: by variant, the values beyond which a better one may lie.
 
     Raises:
         RecipeError: variants with grids of different size, or none.
@@ -97,9 +100,22 @@ def sweep(
     write_json(out / "sweep.json", {name: [vars(t) for t in points] for name, points in tried.items()})
     write_text(out / "sweep.md", sweep_table(study, tried))
     found = {name: list(t.settings) for name, t in best.items() if t.scores}
+    edges = {name: at_edge(study.variants[name], settings) for name, settings in found.items()}
     head = f"# Written by cwdpo sweep of the study {study.name}; give it to cwdpo ablate with --tuned.\n"
     write_text(out / "chosen.yaml", head + yaml.safe_dump({"chosen": found}, sort_keys=False))
-    return {"chosen": found}
+    return {"chosen": found, "edges": {name: keys for name, keys in edges.items() if keys}}
+
+
+def at_edge(variant: Variant, settings: Sequence[str]) -> list[str]:
+    """Chosen numbers that are the lowest or highest of three or more that were tried: the best may lie beyond."""
+    chosen = {key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in settings)}
+    found = []
+    for key, values in variant.grid.items():
+        numbers = sorted(v for v in values if isinstance(v, int | float))
+        if len(numbers) > 2 and chosen.get(key) in (numbers[0], numbers[-1]):
+            which = "lowest" if chosen[key] == numbers[0] else "highest"
+            found.append(f"{key}={chosen[key]:g} is the {which} that was tried")
+    return found
 
 
 class _Tried:
@@ -173,6 +189,8 @@ def sweep_table(study: Study, tried: Mapping[str, Sequence[_Tried]]) -> str:
             means = [sum(f[k] for f in t.figures) / len(t.figures) for k in names]
             cells = " | ".join(f"{v:.3f}" for v in (t.score, *means))
             lines.append(f"| {', '.join(t.settings)} | {len(t.scores)} | {cells} |")
+        edges = at_edge(study.variants[name], points[_best(points)[0]].settings)
+        lines += ["", *(f"At the edge of its grid: {edge}; a better one may lie beyond." for edge in edges)]
     return "\n".join(lines) + "\n"
 
 
