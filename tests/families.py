@@ -1,4 +1,4 @@
-"""Small random models of the nine families, and prompts made by hand as their processors make them."""
+"""Small random models of the ten families, and prompts made by hand as their processors make them."""
 
 from __future__ import annotations
 

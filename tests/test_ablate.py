@@ -128,8 +128,10 @@ def test_a_study_that_cannot_be_understood(tmp_path: Path) -> None:
     file.write_text("name: s\nfull: ../a\nvariants: {../a: {}}\n")
     with pytest.raises(RecipeError, match="names a folder"):
         load_study(file)
-    with pytest.raises(RecipeError, match=r"not the chosen\.yaml of a sweep"):
-        load_chosen(file)
+    for text in (b"name: s", b"chosen: {a: 'x=1'}", b"\xff"):
+        file.write_bytes(text)
+        with pytest.raises(RecipeError, match=r"not the chosen\.yaml of a sweep"):
+            load_chosen(file)
 
 
 def test_a_choice_at_the_edge_of_its_grid_is_said() -> None:
@@ -169,6 +171,12 @@ def test_equal_first_stages_are_run_once(tmp_path: Path) -> None:
     data = {job.recipe.data.path for job in found.cells.values()}
     assert len(data) == 2, "all variants of a seed see the same pictures"
     assert len({str(job.test) for job in found.cells.values()}) == 1
+
+
+@pytest.mark.parametrize(("name", "first"), [("mix", 2), ("rounds", 2), ("table3", 3), ("methods", 2)])
+def test_shipped_studies_share_their_first_stages(name: str, first: int, tmp_path: Path) -> None:
+    spec = load_study(name).model_copy(update={"common": (*load_study(name).common, *TINY)})
+    assert len(planned(spec, tmp_path).stage1) == first
 
 
 def test_the_test_pictures_are_not_those_of_a_sweep(tmp_path: Path) -> None:
@@ -273,6 +281,29 @@ def test_scores_stand_in_a_panel() -> None:
     assert "| DPO | - | 0.200 |" in markdown(found)
     assert found["variants"][1]["against"]["score"]["mean"] == pytest.approx(-0.2)
     assert summary_of({"cw_dpo": [0.5], "dpo": [0.4]})["panel"] is None
+
+
+def test_what_a_study_cannot_say() -> None:
+    grid = {"stage2.learning_rate": [1.0e-5]}
+    for changes, said in (
+        (
+            {"panel": True, "variants": {"a": {"grid": grid}, "b": {"grid": grid, "against": "a"}}},
+            "not in a panel",
+        ),
+        ({"variants": {"cw_dpo": {}, "b": {"against": "b"}}}, "against: another variant"),
+        (
+            {"variants": {"cw_dpo": {"cell": ["r", "c"]}, "b": {"cell": ["r", "c"]}}},
+            "is another variant's too",
+        ),
+        ({"score": {}}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            study(**changes)
+    panel = study(panel=True, full="cw", variants={"cw_dpo": {"grid": grid}})
+    with pytest.raises(RecipeError, match=r"'cw' is no point of the panel.*known: cw_dpo-1.0e-05"):
+        panel.expanded({})
+    odd = study(panel=True, full="a-_x__y_", variants={"a": {"grid": {"k": [["x", "y"]]}}})
+    assert list(odd.expanded({}).variants) == ["a-_x__y_"]
 
 
 def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:

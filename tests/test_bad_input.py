@@ -450,6 +450,27 @@ def test_a_recipe_says_how_its_data_is_validated(run: Run, place: Path) -> None:
     assert run("validate", "my.yaml").code == 1
     done = run("validate", "my.yaml", "--model", "embedded")
     assert (done.code, "tokens" in done.out) == (0, True)
+    assert run("validate", "my.yaml", "model.path=embedded", "data.max_length=3").code == 1
+    done = run("validate", "data", "seed=1")
+    assert (done.code, "belongs to a recipe" in done.err) == (2, True)
+    file = place / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        del row["rejected"]
+        row["completion"] = row.pop("chosen")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "data: {path: data/train.jsonl, validation_path: data/bad.jsonl}\nmodel: {path: embedded}\n"
+    (place / "my.yaml").write_text(text)
+    (place / "data" / "bad.jsonl").write_text(
+        '{"image": "gone.png", "prompt": "What?", "completion": "a cat"}\n'
+    )
+    done = run("validate", "my.yaml")
+    refused(done, "stage 2 has no negative in data/train.jsonl", "negatives.mix=")
+    assert "bad.jsonl" in done.out, "the held-out set is checked too"
+    changes = ("data.validation_path=null", "data.validation_fraction=0.3", "data.stage1_fraction=0.5")
+    done = run("train", "my.yaml", "model.device=cpu", *changes, "--out", "r")
+    refused(done, "no example of stage 2 has a negative", "negatives.mix=")
+    assert not (place / "r" / "stage1").exists(), "before stage 1"
     (place / "my.yaml").write_text("data: {world: {}}\n")
     refused(run("validate", "my.yaml"), "data.world is drawn by cwdpo itself")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -309,10 +310,36 @@ def test_alpaca_history_system_and_output(folder: Path) -> None:
         Message("user", ("And here?",)),
     )
     assert (example.chosen.text, example.rejected) == ("red", ())
-    with pytest.raises(DataError, match=r"history\[0\].*a list of \[question, answer\]"):
+    with pytest.raises(
+        DataError, match=r"history\[0\]\]: str .'What\?'.; allowed: \[question, answer\], two strings"
+    ):
         read(folder, {**row, "history": ["What?"]})
+    with pytest.raises(DataError, match=r"\[history\]: str"):
+        read(folder, {**row, "history": "What?"})
     with pytest.raises(DataError, match=r"\[input\]: int \(3\); allowed: a string"):
         read(folder, {**row, "input": 3})
+
+
+def test_llamafactory_s_halves_and_doubles(folder: Path) -> None:
+    said = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a dog"}]
+    example = only(read(folder, {"conversations": said, "rejected": "a cat", **IMAGE}))
+    assert (example.chosen.text, example.rejected) == ("a dog", (Completion("a cat"),))
+    system = [{"from": "system", "value": "Be brief."}, *said]
+    example = only(read(folder, {"conversations": system, "system": "Be long.", **IMAGE}))
+    assert [m.role for m in example.prompt] == ["system", "user"]
+    assert example.prompt[0].parts == ("Be brief.",), "as LLaMA-Factory has it"
+    with pytest.raises(DataError, match="both 'conversations' and 'messages' are set"):
+        read(folder, {"conversations": said, "messages": TURN, "chosen": "a", "rejected": "b", **IMAGE})
+    for row in ({"messages": TURN, "chosen": "a dog"}, {"instruction": "<image>What?", "chosen": "a dog"}):
+        with pytest.raises(DataError, match=r"llamafactory.*\n.*\n.*'rejected' is missing"):
+            read(folder, {**row, **IMAGE})
+    plain = {"prompt": "What?", "chosen": "a dog", "rejected": "a cat", "instruction": "annotate", **IMAGE}
+    assert read(folder, plain).format == "trl"
+    with pytest.raises(DataError, match="nearest is trl, without 'rejected'"):
+        read(folder, {"chosen": "a", "image": "images/a.png"})
+    film = [{"from": "human", "value": "<image><video>What?"}, said[1]]
+    with pytest.raises(DataError, match="literal '<video>'"):
+        read(folder, {"conversations": film, **IMAGE})
 
 
 @pytest.mark.parametrize("key", ["rejected_conversations", "contrastive_conversations"])
@@ -369,8 +396,12 @@ def test_vlfeedback_takes_the_best_rated_and_all_that_are_worse(folder: Path) ->
         key: [row[key] for row in rows] for key in rows[0]
     }  # as datasets' Sequence of a struct stores it
     assert only(read(folder, {**made, "completions": columns})).rejected == example.rejected
-    with pytest.raises(DataError, match="all responses are rated alike"):
+    with pytest.raises(DataError, match="all are rated alike"):
         read(folder, {**made, "completions": rows[1:3]})
+    with pytest.raises(DataError, match="1 with a rating; allowed: two or more"):
+        read(folder, {**made, "completions": [rows[0], rated("m6", "no number", "nan", "inf", "")]})
+    with pytest.raises(DataError, match="columns of these of equal length"):
+        read(folder, {**made, "completions": {**columns, "model": ["m1"]}})
 
 
 def test_an_entry_of_llamafactory_s_registry(folder: Path) -> None:
@@ -406,7 +437,7 @@ def test_an_entry_of_llamafactory_s_registry(folder: Path) -> None:
     assert only(read_examples(f"{file}:pairs")).extra == {"note": 1}
     for name, said in {
         "pair": "no data set 'pair'; did you mean 'pairs'?; known: pairs, alpaca",
-        "films": r"films: columns.videos: only images",
+        "films": "films: columns.videos: films are not read",
         "script": "loading scripts are not run",
         "empty": "neither 'file_name' nor 'hf_hub_url'",
     }.items():
@@ -414,6 +445,74 @@ def test_an_entry_of_llamafactory_s_registry(folder: Path) -> None:
             read_examples(f"{file}:{name}")
     with pytest.raises(DataError, match=r"cannot be read .*FOLDER/dataset_info.json:NAME"):
         read_examples(folder / "nowhere" / "dataset_info.json:pairs")
+
+
+def test_a_registry_decides_what_is_read(folder: Path) -> None:
+    row = {"q": "<image>What?", "better": "a dog", "worse": "a cat", "pic": "images/a.png", "note": 1,
+           "input": "FOR ANNOTATORS", "system": "x", "history": [], "prompt": "y"}  # fmt: skip
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    columns = {"prompt": "q", "chosen": "better", "rejected": "worse", "images": "pic"}
+    base = {"file_name": "rows.jsonl", "ranking": True, "columns": columns}
+    file = folder / "dataset_info.json"
+
+    def entry(**changes: Any) -> str:
+        file.write_text(json.dumps({"a": {**base, **changes}}))
+        return f"{file}:a"
+
+    example = only(read_examples(entry()))
+    assert example.prompt == (Message("user", (None, "What?")),), "what is not listed is not read"
+    assert example.extra == {"note": 1, "prompt": "y"}
+    assert only(read_examples(entry(hf_hub_url=None, ms_hub_url=None))).chosen.text == "a dog"
+    for changes, said in (
+        ({"ms_hub_url": "x/y"}, "ModelScope is not read"),
+        ({"revision": "v1"}, "the newest revision is read"),
+        ({"num_samples": 2}, "remove it here and set data.limit"),
+        ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'?"),
+        ({"columns": {**columns, "mesages": "q"}}, "unknown key columns.mesages; did you mean 'messages'?"),
+        (
+            {"columns": {**columns, "query": "q"}},
+            "columns.query = 'q'; allowed: a name that no other key has",
+        ),
+        ({"columns": {**columns, "kto_tag": "k"}}, "KTO's labels are not read"),
+        ({"formatting": "sharedgpt"}, "formatting = 'sharedgpt'; allowed: alpaca, sharegpt"),
+        ({"file_name": ""}, "file_name = ''; allowed: a name"),
+        ({"file_name": "gone.json"}, "file_name = 'gone.json': there is no"),
+        ({"columns": {**columns, "chosen": "best"}}, "columns.chosen of"),
+    ):
+        with pytest.raises(DataError, match=re.escape(said)):
+            read_examples(entry(**changes))
+    wrong = {
+        "[]": "holds list; allowed: an object",
+        '{"a": 1}': "a: int; allowed: an object",
+        "{": "not JSON",
+    }
+    for text, said in wrong.items():
+        file.write_text(text)
+        with pytest.raises(DataError, match=said):
+            read_examples(f"{file}:a")
+
+
+def test_a_registry_s_own_tags_are_named_in_errors(folder: Path) -> None:
+    tags = {
+        "role_tag": "who",
+        "content_tag": "what",
+        "user_tag": "U",
+        "assistant_tag": "A",
+        "system_tag": "S",
+    }
+    columns = {"messages": "dialog", "images": "pics"}
+    info = {"a": {"file_name": "rows.jsonl", "formatting": "sharegpt", "columns": columns, "tags": tags}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    for turn_, said in (
+        ({"who": "USR", "what": "x"}, "[dialog[0].who]: 'USR'; allowed: U, A, S"),
+        (
+            {"role": "U", "what": "x"},
+            "[dialog[0].who]: no key 'who', which tags.role_tag names; this",
+        ),
+    ):
+        (folder / "rows.jsonl").write_text(json.dumps({"dialog": [turn_], "pics": []}) + "\n")
+        with pytest.raises(DataError, match=re.escape(said)):
+            read_examples(folder / "dataset_info.json:a")
 
 
 def test_format_choice(folder: Path) -> None:
@@ -430,9 +529,8 @@ def test_format_choice(folder: Path) -> None:
 
 def test_every_format_names_columns_that_it_matches_alone() -> None:
     for form in FORMATS.values():
-        for need in form.columns:
-            assert form.matches(need)
-            assert find_format("auto", need, "here") is form
+        for one in form.columns:
+            assert find_format("auto", one.need, "here") is form
 
 
 def test_the_rows_of_the_docs_are_read(folder: Path) -> None:

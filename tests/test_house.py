@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_dynamics": {"dynamics", "report", "rundir", "errors"},
     "cli_progress": {"training", "cli_dynamics"},
     "cli_sample": {"cli_progress", "config", "training"},
-    "cli_validate": {"cli_progress", "config", "data", "errors", "models"},
+    "cli_validate": {"cli_progress", "config", "data", "errors", "models", "negatives"},
     "cli_evidence": {*MODELLING, "probes", "evaluation", "report", "training", "study"},
     "bench": {*MODELLING, "training"},
     "cli": {

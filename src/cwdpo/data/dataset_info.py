@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cwdpo.data.problems import RowError
 from cwdpo.errors import DataError, nearest
 
 NAME = "dataset_info.json"
@@ -14,16 +15,27 @@ _COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history",
     "messages": "conversations", "system": "system", "images": "images", "chosen": "chosen", "rejected": "rejected",
 }  # fmt: skip
+_NEEDED = ("prompt", "messages", "chosen", "rejected")
 _ROLES = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
+_TAGS = ("role_tag", "content_tag", *_ROLES, "observation_tag", "function_tag")
+# What the parser of LLaMA-Factory's rows reads, so that a column of that name which is not listed is hidden from it.
+_OURS = {*_COLUMNS.values(), "messages", "image", "img_path"}
+_UNREAD_COLUMNS = {
+    "videos": "films are not read; leave such rows out",
+    "audios": "sound is not read; leave such rows out",
+    "tools": "tool calls are not read; leave such rows out",
+    "kto_tag": "KTO's labels are not read: make pairs of the rows, or keep those that are labelled true",
+}
 _UNREAD = {
     "ms_hub_url": "ModelScope is not read; download the data and name it by 'file_name'",
     "script_url": "loading scripts are not run; save what the script loads and name it by 'file_name'",
     "cloud_file_name": "cloud storage is not read; download the file and name it by 'file_name'",
     "subset": "subsets are not read; save the one that you want and name it by 'file_name'",
     "folder": "folders of a hub data set are not read; download it and name it by 'file_name'",
-    "num_samples": "use data.limit instead",
+    "revision": "the newest revision is read; download the one that you want and name it by 'file_name'",
+    "num_samples": "all rows are read; remove it here and set data.limit in the recipe",
 }
-_OTHER_MEDIA = ("videos", "audios", "kto_tag", "tools")
+_KNOWN = ("file_name", "hf_hub_url", "formatting", "ranking", "split", "columns", "tags", *_UNREAD)
 
 
 class Entry:
@@ -34,43 +46,66 @@ class Entry:
     """
 
     def __init__(self, where: str, folder: Path, described: Mapping[str, Any]) -> None:
-        self._columns = _strings(where, described, "columns")
-        self._tags = _strings(where, described, "tags")
-        for key, remedy in _UNREAD.items():
-            if described.get(key) is not None:
-                raise DataError(f"{where}: {key} = {described[key]!r}: {remedy}")
-        for key in _OTHER_MEDIA:
+        self._where = where
+        _refuse_unknown(where, described)
+        self._columns = _names(where, described, "columns", (*_COLUMNS, *_UNREAD_COLUMNS))
+        self._tags = _names(where, described, "tags", _TAGS)
+        for key, remedy in _UNREAD_COLUMNS.items():
             if key in self._columns:
-                raise DataError(
-                    f"{where}: columns.{key}: only images, texts and preferences are read; remove it"
-                )
-        if described.get("split") not in (None, "train"):
-            raise DataError(f"{where}: split = {described['split']!r}: only 'train' is read; name a file")
+                raise DataError(f"{where}: columns.{key}: {remedy}")
         hub, file = described.get("hf_hub_url"), described.get("file_name")
+        for key, value in (("hf_hub_url", hub), ("file_name", file)):
+            if value is not None and (not isinstance(value, str) or not value):
+                raise DataError(f"{where}: {key} = {value!r}; allowed: a name")
         if hub is None and file is None:
             raise DataError(f"{where}: neither 'file_name' nor 'hf_hub_url'; add one of them")
-        self.place = str(hub) if hub is not None else str(folder / str(file))
+        self.place = hub if hub is not None else str(folder / str(file))
         self.folder = None if hub is not None else folder
+        if hub is None and not Path(self.place).exists():
+            raise DataError(f"{where}: file_name = {file!r}: there is no {self.place}; correct it")
 
-    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row with the names that LLaMA-Factory has for what its columns and tags mean."""
-        named = {self._columns[key]: default for key, default in _COLUMNS.items() if key in self._columns}
-        found = {key: value for key, value in row.items() if key not in named}
-        found |= {default: row[own] for own, default in named.items() if own in row}
-        if self._tags:
-            for key in ("conversations", "chosen", "rejected"):
-                if key in found:
-                    found[key] = self._turns(found[key])
+    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any] | RowError:
+        """The row under the names that LLaMA-Factory has for what its columns and tags mean.
+
+        Where the entry lists columns, the parser sees no others under its names.
+        """
+        found = dict(row)
+        if self._columns:
+            absent = [key for key in _NEEDED if key in self._columns and self._columns[key] not in row]
+            if absent:
+                own = self._columns[absent[0]]
+                has = ", ".join(sorted(row)) or "none"
+                said = f"no such column, which columns.{absent[0]} of {self._where} names; the row has {has}"
+                return RowError("missing-key", own, said[:500], "correct the registry, or the row")
+            listed = set(self._columns.values())
+            found = {key: value for key, value in row.items() if key not in listed and key not in _OURS}
+            found |= {_COLUMNS[key]: row[own] for key, own in self._columns.items() if own in row}
+            if found.get("images") is not None and not isinstance(found["images"], list):
+                found["images"] = [found["images"]]  # LLaMA-Factory takes one picture for a list of one
+        try:
+            for key in ("messages", "chosen", "rejected") if self._tags else ():
+                ours = _COLUMNS[key]
+                if ours in found:
+                    found[ours] = self._turns(found[ours], self._columns.get(key, ours))
+        except RowError as error:
+            return error
         return found
 
-    def _turns(self, value: Any) -> Any:
+    def _turns(self, value: Any, where: str) -> Any:
         if isinstance(value, list):
-            return [self._turns(one) for one in value]
-        role, content = self._tags.get("role_tag", "from"), self._tags.get("content_tag", "value")
-        if not isinstance(value, dict) or role not in value:
+            return [self._turns(one, f"{where}[{i}]") for i, one in enumerate(value)]
+        if not isinstance(value, dict):
             return value
+        role, content = self._tags.get("role_tag", "from"), self._tags.get("content_tag", "value")
+        for tag, key in (("role_tag", role), ("content_tag", content)):
+            if key not in value:
+                said = f"no key {key!r}, which tags.{tag} names; this turn has {', '.join(map(str, value))[:200]}"
+                raise RowError("missing-key", f"{where}.{key}", said, f"set tags.{tag}, or correct the row")
         roles = {self._tags.get(tag, usual): usual for tag, usual in _ROLES.items()}
-        return {"from": roles.get(value[role], value[role]), "value": value.get(content)}
+        if not isinstance(value[role], str) or value[role] not in roles:
+            said = f"{str(value[role])[:60]!r}; allowed: {', '.join(roles)}"
+            raise RowError("wrong-role", f"{where}.{role}", said, "set the tag of that role, or drop the row")
+        return {"from": roles[value[role]], "value": value[content]}
 
 
 def registry_entry(path: str) -> Entry | None:
@@ -89,16 +124,44 @@ def registry_entry(path: str) -> Entry | None:
         raise DataError(f"{file}: cannot be read ({error.strerror}); allowed: FOLDER/{NAME}:NAME") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON in UTF-8 ({str(error)[:120]})") from None
-    if not isinstance(registry, dict) or not isinstance(registry.get(name), dict):
-        known = list(registry) if isinstance(registry, dict) else []
-        raise DataError(
-            f"{file}: no data set {name!r}{nearest(name, known)}; known: {', '.join(known[:20]) or 'none'}"
-        )
+    if not isinstance(registry, dict):
+        raise DataError(f"{file}: holds {type(registry).__name__}; allowed: an object of data sets by name")
+    if name not in registry:
+        known = ", ".join(list(registry)[:20]) or "none"
+        raise DataError(f"{file}: no data set {name!r}{nearest(name, registry)}; known: {known}")
+    if not isinstance(registry[name], dict):
+        raise DataError(f"{file}: {name}: {type(registry[name]).__name__}; allowed: an object")
     return Entry(f"{file}: {name}", file.parent, registry[name])
 
 
-def _strings(where: str, described: Mapping[str, Any], key: str) -> dict[str, str]:
-    found = described.get(key) or {}
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values() if v is not None):
-        raise DataError(f"{where}: {key}: allowed: an object of names")
-    return {str(k): v for k, v in found.items() if v is not None}
+def _refuse_unknown(where: str, described: Mapping[str, Any]) -> None:
+    for key in described:
+        if key not in _KNOWN:
+            raise DataError(f"{where}: unknown key {key!r}{nearest(key, _KNOWN)}; known: {', '.join(_KNOWN)}")
+    for key, remedy in _UNREAD.items():
+        beside = key in ("ms_hub_url", "script_url", "cloud_file_name") and described.get("hf_hub_url")
+        if described.get(key) is not None and not beside:  # LLaMA-Factory ignores those beside a hub id too
+            raise DataError(f"{where}: {key} = {described[key]!r}: {remedy}")
+    if described.get("split") not in (None, "train"):
+        raise DataError(f"{where}: split = {described['split']!r}: only 'train' is read; name a file")
+    if described.get("formatting") not in (None, "alpaca", "sharegpt"):
+        raise DataError(f"{where}: formatting = {described['formatting']!r}; allowed: alpaca, sharegpt")
+
+
+def _names(where: str, described: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[str, str]:
+    """A mapping of the entry: our names to the data's, each used once."""
+    given = described.get(key) or {}
+    if not isinstance(given, dict):
+        raise DataError(f"{where}: {key}: {type(given).__name__}; allowed: an object of names")
+    found: dict[str, str] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise DataError(
+                f"{where}: unknown key {key}.{name}{nearest(name, known)}; known: {', '.join(known)}"
+            )
+        if value is None:
+            continue
+        if not isinstance(value, str) or value in found.values():
+            raise DataError(f"{where}: {key}.{name} = {value!r}; allowed: a name that no other key has")
+        found[name] = value
+    return found

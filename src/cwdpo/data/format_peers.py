@@ -12,6 +12,7 @@ from cwdpo.data.turns import Turn, place_images, reply_of, turns_of
 from cwdpo.records import Completion, Example
 
 _TAG = "<image>"
+_TURNS = "a list of {from, value} or of {role, content}"
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -44,30 +45,35 @@ def parse_llamafactory(row: Row) -> list[Example]:
     """
     images = row.images()
     row.used |= {"system", "rejected"}
-    if row.has("instruction"):
-        key, turns = "instruction", [*_history(row), Turn("user", _instruction(row))]
+    given = [key for key in ("instruction", "conversations", "messages") if row.has(key)]
+    if len(given) > 1:
+        raise RowError(
+            "two-prompts", given[0], f"both {given[0]!r} and {given[1]!r} are set; allowed: one", "keep one"
+        )
+    key = given[0] if given else "conversations"
+    if key == "instruction":
+        turns = [*_history(row), Turn("user", _instruction(row))]
     else:
-        key = "messages" if row.has("messages") else "conversations"
-        turns = _sharegpt(row.take(key, "a list of {from, value}"), key)
+        turns = _sharegpt(row.take(key, _TURNS), key)
     if row.has("system") and (system := plain_text(row.take("system", "a string"), "system")):
-        turns = [Turn("system", (system,)), *turns]
-    rejected = []
+        turns = turns if turns and turns[0].role == "system" else [Turn("system", (system,)), *turns]
     if row.has("chosen"):
         chosen = _answer(row.take("chosen", "a string or one turn"), "chosen")
-        rejected = [
-            ("rejected", Completion(_answer(row.take("rejected", "a string or one turn"), "rejected")))
-        ]
     elif key == "instruction":
         chosen = plain_text(row.take("output", "'chosen' and 'rejected', or a string in 'output'"), "output")
     else:
         chosen, turns = reply_of(turns, key, turns[:-1]), turns[:-1]
+    rejected = []
+    if row.has("chosen") or row.has("rejected"):
+        text = _answer(row.take("rejected", "a string or one turn"), "rejected")
+        rejected = [("rejected", Completion(text))]
     prompt = place_images(turns, len(images), key, in_front=False)
     return [row.example(prompt, images, chosen, rejected)]
 
 
 def _instruction(row: Row) -> tuple[str | None, ...]:
     row.used.add("input")
-    texts = [row.take("instruction", "a string"), row.values.get("input") or ""]
+    texts = [row.take("instruction", "a string"), row.values["input"] if row.has("input") else ""]
     for key, text in zip(("instruction", "input"), texts, strict=True):
         if not isinstance(text, str):
             raise wrong_type(key, text, "a string")
@@ -77,13 +83,14 @@ def _instruction(row: Row) -> tuple[str | None, ...]:
 
 def _history(row: Row) -> list[Turn]:
     """Earlier questions and answers, as pairs of strings."""
+    pairs = row.values["history"] if row.has("history") else []
     row.used.add("history")
-    allowed = "a list of [question, answer]"
+    if not isinstance(pairs, list):
+        raise wrong_type("history", pairs, "a list of [question, answer]")
     turns = []
-    pairs = row.values.get("history") or []
-    for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
-            raise wrong_type(f"history[{i}]", pair, allowed)
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+            raise wrong_type(f"history[{i}]", pair, "[question, answer], two strings")
         parts = [p if p is None else plain_text(p, f"history[{i}]") for p in split_tags(pair[0])]
         turns += [Turn("user", tuple(parts)), Turn("assistant", (plain_text(pair[1], f"history[{i}]"),))]
     return turns
@@ -93,7 +100,7 @@ def _answer(value: Any, key: str) -> str:
     if isinstance(value, str):
         return plain_text(value, key)
     if not isinstance(value, dict):
-        raise wrong_type(key, value, "a string or one {from, value}")
+        raise wrong_type(key, value, "a string, or one turn: {from, value} or {role, content}")
     return reply_of(_sharegpt([value], key), key, [])
 
 

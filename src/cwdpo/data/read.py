@@ -128,7 +128,7 @@ def parse_rows(
             f"{source.name}: none of the first {len(peeked)} rows can be read\n{explain_problems(problems)}"
         )
     columns = frozenset[str]().union(*(_columns(raw) for raw in peeked))
-    form = find_format(format, columns, source.name)
+    form = find_format(source.format if format == "auto" else format, columns, source.name)
 
     def rows() -> Iterator[ParsedRow]:
         ids = FirstPlaces()

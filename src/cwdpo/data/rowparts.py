@@ -12,11 +12,14 @@ from cwdpo.data.problems import RowError
 from cwdpo.errors import nearest
 from cwdpo.records import Completion, Example, ImageRef, Message, Origin
 
-# What models write into their input where an image stands; as plain text it would be read as one more image.
+# What models write into their input where a picture or film stands; as plain text it would be read as one more.
 PLACEHOLDERS = (
     "<image>",
     "<|image|>",
     "<|image_pad|>",
+    "<video>",
+    "<|video_pad|>",
+    "<|video|>",
     "<|vision_start|>",
     "<start_of_image>",
     "<image_soft_token>",
@@ -220,7 +223,7 @@ def plain_text(value: Any, key: str) -> str:
         raise RowError(
             "placeholder-in-text",
             key,
-            f"the text holds a literal {found!r}, which the model would read as an image",
+            f"the text holds a literal {found!r}, which the model would read as a picture or film",
             'write the turn as blocks ({"type": "image"}, {"type": "text", "text": ...}), or remove it',
         )
     return value

@@ -40,13 +40,15 @@ class RawRow:
 class Source:
     """Where rows come from. ``folder`` is where image paths start from; ``None`` for the hub.
 
-    ``files`` are the data files that are read, one after the other; none for folders of ``save_to_disk``.
+    ``files`` are the data files that are read, one after the other; none for folders of ``save_to_disk``. ``format`` is
+    what a registry says of them.
     """
 
     name: str
     folder: Path | None
     rows: Callable[[], Iterator[RawRow]]
     files: tuple[Path, ...] = ()
+    format: str = "auto"
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -102,7 +104,7 @@ def _described(source: Source, entry: Entry, name: str) -> Source:
             yield replace(raw, value=value, line=None)
 
     # Image paths start from the registry's folder, as in LLaMA-Factory; the files' own columns are not to be read.
-    return Source(name, entry.folder, rows)
+    return Source(name, entry.folder, rows, format="llamafactory")
 
 
 def _file_source(path: Path) -> Source:

@@ -46,6 +46,12 @@ class JudgeSettings(Settings):
         return self
 
 
+WITHOUT_NEGATIVES = (
+    "the data has no rejected responses and negatives.mix takes all from there; set the mix, for instance "
+    "negatives.mix='{perturb: 0.6, other_prompt: 0.4}', or negatives.on_policy_fraction=1.0"
+)
+
+
 class NegativeSettings(Settings):
     """Where negatives come from: shares by source, and the share of on-policy ones.
 

@@ -61,8 +61,8 @@ def study_page(folder: Folder, summary: Mapping[str, Any]) -> dict[str, Any]:
     heads = [_head(f) for f in figures]
     compared = [f for f in figures if f.get("key") != "win_rate"]
     others = [v for v in variants if v.get("against")]
-    named = {str(v.get("name")): plain(v.get("label")) for v in variants}
-    rivals = [named.get(str(v.get("rival"))) or plain(full.get("label")) for v in others]
+    named = {v.get("name"): plain(v.get("label")) for v in variants if v is not full}
+    rivals = [f"minus {named[v.get('rival')]}" if v.get("rival") in named else "" for v in others]
     failed = [(v, c) for v in variants for c in records(v.get("cells")) if c.get("status") == "failed"]
     tables = [
         Table(
@@ -78,8 +78,7 @@ def study_page(folder: Folder, summary: Mapping[str, Any]) -> dict[str, Any]:
             "p is below 0.05.",
             [_head(f) for f in compared],
             [
-                (_named(v), "" if rival == plain(full.get("label")) else f"minus {rival}",
-                 _row(v.get("against"), compared, _difference))
+                (_named(v), rival, _row(v.get("against"), compared, _difference))
                 for v, rival in zip(others, rivals, strict=True)
             ],
         ),

@@ -12,9 +12,15 @@ import yaml
 
 from cwdpo.config import Recipe, parse_recipe
 from cwdpo.errors import DataError
+from cwdpo.negatives._settings import NegativeSettings
 from cwdpo.study.cell import CellJob, StageOfCell
 from cwdpo.study.spec import BestOf, Study, overrides_of
 from cwdpo.study.worlds import write_world
+
+_PLAIN = NegativeSettings()
+_ROUNDS = (
+    "on_policy_fraction", "rounds", "on_policy_chosen", "easy_cut", "hard_cut", "recalibrate", "sampler", "judge",
+)  # fmt: skip
 
 
 @dataclass
@@ -138,8 +144,10 @@ def _first_stage(recipe: Recipe) -> Recipe:
             "epochs": 1.0,
         }
     )
+    negatives = recipe.negatives.model_copy(update={key: getattr(_PLAIN, key) for key in _ROUNDS})
     defaults = Recipe.model_fields["calibration"].default
-    return recipe.model_copy(update={"name": "stage1", "stage2": neutral, "calibration": defaults})
+    update = {"name": "stage1", "stage2": neutral, "negatives": negatives, "calibration": defaults}
+    return recipe.model_copy(update=update)
 
 
 class _Sources:

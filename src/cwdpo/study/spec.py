@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -70,7 +70,11 @@ class Study(Settings):
     data: BestOf | None = None
     test: str | None = Field(None, description="test set for data that is not the embedded world's")
     variants: Mapping[str, Variant]
-    score: Mapping[str, float] = {"sampled_correct": 1.0, "greedy_correct": 1.0, "ill_formed": -1.0}
+    score: Annotated[Mapping[str, float], Field(min_length=1)] = {
+        "sampled_correct": 1.0,
+        "greedy_correct": 1.0,
+        "ill_formed": -1.0,
+    }
     metrics: tuple[str, ...] = ("cider", "bleu4", "length", "diversity")
 
     @field_validator("variants")
@@ -92,6 +96,12 @@ class Study(Settings):
                 raise ValueError(
                     f"no variant {name!r}{nearest(name, self.variants)}; known: {', '.join(self.variants)}"
                 )
+        cells = [v.cell for v in self.variants.values() if v.cell]
+        for name, variant in self.variants.items():
+            if variant.against and (self.panel or variant.against == name):
+                raise ValueError(f"variant {name!r}: against: another variant, and not in a panel")
+            if variant.cell and cells.count(variant.cell) > 1:
+                raise ValueError(f"variant {name!r}: its cell {list(variant.cell)} is another variant's too")
         return self
 
     def expanded(self, chosen: Mapping[str, Sequence[str]]) -> Study:
@@ -104,6 +114,7 @@ class Study(Settings):
                 itertools.product(*variant.grid.values()), variant.settings(), strict=True
             ):
                 shown = "-".join(_yaml(v) for v in values)
+                named = f"{name}-{''.join(c if c in _PLAIN else '_' for c in shown)}"
                 point = variant.model_copy(
                     update={
                         "label": f"{self.label(name)}, {shown}",
@@ -112,16 +123,19 @@ class Study(Settings):
                         "cell": (self.label(name), shown),
                     }
                 )
-                points[f"{name}-{shown}"] = point
+                points[named] = point
         teachers = {v.margins_from for v in self.variants.values() if v.margins_from}
         for name in teachers - set(points):
             own = self.variants[name]
             points[name] = own.model_copy(
                 update={"set": (*own.set, *chosen.get(self.tuned_by(name), ())), "grid": {}}
             )
-        # Checked again: now the full variant must be among them.
-        tree = {**self.model_dump(exclude={"variants"}), "panel": False, "variants": points}
-        return Study.model_validate(tree)
+        if self.full not in points:
+            raise RecipeError(
+                f"study {self.name}: full: {self.full!r} is no point of the panel{nearest(self.full, points)}; "
+                f"known: {', '.join(points)}"
+            )
+        return self.model_copy(update={"panel": False, "variants": points})
 
     def only(self, names: Sequence[str]) -> Study:
         """The study with some of its variants, and those that they need: the full one and teachers.
@@ -208,11 +222,17 @@ def load_chosen(path: Path) -> dict[str, tuple[str, ...]]:
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {str(name): tuple(map(str, chosen)) for name, chosen in tree["chosen"].items()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        return {str(name): _listed(chosen) for name, chosen in tree["chosen"].items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{path}: not the chosen.yaml of a sweep ({type(error).__name__}: {error})"
         ) from None
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError("each name has a list of overrides")
+    return tuple(map(str, value))
 
 
 def _yaml(value: Any) -> str:

@@ -14,9 +14,11 @@ from cwdpo.config import Recipe, load_recipe
 from cwdpo.data.encode import Encoder
 from cwdpo.data.read import read_examples
 from cwdpo.data.split import split_by_image
+from cwdpo.errors import DataError
 from cwdpo.models.load import Policy, load_policy, load_weights
 from cwdpo.models.tiny import init_model
 from cwdpo.negatives._mix import attach_negatives
+from cwdpo.negatives._settings import WITHOUT_NEGATIVES
 from cwdpo.records import Example
 from cwdpo.report.model_card import write_model_card
 from cwdpo.report.render import write_report
@@ -112,6 +114,8 @@ def with_negatives(examples: Sequence[Example], recipe: Recipe, run: RunDir, *, 
         gentle=settings.gentle,
         sources=settings.build_sources(),
     )
+    if examples and not attached and need:
+        raise DataError(f"no example of stage 2 has a negative: {WITHOUT_NEGATIVES}")
     missing = len(examples) - len(attached)
     if missing and need:
         text = f"{missing} of {len(examples)} examples for stage 2 have no negative and were left out"
