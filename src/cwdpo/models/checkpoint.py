@@ -192,4 +192,6 @@ def reason(error: Exception) -> str:
         return f"it has no safetensors; {PICKLE}"
     if "ignore_mismatched_sizes" in text or "mismatch" in text:
         return "weights and config.json do not fit each other (shapes differ); fetch both from the same place"
+    if "We couldn't connect to" in text or "is not a local folder" in text:
+        return "no such folder here, and the hub does not answer or has no such model: correct the name, or the network"
     return f"{type(error).__name__}: {text[:1000]}"
