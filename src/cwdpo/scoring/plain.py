@@ -44,7 +44,12 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
 
 
 def score(
-    model: nn.Module, batch: PromptBatch, *, smoothing: bool = False, details: bool = False
+    model: nn.Module,
+    batch: PromptBatch,
+    *,
+    smoothing: bool = False,
+    details: bool = False,
+    collision: bool = False,
 ) -> TokenScores:
     """:func:`cwdpo.scoring.score.score` with one sequence for each completion, however the model is switched.
 
@@ -52,5 +57,5 @@ def score(
         [N, C] per-token scores, C the longest completion, in nats.
     """
     inputs, request = lay_out(model, batch)
-    request = replace(request, smoothing=smoothing, details=details)
+    request = replace(request, smoothing=smoothing, details=details, collision=collision)
     return unpack(run(model, inputs, request), request, [len(c.ids) for c in batch.completions])

@@ -69,7 +69,7 @@ def figures_of(study: Study, cells: Mapping[str, Sequence[CellResult]]) -> list[
         "label": "score",
         "better": "higher",
         "digits": 3,
-        "help": f"by which a sweep chooses: {terms}",
+        "help": f"The sum by which a sweep chooses: {terms}",
     }
     scored = [score] if any("score" in f for f in found) else []
     if not found or any("judge_score" in f for f in found):
