@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from cwdpo.data.encode import EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.models.sample import Decoding, shared_prefill
 
 P, C, K = 256, 32, 4

@@ -38,7 +38,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def examples(world_folder: Path):
-    from cwdpo.data.read import read_examples
+    from cwdpo.data.read.reader import read_examples
 
     return read_examples(world_folder / "train.jsonl").examples
 
@@ -52,7 +52,7 @@ def processor(model_folder: Path):
 
 @pytest.fixture(scope="session")
 def encoder(processor):
-    from cwdpo.data.encode import Encoder
+    from cwdpo.data.encode.encoder import Encoder
 
     return Encoder(processor)
 
@@ -83,7 +83,7 @@ class Result(NamedTuple):
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Call the entry point in this process, as the shell would."""
-    from cwdpo import cli
+    from cwdpo.cli import main as cli
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")

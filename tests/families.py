@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as t
 
-from cwdpo.data.encode import EncodedCompletion, EncodedExample, EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, EncodedPrompt
 
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "llava", "llava_next", "llava_onevision",

@@ -25,15 +25,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 from transformers.utils import logging
 
 from cwdpo.config import load_recipe
-from cwdpo.data.encode import EncodedExample, Encoder
-from cwdpo.data.read import read_examples
+from cwdpo.data.encode.encoder import EncodedExample, Encoder
+from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError
 from cwdpo.models.shared_attention import use_scoring
 from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.scoring.pairs import reference_pass
-from cwdpo.training.guard import Guard
-from cwdpo.training.trainer import PreferenceTrainer
-from cwdpo.training.two_stage import train_two_stage
+from cwdpo.trainer.guard import Guard
+from cwdpo.trainer.trainer import PreferenceTrainer
 
 GLOBAL_BATCH = 8
 SHARDED = {

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+import paths
 from cwdpo.config import DataSettings, Recipe, load_recipe, parse_recipe, recipe_schema
 from cwdpo.errors import RecipeError
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.objectives.sft_constrained import SftConstrained
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("**/*.yaml"))
+RECIPES = sorted(paths.RECIPES.glob("**/*.yaml"))
 STAGE = {"objective": "dpo", "learning_rate": 1e-5}
 
 
@@ -80,7 +81,7 @@ def test_shipped_recipes_parse(path: Path) -> None:
 
 
 def test_the_readme_shows_the_shipped_recipe() -> None:
-    root = Path(__file__).parent.parent
+    root = paths.ROOT
     assert (
         f"```yaml\n{(root / 'recipes' / 'qwen_lora.yaml').read_text()}```" in (root / "README.md").read_text()
     )

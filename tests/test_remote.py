@@ -21,14 +21,14 @@ from pydantic import ValidationError
 
 from cwdpo import errors
 from cwdpo.errors import MissingPackageError, ServerError
-from cwdpo.evaluation.verdicts import build_judge
-from cwdpo.negatives._mix import attach_negatives
-from cwdpo.negatives._settings import JudgeSettings, NegativeSettings, SamplerSettings
+from cwdpo.judging.verdicts import build_judge
 from cwdpo.negatives.base import NEGATIVES
+from cwdpo.negatives.mix import attach_negatives
+from cwdpo.negatives.settings import JudgeSettings, NegativeSettings, SamplerSettings
+from cwdpo.onpolicy.pool import FILE, Pool, ServerSampler
 from cwdpo.records import Completion, Example, ImageRef, Message
 from cwdpo.remote import Answer, Ask, Client, ServerSettings
 from cwdpo.rundir import RunDir, read_jsonl
-from cwdpo.training.pool import FILE, Pool, ServerSampler
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="

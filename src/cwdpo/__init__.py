@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "CWDPOConfig": "cwdpo.training.trl_style",
-    "CWDPOTrainer": "cwdpo.training.trl_style",
-    "train_two_stage": "cwdpo.training.two_stage",
+    "CWDPOConfig": "cwdpo.pipeline.trl_style",
+    "CWDPOTrainer": "cwdpo.pipeline.trl_style",
+    "train_two_stage": "cwdpo.pipeline.two_stage",
     "Recipe": "cwdpo.config",
 }
 __all__ = ["CWDPOConfig", "CWDPOTrainer", "Recipe", "__version__", "train_two_stage"]
 
 if TYPE_CHECKING:
     from cwdpo.config import Recipe
-    from cwdpo.training.trl_style import CWDPOConfig, CWDPOTrainer
-    from cwdpo.training.two_stage import train_two_stage
+    from cwdpo.pipeline.trl_style import CWDPOConfig, CWDPOTrainer
+    from cwdpo.pipeline.two_stage import train_two_stage
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """``python -m cwdpo``, and what ``accelerate launch -m cwdpo`` starts."""
 
-from cwdpo.cli import main
+from cwdpo.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from cwdpo.dynamics.settings import DEFAULT_STOP, CurriculumSpec, ProbeSettings, StopRules
 from cwdpo.errors import CwdpoError, RecipeError, nearest
 from cwdpo.models.settings import ModelSettings
-from cwdpo.negatives._settings import NegativeSettings
+from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.registry import Settings, explain
 from cwdpo.worlds.shapes import ShapesSettings

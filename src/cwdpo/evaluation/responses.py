@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from cwdpo.data.collate import collate
-from cwdpo.data.encode import EncodedExample, Encoder
+from cwdpo.data.encode.collate import collate
+from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.errors import DataError
-from cwdpo.evaluation.base import Answer
-from cwdpo.evaluation.metrics.multiple_choice import spelled
+from cwdpo.metrics.base import Answer
+from cwdpo.metrics.multiple_choice import spelled
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
@@ -37,7 +37,7 @@ def collect(
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> list[Answer]:
-    """Answers with what is needed (see :class:`cwdpo.evaluation.base.Metric`); ``samples`` per example, in order.
+    """Answers with what is needed (see :class:`cwdpo.metrics.base.Metric`); ``samples`` per example, in order.
 
     Raises:
         DataError: an example cannot be encoded, or has no options where they are needed.

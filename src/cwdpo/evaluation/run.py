@@ -13,14 +13,13 @@ from typing import Any
 import yaml
 
 from cwdpo.config import load_recipe
-from cwdpo.data.encode import Encoder
-from cwdpo.data.read import read_examples
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError, RecipeError, optional_package
-from cwdpo.evaluation.base import METRICS, Answer, Measured, Metric, difference
-from cwdpo.evaluation.judging import JUDGES, tournament
-from cwdpo.evaluation.metrics._calibration import reliability
 from cwdpo.evaluation.paired import holm, verdict
 from cwdpo.evaluation.responses import collect, read_back, store
+from cwdpo.judging.base import JUDGES, tournament
+from cwdpo.metrics.base import METRICS, Answer, Measured, Metric, difference, reliability
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import ModelSettings
 from cwdpo.records import Example
@@ -102,7 +101,7 @@ def evaluate(
 
     Args:
         metrics: specs; empty means :func:`default_metrics`.
-        data_options: of :func:`cwdpo.data.read.read_examples` (``format``, ``limit``, ...).
+        data_options: of :func:`cwdpo.data.read.reader.read_examples` (``format``, ``limit``, ...).
         temperature, samples: of the responses; several samples of a prompt count as one prompt in intervals.
         seed: of the sampler.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cwdpo.data.encode import EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedPrompt
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cwdpo.data.encode import EncodedPrompt, Encoder
+from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.models.inputs import device_of, image_inputs
 from cwdpo.records import Example
 

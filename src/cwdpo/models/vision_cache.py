@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cwdpo.data.encode import EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.models.inputs import cat_rows, image_inputs, unwrapped
 from cwdpo.models.parts import PARTS
 

@@ -32,7 +32,7 @@ class NegativeSource(Component, ABC):
 
 NEGATIVES: Registry[NegativeSource] = Registry(
     "negative source",
-    "cwdpo.negatives",
+    "cwdpo.negatives.sources",
     NegativeSource,
 )
 

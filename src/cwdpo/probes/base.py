@@ -5,21 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from cwdpo.data.collate import PromptBatch, collate
-from cwdpo.data.encode import EncodedCompletion, EncodedExample
+from cwdpo.data.encode.collate import PromptBatch, collate
+from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample
 from cwdpo.records import Reading
 from cwdpo.registry import Component, Registry
 from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import output_head
-
-if TYPE_CHECKING:
-    from cwdpo.probes._influence import OneStep
 
 MAX_STORED = 1 << 26
 """Most values of the reference's distributions kept for the divergences of a type (256 MiB of fp32)."""
@@ -43,6 +40,50 @@ class Scale:
     tau: float | None = None
     beta: float | None = None
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """U training examples against N held-out responses; each update starts from the same weights.
+
+    Attributes:
+        kinds: N response types.
+        predicted: [U, N] ``<grad mean_logp(o), -eta * grad loss(u)>``, nats per token: first order in eta.
+        actual: [U, N] change of mean_logp after the weights went by ``-eta * grad loss(u)``.
+        eta: [U] lengths of the steps.
+        belief: [N] ``|A|``: L1 norm of ``e - p``, mean over the response's tokens.
+        residual: [U] ``|G|``: L1 norm of d loss / d logits, summed over the example's tokens.
+    """
+
+    kinds: tuple[str, ...]
+    predicted: Tensor
+    actual: Tensor
+    eta: Tensor
+    belief: Tensor
+    residual: Tensor
+
+    @property
+    def sign_agreement(self) -> float:
+        """Share of changes whose sign was predicted."""
+        return float((self.predicted.sign() == self.actual.sign()).double().mean())
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson of predicted and actual over all U * N; ``None`` where one does not vary."""
+        both = torch.stack([self.predicted.flatten(), self.actual.flatten()]).double()
+        if both.shape[1] < 2:
+            return None
+        return float(torch.corrcoef(both)[0, 1]) if bool((both.std(1) > 0).all()) else None
+
+    def kernel_of(self, kind: str) -> Tensor:
+        """[U * n] effective kernel of a type: predicted change per unit of eta, ``|A|`` and ``|G|``.
+
+        It is what of the empirical neural tangent kernel K couples the example with the response: positive
+        where learning from the example raises the response.
+        """
+        own = torch.tensor([k == kind for k in self.kinds])
+        scale = self.eta[:, None] * self.residual[:, None] * self.belief[None, own]
+        return (self.predicted[:, own] / scale.clamp_min(1e-30)).flatten()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ class Influence(Probe):
     """Predicted against actual change of mean_logp after one small step of gradient descent; off unless asked for.
 
     Source: the paper's and Ren & Sutherland's one-step decomposition, ``-eta * A * K * G``; see
-    :func:`cwdpo.probes._influence.one_step` for how it is computed and what it costs.
+    :func:`cwdpo.monitor.influence.one_step` for how it is computed and what it costs.
     """
 
     def __call__(self, held: HeldOut) -> list[Reading]:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cwdpo.data.collate import PromptBatch, collate
-from cwdpo.data.encode import EncodedExample, with_reference
+from cwdpo.data.encode.collate import PromptBatch, collate
+from cwdpo.data.encode.encoder import EncodedExample, with_reference
 from cwdpo.objectives.base import Scored, ScoredPairs, StepTotals
 from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import TokenScores

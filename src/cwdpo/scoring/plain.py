@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cwdpo.data.collate import PromptBatch
+from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.models.inputs import device_of, padded
 from cwdpo.models.vision_cache import vision_inputs
 from cwdpo.scoring.token_logp import HeadRequest, TokenScores, run, unpack

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from cwdpo.data.encode import EncodedCompletion, EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedCompletion, EncodedPrompt
 from cwdpo.errors import ReferenceCacheError
 from cwdpo.models.inputs import unwrapped
 from cwdpo.models.shared_attention import shares_prefix

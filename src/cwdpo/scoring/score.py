@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cwdpo.data.collate import PromptBatch
+from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.models.shared_attention import model_family, shares_prefix
 from cwdpo.scoring import plain, shared_prefix
 from cwdpo.scoring.token_logp import HeadRequest, TokenScores, run, unpack

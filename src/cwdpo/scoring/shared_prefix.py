@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cwdpo.data.collate import PromptBatch
+from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.models.families.base import Rows
 from cwdpo.models.inputs import device_of, padded, unwrapped
 from cwdpo.models.shared_attention import model_family

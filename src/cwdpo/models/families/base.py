@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cwdpo.data.encode import EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.errors import ModelError
 
 

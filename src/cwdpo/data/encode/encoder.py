@@ -1,0 +1,305 @@
+"""Examples to token ids and image tensors: the prompt once, each completion apart.
+
+Prompt and completion are tokenized so that joined equals apart: the completion's ids are what the
+tokenizer gives for it *behind* the prompt, and generation sees exactly the prompt's ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from cwdpo.data.encode.span import differing_span
+from cwdpo.errors import DataError
+from cwdpo.records import Completion, Example, Origin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>", "<|end|>")
+NegativeSet = Literal["rejected", "gentle", "none"]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as the model sees it.
+
+    ``input_ids``: image tokens expanded. ``per_token``: further rows of the same length that the family's
+    processor made (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: gives the vision tower's inputs,
+    of which ``image_digest`` is a digest: another picture or another processor setting gives another one.
+    """
+
+    input_ids: tuple[int, ...]
+    per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
+    image_digest: str = ""
+
+    @property
+    def images(self) -> Mapping[str, Tensor]:
+        """The vision tower's inputs; decoded again where they no longer lie in the encoder's cache."""
+        return self.load_images()
+
+
+@dataclass(frozen=True)
+class EncodedCompletion:
+    """Token ids of one completion, its end token included, and what the reference says of it.
+
+    ``span`` is the half-open token range that differs from chosen (the whole range for chosen itself).
+    ``reference_sum_logp`` and ``reference_span_sum_logp`` are in nats; ``None`` before the reference pass.
+    ``reward_margin`` is how much better a reward model finds chosen, where the data says so.
+    """
+
+    ids: tuple[int, ...]
+    origin: Origin = "dataset"
+    kind: str = ""
+    span: tuple[int, int] = (0, 0)
+    reference_sum_logp: float | None = None
+    reference_span_sum_logp: float | None = None
+    reward_margin: float | None = None
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One prompt with its chosen response and the negatives that this stage uses."""
+
+    id: str
+    prompt: EncodedPrompt
+    chosen: EncodedCompletion
+    negatives: tuple[EncodedCompletion, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest sequence: prompt plus longest completion."""
+        longest = max(len(c.ids) for c in (self.chosen, *self.negatives))
+        return len(self.prompt.input_ids) + longest
+
+
+class Encoder:
+    """Turns examples into token ids with a checkpoint's own processor and chat template.
+
+    Args:
+        processor: what ``AutoProcessor.from_pretrained`` gave.
+        max_length: most tokens of prompt plus completion; ``None`` for no limit. Nothing is ever truncated:
+            an example that is longer raises :class:`DataError`, and the caller leaves it out.
+        cache_gb: memory for image tensors; what does not fit is decoded again at every use.
+    """
+
+    def __init__(self, processor: Any, max_length: int | None = None, cache_gb: float = 1.0) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.max_length = max_length
+        self._prompts: dict[tuple[Any, ...], EncodedPrompt] = {}
+        self._images: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
+        self._free_bytes = cache_gb * 2**30
+        self._texts: dict[tuple[Any, ...], str] = {}
+        self._end_ids: frozenset[int] | None = None
+
+    def prompt_text(self, example: Example) -> str:
+        """The prompt through the chat template, ready for a response (images as placeholders)."""
+        if example.prompt not in self._texts:
+            self._texts[example.prompt] = self._render(example, None)
+        return self._texts[example.prompt]
+
+    def prompt(self, example: Example) -> EncodedPrompt:
+        """Encode images and prompt; the result is kept, because several stages ask for it.
+
+        Raises:
+            DataError: an image cannot be decoded, or the processor refuses the prompt.
+        """
+        key = (example.images, example.prompt)
+        if key not in self._prompts:
+            ids, per_token, images = self._process(example)
+            self._keep(key, images)
+            load = partial(self._load_images, example) if images else dict[str, Any]
+            self._prompts[key] = EncodedPrompt(ids, per_token, load, _digest(images))
+        return self._prompts[key]
+
+    def _keep(self, key: tuple[Any, ...], images: Mapping[str, Tensor]) -> None:
+        size = sum(t.numel() * t.element_size() for t in images.values())
+        if size <= self._free_bytes:
+            self._images[key] = images
+            self._free_bytes -= size
+
+    def _load_images(self, example: Example) -> Mapping[str, Tensor]:
+        key = (example.images, example.prompt)
+        return self._images[key] if key in self._images else self._process(example)[2]
+
+    def _process(
+        self, example: Example
+    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]], dict[str, Tensor]]:
+        try:
+            pictures = [image.open() for image in example.images]
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{example.where or example.id}: images: cannot be decoded ({reason})") from error
+        kwargs: dict[str, Any] = {"images": pictures} if pictures else {}
+        text = self.prompt_text(example).rstrip(" ")
+        try:
+            outputs = self.processor(
+                text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **kwargs
+            )
+        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise DataError(
+                f"{example.where or example.id}: prompt: refused by the processor ({error})"
+            ) from error
+        ids = outputs.pop("input_ids")[0]
+        outputs.pop("attention_mask", None)
+        per_token = {
+            k: tuple(v[0].tolist()) for k, v in outputs.items() if tuple(v.shape) == (1, ids.shape[0])
+        }
+        images = {k: v for k, v in outputs.items() if k not in per_token}
+        return tuple(ids.tolist()), per_token, images
+
+    def completion_ids(self, example: Example, text: str) -> tuple[int, ...]:
+        """Ids of a response behind its prompt, ending in the end-of-turn token.
+
+        Raises:
+            DataError: nothing is left to train on.
+        """
+        prompt = self.prompt_text(example)
+        whole = self._render(example, text)
+        # Some templates render a finished turn differently from an open one: then the response stands bare.
+        tail = whole[len(prompt) :] if whole.startswith(prompt) else text
+        # A prompt that ends in a space would tokenize differently joined than apart: the space moves over.
+        prompt, tail = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
+        before = self._ids(prompt)
+        if not self.end_ids.intersection(self._ids(tail)):
+            tail = tail.rstrip()  # without an end marker, white space behind the response is the template's
+        joined = self._ids(prompt + tail)
+        ids = joined[len(before) :] if joined[: len(before)] == before else self._ids(tail)
+        ids = self._closed(ids)
+        if len(ids) < 2:
+            raise DataError(f"{example.where or example.id}: a response without tokens: {text!r}")
+        return tuple(ids)
+
+    def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
+        """Encode one example with the negatives of its stage.
+
+        Raises:
+            DataError: unreadable image, response without tokens, or longer than ``max_length`` tokens.
+        """
+        chosen_ids = self.completion_ids(example, example.chosen.text)
+        chosen = _encoded(example.chosen, chosen_ids, (0, len(chosen_ids)))
+        offered = {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
+        rejected = []
+        for completion in offered:
+            ids = self.completion_ids(example, completion.text)
+            if ids != chosen_ids:
+                rejected.append(_encoded(completion, ids, differing_span(chosen_ids, ids)))
+        encoded = EncodedExample(example.id, self.prompt(example), chosen, tuple(rejected))
+        if self.max_length is not None and encoded.n_tokens > self.max_length:
+            raise DataError(
+                f"{example.where or example.id}: {encoded.n_tokens} tokens (prompt {len(encoded.prompt.input_ids)}) "
+                f"are more than data.max_length = {self.max_length}; nothing is truncated: raise the limit or "
+                "shrink the images (model.processor_options)"
+            )
+        return encoded
+
+    def readable(self, examples: Iterable[Example], limit: int) -> list[Example]:
+        """The first ``limit`` examples whose prompt can be encoded."""
+        good: list[Example] = []
+        for example in examples:
+            if len(good) >= limit:
+                break
+            with contextlib.suppress(DataError):
+                self.prompt(example)
+                good.append(example)
+        return good
+
+    def encode_all(
+        self, examples: Iterable[Example], negatives: NegativeSet, *, require_negative: bool
+    ) -> tuple[list[EncodedExample], list[str]]:
+        """Encode what can be encoded; the second list says, row by row, what was left out and why."""
+        good: list[EncodedExample] = []
+        problems: list[str] = []
+        for example in examples:
+            try:
+                encoded = self.encode(example, negatives)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if require_negative and not encoded.negatives:
+                problems.append(f"{example.where or example.id}: no negative for this stage")
+                continue
+            good.append(encoded)
+        return good, problems
+
+    def _render(self, example: Example, response: str | None) -> str:
+        chat = [message.as_chat() for message in example.prompt]
+        if response is not None:
+            chat.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+        template = getattr(self.processor, "chat_template", None) or getattr(
+            self.tokenizer, "chat_template", None
+        )
+        if template is None:
+            token = getattr(self.processor, "image_token", "<image>")
+            text = "\n".join(
+                "".join(token if part is None else part for part in m.parts) for m in example.prompt
+            )
+            return f"{text}\n{response or ''}"
+        rendered = self.processor.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=response is None
+        )
+        return str(rendered)
+
+    def _adds_bos(self, text: str) -> bool:
+        """Whether the tokenizer must put its bos in front: it has one by itself, and the template wrote none.
+
+        Some templates (LLaVA 1.5) leave bos to the tokenizer. One that would also close the text is not asked.
+        """
+        bos = self.tokenizer.bos_token
+        if bos is None or text.startswith(bos):
+            return False
+        plain = self._ids("a")
+        added = list(self.tokenizer("a", add_special_tokens=True)["input_ids"])
+        return added == [self.tokenizer.bos_token_id, *plain]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        """Cut behind the end-of-turn token that the template wrote, or append the tokenizer's own."""
+        ends = [i for i, token in enumerate(ids) if token in self.end_ids]
+        return ids[: ends[-1] + 1] if ends else [*ids, int(self.tokenizer.eos_token_id)]
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a turn: the tokenizer's eos and the usual end-of-turn markers it knows."""
+        if self._end_ids is None:
+            tokenizer = self.tokenizer
+            markers = map(tokenizer.convert_tokens_to_ids, END_MARKERS)
+            known = {t for t in markers if t is not None and t != tokenizer.unk_token_id}
+            self._end_ids = frozenset(known | {int(tokenizer.eos_token_id)})
+        return self._end_ids
+
+
+def _digest(images: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(images.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest() if images else ""
+
+
+def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:
+    margin = completion.made.get("reward_margin")
+    return EncodedCompletion(
+        tuple(ids),
+        completion.origin,
+        completion.kind,
+        span,
+        reward_margin=None if margin is None else float(margin),
+    )
+
+
+def with_reference(example: EncodedExample, values: Sequence[tuple[float, float]]) -> EncodedExample:
+    """The example with ``(sum_logp, span_sum_logp)`` of the reference, chosen first, then each negative."""
+    chosen, *negatives = (
+        replace(c, reference_sum_logp=total, reference_span_sum_logp=span)
+        for c, (total, span) in zip((example.chosen, *example.negatives), values, strict=True)
+    )
+    return replace(example, chosen=chosen, negatives=tuple(negatives))

@@ -1,0 +1,264 @@
+"""A check of a data set before any model is loaded: what was understood, what is wrong, what to repair."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from hashlib import blake2b
+from pathlib import Path
+
+from cwdpo.data.digests import DigestMap, FirstPlaces, digest8
+from cwdpo.data.images import CheckImages, ImageFolder
+from cwdpo.data.problems import SHOWN_ROWS, Problem, ProblemLog, RowError
+from cwdpo.data.read.reader import ParsedRow, parse_rows
+from cwdpo.data.read.rows import Source, held_out_beside, open_source
+from cwdpo.data.rowparts import ReadOptions, Row
+from cwdpo.data.validate.fix import good_rows
+from cwdpo.data.validate.lengths import LengthCounter, word_counter
+from cwdpo.data.validate.report import ImageStats, LengthStats, ValidationReport
+from cwdpo.errors import DataError
+from cwdpo.records import Example, ImageRef
+
+__all__ = ["ValidationReport", "validate"]
+
+_PROGRESS_ROWS = 500
+
+
+def validate(
+    path: str | Path | Source,
+    *,
+    format: str = "auto",
+    image_root: Path | None = None,
+    default_prompt: str = "Describe the image.",
+    captions_per_image: int = 1,
+    check_images: CheckImages = "decode",
+    against: Sequence[str | Path] = (),
+    lengths: LengthCounter | None = None,
+    max_length: int | None = None,
+    fix: Path | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> ValidationReport:
+    """Read every row, decode every image once, and report. Bad rows are reported, however many.
+
+    Streaming: memory grows by some 150 bytes per row, for digests of ids, texts and pictures.
+
+    Args:
+        path: what to read; this and the next five as for :func:`cwdpo.data.read.reader.read_examples`.
+        image_root: where image paths start from; also those of ``against``.
+        against: sets that may not share a picture with this one, besides the validation and test files next
+            to a ``train`` file. Rows whose picture stands there, by its bytes, are bad.
+        lengths: how to count lengths; words by default.
+        max_length: tokens of prompt plus longest response above which a row is bad.
+        fix: a new ``.jsonl`` file for the rows without any problem.
+        progress: told the number of rows read now and then, and at the end.
+
+    Raises:
+        DataError: nothing to read, an unknown format, none of the first rows is an object, or ``fix`` cannot
+            be written.
+    """
+    if max_length is not None and max_length < 1:
+        raise DataError(f"max_length = {max_length}; allowed: 1 or more")
+    source = path if isinstance(path, Source) else open_source(path)
+    others = [*held_out_beside(source), *map(open_source, against)]
+    counter = lengths or word_counter()
+    stats = ImageStats()
+    folder = ImageFolder(image_root or source.folder, check_images, stats.add)
+    form, parsed = parse_rows(source, format, folder, ReadOptions(default_prompt, captions_per_image))
+    report = ValidationReport(
+        source.name, form.name, images=stats, lengths=LengthStats(counter.unit, max_length=max_length)
+    )
+    checks = _Checks(report, counter, check_images, others, image_root)
+    log = ProblemLog()
+    with good_rows(fix) if fix is not None else nullcontext() as writer:
+        for row in parsed:
+            problems = checks.problems(row)
+            _count_row(report, row, problems)
+            for problem in problems:
+                log.add(problem)
+            if writer is not None and not problems:
+                writer.write(row.raw, row.examples[0].images)
+            if report.rows % _PROGRESS_ROWS == 0:
+                progress(report.rows)
+    progress(report.rows)
+    report.good = report.rows - report.bad
+    report.problems = log.groups()
+    report.fixed = str(fix) if fix is not None and report.good else None
+    return report
+
+
+class _Checks:
+    """What is asked of a row beyond its being readable."""
+
+    def __init__(
+        self,
+        report: ValidationReport,
+        counter: LengthCounter,
+        check_images: CheckImages,
+        others: Sequence[Source],
+        image_root: Path | None,
+    ) -> None:
+        self._stats, self._counter = report.lengths, counter
+        pictures = _Pictures(by_content=check_images in ("identify", "decode"))
+        self._leaks = _Leaks(report, pictures, others, image_root)
+        self._repeats = _Repeats(report, pictures)
+
+    def problems(self, row: ParsedRow) -> list[Problem]:
+        """What reading found, and what these checks find."""
+        found = []
+        for example in row.examples:
+            found.append(self._repeats.add(example, row))
+            found.append(self._leaks.find(example))
+            found.append(_measure(self._stats, self._counter, example))
+        more = [error.at(row.raw.file, row.raw.number) for error in found if error is not None]
+        return [*row.problems, *more]
+
+
+def _count_row(report: ValidationReport, row: ParsedRow, problems: Sequence[Problem]) -> None:
+    report.rows += 1
+    report.bad += bool(problems)
+    report.columns.update(row.columns)
+    for example in row.examples:
+        before = report.examples
+        report.examples += 1
+        report.images_per_row[len(example.images)] += 1
+        report.gentle_per_prompt[len(example.gentle)] += 1
+        kinds = Counter(negative.kind or "unnamed" for negative in example.rejected)
+        kinds["all"] = len(example.rejected)
+        for kind in kinds.keys() | report.negatives_per_prompt.keys():
+            # A kind met for the first time was absent from every example before.
+            counts = report.negatives_per_prompt.setdefault(kind, Counter({0: before} if before else {}))
+            counts[kinds[kind]] += 1
+
+
+def _measure(stats: LengthStats, counter: LengthCounter, example: Example) -> RowError | None:
+    """Count the lengths of an example; what is wrong with them."""
+    try:
+        found = counter.of(example)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{example.where}: ")
+        return RowError("not-encodable", "", reason, "repair the row, or leave it out")
+    stats.add_response("chosen", found.chosen)
+    for length in found.negatives[: len(example.rejected)]:
+        stats.add_response("rejected", length)
+    stats.add_example(found.longest, example.where)
+    if stats.max_length is None or found.longest <= stats.max_length:
+        return None
+    even = "" if stats.unit == "tokens" else ", even at one token per word"
+    return RowError(
+        "too-long",
+        "",
+        f"{found.longest} {stats.unit} (prompt {found.prompt}) are more than max_length = {stats.max_length}{even}",
+        "raise data.max_length, shrink the images (model.processor_options), or leave the row out: nothing is "
+        "truncated",
+    )
+
+
+class _Pictures:
+    """Tells pictures apart by 8 bytes; each file is read once."""
+
+    def __init__(self, *, by_content: bool) -> None:
+        self._by_content = by_content
+        self._of_path = DigestMap()
+
+    def of(self, image: ImageRef) -> int:
+        """Digest of the encoded bytes; of the path where files are not looked into, because they may be missing.
+
+        Raises:
+            DataError: the file cannot be read any more.
+        """
+        if image.path is None:
+            return digest8(image.encoded())
+        name = digest8(bytes(image.path))
+        if not self._by_content:
+            return name
+        known = self._of_path.get(name)
+        if known is None:
+            try:
+                known = digest8(image.encoded())
+            except OSError as error:
+                raise DataError(
+                    f"{image.path}: cannot be read ({error.strerror}); restore it or drop the row"
+                ) from None
+            self._of_path.add(name, known)
+        return known
+
+
+class _Repeats:
+    """Finds examples that say again what an earlier one said."""
+
+    def __init__(self, report: ValidationReport, pictures: _Pictures) -> None:
+        self.report, self._pictures = report, pictures
+        self._said, self._whole = FirstPlaces(), FirstPlaces()
+
+    def add(self, example: Example, row: ParsedRow) -> RowError | None:
+        """Note an example; the problem when another row is its equal, negatives included."""
+        place = row.raw.file, row.raw.number
+        digest = blake2b(digest_size=8)
+        for image in example.images:
+            digest.update(self._pictures.of(image).to_bytes(8, "little"))
+        said = [[m.role, *m.parts] for m in example.prompt]
+        digest.update(json.dumps([said, example.chosen.text]).encode())
+        first = self._said.add(digest8(digest.digest()), *place)
+        negatives = [[n.text for n in side] for side in (example.rejected, example.gentle)]
+        digest.update(json.dumps(negatives).encode())
+        same = self._whole.add(digest8(digest.digest()), *place)
+        if first is not None:
+            self.report.duplicates += 1
+            if len(self.report.first_duplicates) < SHOWN_ROWS:
+                self.report.first_duplicates.append((first, example.where))
+        if same is None or same == example.where:
+            return None
+        return RowError(
+            "duplicate-row",
+            "",
+            f"the same images, prompt, chosen and negatives as {same}",
+            "keep one of them; a repeated row counts double in training",
+        )
+
+
+class _Leaks:
+    """Finds pictures that stand in another set too."""
+
+    def __init__(
+        self,
+        report: ValidationReport,
+        pictures: _Pictures,
+        others: Sequence[Source],
+        image_root: Path | None,
+    ) -> None:
+        self._pictures = pictures
+        self._elsewhere = FirstPlaces()
+        for other in others:
+            before = len(self._elsewhere)
+            for image, file, row in _images_of(other, image_root):
+                with suppress(DataError):  # an unreadable picture is for its own validation to name
+                    self._elsewhere.add(pictures.of(image), file, row)
+            report.against[other.name] = len(self._elsewhere) - before
+
+    def find(self, example: Example) -> RowError | None:
+        """The problem when a picture of the example stands elsewhere."""
+        for i, image in enumerate(example.images):
+            other = self._elsewhere.find(self._pictures.of(image))
+            if other is not None:
+                return RowError(
+                    "leak",
+                    f"images[{i}]",
+                    f"the same picture, byte for byte, stands in {other}",
+                    "take it out of one of the sets, or leave out data.validation_path: then the split is by picture",
+                )
+        return None
+
+
+def _images_of(source: Source, image_root: Path | None) -> Iterator[tuple[ImageRef, str, int]]:
+    """Every picture of a set that is there; what is wrong with its rows is for its own validation to say."""
+    folder = ImageFolder(image_root or source.folder, "exists")
+    for raw in source.rows():
+        if isinstance(raw.value, RowError):
+            continue
+        try:
+            images = Row(raw.value, raw.file, raw.number, folder, ReadOptions()).images()
+        except RowError:
+            continue
+        yield from ((image, raw.file, raw.number) for image in images)

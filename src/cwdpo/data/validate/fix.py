@@ -1,0 +1,125 @@
+"""Good rows into a new JSONL file, as they stood; image paths are rewritten so that they still lead there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cwdpo.data.read.rows import LINES, RawRow
+from cwdpo.data.rowparts import image_key
+from cwdpo.errors import DataError
+from cwdpo.records import ImageRef
+
+_SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)
+
+
+@contextmanager
+def good_rows(out: Path) -> Iterator[GoodRows]:
+    """A writer of rows to ``out``, which appears when the block ends well and wrote at least one row.
+
+    Images below the folder of ``out`` are named relative to it. Others, and those that came as bytes, are
+    linked or copied into ``<stem>_images`` next to it, because no path may lead out of a data folder.
+    Values that JSON lacks (dates of a table, say) become text.
+
+    Raises:
+        DataError: ``out`` or its image folder is there already, is no ``.jsonl``, or cannot be written.
+    """
+    images = out.with_name(f"{out.stem}_images")
+    temporary = out.with_name(f".{out.name}.tmp")
+    if out.suffix.lower() not in LINES:
+        raise DataError(f"--fix {out}: allowed: a name that ends in {' or '.join(LINES)}")
+    for path in (out, images):
+        if os.path.lexists(path):
+            raise DataError(f"--fix {out}: {path} is there already; choose another name, or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            rows = GoodRows(file, out.parent.resolve(), images)
+            yield rows
+            file.flush()
+            os.fsync(file.fileno())
+        if rows.count:
+            os.replace(temporary, out)
+            images = temporary  # both are in use now
+    except OSError as error:
+        raise DataError(
+            f"--fix {out}: cannot be written ({error.strerror or error}); nothing was left behind: make room, "
+            "or name a place that you may write to"
+        ) from None
+    finally:
+        with suppress(OSError):  # a read-only place says so even of a file that is not there
+            temporary.unlink(missing_ok=True)
+        shutil.rmtree(images, ignore_errors=True)
+
+
+class GoodRows:
+    """Writes rows to ``file``, which stands in ``folder``; ``images`` takes pictures from elsewhere."""
+
+    def __init__(self, file: BinaryIO, folder: Path, images: Path) -> None:
+        self._file, self._folder, self._images = file, folder, images
+        self.count = 0
+
+    def write(self, raw: RawRow, images: tuple[ImageRef, ...]) -> None:
+        """Write one row; ``images`` are its pictures in their order.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        assert isinstance(raw.value, dict)
+        row = self._with_paths(raw.value, images)
+        line = raw.line if row is raw.value and raw.line is not None else _as_json(row)
+        self._file.write(line + b"\n")
+        self.count += 1
+
+    def _with_paths(self, row: dict[str, Any], images: tuple[ImageRef, ...]) -> dict[str, Any]:
+        """The row itself where every path leads to its picture from the new file too; else a copy."""
+        key = image_key(row) or "image"
+        values = row[key] if key == "images" else [row.get(key)]
+        placed = [self._placed(value, image) for value, image in zip(values, images, strict=False)]
+        if all(new is old for new, old in zip(placed, values, strict=False)):
+            return row
+        return {**row, key: placed if key == "images" else placed[0]}
+
+    def _placed(self, value: Any, image: ImageRef) -> Any:
+        named = value.get("path") if isinstance(value, Mapping) else value
+        text = named if isinstance(named, str) else ""
+        if image.path is None:
+            return self._stored(image, Path(text).suffix)
+        if (self._folder / text).resolve() == image.path:
+            return value
+        if image.path.is_relative_to(self._folder):
+            return image.path.relative_to(self._folder).as_posix()
+        return self._stored(image, image.path.suffix)
+
+    def _stored(self, image: ImageRef, suffix: str) -> str:
+        """The picture in our own folder, called by its content."""
+        data = image.encoded()
+        name = blake2b(data, digest_size=16).hexdigest() + (suffix if _SUFFIX.fullmatch(suffix) else "")
+        path = self._images / name
+        if not path.exists():
+            self._images.mkdir(exist_ok=True)
+            if image.path is None or not _linked(image.path, path):
+                path.write_bytes(data)
+        return f"{self._images.name}/{name}"
+
+
+def _linked(old: Path, new: Path) -> bool:
+    try:
+        os.link(old, new)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
+
+
+def _as_json(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:  # half a surrogate pair in a column that nobody reads
+        return json.dumps(row, default=str).encode()

@@ -1,0 +1,64 @@
+"""How long examples are: in words, or in tokens where a checkpoint's processor is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.records import Example
+
+_KEPT_EXAMPLES = 256  # an encoder keeps what it encoded; a fresh one now and then bounds the memory
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Words or tokens of one example; tokens count expanded images and the end of the turn."""
+
+    prompt: int
+    chosen: int
+    negatives: tuple[int, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Prompt plus longest response: what ``data.max_length`` limits."""
+        return self.prompt + max(self.chosen, *self.negatives, 0)
+
+
+@dataclass(frozen=True)
+class LengthCounter:
+    """Counts in ``unit``; ``of`` raises :class:`cwdpo.errors.DataError` for what cannot be encoded."""
+
+    unit: Literal["words", "tokens"]
+    of: Callable[[Example], Lengths]
+
+
+def word_counter() -> LengthCounter:
+    """Counts words (stretches without white space)."""
+
+    def of(example: Example) -> Lengths:
+        said = sum(len(part.split()) for turn in example.prompt for part in turn.parts if part)
+        chosen, *negatives = (
+            len(c.text.split()) for c in (example.chosen, *example.rejected, *example.gentle)
+        )
+        return Lengths(said, chosen, tuple(negatives))
+
+    return LengthCounter("words", of)
+
+
+def token_counter(processor: Any) -> LengthCounter:
+    """Counts tokens exactly as training does; every image is decoded and goes through the processor."""
+    encoder = Encoder(processor, cache_gb=0)
+    counted = 0
+
+    def of(example: Example) -> Lengths:
+        nonlocal encoder, counted
+        counted += 1
+        if counted % _KEPT_EXAMPLES == 0:
+            encoder = Encoder(processor, cache_gb=0)
+        responses = (example.chosen, *example.rejected, *example.gentle)
+        chosen, *negatives = (len(encoder.completion_ids(example, c.text)) for c in responses)
+        return Lengths(len(encoder.prompt(example).input_ids), chosen, tuple(negatives))
+
+    return LengthCounter("tokens", of)

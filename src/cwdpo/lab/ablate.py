@@ -1,0 +1,234 @@
+"""``cwdpo ablate`` and ``cwdpo sweep``: the cells of a study, over seeds, in parallel processes, to its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cwdpo.errors import CwdpoError, RecipeError
+from cwdpo.lab.demo import Progress
+from cwdpo.lab.grid import CellResult, run_grid
+from cwdpo.lab.outcome import outcome
+from cwdpo.lab.plan import Asked, Plan, asked, plan, read_tree
+from cwdpo.lab.spec import Study, Variant, overrides_of
+from cwdpo.lab.tables import markdown, to_csv
+from cwdpo.rundir import RunDir, write_json, write_text
+
+TUNING_SEED = 100
+"""First seed of a sweep; its pictures and orders are no study's."""
+
+
+def ablate(
+    recipe: Path,
+    study: Study,
+    out: Path,
+    *,
+    seeds: int,
+    jobs: int,
+    chosen: Mapping[str, Sequence[str]] | None = None,
+    test: Path | None = None,
+) -> dict[str, Any]:
+    """Run a study and write summary.json, table.md, table.csv and report.html into ``out``.
+
+    A cell that is finished is not run again; one that was killed starts anew; one that failed is shown as failed
+    and tried again at the next start.
+
+    Raises:
+        RecipeError: recipe, study or overrides that cannot be understood.
+        CwdpoError: every cell failed.
+    """
+    from cwdpo.report.render import write_report
+
+    chosen = chosen or {}
+    settings = _settings(study, chosen)
+    if study.panel:
+        study, chosen = study.expanded(chosen), {}
+    numbers = list(range(seeds))
+    run = _started(out)
+    try:
+        planned = plan(out, read_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test)
+        results = _run(planned, jobs)
+        summary = outcome(out, study, numbers, results, chosen)
+        summary["provenance"]["settings"] = settings
+        write_json(out / "summary.json", summary)
+        write_text(out / "table.md", markdown(summary))
+        write_text(out / "table.csv", to_csv(summary))
+        write_report(out)
+    finally:
+        run.unlock()
+    return summary
+
+
+def sweep(
+    recipe: Path, study: Study, out: Path, *, finalists: int, jobs: int, test: Path | None = None
+) -> dict[str, Any]:
+    """Find each variant's best point of its grid on validation pictures and tuning seeds, with equal budgets.
+
+    Every point runs on the first tuning seed, the best ``finalists`` again on the second; chosen is the best mean
+    score. Writes ``chosen.yaml``, ``sweep.json`` and ``sweep.md``; what lies at the edge of its grid is said there.
+
+    Returns:
+        ``chosen``: overrides by variant; ``edges``: by variant, the values beyond which a better one may lie.
+
+    Raises:
+        RecipeError: variants with grids of different size, or none.
+    """
+    grids = {name: v.settings() for name, v in study.variants.items() if v.grid}
+    sizes = {name: len(points) for name, points in grids.items()}
+    if not grids or len(set(sizes.values())) > 1:
+        raise RecipeError(
+            f"study {study.name}: every variant with a grid needs the same number of points, or the comparison is not "
+            f"fair; got {sizes or 'no grid'}"
+        )
+    run = _started(out)
+    tried: dict[str, list[_Tried]] = {name: [_Tried(p) for p in points] for name, points in grids.items()}
+    try:
+        tree = read_tree(recipe)
+        wanted = [(name, i) for name, points in grids.items() for i in range(len(points))]
+        for seed in (TUNING_SEED, TUNING_SEED + 1):
+            cells = _points(study, tried, wanted, seed)
+            results = _run(plan(out, tree, study, cells, split="validation", test=test), jobs)
+            for name, i in wanted:
+                tried[name][i].take(results.get(f"{name}-{i}-seed{seed}"), study)
+            wanted = [(name, i) for name in grids for i in _best(tried[name])[:finalists]]
+    finally:
+        run.unlock()
+    best = {name: points[_best(points)[0]] for name, points in tried.items()}
+    write_json(out / "sweep.json", {name: [vars(t) for t in points] for name, points in tried.items()})
+    write_text(out / "sweep.md", sweep_table(study, tried))
+    found = {name: list(t.settings) for name, t in best.items() if t.scores}
+    edges = {name: at_edge(study.variants[name], settings) for name, settings in found.items()}
+    head = f"# Written by cwdpo sweep of the study {study.name}; give it to cwdpo ablate with --tuned.\n"
+    write_text(out / "chosen.yaml", head + yaml.safe_dump({"chosen": found}, sort_keys=False))
+    return {"chosen": found, "edges": {name: keys for name, keys in edges.items() if keys}}
+
+
+def at_edge(variant: Variant, settings: Sequence[str]) -> list[str]:
+    """Chosen numbers that are the lowest or highest of three or more that were tried: the best may lie beyond."""
+    chosen = {key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in settings)}
+    found = []
+    for key, values in variant.grid.items():
+        numbers = sorted(v for v in values if isinstance(v, int | float))
+        if len(numbers) > 2 and chosen.get(key) in (numbers[0], numbers[-1]):
+            which = "lowest" if chosen[key] == numbers[0] else "highest"
+            found.append(f"{key}={chosen[key]:g} is the {which} that was tried")
+    return found
+
+
+class _Tried:
+    """One point of a grid: its overrides, the scores so far (one per seed), and why it failed, if it did."""
+
+    def __init__(self, settings: Sequence[str]) -> None:
+        self.settings = list(settings)
+        self.scores: list[float] = []
+        self.figures: list[dict[str, float]] = []
+        self.error: str | None = None
+
+    def take(self, result: CellResult | None, study: Study) -> None:
+        if result is None or result.status == "failed":
+            self.error = "never ran" if result is None else result.error
+            return
+        score = study.scored(result.figures)
+        if score is None:
+            missing = next(key for key in study.score if result.figures.get(key) is None)
+            raise RecipeError(
+                f"study: score: {missing!r} is no figure of the cells; known: {', '.join(result.figures)}"
+            )
+        self.figures.append({key: float(result.figures[key]) for key in study.score})
+        self.scores.append(score)
+
+    @property
+    def score(self) -> float:
+        return sum(self.scores) / len(self.scores) if self.scores else float("-inf")
+
+
+def _points(
+    study: Study, tried: Mapping[str, Sequence[_Tried]], wanted: Sequence[tuple[str, int]], seed: int
+) -> list[Asked]:
+    cells = []
+    teachers = {study.variants[name].margins_from for name, _ in wanted} - {None}
+    for name, i in wanted:
+        overrides = (*overrides_of(study, name, {}), *tried[name][i].settings)
+        teacher = study.variants[name].margins_from
+        cells.append(
+            Asked(
+                f"{name}-{i}-seed{seed}", name, overrides, seed, teacher and f"{teacher}-teacher-seed{seed}"
+            )
+        )
+    for teacher in sorted(t for t in teachers if t):
+        overrides = tuple(overrides_of(study, teacher, {}))
+        cells.append(Asked(f"{teacher}-teacher-seed{seed}", teacher, overrides, seed))
+    return cells
+
+
+def _best(points: Sequence[_Tried]) -> list[int]:
+    """Indices by mean score, more seeds first, failed points last."""
+    return sorted(range(len(points)), key=lambda i: (len(points[i].scores), points[i].score), reverse=True)
+
+
+def sweep_table(study: Study, tried: Mapping[str, Sequence[_Tried]]) -> str:
+    """The sweep as markdown: every point that was tried, best first."""
+    lines = [f"Score: {' + '.join(f'{w:g} {k}' for k, w in study.score.items())}, on validation pictures."]
+    for name, points in tried.items():
+        names = list(study.score)
+        lines += [
+            "",
+            f"### {study.label(name)}",
+            "",
+            "| settings | seeds | score | " + " | ".join(names) + " |",
+        ]
+        lines += ["|---" * (3 + len(names)) + "|"]
+        for i in _best(points):
+            t = points[i]
+            if not t.scores:
+                lines.append(f"| {', '.join(t.settings)} | 0 | failed: {t.error} |" + " |" * len(names))
+                continue
+            means = [sum(f[k] for f in t.figures) / len(t.figures) for k in names]
+            cells = " | ".join(f"{v:.3f}" for v in (t.score, *means))
+            lines.append(f"| {', '.join(t.settings)} | {len(t.scores)} | {cells} |")
+        edges = at_edge(study.variants[name], points[_best(points)[0]].settings)
+        lines += ["", *(f"At the edge of its grid: {edge}; a better one may lie beyond." for edge in edges)]
+    return "\n".join(lines) + "\n"
+
+
+def _run(planned: Plan, jobs: int) -> dict[str, CellResult]:
+    waves = planned.waves
+    total = sum(_steps(job) for wave in waves for job in wave)
+    bar = Progress(max(total, 1))
+    try:
+        results = run_grid(waves, jobs, bar)
+    finally:
+        bar.stop()
+    if not any(r.status == "done" for r in results.values()):
+        raise CwdpoError(f"every cell failed; the first: {next(iter(results.values())).error}")
+    return results
+
+
+def _steps(job: Any) -> int:
+    stage = {"stage1": job.recipe.stage1, "stage2": job.recipe.stage2}.get(job.stage)
+    return (stage.steps or 0) if stage else 0
+
+
+def _started(out: Path) -> RunDir:
+    run = RunDir(out)
+    run.lock()
+    run.recover()
+    run.write_environment()
+    return run
+
+
+def _settings(study: Study, chosen: Mapping[str, Sequence[str]]) -> str:
+    """Which variants take what a sweep chose; a file of settings that no variant takes is a mistake."""
+    tuned = [name for name in study.variants if study.tuned_by(name) in chosen]
+    if not tuned and chosen:
+        wanted = sorted({study.tuned_by(name) for name in study.variants})
+        raise RecipeError(
+            f"the tuned settings are of {', '.join(sorted(chosen))}; the study {study.name} takes those of "
+            f"{', '.join(wanted)}"
+        )
+    rest = [name for name in study.variants if name not in tuned]
+    parts = {"by a sweep": tuned, "as recipe and study have them": rest}
+    return "; ".join(f"{how}: {', '.join(names)}" for how, names in parts.items() if names)

@@ -1,0 +1,205 @@
+"""The two training steps that are compared: this project's trainer and TRL's, on one model and one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwdpo.data.encode.collate import collate
+from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, EncodedPrompt
+from cwdpo.errors import MissingPackageError
+from cwdpo.lab.bench.setting import Setting, build_model, processor, rows
+from cwdpo.models.shared_attention import use_scoring
+from cwdpo.models.vision_cache import keep_vision_features
+from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.scoring.pairs import reference_pass
+
+BETA = 0.1
+Step = Callable[[], float]
+
+
+@dataclass
+class Bench:
+    """A model with the steps that can be run on it, by name; each leaves its gradient and returns its loss.
+
+    ``cwdpo``: this project's step, its metrics and guard included. ``trl``: TRL's step as it is on this device.
+    ``trl_completions``: the same with scoring of completion tokens only, as TRL has it where Triton runs.
+    ``trl_cached``: that, and reference values handed over, which TRL refuses for vision data.
+    """
+
+    setting: Setting
+    model: Any
+    steps: dict[str, Step]
+
+    def run(self, name: str) -> float:
+        """One step from a state without gradients."""
+        self.model.zero_grad(set_to_none=True)
+        loss = self.steps[name]()
+        if self.setting.device != "cpu":
+            torch.cuda.synchronize()
+        return loss
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """Parameter gradients of a step, copied."""
+        self.run(name)
+        return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+
+
+def build(setting: Setting, *, trl: bool = True) -> Bench:
+    """Build model, batch and steps.
+
+    Raises:
+        MissingPackageError: TRL is not installed.
+    """
+    made = processor()
+    model = build_model(setting, made.tokenizer)
+    reference = model if setting.tune == "lora" else _moved_copy(model)
+    data = rows(setting, made.tokenizer)
+    encoded = _encoded(setting, made, data)
+    steps: dict[str, Step] = {}
+    if trl:
+        steps |= _trl_steps(setting, model, reference, made, data)
+    use_scoring(model, "shared_prefix")
+    if reference is not model:
+        use_scoring(reference, "shared_prefix")
+    keep_vision_features(model, 64.0 if setting.vision_cache else 0.0)
+    steps["cwdpo"] = _own_step(setting, model, reference, encoded)
+    return Bench(setting, model, steps)
+
+
+def _moved_copy(model: Any) -> Any:
+    """The reference of full fine-tuning: at the policy itself the loss would have no say over TRL's numbers."""
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    generator = torch.Generator(device=model.device).manual_seed(9)
+    for parameter in copied.parameters():
+        noise = torch.empty_like(parameter).normal_(0, 1e-3, generator=generator)
+        parameter.add_(noise)
+    return copied
+
+
+def _encoded(setting: Setting, made: Any, data: Sequence[dict[str, Any]]) -> EncodedExample:
+    inputs = made(text=[data[0]["prompt"]], images=data[0]["images"], return_tensors="pt")
+    images = {n: inputs[n].to(setting.device) for n in ("pixel_values", "image_grid_thw")}
+    images["pixel_values"] = images["pixel_values"].to(getattr(torch, setting.dtype))
+    prompt = EncodedPrompt(
+        tuple(inputs["input_ids"][0].tolist()),
+        {"mm_token_type_ids": tuple(inputs["mm_token_type_ids"][0].tolist())},
+        lambda: images,
+        "bench",
+    )
+
+    def completion(text: str) -> EncodedCompletion:
+        ids = tuple(made.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return EncodedCompletion(ids, span=(0, len(ids)))
+
+    example = EncodedExample(
+        "bench", prompt, completion(data[0]["chosen"]), tuple(completion(r["rejected"]) for r in data)
+    )
+    lengths = (len(example.prompt.input_ids), len(example.chosen.ids))
+    assert lengths == (setting.prompt_tokens, setting.completion_tokens), lengths
+    return example
+
+
+@contextlib.contextmanager
+def _adapter_off(setting: Setting, model: Any) -> Iterator[None]:
+    with model.disable_adapter() if setting.tune == "lora" else contextlib.nullcontext():
+        yield
+
+
+def _own_step(setting: Setting, model: Any, reference: Any, example: EncodedExample) -> Step:
+    """What ``cwdpo train`` does for one micro-batch: counts, scoring, objective, metrics, backward, guard."""
+    from transformers import TrainingArguments
+
+    from cwdpo.trainer.trainer import PreferenceTrainer
+
+    def referenced() -> EncodedExample:
+        with _adapter_off(setting, model):
+            scored: list[EncodedExample] = reference_pass(reference, [example])
+        return scored[0]
+
+    known = referenced()
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="cwdpo-bench-"),
+        per_device_train_batch_size=1,
+        report_to="none",
+        use_cpu=setting.device == "cpu",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    objective = OBJECTIVES.build({"name": "dpo", "beta": BETA})
+    trainer = PreferenceTrainer(model, args, objective, [known])
+
+    def step() -> float:
+        now = referenced() if setting.reference == "live" else known
+        inputs = {"batch": collate([now])}
+        totals = trainer._get_num_items_in_batch([inputs], model.device)
+        return float(trainer.training_step(model, inputs, totals))
+
+    return step
+
+
+def _trl_steps(setting: Setting, model: Any, reference: Any, made: Any, data: list[Any]) -> dict[str, Step]:
+    try:
+        import trl.trainer.utils as trl_utils
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+    except ImportError:
+        raise MissingPackageError("cwdpo bench compares with TRL: pip install 'trl>=1.16,<1.17'") from None
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="cwdpo-bench-"),
+        per_device_train_batch_size=setting.negatives,
+        beta=BETA,
+        max_length=None,
+        report_to="none",
+        use_cpu=setting.device == "cpu",
+        gradient_checkpointing=setting.grad_checkpointing,
+        bf16=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=None if setting.tune == "lora" else reference,
+            args=args,
+            train_dataset=Dataset.from_list(data),
+            processing_class=made,
+        )
+    batch = {k: v.to(setting.device) for k, v in trainer.data_collator([dict(r) for r in data]).items()}
+    batch["pixel_values"] = batch["pixel_values"].to(getattr(torch, setting.dtype))
+    trainer.current_gradient_accumulation_steps = 1  # train() sets it
+    if setting.tune == "lora" and "ref" in model.peft_config:
+        model.delete_adapter(
+            "ref"
+        )  # its copy of our adapter; without it the base is the reference, as for us
+    natural = trl_utils._use_triton
+
+    def step(inputs: dict[str, Any], completions_only: bool, cached: bool) -> float:
+        trl_utils._use_triton = (lambda device: True) if completions_only else natural
+        trainer.precompute_ref_logps = cached
+        return float(trainer.training_step(model, dict(inputs)))
+
+    with torch.no_grad():
+        chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+    known = {**batch, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    return {
+        "trl": lambda: step(batch, False, False),
+        "trl_completions": lambda: step(batch, True, False),
+        "trl_cached": lambda: step(known, True, True),
+    }
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> tuple[float, float]:
+    """(largest difference of two gradients, largest gradient) over the parameters of both."""
+    assert first.keys() == second.keys()
+    scale = max(float(g.abs().max()) for g in first.values())
+    return max(float((first[n] - second[n]).abs().max()) for n in first), scale

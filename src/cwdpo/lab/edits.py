@@ -1,0 +1,78 @@
+"""What ``perturb`` makes of a set of captions: coverage, kinds, and drawn examples to read.
+
+    python -m cwdpo.lab.edits DATA --captions 500 --show 50 [--kinds colour,object,...]
+
+DATA is any data set that cwdpo reads (its references count), or a ``.txt`` file with a caption a line. Prints markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from cwdpo.data.read.reader import read_examples
+from cwdpo.negatives.base import known_true, normalised
+from cwdpo.negatives.mix import seeded
+from cwdpo.negatives.sources.perturb import PerturbNegatives
+from cwdpo.records import Completion, Example
+
+MOST = 50
+"""Edits looked at per caption."""
+
+
+def read(path: Path) -> list[Example]:
+    """The captions as examples."""
+    if path.suffix != ".txt":
+        return read_examples(path, max_bad_fraction=1.0, captions_per_image=10**6).examples
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [Example(f"{i}", (), (), Completion(text)) for i, text in enumerate(lines)]
+
+
+def table(examples: Sequence[Example], kinds: Sequence[str], show: int, seed: int = 0) -> str:
+    """Coverage, counts by kind, and the first edit of ``show`` drawn captions."""
+    source = PerturbNegatives(kinds=tuple(kinds), per_example=MOST)  # type: ignore[arg-type]
+    made = {e.id: source.completions(e, examples, seeded(seed, e.id)) for e in examples}
+    edited = [e for e in examples if made[e.id]]
+    true = sum(normalised(c.text) in known_true(e) for e in edited for c in made[e.id])
+    by_kind = Counter(kind for e in edited for kind in {c.made["edit"] for c in made[e.id]})
+    first = Counter(made[e.id][0].made["edit"] for e in edited)
+    n, total = len(examples), sum(map(len, made.values()))
+    lines = [
+        f"{len(edited)} of {n} captions ({len(edited) / max(n, 1):.1%}) yield at least one edit; {total} edits in all; "
+        f"{true} equal chosen or a reference.",
+        "",
+        "| kind | captions with such an edit | drawn first |",
+        "|---|---|---|",
+        *(f"| {kind} | {by_kind[kind]} | {first[kind]} |" for kind in kinds),
+    ]
+    drawn = random.Random(seed).sample(edited, min(show, len(edited)))
+    if drawn:
+        lines += ["", "| kind | caption, ~~what stood there~~ **what stands there now** |", "|---|---|"]
+    for e in drawn:
+        how, text = made[e.id][0].made, e.chosen.text
+        shown = f"{text[: how['start']]}~~{how['from']}~~ **{how['to']}**{text[how['end'] :]}"
+        lines.append(f"| {how['edit']} | {shown.replace('|', '/')} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--captions", type=int, default=500, help="drawn, where there are more")
+    parser.add_argument("--show", type=int, default=50)
+    parser.add_argument("--kinds", default=",".join(PerturbNegatives().kinds))
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    examples = read(given.data)
+    drawn = random.Random(given.seed).sample(examples, min(given.captions, len(examples)))
+    print(table(drawn, given.kinds.split(","), given.show, given.seed))
+
+
+if __name__ == "__main__":
+    main()

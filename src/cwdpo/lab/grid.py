@@ -1,0 +1,132 @@
+"""Cells in parallel processes, with progress; a failed cell is a result, not an end."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any
+
+from cwdpo.lab.cell import CellJob, run_cell
+from cwdpo.rundir import write_text
+
+Tick = tuple[str, str, int, int]
+"""(cell key, stage, step, steps)."""
+RunCell = Callable[[CellJob, Callable[[str, int, int], None]], dict[str, Any]]
+
+_ticks: Any = None
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """Figures of a finished cell, or why it failed."""
+
+    key: str
+    status: str
+    figures: dict[str, Any]
+    error: str | None
+    seconds: float
+
+
+def _prepare(ticks: Any) -> None:
+    global _ticks
+    _ticks = ticks
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import warnings
+
+    import torch
+    from transformers.utils import logging
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """A grid that was killed must leave no worker behind: the next start writes into the same folders."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(job: CellJob, run: RunCell) -> CellResult:
+    began = time.monotonic()
+    try:
+        figures = run(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        write_text(job.folder / "error.txt", traceback.format_exc())
+        return CellResult(job.key, "failed", {}, text, time.monotonic() - began)
+    return CellResult(job.key, "done", figures, None, time.monotonic() - began)
+
+
+def run_grid(
+    waves: Sequence[Sequence[CellJob]],
+    workers: int,
+    on_event: Callable[[Tick | CellResult], None],
+    run: RunCell = run_cell,
+) -> dict[str, CellResult]:
+    """Run waves of cells one after the other, the cells of a wave in parallel processes.
+
+    Args:
+        waves: cells of a later wave may start from what an earlier one wrote.
+        workers: processes, one torch thread each.
+        on_event: hears every optimizer step and every finished cell.
+        run: what a cell does; a function of a module, because it goes to other processes.
+    """
+    results: dict[str, CellResult] = {}
+
+    def hear(event: Tick | CellResult) -> None:
+        if isinstance(event, CellResult):
+            results[event.key] = event
+        on_event(event)
+
+    for wave in waves:
+        for job in wave:
+            job.folder.mkdir(parents=True, exist_ok=True)
+        if not _in_pool(wave, workers, hear, run):
+            # A worker died (killed, out of memory) and took the pool with it: which cell did it is found one by one.
+            for job in (j for j in wave if j.key not in results):
+                if not _in_pool([job], 1, hear, run):
+                    hear(CellResult(job.key, "failed", {}, "its process was killed; out of memory?", 0.0))
+    return results
+
+
+def _in_pool(
+    wave: Sequence[CellJob], workers: int, hear: Callable[[Tick | CellResult], None], run: RunCell
+) -> bool:
+    """Run cells in one pool of processes; ``False`` when the pool broke before all were done."""
+    context = mp.get_context("spawn")
+    ticks = context.Queue()
+    size = max(1, min(workers, len(wave)))
+    with ProcessPoolExecutor(size, mp_context=context, initializer=_prepare, initargs=(ticks,)) as pool:
+        pending: set[Future[CellResult]] = {pool.submit(_work, job, run) for job in wave}
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for tick in _drain(ticks):
+                hear(tick)
+            for future in done:
+                try:
+                    hear(future.result())
+                except BrokenProcessPool:
+                    return False
+    return True
+
+
+def _drain(ticks: Any) -> list[Tick]:
+    found = []
+    while True:
+        try:
+            found.append(ticks.get_nowait())
+        except Empty:
+            return found

@@ -1,0 +1,200 @@
+"""A study and seeds -> cells in waves: shared data, shared first stages, the variants, and what builds on one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cwdpo.config import Recipe, parse_recipe
+from cwdpo.errors import DataError
+from cwdpo.lab.cell import CellJob, StageOfCell
+from cwdpo.lab.spec import BestOf, Study, overrides_of
+from cwdpo.lab.worlds import write_world
+from cwdpo.negatives.settings import NegativeSettings
+
+_PLAIN = NegativeSettings()
+_ROUNDS = (
+    "on_policy_fraction", "rounds", "on_policy_chosen", "easy_cut", "hard_cut", "recalibrate", "sampler", "judge",
+)  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """Waves of cells; the key of each (variant, seed)."""
+
+    data: dict[str, CellJob] = field(default_factory=dict)
+    stage1: dict[str, CellJob] = field(default_factory=dict)
+    cells: dict[str, CellJob] = field(default_factory=dict)
+    margins: dict[str, CellJob] = field(default_factory=dict)
+    late: dict[str, CellJob] = field(default_factory=dict)
+
+    @property
+    def waves(self) -> list[list[CellJob]]:
+        """What can run at once, in order."""
+        parts = (self.data, self.stage1, self.cells, self.margins, self.late)
+        return [list(part.values()) for part in parts if part]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One cell that is wanted: its key, the variant, its overrides and seed; ``teacher``: whose rewards it reads."""
+
+    key: str
+    variant: str
+    overrides: tuple[str, ...]
+    seed: int
+    teacher: str | None = None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The recipe's tree, checked by parsing it once."""
+    from cwdpo.config import load_recipe
+
+    load_recipe(path)
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def asked(study: Study, seeds: Sequence[int], chosen: Mapping[str, Sequence[str]]) -> list[Asked]:
+    """Every variant at every seed."""
+    return [
+        Asked(f"{name}-seed{seed}", name, tuple(overrides_of(study, name, chosen)), seed)
+        for name in study.variants
+        for seed in seeds
+    ]
+
+
+def plan(
+    out: Path,
+    tree: Mapping[str, Any],
+    study: Study,
+    wanted: Sequence[Asked],
+    *,
+    split: str,
+    test: Path | None,
+) -> Plan:
+    """Cells of what is wanted, evaluated on ``split`` of the world, or on ``test`` for other data.
+
+    Variants whose first stage is the same share one run of it per seed.
+
+    Raises:
+        RecipeError: a variant's overrides do not fit the recipe.
+        DataError: there is nothing to evaluate on.
+    """
+    found = Plan()
+    sources = _Sources(out, study, split, test, found)
+    for one in sorted(wanted, key=lambda one: study.variants[one.variant].margins_from is not None):
+        recipe = parse_recipe(tree, [*one.overrides, f"seed={one.seed}"], where=f"variant {one.variant}")
+        recipe, held = sources.with_data(recipe, one.seed)
+        margins = study.variants[one.variant].margins_from
+        _add(found, out, one, recipe, held, study, margins)
+    return found
+
+
+def _add(
+    found: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: Study, margins: str | None
+) -> None:
+    recipe = recipe.model_copy(update={"name": one.key})
+    stage: StageOfCell = "stage2"
+    start = recipe
+    if recipe.stage1.enabled:
+        first = _first_stage(recipe)
+        key = "stage1-" + _digest(first.to_yaml())
+        job = CellJob(key, first, out / "cells" / key, test, "stage1", study.metrics)
+        found.stage1.setdefault(key, job)
+        model = recipe.model.model_copy(update={"path": str(job.folder / "model")})
+        start = recipe.model_copy(update={"model": model})
+    if not recipe.stage2.enabled:
+        stage = "base"
+    cell = CellJob(one.key, start, out / "cells" / one.key, test, stage, study.metrics)
+    if margins is None:
+        found.cells[one.key] = cell
+        return
+    teacher = found.cells[one.teacher or f"{margins}-seed{one.seed}"]
+    if not teacher.options.get("keep_model"):
+        teacher = replace(teacher, options={**teacher.options, "keep_model": True})
+        found.cells[teacher.key] = teacher
+    key = f"margins-{teacher.key}"
+    found.margins.setdefault(
+        key,
+        CellJob(
+            key, teacher.recipe, out / "cells" / key, test, "margins", study.metrics,
+            {"policy": str(teacher.folder / "model"), "reference": teacher.recipe.model.path},
+        ),
+    )  # fmt: skip
+    data = start.data.model_copy(
+        update={"path": str(out / "cells" / key / "train.jsonl"), "image_root": None}
+    )
+    late = start.model_copy(update={"data": data})
+    found.late[one.key] = CellJob(one.key, late, cell.folder, test, stage, study.metrics)
+
+
+def _first_stage(recipe: Recipe) -> Recipe:
+    """The recipe without what only stage 2 reads, so that equal first stages are found to be equal."""
+    neutral = recipe.stage2.model_copy(
+        update={
+            "enabled": True,
+            "objective": {"name": "dpo"},
+            "learning_rate": 1e-6,
+            "steps": 1,
+            "epochs": 1.0,
+        }
+    )
+    negatives = recipe.negatives.model_copy(update={key: getattr(_PLAIN, key) for key in _ROUNDS})
+    defaults = Recipe.model_fields["calibration"].default
+    update = {"name": "stage1", "stage2": neutral, "negatives": negatives, "calibration": defaults}
+    return recipe.model_copy(update=update)
+
+
+class _Sources:
+    """Where each seed's data lies: the world's is written once per seed, what is sampled is a cell of its own."""
+
+    def __init__(self, out: Path, study: Study, split: str, test: Path | None, found: Plan) -> None:
+        self.out, self.study, self.split, self.test, self.found = out, study, split, test, found
+        self._worlds: dict[str, dict[str, str]] = {}
+
+    def with_data(self, recipe: Recipe, seed: int) -> tuple[Recipe, Path]:
+        """The recipe with this seed's data in place, and the set to evaluate on."""
+        data = recipe.data
+        held = self.test or (Path(self.study.test) if self.study.test else None)
+        if data.world is None:
+            if held is None:
+                raise DataError(
+                    "a study needs a test set that nothing is tuned on: give --test FILE, or 'test:' in the study; "
+                    "only the embedded world (data.world) brings its own"
+                )
+            return recipe, held
+        key = _digest(data.world.model_dump_json())
+        name = f"{key}-{self.split}-{seed}"
+        if name not in self._worlds:
+            self._worlds[name] = write_world(self.out / "data" / key, data.world, (seed,), self.split)
+        paths = self._worlds[name]
+        update = {"world": None, "path": paths[f"train{seed}"], "validation_path": paths["validation"]}
+        recipe = recipe.model_copy(update={"data": data.model_copy(update=update)})
+        if self.study.data is not None:
+            recipe = self._sampled(recipe, seed, self.study.data, Path(paths["test"]))
+        return recipe, held or Path(paths["test"])
+
+    def _sampled(self, recipe: Recipe, seed: int, settings: BestOf, test: Path) -> Recipe:
+        key = f"data-{_digest(settings.model_dump_json() + str(recipe.data.path) + recipe.model.path)}-seed{seed}"
+        folder = self.out / "cells" / key
+        if key not in self.found.data:
+            plain = parse_recipe(
+                {
+                    "name": key, "seed": seed, "data": {"path": recipe.data.path},
+                    "model": {"path": recipe.model.path, "device": recipe.model.device},
+                }
+            )  # fmt: skip
+            self.found.data[key] = CellJob(
+                key, plain, folder, test, "best_of", self.study.metrics, settings.model_dump()
+            )
+        data = recipe.data.model_copy(update={"path": str(folder / "data" / "train.jsonl")})
+        return recipe.model_copy(update={"data": data})
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()

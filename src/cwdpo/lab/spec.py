@@ -1,0 +1,242 @@
+"""A study: one question, its variants as recipe overrides, and what is compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cwdpo.errors import RecipeError, nearest
+from cwdpo.registry import Settings, explain
+
+_PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
+
+
+class BestOf(Settings):
+    """Chosen responses that are only better: the best of ``n`` samples by a judge that errs.
+
+    ``noise`` is the share of samples whose score is drawn at random instead.
+    """
+
+    n: int = Field(8, ge=2)
+    noise: float = Field(0.3, ge=0, le=1)
+
+
+class Variant(Settings):
+    """One row of the table: overrides (``section.key=value``) on the recipe, and what a sweep may try.
+
+    ``grid`` maps keys to values; a sweep tries their product. ``margins_from`` names the variant whose trained
+    policy estimates the reward margins first (madpo). ``against`` is the variant that it is compared with instead of
+    the study's full one. ``tuned_as`` names the variant of a sweep whose chosen settings it takes (default: its own).
+    ``cell`` is its row and column in a panel of scores.
+    """
+
+    label: str = ""
+    set: tuple[str, ...] = ()
+    grid: Mapping[str, tuple[Any, ...]] = {}
+    margins_from: str | None = None
+    against: str | None = None
+    tuned_as: str | None = None
+    cell: tuple[str, str] | None = None
+
+    def settings(self) -> list[tuple[str, ...]]:
+        """Every point of the grid, as overrides."""
+        keys = list(self.grid)
+        return [
+            tuple(f"{key}={_yaml(value)}" for key, value in zip(keys, values, strict=True))
+            for values in itertools.product(*self.grid.values())
+        ]
+
+
+class Study(Settings):
+    """A study file.
+
+    ``full`` is the variant that every other one is compared with. ``common`` overrides hold for all. ``score``
+    weighs the figures by which a sweep chooses; it is a figure of the tables too. ``metrics`` are read where the data
+    has no exact judge. Of a ``panel`` every point of every grid is a row, named ``<variant>-<values>``.
+    """
+
+    name: str
+    title: str = ""
+    question: str = ""
+    full: str
+    common: tuple[str, ...] = ()
+    panel: bool = False
+    data: BestOf | None = None
+    test: str | None = Field(None, description="test set for data that is not the embedded world's")
+    variants: Mapping[str, Variant]
+    score: Annotated[Mapping[str, float], Field(min_length=1)] = {
+        "sampled_correct": 1.0,
+        "greedy_correct": 1.0,
+        "ill_formed": -1.0,
+    }
+    metrics: tuple[str, ...] = ("cider", "bleu4", "length", "diversity")
+
+    @field_validator("variants")
+    @classmethod
+    def _plain_names(cls, variants: Mapping[str, Variant]) -> Mapping[str, Variant]:
+        for name in variants:
+            if not name or set(name) - set(_PLAIN):
+                raise ValueError(
+                    f"the variant {name!r} names a folder: letters, digits, '_', '.' and '-' only"
+                )
+        return variants
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Study:
+        named = [n for v in self.variants.values() for n in (v.margins_from, v.against) if n]
+        named += [] if self.panel else [self.full]
+        for name in named:
+            if name not in self.variants:
+                raise ValueError(
+                    f"no variant {name!r}{nearest(name, self.variants)}; known: {', '.join(self.variants)}"
+                )
+        cells = [v.cell for v in self.variants.values() if v.cell]
+        for name, variant in self.variants.items():
+            if variant.against and (self.panel or variant.against == name):
+                raise ValueError(f"variant {name!r}: against: another variant, and not in a panel")
+            if variant.cell and cells.count(variant.cell) > 1:
+                raise ValueError(f"variant {name!r}: its cell {list(variant.cell)} is another variant's too")
+        return self
+
+    def expanded(self, chosen: Mapping[str, Sequence[str]]) -> Study:
+        """A panel with a variant per point, each at what a sweep chose for its method; any other study as it is."""
+        if not self.panel:
+            return self
+        points = {}
+        for name, variant in self.variants.items():
+            for values, settings in zip(
+                itertools.product(*variant.grid.values()), variant.settings(), strict=True
+            ):
+                shown = "-".join(_yaml(v) for v in values)
+                named = f"{name}-{''.join(c if c in _PLAIN else '_' for c in shown)}"
+                point = variant.model_copy(
+                    update={
+                        "label": f"{self.label(name)}, {shown}",
+                        "set": (*variant.set, *chosen.get(self.tuned_by(name), ()), *settings),
+                        "grid": {},
+                        "cell": (self.label(name), shown),
+                    }
+                )
+                points[named] = point
+        teachers = {v.margins_from for v in self.variants.values() if v.margins_from}
+        for name in teachers - set(points):
+            own = self.variants[name]
+            points[name] = own.model_copy(
+                update={"set": (*own.set, *chosen.get(self.tuned_by(name), ())), "grid": {}}
+            )
+        if self.full not in points:
+            raise RecipeError(
+                f"study {self.name}: full: {self.full!r} is no point of the panel{nearest(self.full, points)}; "
+                f"known: {', '.join(points)}"
+            )
+        return self.model_copy(update={"panel": False, "variants": points})
+
+    def only(self, names: Sequence[str]) -> Study:
+        """The study with some of its variants, and those that they need: the full one and teachers.
+
+        Raises:
+            RecipeError: a name that the study does not have.
+        """
+        for name in names:
+            if name not in self.variants:
+                raise RecipeError(
+                    f"--only: no variant {name!r}{nearest(name, self.variants)}; known: {', '.join(self.variants)}"
+                )
+        full = {n for n in self.variants if self.full == n or (self.panel and self.full.startswith(f"{n}-"))}
+        needed = full | set(names)
+        while more := {n for v in needed for n in self._read_by(v)} - needed:
+            needed |= more
+        kept = {name: v for name, v in self.variants.items() if name in needed}
+        return self.model_copy(update={"variants": kept})
+
+    def _read_by(self, name: str) -> set[str]:
+        own = self.variants[name]
+        return {n for n in (own.margins_from, own.against) if n}
+
+    def label(self, name: str) -> str:
+        """What a table calls a variant."""
+        return self.variants[name].label or name
+
+    def rival(self, name: str) -> str | None:
+        """The variant that one is compared with; ``None`` for the full one, unless it names another."""
+        return self.variants[name].against or (self.full if name != self.full else None)
+
+    def scored(self, figures: Mapping[str, Any]) -> float | None:
+        """The score of a cell's figures; ``None`` where one that it weighs is missing."""
+        if any(figures.get(key) is None for key in self.score):
+            return None
+        return sum(weight * float(figures[key]) for key, weight in self.score.items())
+
+    def tuned_by(self, name: str) -> str:
+        """The name under which a sweep chose the variant's settings."""
+        return self.variants[name].tuned_as or name
+
+
+def shipped() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = resources.files("cwdpo.lab").joinpath("studies")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_study(source: str | Path) -> Study:
+    """A study by its file, or a shipped one by its name.
+
+    Raises:
+        RecipeError: there is no such study, or it is not one.
+    """
+    path = Path(source)
+    if str(source) in shipped():
+        where = f"study {source}"
+        text = resources.files("cwdpo.lab").joinpath("studies", f"{source}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        where, text = str(path), path.read_text(encoding="utf-8")
+    else:
+        raise RecipeError(
+            f"no study {str(source)!r}{nearest(str(source), shipped())}: give a file, or one of {', '.join(shipped())}"
+        )
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where}: a study is a mapping, got {type(tree).__name__}")
+    try:
+        return Study.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(explain(error, where, Study.model_fields)) from None
+
+
+def load_chosen(path: Path) -> dict[str, tuple[str, ...]]:
+    """What a sweep chose: overrides by variant.
+
+    Raises:
+        RecipeError: not a file that ``cwdpo sweep`` writes.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {str(name): _listed(chosen) for name, chosen in tree["chosen"].items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f"{path}: not the chosen.yaml of a sweep ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError("each name has a list of overrides")
+    return tuple(map(str, value))
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def overrides_of(study: Study, name: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
+    """All overrides of a variant, in order: the study's, its own, and what a sweep chose for it."""
+    return [*study.common, *study.variants[name].set, *chosen.get(study.tuned_by(name), ())]

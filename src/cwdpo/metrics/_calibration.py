@@ -1,0 +1,42 @@
+"""Expected calibration error from sums over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cwdpo.metrics.base import Answer, Measured, by_prompt
+
+if TYPE_CHECKING:
+    from cwdpo.metrics.base import Numbers
+
+
+def calibration(
+    name: str, answers: Sequence[Answer], pairs: Sequence[Sequence[tuple[float, bool]]], bins: int
+) -> Measured:
+    """ECE (L1) over (confidence, correct) pairs, bins of equal width; parts hold the reliability diagram.
+
+    Args:
+        pairs: those of each answer; an answer may have none, one or many.
+    """
+    rows = np.zeros((len(answers), 3 * bins))
+    for i, own in enumerate(pairs):
+        for confidence, correct in own:
+            # As torchmetrics: a confidence on an edge belongs to the bin above it, 1 to the last.
+            b = min(int(np.floor(np.float32(confidence) * bins)), bins - 1)
+            rows[i, b] += 1
+            rows[i, bins + b] += confidence
+            rows[i, 2 * bins + b] += correct
+    parts, prompts = by_prompt(answers, rows.tolist() if len(answers) else [])
+
+    def combine(totals: Numbers) -> Numbers:
+        count, confidence, correct = (totals[..., k * bins : (k + 1) * bins] for k in range(3))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.abs(confidence - correct).sum(-1) / count.sum(-1))
+
+    n = sum(map(len, pairs))
+    return Measured(
+        name, parts, prompts, n, combine, unit="probability", better="lower", help=f"ECE, {bins} bins"
+    )

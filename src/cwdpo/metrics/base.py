@@ -1,0 +1,253 @@
+"""What a metric receives and returns; intervals and comparisons by prompt. No torch is imported here.
+
+A measured number is a function of sums over prompts. So one bootstrap serves means, F1, BLEU and ECE alike:
+prompts are resampled, their sums added, and the function applied. Comparisons are paired by prompt.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from cwdpo.errors import DataError
+from cwdpo.records import Example
+from cwdpo.registry import Component, Registry
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[np.float64]
+
+RESAMPLES = 2000
+_BATCH = 200
+Better = Literal["higher", "lower", "none"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response to one prompt, and what else the asked metrics need.
+
+    Attributes:
+        text: the response, greedy or sampled.
+        option_logps: log-likelihood of each of the example's options as a response, nats, summed over tokens.
+        option_tokens: tokens of each option.
+        top1, correct: of the tokens of the chosen response: the model's largest probability, and whether that was it.
+    """
+
+    example: Example
+    text: str = ""
+    option_logps: tuple[float, ...] = ()
+    option_tokens: tuple[int, ...] = ()
+    top1: tuple[float, ...] = ()
+    correct: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number over P prompts.
+
+    Attributes:
+        name, unit, better, digits, help: for tables.
+        parts: [P, k] sums of each prompt.
+        combine: [..., k] summed parts -> [...] the number; NaN where there is nothing to average.
+        prompts: P names, so that two measurements can be paired.
+        n: answers behind it.
+        resample: ``False`` for numbers whose value changes when prompts repeat (distinct words): no interval.
+    """
+
+    name: str
+    parts: Numbers
+    prompts: tuple[str, ...]
+    n: int
+    combine: Callable[[Numbers], Numbers] = field(repr=False)
+    unit: str = ""
+    better: Better = "higher"
+    digits: int = 3
+    help: str = ""
+    resample: bool = True
+
+    @property
+    def value(self) -> float | None:
+        """The number over all prompts; ``None`` for the mean of nothing."""
+        return _number(self.combine(self.parts.sum(0))) if self.n else None
+
+    def interval(self, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+        """Percentile bootstrap over prompts (scipy); ``None`` for fewer than two prompts or without a spread."""
+        return _bootstrap(
+            lambda index: self.combine(self.parts[index].sum(-2)), len(self.parts), confidence, seed, self
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Value, interval and count, ready to be stored."""
+        bounds = self.interval()
+        low, high = bounds or (None, None)
+        return {
+            "value": self.value,
+            "low": low,
+            "high": high,
+            "n": self.n,
+            "n_prompts": len(self.parts),
+            "unit": self.unit,
+        }
+
+
+def difference(
+    ours: Measured, theirs: Measured, *, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Any]:
+    """Ours minus theirs, paired by prompt: bootstrap interval, and the p-value of a permutation test.
+
+    Under the null hypothesis the two responses to a prompt may change places (scipy's ``permutation_test``).
+
+    Returns:
+        ``value``, ``low``, ``high``, ``p`` and ``n_prompts``; what cannot be told is ``None``.
+
+    Raises:
+        DataError: the two were not measured on the same prompts.
+    """
+    from scipy import stats
+
+    if ours.prompts != theirs.prompts:
+        raise DataError(
+            f"{ours.name}: the two sides answer different prompts ({len(ours.prompts)} and {len(theirs.prompts)}): "
+            "evaluate both on the same data"
+        )
+    found: dict[str, Any] = {
+        "value": None,
+        "low": None,
+        "high": None,
+        "p": None,
+        "n_prompts": len(ours.prompts),
+    }
+    if ours.value is None or theirs.value is None:
+        return found
+    found["value"] = ours.value - theirs.value
+    if not ours.resample or len(ours.parts) < 2:
+        return found
+    both = np.concatenate([ours.parts, theirs.parts])
+    n = len(ours.parts)
+
+    def gap(a: Numbers, b: Numbers, axis: int = -1) -> Numbers:
+        a, b = np.moveaxis(a, axis, -1), np.moveaxis(b, axis, -1)
+        return ours.combine(both[a].sum(-2)) - ours.combine(both[b].sum(-2))
+
+    bounds = _bootstrap(lambda index: gap(index, index + n), n, confidence, seed, ours)
+    if bounds is not None:
+        found["low"], found["high"] = bounds
+    if np.array_equal(ours.parts, theirs.parts):
+        return {**found, "p": 1.0}
+    test = stats.permutation_test(
+        (np.arange(n), np.arange(n, 2 * n)), gap, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES,
+        batch=_BATCH, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return {**found, "p": float(test.pvalue)}
+
+
+def _bootstrap(
+    statistic: Callable[[Any], Numbers], n: int, confidence: float, seed: int, what: Measured
+) -> tuple[float, float] | None:
+    from scipy import stats
+
+    if n < 2 or not what.resample or what.value is None:
+        return None
+    distribution = stats.bootstrap(
+        (np.arange(n),), lambda index, axis=-1: statistic(np.moveaxis(index, axis, -1)), vectorized=True,
+        n_resamples=RESAMPLES, batch=_BATCH, method="percentile", rng=np.random.default_rng(seed),
+    ).bootstrap_distribution  # fmt: skip
+    known = distribution[np.isfinite(distribution)]  # a resample may lack every case that a number is about
+    if not len(known):
+        return None
+    tail = 100 * (1 - confidence) / 2
+    return float(np.percentile(known, tail)), float(np.percentile(known, 100 - tail))
+
+
+def _number(value: Any) -> float | None:
+    number = float(value)
+    return number if np.isfinite(number) else None
+
+
+def ratio(totals: Numbers) -> Numbers:
+    """The first part over the second: a mean from sums and counts."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(totals[..., 0] / totals[..., 1])
+
+
+def by_prompt(answers: Sequence[Answer], rows: Sequence[Sequence[float]]) -> tuple[Numbers, tuple[str, ...]]:
+    """Sums of the rows of each prompt, in order of first appearance: [P, k] and the prompts' names."""
+    if not answers:
+        return np.zeros((0, 1)), ()
+    places: dict[str, int] = {}
+    index = [places.setdefault(a.example.id, len(places)) for a in answers]
+    values = np.asarray(rows, dtype=float).reshape(len(answers), -1)
+    parts = np.zeros((len(places), values.shape[1]))
+    np.add.at(parts, index, values)
+    return parts, tuple(places)
+
+
+def mean_of(name: str, answers: Sequence[Answer], values: Sequence[float | None], **shown: Any) -> Measured:
+    """The mean of one value per answer; ``None`` does not count."""
+    rows = [(0.0, 0.0) if v is None else (float(v), 1.0) for v in values]
+    parts, prompts = by_prompt(answers, rows)
+    return Measured(name, parts, prompts, sum(v is not None for v in values), ratio, **shown)
+
+
+class Metric(Component):
+    """Answers -> numbers, each with its parts by prompt.
+
+    ``needs``: ``text`` (a response is generated), ``options`` (their log-likelihoods), ``tokens`` (of chosen).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    @abstractmethod
+    def __call__(self, answers: Sequence[Answer]) -> list[Measured]:
+        """The metric's numbers.
+
+        Raises:
+            DataError: an example lacks what the metric compares with.
+        """
+
+
+METRICS: Registry[Metric] = Registry("metric", "cwdpo.metrics", Metric)
+
+
+def describe(key: str) -> dict[str, Any]:
+    """How a table shows a metric's number that is known by name only."""
+    lower = ("ece", "hallucin", "chair", "ill_formed", "bad_answers")
+    neutral = ("length", "distinct", "yes_share", "words")
+    better = (
+        "lower" if any(w in key for w in lower) else "none" if any(w in key for w in neutral) else "higher"
+    )
+    return {"key": key, "label": key.replace("_", " "), "better": better, "digits": 3, "help": ""}
+
+
+def reliability(measured: Measured) -> list[dict[str, float]]:
+    """Rows of the reliability diagram behind an ECE; empty bins are left out."""
+    bins = measured.parts.shape[1] // 3
+    count, confidence, correct = measured.parts.sum(0).reshape(3, bins)
+    return [
+        {
+            "confidence": float(confidence[b] / count[b]),
+            "accuracy": float(correct[b] / count[b]),
+            "n": int(count[b]),
+        }
+        for b in range(bins)
+        if count[b]
+    ]
+
+
+def references_of(answer: Answer) -> list[str]:
+    """The true responses that a text metric compares with: the references, or else chosen.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = list(answer.example.references) or [answer.example.chosen.text]
+    if not any(text.strip() for text in found):
+        raise DataError(
+            f"{answer.example.where or answer.example.id}: neither 'references' nor 'chosen' to compare with"
+        )
+    return found

@@ -1,0 +1,256 @@
+"""The probe set of a stage: responses by type, each with its provenance, as many as the budget allows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import compress
+
+from accelerate.utils import broadcast_object_list
+
+from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder
+from cwdpo.dynamics.settings import ProbeSettings
+from cwdpo.errors import DataError
+from cwdpo.monitor.responses import Response, read_probe_file, stored_responses, to_jsonl
+from cwdpo.negatives.base import NEGATIVES, normalised
+from cwdpo.records import Completion, Example, Origin
+from cwdpo.rundir import RunDir, read_jsonl, write_text
+from cwdpo.worlds.shapes import paraphrases
+
+FEWEST_PROMPTS = 16
+"""So many prompts are probed, whatever the budget: fewer would tell nothing."""
+FEWEST = 4
+"""So many of them get responses of every type, whatever the budget: none would hide a type."""
+FORWARD_BACKWARD = 2.0
+"""A training step costs about so many forward passes over its tokens (measured on the embedded model)."""
+EXTRA_PASSES = 3
+"""Beside one pass every so many steps: the start, the end, and about as much again to sample and encode."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The held-out prompts of a probe set.
+
+    Attributes:
+        examples: in their order; the first ``typed`` get further responses.
+        encoded: the same, with their negatives.
+        extras: further responses, encoded, by example id.
+        responses: the same as text with provenance.
+    """
+
+    examples: list[Example]
+    encoded: list[EncodedExample]
+    extras: dict[str, list[EncodedCompletion]]
+    responses: dict[str, list[Response]]
+
+
+def sequence_tokens(example: EncodedExample, *, shared: bool) -> int:
+    """Tokens that scoring chosen and negatives runs: the prompt once in all, or once per completion."""
+    completions = (example.chosen, *example.negatives)
+    prompts = 1 if shared else len(completions)
+    return prompts * len(example.prompt.input_ids) + sum(len(c.ids) for c in completions)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much a stage trains: tokens of one optimizer step and its steps; whether prompts are run once."""
+
+    tokens: float
+    steps: int
+    shared: bool
+
+
+def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: ProbeSettings) -> tuple[int, int]:
+    """How many prompts may be probed, and how many with responses of every type; from counts of tokens alone.
+
+    Chosen and negatives come first, then what is left goes into further responses of every type. Tokens are
+    counted, not seconds, so that a run can be repeated.
+
+    Args:
+        encoded: held-out prompts with their negatives.
+
+    Returns:
+        At least :data:`FEWEST_PROMPTS` and, where types are asked for, :data:`FEWEST`, or all that there are.
+    """
+    passes = load.steps / settings.every + EXTRA_PASSES
+    left = settings.budget * FORWARD_BACKWARD * load.tokens * load.steps / passes
+
+    def every_type(example: EncodedExample) -> int:
+        prompt = 0 if load.shared else len(example.prompt.input_ids)
+        return len(settings.types) * (prompt + len(example.chosen.ids))
+
+    left -= sum(map(every_type, encoded[:FEWEST]))
+    prompts = 0
+    for example in encoded:
+        left -= sequence_tokens(example, shared=load.shared)
+        if left < 0 and prompts >= FEWEST_PROMPTS:
+            break
+        prompts += 1
+    typed = FEWEST
+    while typed < prompts and (left := left - every_type(encoded[typed])) >= 0:
+        typed += 1
+    return prompts, min(typed, prompts) if settings.types else 0
+
+
+def build_prompts(
+    encoder: Encoder,
+    validation: Sequence[Example],
+    training: Sequence[Example],
+    settings: ProbeSettings,
+    load: Load,
+    sampler: Callable[[Sequence[Example]], list[str]],
+    run: RunDir,
+    stage: str,
+    seed: int,
+    *,
+    resume: bool = False,
+) -> Prompts:
+    """The probe set of a stage, stored as ``probes-<stage>.jsonl``, or read again from there on resume.
+
+    Args:
+        training: the stage's own examples, for responses to other prompts.
+        load: what the stage trains, which the budget is a share of.
+        sampler: texts that the policy as it stands samples for prompts.
+        seed: of everything that is drawn.
+
+    Raises:
+        DataError: ``probes.file`` cannot be read.
+    """
+    given: dict[str, list[Response]] = {}
+    if settings.file is not None:
+        validation, given = read_probe_file(settings.file)
+    encoded, kept = [], []
+    for example in validation[: settings.prompts]:
+        with contextlib.suppress(DataError):  # what cannot be used is not probed
+            encoded.append(encoder.encode(example))
+            kept.append(example)
+    prompts, typed_prompts = within_budget(encoded, load, settings)
+    typed = kept[:typed_prompts]
+    path = run.path / f"probes-{stage}.jsonl"
+    if resume and path.is_file():
+        # The prompts are the stored ones, whatever the budget of a recipe with more steps would be.
+        stored = stored_responses(read_jsonl(path))
+        measured = [e.id in stored for e in kept]
+        asked = {e.id for e in typed}
+        responses = {id_: own for id_, own in stored.items() if own or id_ in asked}
+    else:
+        measured = [i < prompts for i in range(len(kept))]
+        made = make_responses(typed, training, validation, settings.types, given, sampler, seed)
+        responses = {e.id: [r for r in made[e.id] if _encoded(encoder, e, r)] for e in typed}
+        if run.writes:
+            write_text(path, to_jsonl(kept[:prompts], responses))
+    encoded, kept = list(compress(encoded, measured)), list(compress(kept, measured))
+    extras = {e.id: [c for r in responses.get(e.id, ()) if (c := _encoded(encoder, e, r))] for e in kept}
+    return Prompts(kept, encoded, extras, responses)
+
+
+def make_responses(
+    examples: Sequence[Example],
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    types: Sequence[str],
+    given: Mapping[str, Sequence[Response]],
+    sampler: Callable[[Sequence[Example]], list[str]],
+    seed: int,
+) -> dict[str, list[Response]]:
+    """Responses by example id. What came with a file stays; a type that nothing gives is absent, not invented."""
+    found: dict[str, list[Response]] = {e.id: list(given.get(e.id, ())) for e in examples}
+    makers: dict[str, Callable[[Example, random.Random], Response | None]] = {
+        "chosen_paraphrase": lambda e, rng: _paraphrase(
+            "chosen_paraphrase", e, e.chosen.text, e.references, rng
+        ),
+        "rejected_paraphrase": lambda e, rng: (
+            _paraphrase("rejected_paraphrase", e, e.rejected[0].text, (), rng) if e.rejected else None
+        ),
+        "other_train": lambda e, rng: _other("other_train", e, training, rng),
+        "other_test": lambda e, rng: _other("other_test", e, validation, rng),
+        "unrelated": lambda e, rng: _unrelated(rng),
+        "shuffled": _shuffled,
+    }
+    for example in examples:
+        has = {r.type for r in found[example.id]}
+        for kind in (t for t in types if t in makers and t not in has):
+            made = makers[kind](example, _rng(seed, example.id, kind))
+            if made is not None:
+                found[example.id].append(made)
+    if "chosen_initial" in types:
+        asked = [e for e in examples if "chosen_initial" not in {r.type for r in found[e.id]}]
+        texts: list[str] = broadcast_object_list([sampler(asked) if asked else []])[0]
+        for example, text in zip(asked, texts, strict=True):
+            if text.strip():
+                said = f"sampled from the policy at the start of the stage, temperature 1, seed {seed}"
+                found[example.id].append(Response("chosen_initial", text, said))
+    return found
+
+
+def _rng(*key: object) -> random.Random:
+    return random.Random(hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest())
+
+
+def _paraphrase(
+    kind: str, example: Example, text: str, references: Sequence[str], rng: random.Random
+) -> Response | None:
+    if "scene" in example.extra:
+        said = [t for t in paraphrases(text) if normalised(t) != normalised(text)]
+        return (
+            Response(kind, rng.choice(said), "the world's grammar: the same facts in other words")
+            if said
+            else None
+        )
+    others = [(i, t) for i, t in enumerate(references) if normalised(t) != normalised(text)]
+    if not others:
+        return None
+    index, other = rng.choice(others)
+    return Response(kind, other, f"reference {index} of the same picture, by another writer")
+
+
+def _other(kind: str, example: Example, pool: Sequence[Example], rng: random.Random) -> Response | None:
+    true = {normalised(t) for t in (example.chosen.text, *example.references)}
+    others = [e for e in pool if e.images != example.images and normalised(e.chosen.text) not in true]
+    if not others:
+        return None
+    other = rng.choice(others)
+    return Response(kind, other.chosen.text, f"chosen of {other.id}")
+
+
+def _unrelated(rng: random.Random) -> Response:
+    text = resources.files("cwdpo.probes").joinpath("unrelated.txt").read_text(encoding="utf-8")
+    number, line = rng.choice(list(enumerate(text.splitlines(), 1)))
+    return Response("unrelated", line, f"line {number} of the package's unrelated.txt")
+
+
+def _shuffled(example: Example, rng: random.Random) -> Response | None:
+    # A shuffled negative of the data is this type already.
+    if any(c.kind == "shuffled" for c in example.rejected):
+        return None
+    made: list[Completion] = NEGATIVES.build("shuffled").completions(example, (), rng)
+    return Response("shuffled", made[0].text, "the words of chosen in random order") if made else None
+
+
+def _encoded(encoder: Encoder, example: Example, response: Response) -> EncodedCompletion | None:
+    """``None`` for a text that the tokenizer cannot write: it would measure nothing."""
+    try:
+        ids = encoder.completion_ids(example, response.text)
+    except DataError:
+        return None
+    if encoder.tokenizer.unk_token_id in ids:
+        return None
+    origin: Origin = "on_policy" if response.type == "chosen_initial" else "dataset"
+    return EncodedCompletion(ids, origin, response.type, (0, len(ids)))
+
+
+def as_chosen(
+    encoder: Encoder, examples: Sequence[Example], texts: Sequence[str], kind: str
+) -> list[EncodedExample]:
+    """Sampled texts as examples of their own; one without tokens is left out."""
+    found = []
+    for example, text in zip(examples, texts, strict=True):
+        with contextlib.suppress(DataError):
+            ids = encoder.completion_ids(example, text)
+            completion = EncodedCompletion(ids, "on_policy", kind, (0, len(ids)))
+            found.append(EncodedExample(example.id, encoder.prompt(example), completion))
+    return found

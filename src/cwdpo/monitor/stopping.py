@@ -1,0 +1,109 @@
+"""Early stopping by rules over readings, and the way back to the last measurement that met none of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from cwdpo.dynamics.rules import Rule, Violation, first_violation, parse_rule
+from cwdpo.monitor.instruments import ProbeCallback
+from cwdpo.rundir import RunDir
+from cwdpo.trainer.weights import Weights
+
+_logger = logging.getLogger(__name__)
+
+
+class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Ends a stage when a rule holds, with the weights of the last measurement at which none did.
+
+    Those weights are kept in host memory (one copy of what is trained, made at every healthy measurement) and
+    put into each checkpoint as ``healthy-<process>.safetensors``, so that a resumed run goes back as far as an
+    uninterrupted one. Without ``train.save_steps`` nothing more is written to disk. A measurement that meets a
+    rule is never saved as a checkpoint.
+
+    Under DeepSpeed, whose parameters are not where the optimizer keeps them, the stage ends without going back.
+
+    Args:
+        probes: measures; must stand before this callback.
+        rules: texts of :func:`cwdpo.dynamics.rules.parse_rule`.
+        run, stage: where ``stopped-<stage>.json`` is written.
+        hears: told a sentence when the stage ends early.
+    """
+
+    def __init__(
+        self,
+        probes: ProbeCallback,
+        rules: Sequence[str],
+        run: RunDir,
+        stage: str,
+        hears: Callable[[str], None],
+    ) -> None:
+        self.probes, self.run, self.stage, self.hears = probes, run, stage, hears
+        self.rules: list[Rule] = [parse_rule(text) for text in rules]
+        self.healthy: Weights | None = None
+        self.healthy_step = -1
+        self._file = "healthy-0.safetensors"
+        self._every_process = False
+
+    def state(self) -> dict[str, Any]:
+        """For ``trainer_state.json``; the weights lie beside it."""
+        return {"args": {}, "attributes": {"healthy_step": self.healthy_step}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The start is healthy; a resumed stage takes up what its checkpoint kept."""
+        # A checkpoint of a run that had no rules yet knows nothing of this; saving would look for it.
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self._every_process = any(hasattr(p, "device_mesh") for p in model.parameters())
+        if self._every_process:
+            self._file = f"healthy-{args.process_index}.safetensors"
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            _logger.warning(
+                "stop: under DeepSpeed a stage that ends early does not go back to its last good weights"
+            )
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._file
+        if state.global_step and checkpoint.is_file() and kept["healthy_step"] >= 0:
+            self.healthy, self.healthy_step = Weights.load(checkpoint, model), int(kept["healthy_step"])
+        else:
+            self.healthy, self.healthy_step = Weights.of(model), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Look at the measurement of this step, if there was one."""
+        if self.probes.last_step != state.global_step:
+            return
+        # Of several processes none may stop alone, whatever the last bits of its readings.
+        found = broadcast_object_list([first_violation(self.rules, self.probes.last)])[0]
+        if found is not None:
+            self._stop(found, model, control)
+        elif self.healthy is not None:
+            self.healthy, self.healthy_step = Weights.of(model), state.global_step
+
+    def _stop(self, found: Violation, model: nn.Module, control: Any) -> None:
+        step = found.step
+        if self.healthy is not None:
+            self.healthy.put_into(model)
+            step = self.healthy_step
+        control.should_training_stop = True
+        control.should_save = False
+        said = f"{self.stage} ends early: {found.words()}; back to the weights of step {step}"
+        _logger.warning(said)
+        self.hears(said)
+        self.run.write_json(
+            f"stopped-{self.stage}.json",
+            {
+                "stage": self.stage, "step": found.step, "rolled_back_to": step, "rule": found.rule.text,
+                "reading": found.rule.reading, "value": found.value, "n": found.n, "reason": said,
+            },
+        )  # fmt: skip
+
+    def add_to_checkpoint(self, folder: Path) -> None:
+        """Put the last healthy weights into a checkpoint that is being written; every process calls this."""
+        if self.healthy is not None and (self.run.writes or self._every_process):
+            self.healthy.save(folder / self._file)

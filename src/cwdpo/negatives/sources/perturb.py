@@ -1,0 +1,172 @@
+"""Minimal edits of the chosen response: one word or phrase becomes another of its kind."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, PrivateAttr
+
+from cwdpo.negatives.base import NegativeSource, known_true, normalised
+from cwdpo.negatives.lexicon import KINDS, Kind, Lexicon, Words, load_lexicon
+from cwdpo.negatives.rewrites import exchanges, negations
+from cwdpo.negatives.writer import Writer
+from cwdpo.records import Completion, Example
+from cwdpo.remote import ServerSettings
+
+_NEIGHBOURS = 3  # words on each side among which the new word must not already stand
+_VOWEL_SOUND = re.compile(
+    r"(?!one\b|once\b|uni(?!n)|us[eaiu]|eu|ut[ei])[aeiou]|hour|honest|heir", re.IGNORECASE
+)
+EditKind = Kind | Literal["swap", "negation"]
+DEFAULT_KINDS: tuple[EditKind, ...] = (*KINDS, "swap")
+"""Negation is by name only: captions rarely deny, so a policy could learn the word instead of the picture."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of a text: its characters ``[start, end)`` become ``new``; an article is part of the span."""
+
+    kind: EditKind
+    start: int
+    end: int
+    old: str
+    new: str
+    word: int  # index of the first replaced word, the article not counted
+
+    def apply(self, text: str) -> str:
+        """``text`` after the edit."""
+        return text[: self.start] + self.new + text[self.end :]
+
+
+class PerturbNegatives(NegativeSource):
+    """Fluent English edits that make the chosen response false: brown dog -> black dog, on -> next to.
+
+    Kinds are those of the lexicon, ``swap`` (two objects exchange a colour, size, material or number) and
+    ``negation`` (is -> is not; not among the default ones).
+
+    An edit is refused when its result equals the chosen response or a reference (case and white space
+    aside), or when the new word, or one that may mean the same, occurs in any reference: it might be true.
+    The truth of the result is not checked otherwise; there is no look at the picture.
+    """
+
+    kinds: tuple[EditKind, ...] = Field(DEFAULT_KINDS, min_length=1)
+    lexicon: str = ""
+    per_example: int = Field(1, ge=1)
+    writer: ServerSettings | None = Field(
+        None, description="a language model that writes the edits; the lexicon's are taken where it has none"
+    )
+    _writer: Writer | None = PrivateAttr(None)
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Have the writer's answers for all examples.
+
+        Raises:
+            ServerError: it costs more than allowed, or does not answer.
+        """
+        if self.writer is not None:
+            self._asked().prepare(examples)
+
+    def _asked(self) -> Writer:
+        assert self.writer is not None
+        if self._writer is None:
+            self._writer = Writer(self.writer, self.kinds)
+        return self._writer
+
+    def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
+        """Up to ``per_example`` edits of kind ``hard``, of as many kinds of edit as the text allows.
+
+        ``made`` holds ``edit`` (the kind), ``from``, ``to``, ``start`` and ``end`` (characters of the chosen
+        response: ``chosen[:start] + to + chosen[end:]`` is the negative) and ``word`` (index of the first
+        replaced word).
+
+        Raises:
+            DataError: the lexicon cannot be read; file and key are named.
+        """
+        del pool
+        text = example.chosen.text
+        if self.writer is not None:
+            written = self._asked().edits(example)
+            if written:
+                return rng.sample(written, min(self.per_example, len(written)))
+        made = []
+        taken = set(known_true(example))
+        for edit in self._ordered(example, rng):
+            changed = edit.apply(text)
+            if normalised(changed) in taken:
+                continue
+            taken.add(normalised(changed))
+            how = {"edit": edit.kind, "from": edit.old, "to": edit.new}
+            where = {"start": edit.start, "end": edit.end, "word": edit.word}
+            made.append(Completion(changed, origin="perturbed", kind="hard", made=how | where))
+            if len(made) == self.per_example:
+                break
+        return made
+
+    def _ordered(self, example: Example, rng: random.Random) -> Iterator[Edit]:
+        """Every allowed edit: kinds in random order and in turns; within a kind, places in turns."""
+        found = edits(example, load_lexicon(self.lexicon))
+        by_kind: list[list[Edit]] = []
+        for kind in dict.fromkeys(self.kinds):
+            places: dict[int, list[Edit]] = {}
+            for edit in found:
+                if edit.kind == kind:
+                    places.setdefault(edit.word, []).append(edit)
+            by_kind.append(_turns(list(places.values()), rng))
+        rng.shuffle(by_kind)
+        for turn in range(max(map(len, by_kind), default=0)):
+            yield from (queue[turn] for queue in by_kind if turn < len(queue))
+
+
+def edits(example: Example, lexicon: Lexicon) -> list[Edit]:
+    """All edits of the chosen response that ``lexicon`` knows and no reference speaks against."""
+    words = Words(example.chosen.text)
+    references = [Words(text) for text in example.references]
+    found: list[Edit] = []
+    for first, last, swaps in lexicon.matches(words):
+        for swap in swaps:
+            # The replaced word is in the window too, so a synonym never replaces it.
+            near = words.contains(swap.means, max(0, first - _NEIGHBOURS), last + _NEIGHBOURS)
+            if not near and not any(reference.contains(swap.means) for reference in references):
+                found.append(_edit(words, first, last, swap.kind, swap.to))
+    for i, j in exchanges(words, references, lexicon):
+        left = _edit(words, i, i + 1, "swap", words.lower[j])
+        right = _edit(words, j, j + 1, "swap", words.lower[i])
+        new = left.new + words.text[left.end : right.start] + right.new
+        found.append(Edit("swap", left.start, right.end, words.text[left.start : right.end], new, i))
+    found += [
+        _edit(words, *denied[:2], "negation", denied[2]) for denied in negations(words, references, lexicon)
+    ]
+    return found
+
+
+def _edit(words: Words, first: int, last: int, kind: EditKind, to: str) -> Edit:
+    text = words.text
+    start, end = words.spans[first][0], words.spans[last - 1][1]
+    new = _cased(to, text[start:end])
+    if first and words.lower[first - 1] in ("a", "an") and words.run(first - 1) > 1:
+        article = "an" if _VOWEL_SOUND.match(to) else "a"
+        if article != words.lower[first - 1]:
+            begin, stop = words.spans[first - 1]
+            new = _cased(article, text[begin:stop]) + text[stop:start] + new
+            start = begin
+    return Edit(kind, start, end, text[start:end], new, first)
+
+
+def _cased(new: str, old: str) -> str:
+    """``new`` with the capitals of ``old``: all (where ``old`` has several letters), the first, or none."""
+    if len(old) > 1 and old.isupper():
+        return new.upper()
+    return new[:1].upper() + new[1:] if old[:1].isupper() else new
+
+
+def _turns(places: list[list[Edit]], rng: random.Random) -> list[Edit]:
+    """The edits of all places, shuffled, one of each place in turn."""
+    rng.shuffle(places)
+    for place in places:
+        rng.shuffle(place)
+    longest = max(map(len, places), default=0)
+    return [place[turn] for turn in range(longest) for place in places if turn < len(place)]

@@ -1,0 +1,199 @@
+"""``cwdpo sample``: prompts in, a preference data set out, in TRL's vision-preference format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from cwdpo.config import Recipe
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.errors import DataError
+from cwdpo.judging.verdicts import build_judge
+from cwdpo.models.load import load_policy
+from cwdpo.onpolicy.blend import BlendCounts, blend
+from cwdpo.onpolicy.pool import ANSWERS, LocalSampler, Pool, Sampler, ServerSampler
+from cwdpo.onpolicy.samples import sort_samples
+from cwdpo.records import Example, ImageRef, Message
+from cwdpo.rundir import RunDir, write_text
+from cwdpo.stage.listener import Listener
+from cwdpo.stage.prepare import autocast
+from cwdpo.stage.splits import prepare_data
+
+FORMATS = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written: the file, its rows (pairs), and how they came about."""
+
+    path: Path
+    rows: int
+    counts: BlendCounts
+
+
+def sampling_recipe(recipe: Recipe, model: str | None) -> Recipe:
+    """The recipe as ``cwdpo sample`` uses it: every training example in one round, on-policy unless it says more."""
+    negatives = recipe.negatives
+    fraction = 1.0 if negatives.on_policy_fraction is None else negatives.fraction(0)
+    alone = {"enabled": False}
+    return recipe.model_copy(
+        update={
+            "model": recipe.model if model is None else recipe.model.model_copy(update={"path": model}),
+            "stage1": recipe.stage1.model_copy(update=alone),
+            "stage2": recipe.stage2.model_copy(update={"enabled": True}),
+            "negatives": negatives.model_copy(update={"on_policy_fraction": fraction, "rounds": 1}),
+        }
+    )
+
+
+def make_preferences(
+    recipe: Recipe, out: str | Path, *, model: str | None = None, listener: Listener | None = None
+) -> Made:
+    """Sample a policy for every training prompt of a recipe and write pairs of chosen and rejected responses.
+
+    What is drawn is kept beside the file in ``.<name>.work`` until it is finished: started again after a
+    kill, the command goes on from there and ends with the same file.
+
+    Args:
+        recipe: data, sampler, judge, and the blend with other sources.
+        out: a new ``.jsonl`` file (pictures are copied beside it) or ``.parquet`` file (pictures inside).
+        model: the policy, in place of ``model.path``.
+        listener: hears phases and progress.
+
+    Raises:
+        DataError: the file exists or has another ending; no pair could be made.
+    """
+    out, listener = Path(out), listener or Listener()
+    if out.suffix not in FORMATS:
+        raise DataError(f"{out}: unknown ending {out.suffix!r}; allowed: {', '.join(FORMATS)}")
+    if out.exists():
+        raise DataError(f"{out}: exists; remove it, or choose another --out")
+    recipe = sampling_recipe(recipe, model)
+    PartialState(cpu=recipe.model.device == "cpu")
+    run = RunDir(out.with_name(f".{out.name}.work"))
+    run.lock()
+    try:
+        run.recover()
+        made = _make(recipe, run, out, listener)
+    finally:
+        run.unlock()
+    shutil.rmtree(run.path)
+    return made
+
+
+def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
+    listener.phase("reading data")
+    examples = prepare_data(recipe, run).stage2
+    set_seed(recipe.seed)
+    listener.phase("loading the model")
+    policy = load_policy(recipe.model)
+    encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
+    readable = encoder.readable(examples, len(examples))
+    settings = recipe.negatives
+    judge = build_judge(settings.judge, readable, run.path / ANSWERS)
+    listener.phase(f"sampling {len(readable)} prompts")
+    sampler: Sampler = (
+        LocalSampler(policy.model, encoder, settings.sampler)
+        if settings.sampler.server is None
+        else ServerSampler(settings.sampler, run.path / ANSWERS)
+    )
+    with autocast(policy.model, recipe.train.bf16):
+        drawn = Pool(run, recipe).fill(
+            readable, sampler, encoder, judge, 0, 0, lambda done, total: listener.sampled(0, done, total)
+        )
+    sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in readable}
+    pairs, counts = blend(readable, sampled, settings, recipe.seed, 0)
+    if not pairs:
+        raise DataError(f"no pair: samples of {len(readable)} prompts were dropped as {dict(counts.dropped)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(trl_rows(pairs))
+    if out.suffix == ".parquet":
+        _write_parquet(out, rows)
+    else:
+        _write_jsonl(out, rows)
+    return Made(out, len(rows), counts)
+
+
+def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+    """A row for each pair: TRL's columns, and ``negatives``, which tells where the rejected response came from.
+
+    ``images`` holds :class:`ImageRef` still. What a judge needs (``references``, the world's scene) stays.
+    """
+    for example in examples:
+        for k, c in enumerate(example.rejected):
+            yield {
+                **{key: value for key, value in example.extra.items() if _is_json(value)},
+                "id": example.id if len(example.rejected) == 1 else f"{example.id}#{k}",
+                "images": list(example.images),
+                "prompt": [_blocks(m) for m in example.prompt],
+                "chosen": [_blocks(Message("assistant", (example.chosen.text,)))],
+                "rejected": [_blocks(Message("assistant", (c.text,)))],
+                "negatives": [{"text": c.text, "origin": c.origin, "kind": c.kind, "made": dict(c.made)}],
+                "references": list(example.references),
+            }
+
+
+def _blocks(message: Message) -> dict[str, Any]:
+    # Every block has both keys: a table has one shape for all of its rows.
+    content = [{"type": "image" if p is None else "text", "text": p or ""} for p in message.parts]
+    return {"role": message.role, "content": content}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _write_jsonl(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    folder = out.with_name(f"{out.stem}-images")
+    text = ""
+    for row in rows:
+        names = [f"{folder.name}/{_copy(image, folder)}" for image in row["images"]]
+        text += json.dumps({**row, "images": names}, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(out, text)
+
+
+def _copy(image: ImageRef, folder: Path) -> str:
+    """Write a picture as it is under a name of its content, once."""
+    data = image.encoded()
+    ending = image.path.suffix if image.path is not None else ".img"
+    path = folder / (hashlib.blake2b(data, digest_size=12).hexdigest() + ending)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    return path.name
+
+
+def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    import datasets
+
+    # Mappings whose keys differ from row to row have no column type: they go as JSON text... but readers want
+    # objects, so only what every row can have stays.
+    plain = [
+        {
+            **{k: row[k] for k in ("id", "prompt", "chosen", "rejected", "references")},
+            "images": [{"bytes": i.encoded(), "path": None} for i in row["images"]],
+            "negatives": [{k: n[k] for k in ("text", "origin", "kind")} for n in row["negatives"]],
+        }
+        for row in rows
+    ]
+    table = datasets.Dataset.from_list(plain).cast_column(
+        "images", datasets.List(datasets.Image(decode=False))
+    )
+    temporary = out.with_name(f".{out.name}.tmp")
+    table.to_parquet(temporary)
+    os.replace(temporary, out)

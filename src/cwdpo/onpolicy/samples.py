@@ -1,0 +1,129 @@
+"""Samples of a policy, and which of them can be negatives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cwdpo.negatives.base import known_true, normalised
+from cwdpo.negatives.settings import NegativeSettings
+from cwdpo.records import Completion, Example
+
+_REPEATS = 4
+"""The same words this often in a row are degenerate."""
+_LONGEST_REPEAT = 6
+KIND = "on_policy"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sample of a policy.
+
+    ``mean_logp`` (nats per token) is under the sampling policy at temperature 1; a server tells none.
+    ``right`` is the judge's verdict; ``None`` where there is no judge.
+    """
+
+    text: str
+    ended: bool
+    n_tokens: int | None = None
+    mean_logp: float | None = None
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class DrawnFor:
+    """All samples of one example in one round, and the policy step that drew them."""
+
+    id: str
+    round: int
+    step: int
+    samples: tuple[Drawn, ...]
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of the pool."""
+        return {**asdict(self), "made": dict(self.made)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> DrawnFor:
+        """What :meth:`to_json` wrote; other keys are left alone."""
+        samples = tuple(Drawn(**s) for s in row["samples"])
+        return cls(row["id"], row["round"], row["step"], samples, row["made"])
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The samples of one example by what they are good for."""
+
+    negatives: tuple[Completion, ...] = ()
+    right: tuple[Completion, ...] = ()
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def degenerate(text: str) -> bool:
+    """Whether up to six words in a row stand there at least four times, one behind the other."""
+    words = text.lower().split()
+    for size in range(1, _LONGEST_REPEAT + 1):
+        agree = 0  # words in a row that equal the one `size` places before
+        for place in range(size, len(words)):
+            agree = agree + 1 if words[place] == words[place - size] else 0
+            if agree >= (_REPEATS - 1) * size:
+                return True
+    return False
+
+
+def sort_samples(example: Example, drawn: DrawnFor, settings: NegativeSettings) -> Sorted:
+    """Negatives and right responses among an example's samples; everything else is counted by its reason.
+
+    Reasons: ``empty``, ``cut`` (did not end), ``degenerate`` (repeats itself), ``equal`` (to chosen or a
+    reference; case and white space aside), ``double`` (of an earlier sample), ``right`` (by the judge), ``easy`` and
+    ``hard`` (outside the cuts).
+    """
+    true, seen = known_true(example), set[str]()
+    dropped: Counter[str] = Counter()
+    negatives, right = [], []
+    for k, sample in enumerate(drawn.samples):
+        reason = _useless(sample, settings, true, seen)
+        made = {**drawn.made, "step": drawn.step, "round": drawn.round, "sample": k}
+        if sample.mean_logp is not None:
+            made["mean_logp"] = sample.mean_logp
+        completion = Completion(sample.text, "on_policy", KIND, made)
+        if reason is None and sample.right:
+            reason = "right"
+            right.append(completion)
+        reason = reason or outside(sample.mean_logp, settings)
+        if reason is None:
+            negatives.append(completion)
+        else:
+            dropped[reason] += 1
+        seen.add(normalised(sample.text))
+    return Sorted(tuple(negatives), tuple(right), dropped)
+
+
+def _useless(sample: Drawn, settings: NegativeSettings, true: frozenset[str], seen: set[str]) -> str | None:
+    text = normalised(sample.text)
+    if not text:
+        return "empty"
+    if not sample.ended and not settings.sampler.keep_cut:
+        return "cut"
+    if degenerate(sample.text):
+        return "degenerate"
+    if text in true:
+        return "equal"
+    return "double" if text in seen else None
+
+
+def outside(mean_logp: float | None, settings: NegativeSettings) -> str | None:
+    """``easy`` or ``hard`` for a mean_logp outside the cuts, else ``None``."""
+    if mean_logp is None:
+        return None
+    if settings.easy_cut is not None and mean_logp < settings.easy_cut:
+        return "easy"
+    return "hard" if settings.hard_cut is not None and mean_logp > settings.hard_cut else None
+
+
+def texts_to_judge(rows: Sequence[DrawnFor]) -> list[tuple[int, int]]:
+    """(row, sample) of every sample with a text: what a judge is asked about."""
+    return [(i, k) for i, row in enumerate(rows) for k, s in enumerate(row.samples) if s.text.strip()]

@@ -1,0 +1,103 @@
+"""The figures of a trained policy on held-out prompts: captions, judgements, likelihoods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cwdpo.config import Recipe
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.models.load import Policy
+from cwdpo.models.sample import sample
+from cwdpo.records import Example
+from cwdpo.rundir import RunDir, write_text
+
+
+def evaluate_policy(
+    policy: Policy,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Generate on held-out prompts, write samples.jsonl, and return the run's summary.
+
+    The likelihood figures are the last readings of each stage.
+
+    Args:
+        examples: held-out examples; the first of them are answered.
+        resume: the run's samples are this policy's own: only what they lack is drawn.
+    """
+    settings = recipe.evaluation
+    chosen = encoder.readable(examples, settings.prompts)
+    rows: list[dict[str, Any]] = [
+        {
+            "id": e.id,
+            "image": str(e.images[0].path) if e.images and e.images[0].path else None,
+            "prompt": e.prompt_text,
+            "chosen": e.chosen.text,
+            "responses": [],
+        }
+        for e in chosen
+    ]
+    temperatures = [0.0, *[1.0] * settings.samples] if chosen else []
+    if resume:
+        rows = _with_stored(rows, run.samples())
+    have = len(rows[0]["responses"]) if rows else 0
+    for draw, temperature in list(enumerate(temperatures))[have:]:
+        samples = sample(
+            policy.model,
+            encoder,
+            chosen,
+            temperature=temperature,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            seed=recipe.seed + draw,
+        )
+        for row, s in zip(rows, samples, strict=True):
+            row["responses"].append({"temperature": temperature, "text": s.text, "ended": s.ended})
+        _write_samples(run, rows)  # after every draw: a kill loses one
+    if not temperatures:
+        _write_samples(run, rows)
+    return {"stages": last_readings(run), "generated": _generated(rows)}
+
+
+def _write_samples(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(run.path / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def _with_stored(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stored rows where they answer the same prompts, each as often."""
+    bare = [{**row, "responses": []} for row in stored]
+    alike = len({len(row["responses"]) for row in stored}) == 1
+    return stored if bare == rows and alike else rows
+
+
+def last_readings(run: RunDir) -> dict[str, dict[str, Any]]:
+    """Per stage: the last step, and each reading's value and count there.
+
+    Of a stage that went back to an earlier step, the readings of that step: they are the model's.
+    """
+    stages: dict[str, dict[str, Any]] = {}
+    kept = {stage: run.json(f"stopped-{stage}.json").get("rolled_back_to") for stage in ("stage1", "stage2")}
+    for row in run.readings():
+        back = kept.get(row["stage"])
+        if back is not None and row["step"] > back:
+            continue
+        stage = stages.setdefault(row["stage"], {"step": 0, "readings": {}})
+        stage["step"] = max(stage["step"], row["step"])
+        stage["readings"][row["name"]] = {"value": row["value"], "n": row["n"], "unit": row["unit"]}
+    return stages
+
+
+def _generated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {"prompts": len(rows)}
+    greedy = [r["responses"][0] for r in rows if r["responses"]]
+    if greedy:
+        out["ended_share"] = sum(g["ended"] for g in greedy) / len(greedy)
+        out["mean_words"] = sum(len(g["text"].split()) for g in greedy) / len(greedy)
+        out["distinct_share"] = len({g["text"] for g in greedy}) / len(greedy)
+    return out

@@ -1,0 +1,103 @@
+"""The two-stage run: stage 1 smooths the policy, which then becomes the frozen reference of stage 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from cwdpo.config import Recipe, load_recipe
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.models.load import Policy, load_weights
+from cwdpo.pipeline.finish import evaluate_policy
+from cwdpo.pipeline.resume import start_run
+from cwdpo.pipeline.run_stage import run_stage
+from cwdpo.report.model_card import write_model_card
+from cwdpo.report.render import write_report
+from cwdpo.rundir import RunDir
+from cwdpo.stage.listener import Listener
+from cwdpo.stage.model import load_model, save_model
+from cwdpo.stage.prepare import autocast, check_scoring
+from cwdpo.stage.splits import Splits, prepare_data
+
+
+def train_two_stage(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    listener: Listener | None = None,
+) -> RunDir:
+    """Run a recipe from data to report.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        out: run folder; default ``runs/<name>``.
+        resume: continue the run in ``out`` from whatever is complete there.
+        accept_changes: with ``resume``, go on with a recipe that differs from the run's.
+        listener: hears phases and steps.
+
+    Returns:
+        The run folder, with the final model in ``model/`` and the report in ``report.html``.
+
+    Raises:
+        CwdpoError: bad recipe, data or model; a folder that already holds a run; a non-finite loss.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    listener = listener or Listener()
+    state = PartialState(cpu=recipe.model.device == "cpu")
+    run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
+    start_run(run, recipe, resume=resume, accept_changes=accept_changes)
+    try:
+        _train(recipe, run, state, listener, resume)
+    finally:
+        run.unlock()
+    return run
+
+
+def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener, resume: bool) -> None:
+    listener.phase("reading data")
+    with state.main_process_first():  # it writes the world and the small model that the others read
+        splits = prepare_data(recipe, run)
+        set_seed(recipe.seed)
+        listener.phase("loading the model")
+        policy = load_model(recipe, splits, run)
+    encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
+    with autocast(policy.model, recipe.train.bf16):
+        check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
+    trained = resume and (run.path / "model").is_dir()
+    if trained:
+        load_weights(policy.model, run.path / "model")
+    else:
+        _run_stages(recipe, policy, encoder, splits, run, listener, resume)
+    if run.writes:
+        listener.phase("evaluation")
+        with autocast(policy.model, recipe.train.bf16):
+            summary = evaluate_policy(policy, encoder, splits.validation, recipe, run, resume=trained)
+        run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
+        write_model_card(run.path)
+        write_report(run.path)
+    state.wait_for_everyone()
+
+
+def _run_stages(
+    recipe: Recipe,
+    policy: Policy,
+    encoder: Encoder,
+    splits: Splits,
+    run: RunDir,
+    listener: Listener,
+    resume: bool,
+) -> None:
+    done = run.path / "stage1" / "model"
+    held_out = splits.validation
+    if recipe.stage1.enabled and resume and done.is_dir():
+        load_weights(policy.model, done)
+    elif recipe.stage1.enabled:
+        run_stage(policy, encoder, "stage1", recipe, splits.stage1, held_out, run, listener, resume=resume)
+        save_model(policy, done, run)
+    if recipe.stage2.enabled:
+        run_stage(policy, encoder, "stage2", recipe, splits.stage2, held_out, run, listener, resume=resume)
+    save_model(policy, run.path / "model", run)

@@ -1,0 +1,28 @@
+"""What a run tells its caller while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cwdpo.records import Reading
+
+
+@dataclass
+class Listener:
+    """What a caller wants to hear while a run goes on; the default hears nothing.
+
+    Attributes:
+        phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
+        step: called with (stage, step, steps) after every optimizer step.
+        sampled: called with (round, completions done, completions) while a round's negatives are sampled.
+        measured: called with (stage, step, policy) after every held-out measurement.
+        readings: called with (stage, readings by name) after every held-out measurement.
+    """
+
+    phase: Callable[[str], None] = field(default=lambda text: None)
+    step: Callable[[str, int, int], None] = field(default=lambda stage, step, steps: None)
+    sampled: Callable[[int, int, int], None] = field(default=lambda round_, done, total: None)
+    measured: Callable[[str, int, Any], None] = field(default=lambda stage, step, model: None)
+    readings: Callable[[str, Mapping[str, Reading]], None] = field(default=lambda stage, readings: None)

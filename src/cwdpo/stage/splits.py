@@ -1,0 +1,113 @@
+"""The data of a run: read, split by image, with its negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cwdpo.config import Recipe
+from cwdpo.data.read.reader import read_examples
+from cwdpo.data.split import split_by_image
+from cwdpo.errors import DataError
+from cwdpo.negatives.mix import attach_negatives
+from cwdpo.negatives.settings import WITHOUT_NEGATIVES
+from cwdpo.records import Example
+from cwdpo.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples by use; no picture stands in two of them."""
+
+    stage1: list[Example]
+    stage2: list[Example]
+    validation: list[Example]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every training text, for a tokenizer trained on the data."""
+        train = (*self.stage1, *self.stage2)
+        return [t for e in train for t in (e.prompt_text, e.chosen.text, *(r.text for r in e.rejected))]
+
+
+def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
+    """Read, split by image, and attach negatives.
+
+    An embedded world is first written to the run's own ``data/`` folder and then read like any other data.
+
+    Raises:
+        DataError: unreadable or empty data, or too many bad rows.
+    """
+    data = recipe.data
+    path, validation_path = data.path, data.validation_path
+    if data.world is not None:
+        from cwdpo.worlds.shapes import materialise
+
+        written = materialise(data.world, run.path / "data")
+        path, validation_path = str(written["train"]), str(written["validation"])
+    assert path is not None
+
+    def read(source: str) -> list[Example]:
+        result = read_examples(
+            source,
+            format=data.format,
+            max_bad_fraction=data.max_bad_fraction,
+            image_root=Path(data.image_root) if data.image_root else None,
+            default_prompt=data.default_prompt,
+            captions_per_image=data.captions_per_image,
+            limit=data.limit,
+        )
+        if result.problems:
+            rows = ({"stage": "read", "problem": str(p)} for p in result.problems)
+            run.append("problems.jsonl", rows)
+        return result.examples
+
+    train = read(path)
+    if validation_path is None:
+        share = data.validation_fraction
+        parts = split_by_image(train, {"train": 1 - share, "validation": share}, recipe.seed)
+        train, validation = parts["train"], parts["validation"]
+    else:
+        validation = read(validation_path)
+    stage1 = stage1_share(recipe)
+    parts = split_by_image(train, {"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
+    stage2 = parts["stage2"]
+    if recipe.negatives.on_policy_fraction is None:  # else each round makes its own
+        stage2 = with_negatives(stage2, recipe, run, need=recipe.stage2.build().needs_negatives)
+    return Splits(
+        with_negatives(parts["stage1"], recipe, run, need=False),
+        stage2,
+        with_negatives(validation, recipe, run, need=False),
+    )
+
+
+def stage1_share(recipe: Recipe) -> float:
+    """Share of the training images for stage 1: all of them when the other stage is off."""
+    if not recipe.stage2.enabled:
+        return 1.0
+    return recipe.data.stage1_fraction if recipe.stage1.enabled else 0.0
+
+
+def with_negatives(examples: Sequence[Example], recipe: Recipe, run: RunDir, *, need: bool) -> list[Example]:
+    """Attach negatives by the recipe's mix; where none is needed, examples without one are kept."""
+    settings = recipe.negatives
+    per_prompt = settings.per_prompt or (None if set(settings.mix) == {"dataset"} else 1)
+    attached, _ = attach_negatives(
+        examples,
+        settings.mix,
+        per_prompt,
+        recipe.seed,
+        gentle=settings.gentle,
+        sources=settings.build_sources(),
+    )
+    if examples and not attached and need:
+        raise DataError(f"no example of stage 2 has a negative: {WITHOUT_NEGATIVES}")
+    missing = len(examples) - len(attached)
+    if missing and need:
+        text = f"{missing} of {len(examples)} examples for stage 2 have no negative and were left out"
+        run.append("problems.jsonl", [{"stage": "negatives", "problem": text}])
+    if need or not missing:
+        return attached
+    found = {e.id: e for e in attached}
+    return [found.get(e.id, replace(e, rejected=())) for e in examples]

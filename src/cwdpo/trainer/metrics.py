@@ -1,0 +1,131 @@
+"""Training metrics as sums and counts: averaged once, over micro-batches and processes alike."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from cwdpo.data.encode.collate import PromptBatch
+from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
+from cwdpo.records import Origin
+from cwdpo.scoring.token_logp import TokenScores
+from cwdpo.trainer.gradient import gradient_metrics, gradient_sums
+
+
+class StepMetrics:
+    """Gathers values between two logging steps.
+
+    Names are TRL's (``rewards/*``, ``logps/*`` are sums per completion), plus ``logps_mean/*`` (per token)
+    and ``cooling/*``. A mean of nothing is left out, not zero.
+
+    Args:
+        by_origin: also ``negatives/<origin>/*``: ``n`` and ``share`` of the pairs, mean_logp (nats per token) under
+            the policy, and cooling weight.
+    """
+
+    def __init__(self, by_origin: bool = False) -> None:
+        self._by_origin = by_origin
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._parts: dict[str, float] = defaultdict(float)
+        self._gradient: dict[str, float] = defaultdict(float)
+        self._steps = 0
+        self._tokens = 0, 0
+
+    def begin_step(self) -> None:
+        """Count one optimizer step; the parts of its micro-batches add up to one value."""
+        self._steps += 1
+
+    def add(
+        self, batch: PromptBatch, tokens: TokenScores, pairs: ScoredPairs, output: ObjectiveOutput
+    ) -> None:
+        """Take in one micro-batch, before its backward pass."""
+        for name, total in gradient_sums(batch, tokens, pairs, output).items():
+            self._gradient[name] += total
+        for side, scored in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
+            self._take(f"logps/{side}", scored.sum_logp)
+            self._take(f"logps_mean/{side}", scored.mean_logp)
+        for name, value in output.per_pair.items():
+            self._take(name, value)
+        weights = output.per_pair.get("cooling/weight")
+        if weights is not None:
+            kinds = [batch.completions[i].kind for i in batch.rejected.tolist()]
+            for kind in sorted(set(kinds) - {""}):
+                index = [i for i, k in enumerate(kinds) if k == kind]
+                self._take(f"cooling/weight/{kind}", weights[index])
+        if self._by_origin:
+            self._take_origins(batch, pairs, weights)
+        for name, part in output.parts.items():
+            self._parts[name] += float(part)
+
+    def add_tokens(self, used: int, padded: int) -> None:
+        """Count the tokens that the text tower ran for a micro-batch, without and with padding."""
+        self._tokens = self._tokens[0] + used, self._tokens[1] + padded
+
+    def _take_origins(self, batch: PromptBatch, pairs: ScoredPairs, weights: Tensor | None) -> None:
+        origins = [batch.completions[i].origin for i in batch.rejected.tolist()]
+        for origin in get_args(Origin):
+            own = torch.tensor([o == origin for o in origins])
+            self._take(f"negatives/{origin}/share", own)
+            self._take(
+                f"negatives/{origin}/logps_mean",
+                pairs.rejected.mean_logp[own.to(pairs.rejected.mean_logp.device)],
+            )
+            if weights is not None:
+                self._take(f"negatives/{origin}/weight", weights[own.to(weights.device)])
+
+    def _take(self, name: str, values: Tensor) -> None:
+        if values.numel():
+            self._values[name].append(values.detach().float().flatten().cpu())
+
+    def flush(self, accelerator: Any) -> dict[str, float]:
+        """Averages since the last call; resets."""
+        used, padded = self._tokens
+        self._parts["tokens/scored"], self._parts["tokens/padded"] = float(used), float(padded)
+        gathered, parts, gradient = self._gather(accelerator)
+        used_share = parts.pop("tokens/scored") / max(parts.pop("tokens/padded"), 1.0)
+        logs = {name: value / max(self._steps, 1) for name, value in sorted(parts.items())}
+        logs["tokens/padding"] = 1 - used_share
+        for name, values in sorted(gathered.items()):
+            if name == "cooling/weight":
+                logs |= _weight_summary(values)
+            else:
+                logs[name] = float(values.mean())
+            if name.startswith("negatives/") and name.endswith("/share"):
+                logs[name.removesuffix("share") + "n"] = float(values.sum())
+        logs |= gradient_metrics(gradient)
+        self._values.clear()
+        self._parts.clear()
+        self._tokens = 0, 0
+        self._gradient.clear()
+        self._steps = 0
+        return logs
+
+    def _gather(self, accelerator: Any) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
+        own = {name: torch.cat(values) for name, values in self._values.items()}
+        if accelerator is None or accelerator.num_processes == 1:
+            return own, dict(self._parts), dict(self._gradient)
+        from accelerate.utils import gather_object
+
+        merged: dict[str, list[Tensor]] = defaultdict(list)
+        sums: tuple[dict[str, float], dict[str, float]] = (defaultdict(float), defaultdict(float))
+        for values, *others in gather_object([(own, dict(self._parts), dict(self._gradient))]):
+            for name, value in values.items():
+                merged[name].append(value)
+            for total, other in zip(sums, others, strict=True):
+                for name, share in other.items():
+                    total[name] += share
+        return {name: torch.cat(values) for name, values in merged.items()}, *sums
+
+
+def _weight_summary(weights: Tensor) -> dict[str, float]:
+    low, high = torch.quantile(weights, torch.tensor([0.1, 0.9])).tolist()
+    return {
+        "cooling/weight_mean": float(weights.mean()),
+        "cooling/weight_p10": low,
+        "cooling/weight_p90": high,
+        "cooling/fraction_cooled": float((weights < 0.1).float().mean()),
+        "cooling/fraction_between": float(((weights >= 0.1) & (weights <= 0.9)).float().mean()),
+    }

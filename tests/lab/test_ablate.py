@@ -1,0 +1,483 @@
+"""Studies: files, plans, tables, a whole small one, and one of 40 cells that is killed three times."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cwdpo.config import NegativeSettings, load_recipe, parse_recipe
+from cwdpo.errors import DataError, RecipeError
+from cwdpo.lab import grid
+from cwdpo.lab.ablate import ablate, at_edge, sweep
+from cwdpo.lab.grid import CellResult, run_grid
+from cwdpo.lab.plan import asked, plan, read_tree
+from cwdpo.lab.spec import Study, Variant, load_chosen, load_study, overrides_of, shipped
+from cwdpo.lab.tables import markdown, to_csv
+from cwdpo.objectives.base import OBJECTIVES
+from paths import ROOT
+
+RECIPE = ROOT / "recipes" / "study.yaml"
+TINY = (
+    "data.world.train=24", "data.world.validation=8", "data.world.test=4", "stage1.steps=1", "stage2.steps=1",
+    "train.batch_size=4", "calibration.samples=4", "calibration.max_new_tokens=8", "probes.prompts=4",
+)  # fmt: skip
+
+
+def study(**changes: Any) -> Study:
+    tree = {
+        "name": "small", "title": "A small study", "question": "Does it hold together?",
+        "full": "cw_dpo", "common": TINY,
+        "variants": {
+            "cw_dpo": {"label": "CW-DPO", "set": ["stage2.objective={name: cw_dpo}"]},
+            "dpo": {"label": "DPO", "set": ["stage2.objective={name: dpo}"]},
+        },
+    }  # fmt: skip
+    return Study.model_validate({**tree, **changes})
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def test_some_variants_of_a_study_with_what_they_need() -> None:
+    methods = load_study("methods")
+    assert list(methods.only(["sft"]).variants) == ["sft", "cw_dpo"]
+    assert list(methods.only(["madpo"]).variants) == ["dpo", "cw_dpo", "madpo"]
+    panel = load_study("learning_rates").only(["cw_dpo_span"])
+    assert list(panel.variants) == ["cw_dpo", "cw_dpo_span"]
+    assert panel.full in panel.expanded({}).variants
+    with pytest.raises(RecipeError, match="no variant 'dpp'; did you mean 'dpop'"):
+        methods.only(["dpp"])
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_study_fits_the_recipe(name: str) -> None:
+    spec = load_study(name)
+    assert spec.name == name
+    assert spec.question
+    tree = read_tree(RECIPE)
+    for row in spec.expanded({}).variants if spec.panel else spec.variants:
+        whole = spec.expanded({})
+        overrides = overrides_of(whole, row, {})
+        if name == "mix" and "on_policy_fraction" not in NegativeSettings.model_fields:
+            pytest.skip("this version samples no on-policy negatives")
+        for point in whole.variants[row].settings():
+            parse_recipe(tree, [*overrides, *point])
+
+
+def test_the_issue_s_studies_are_shipped() -> None:
+    assert {"table3", "cooling", "mix", "methods", "methods_best_of", "learning_rates"} <= set(shipped())
+    wanted = {
+        "ipo",
+        "cdpo",
+        "robust_dpo",
+        "dpop",
+        "simpo",
+        "hinge",
+        "wpo",
+        "beta_dpo",
+        "madpo",
+        "sft",
+        "dpo",
+        "cw_dpo",
+    }
+    for name in ("methods", "methods_best_of"):
+        spec = load_study(name)
+        sizes = {len(v.settings()) for v in spec.variants.values()}
+        assert sizes == {8}, "every method has the same budget"
+        named = {
+            parse_recipe(read_tree(RECIPE), overrides_of(spec, v, {})).stage2.objective["name"]
+            for v in spec.variants
+        }
+        assert wanted <= named
+    assert wanted <= set(OBJECTIVES.names())
+    panel = load_study("learning_rates").expanded({"dpo": ("stage2.objective.beta=0.9",)})
+    assert panel.full in panel.variants
+    assert "stage2.objective.beta=0.9" in panel.variants["dpo-0.0001"].set
+    assert sum(name.startswith("cw_dpo-") for name in panel.variants) == 6
+    assert {
+        "full",
+        "no_stage1",
+        "plain_sft",
+        "hard_constraint",
+        "no_cw_dpo",
+        "fixed_weight",
+        "no_filter",
+    } <= set(load_study("table3").variants)
+
+
+def test_a_study_that_cannot_be_understood(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no study 'tabel3'; did you mean 'table3'\?"):
+        load_study("tabel3")
+    file = tmp_path / "s.yaml"
+    file.write_text("name: s\nfull: a\nvariants: {b: {}}\n")
+    with pytest.raises(RecipeError, match="no variant 'a'"):
+        load_study(file)
+    file.write_text("name: s\nfull: a\nvariantz: {a: {}}\nvariants: {a: {}}\n")
+    with pytest.raises(RecipeError, match=r"unknown key 'variantz'; did you mean 'variants'\?"):
+        load_study(file)
+    file.write_text("name: s\nfull: ../a\nvariants: {../a: {}}\n")
+    with pytest.raises(RecipeError, match="names a folder"):
+        load_study(file)
+    for text in (b"name: s", b"chosen: {a: 'x=1'}", b"\xff"):
+        file.write_bytes(text)
+        with pytest.raises(RecipeError, match=r"not the chosen\.yaml of a sweep"):
+            load_chosen(file)
+
+
+def test_a_choice_at_the_edge_of_its_grid_is_said() -> None:
+    variant = Variant(
+        grid={"stage2.learning_rate": (2.5e-5, 5.0e-5, 1.0e-4), "stage2.objective.beta": (0.3, 1.0)}
+    )
+    at = [at_edge(variant, settings) for settings in variant.settings()[::2]]
+    low, high = "stage2.learning_rate=2.5e-05 is the lowest", "stage2.learning_rate=0.0001 is the highest"
+    assert at == [[f"{low} that was tried"], [], [f"{high} that was tried"]]
+
+
+# --- plans ----------------------------------------------------------------------------------------------
+
+
+def planned(spec: Study, out: Path, seeds: int = 1) -> Any:
+    return plan(out, read_tree(RECIPE), spec, asked(spec, range(seeds), {}), split="test", test=None)
+
+
+def test_equal_first_stages_are_run_once(tmp_path: Path) -> None:
+    spec = study(
+        variants={
+            "cw_dpo": {"set": ["stage2.objective={name: cw_dpo}"]},
+            "dpo": {"set": ["stage2.objective={name: dpo}", "stage2.learning_rate=1.0e-3", "stage2.steps=2"]},
+            "plain": {"set": ["stage1.objective={name: sft}"]},
+            "without": {"set": ["stage1.enabled=false"]},
+            "alone": {"set": ["stage2.enabled=false"]},
+        }
+    )
+    found = planned(spec, tmp_path, seeds=2)
+    assert len(found.stage1) == 2 * 2, "two kinds of first stage, two seeds"
+    assert len(found.cells) == 2 * 5
+    starts = {key: job.recipe.model.path for key, job in found.cells.items()}
+    assert starts["cw_dpo-seed0"] == starts["dpo-seed0"] == starts["alone-seed0"] != starts["plain-seed0"]
+    assert starts["without-seed0"] == "embedded"
+    assert found.cells["alone-seed0"].stage == "base"
+    assert starts["dpo-seed0"] != starts["dpo-seed1"]
+    data = {job.recipe.data.path for job in found.cells.values()}
+    assert len(data) == 2, "all variants of a seed see the same pictures"
+    assert len({str(job.test) for job in found.cells.values()}) == 1
+
+
+@pytest.mark.parametrize(("name", "first"), [("mix", 2), ("rounds", 2), ("table3", 3), ("methods", 2)])
+def test_shipped_studies_share_their_first_stages(name: str, first: int, tmp_path: Path) -> None:
+    spec = load_study(name).model_copy(update={"common": (*load_study(name).common, *TINY)})
+    assert len(planned(spec, tmp_path).stage1) == first
+
+
+def test_the_test_pictures_are_not_those_of_a_sweep(tmp_path: Path) -> None:
+    spec = study()
+    wanted = asked(spec, [100], {})
+    tuned = plan(tmp_path, read_tree(RECIPE), spec, wanted, split="validation", test=None)
+    final = planned(spec, tmp_path)
+    pictures = {
+        name: {json.loads(line)["id"] for line in next(iter(p.cells.values())).test.read_text().splitlines()}
+        for name, p in (("tuned", tuned), ("final", final))
+    }
+    assert pictures["tuned"]
+    assert not pictures["tuned"] & pictures["final"]
+    assert tuned.cells["dpo-seed100"].recipe.data.path != final.cells["dpo-seed0"].recipe.data.path
+
+
+def test_other_data_needs_a_test_set(tmp_path: Path) -> None:
+    tree = {"data": {"path": "rows.jsonl"}}
+    with pytest.raises(DataError, match="a study needs a test set that nothing is tuned on"):
+        plan(tmp_path, tree, study(common=()), asked(study(common=()), [0], {}), split="test", test=None)
+
+
+# --- tables ---------------------------------------------------------------------------------------------
+
+
+def summary_of(values: dict[str, list[float | None]], spec: Study | None = None) -> dict[str, Any]:
+    from cwdpo.lab import outcome
+
+    spec = spec or study(variants={name: {"label": name.upper()} for name in values})
+    results = {
+        f"{name}-seed{i}": CellResult(
+            f"{name}-seed{i}", "failed" if v is None else "done", {} if v is None else {"judge_score": v},
+            "NonFiniteError: planted\nand more" if v is None else None, 1.0,
+        )
+        for name, row in values.items()
+        for i, v in enumerate(row)
+    }  # fmt: skip
+    return outcome.outcome(Path("nowhere"), spec, range(len(next(iter(values.values())))), results, {})
+
+
+def test_means_differences_and_corrections_by_hand() -> None:
+    from scipy import stats
+
+    ours, dpo, sft = [0.5, 0.7, 0.6, 0.8], [0.4, 0.5, 0.55, 0.6], [0.5, 0.71, 0.6, 0.79]
+    found = summary_of({"cw_dpo": ours, "dpo": dpo, "sft": sft})
+    rows = {r["name"]: r for r in found["variants"]}
+    assert rows["cw_dpo"]["figures"]["judge_score"]["mean"] == pytest.approx(0.65)
+    assert rows["cw_dpo"]["against"] == {}
+    against = rows["dpo"]["against"]["judge_score"]
+    assert against["mean"] == pytest.approx(-0.1375)
+    p = stats.ttest_rel(dpo, ours).pvalue
+    assert against["p"] == pytest.approx(p)
+    assert against["p_corrected"] == pytest.approx(min(1.0, 2 * p)), (
+        "the smaller of two p-values counts twice"
+    )
+    assert rows["sft"]["against"]["judge_score"]["word"] == "no clear difference"
+    table = list(csv.DictReader(to_csv(found).splitlines()))
+    line = next(r for r in table if (r["variant"], r["figure"]) == ("dpo", "judge_score"))
+    assert float(line["difference"]) == against["mean"]
+    assert float(line["p_corrected"]) == against["p_corrected"]
+    assert "| DPO | -0.137 [" in markdown(found).replace("| - ", "")
+
+
+def test_a_variant_may_be_compared_with_another_than_the_full_one() -> None:
+    spec = study(
+        variants={
+            "cw_dpo": {"label": "CW-DPO"},
+            "dpo": {"label": "DPO"},
+            "dpo_r3": {"label": "DPO, fresh", "against": "dpo"},
+        }
+    )
+    values = {"cw_dpo": [0.5, 0.7, 0.6], "dpo": [0.4, 0.5, 0.45], "dpo_r3": [0.41, 0.53, 0.49]}
+    found = summary_of(values, spec)
+    rows = {r["name"]: r for r in found["variants"]}
+    assert rows["dpo_r3"]["against"]["judge_score"]["mean"] == pytest.approx(0.08 / 3)
+    assert rows["dpo"]["against"]["judge_score"]["mean"] == pytest.approx(-0.15)
+    text = markdown(found).replace("| - ", "")
+    assert "| DPO, fresh minus DPO | +0.027 [" in text
+    assert "| DPO | -0.150 [" in text
+    lines = {r["variant"]: r["against"] for r in csv.DictReader(to_csv(found).splitlines())}
+    assert lines == {"cw_dpo": "", "dpo": "cw_dpo", "dpo_r3": "dpo"}
+    assert list(spec.only(["dpo_r3"]).variants) == ["cw_dpo", "dpo", "dpo_r3"]
+    with pytest.raises(ValueError, match="no variant 'dpp'; did you mean 'dpo'"):
+        study(variants={"cw_dpo": {}, "dpo": {"against": "dpp"}})
+
+
+def test_scores_stand_in_a_panel() -> None:
+    spec = study(
+        variants={
+            "cw_dpo": {"grid": {"stage2.learning_rate": [1.0e-5, 1.0e-4]}, "label": "CW-DPO"},
+            "dpo": {"grid": {"stage2.learning_rate": [1.0e-4]}, "label": "DPO"},
+        },
+        full="cw_dpo-1.0e-05", panel=True, score={"judge_score": 2.0},
+    ).expanded({})  # fmt: skip
+    values = {"cw_dpo-1.0e-05": [0.5, 0.7], "cw_dpo-0.0001": [0.4, 0.6], "dpo-0.0001": [0.1, None]}
+    found = summary_of(values, spec)
+    assert found["panel"]["columns"] == ["1.0e-05", "0.0001"]
+    ours, dpo = found["panel"]["rows"]
+    assert [v["per_seed"] for v in ours["values"]] == [[1.0, 1.4], [0.8, 1.2]]
+    assert dpo["values"][0] is None, "DPO was not run there"
+    assert dpo["values"][1]["mean"] == pytest.approx(0.2)
+    assert "| DPO | - | 0.200 |" in markdown(found)
+    assert found["variants"][1]["against"]["score"]["mean"] == pytest.approx(-0.2)
+    assert summary_of({"cw_dpo": [0.5], "dpo": [0.4]})["panel"] is None
+
+
+def test_what_a_study_cannot_say() -> None:
+    grid = {"stage2.learning_rate": [1.0e-5]}
+    for changes, said in (
+        (
+            {"panel": True, "variants": {"a": {"grid": grid}, "b": {"grid": grid, "against": "a"}}},
+            "not in a panel",
+        ),
+        ({"variants": {"cw_dpo": {}, "b": {"against": "b"}}}, "against: another variant"),
+        (
+            {"variants": {"cw_dpo": {"cell": ["r", "c"]}, "b": {"cell": ["r", "c"]}}},
+            "is another variant's too",
+        ),
+        ({"score": {}}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            study(**changes)
+    panel = study(panel=True, full="cw", variants={"cw_dpo": {"grid": grid}})
+    with pytest.raises(RecipeError, match=r"'cw' is no point of the panel.*known: cw_dpo-1.0e-05"):
+        panel.expanded({})
+    odd = study(panel=True, full="a-_x__y_", variants={"a": {"grid": {"k": [["x", "y"]]}}})
+    assert list(odd.expanded({}).variants) == ["a-_x__y_"]
+
+
+def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:
+    chosen = {
+        "cw_dpo": ("stage2.learning_rate=2e-4",),
+        "dpo": ("stage2.learning_rate=5e-5",),
+        "ipo": ("x=1",),
+    }
+    mix = load_study("mix")
+    assert overrides_of(mix, "cw_dpo_75", chosen)[-1] == "stage2.learning_rate=2e-4"
+    assert overrides_of(mix, "dpo_75", chosen)[-1] == "stage2.learning_rate=5e-5"
+    with pytest.raises(RecipeError, match=r"settings are of ipo; the study small takes those of cw_dpo, dpo"):
+        ablate(RECIPE, study(), tmp_path / "out", seeds=1, jobs=1, chosen={"ipo": ("x=1",)})
+
+
+def test_a_failed_cell_is_shown_and_not_averaged_away() -> None:
+    found = summary_of({"cw_dpo": [0.5, 0.7], "dpo": [0.4, None]})
+    row = found["variants"][1]
+    assert row["figures"]["judge_score"]["n"] == 1
+    assert row["against"]["judge_score"]["n"] == 1
+    assert row["against"]["judge_score"]["low"] is None
+    text = markdown(found)
+    assert "DPO (1 of 2 cells FAILED)" in text
+    assert "- DPO, seed 1: NonFiniteError: planted" in text
+    assert (
+        next(r for r in csv.DictReader(to_csv(found).splitlines()) if r["variant"] == "dpo")["failed"] == "1"
+    )
+
+
+def test_the_page_of_a_study(tmp_path: Path) -> None:
+    from cwdpo.report.render import write_report
+
+    variants = {
+        "cw_dpo": {"label": "CW-DPO", "cell": ["ours", "0%"]},
+        "dpo": {"cell": ["theirs", "0%"]},
+        "ipo": {"label": "IPO", "against": "dpo"},
+    }
+    values = {"cw_dpo": [0.5, 0.7, 0.5], "dpo": [0.4, None, 0.1], "ipo": [0.4, 0.3, 0.2]}
+    found = summary_of(values, study(variants=variants, score={"judge_score": 1.0}))
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    page = write_report(tmp_path).read_text()
+    assert "minus dpo" in page
+    assert "theirs" in page
+    assert "1 of 3 failed" in page
+    assert "NonFiniteError: planted" in page
+    assert "<script" not in page
+    assert "p = " in page
+
+
+# --- the grid -------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = study(
+        variants={f"v{i}": {"set": [f"stage2.learning_rate={1 + i}.0e-5"]} for i in range(3)}, full="v0"
+    )
+    jobs = list(planned(spec, tmp_path).cells.values())
+    calls = []
+
+    def broken(wave: Any, workers: int, hear: Any, run: Any) -> bool:
+        calls.append([j.key for j in wave])
+        for job in wave:
+            if job.key == "v1-seed0":
+                return False
+            hear(CellResult(job.key, "done", {"x": 1}, None, 0.0))
+        return True
+
+    monkeypatch.setattr(grid, "_in_pool", broken)
+    results = run_grid([jobs], 2, lambda event: None)
+    assert calls == [["v0-seed0", "v1-seed0", "v2-seed0"], ["v1-seed0"], ["v2-seed0"]]
+    assert {k: r.status for k, r in results.items()} == {
+        "v0-seed0": "done",
+        "v1-seed0": "failed",
+        "v2-seed0": "done",
+    }
+    assert "killed" in str(results["v1-seed0"].error)
+
+
+@pytest.mark.slow
+def test_a_whole_small_study_with_margins_and_a_failure(tmp_path: Path) -> None:
+    spec = study(
+        data={"n": 3, "noise": 0.2},
+        variants={
+            "cw_dpo": {"set": ["stage2.objective={name: cw_dpo}"]},
+            "dpo": {"set": ["stage2.objective={name: dpo, beta: 0.3}"]},
+            "madpo": {"set": ["stage2.objective={name: madpo}"], "margins_from": "dpo"},
+            "broken": {
+                "set": ["stage2.objective={name: dpo}", "stage2.learning_rate=1.0e+30", "stage2.steps=3"]
+            },
+        },
+    )
+    found = ablate(RECIPE, spec, tmp_path / "out", seeds=2, jobs=2)
+    rows = {r["name"]: r for r in found["variants"]}
+    assert [c["status"] for c in rows["broken"]["cells"]] == ["failed", "failed"]
+    for name in ("cw_dpo", "dpo", "madpo"):
+        assert [c["status"] for c in rows[name]["cells"]] == ["done", "done"], rows[name]["cells"]
+        assert rows[name]["figures"]["judge_score"]["n"] == 2
+    made = json.loads(next((tmp_path / "out" / "cells").glob("data-*-seed1/data/best_of.json")).read_text())
+    assert (made["n"], made["noise"], made["seed"]) == (3, 0.2, 1)
+    margin = next((tmp_path / "out" / "cells").glob("margins-dpo-seed0/train.jsonl")).read_text().splitlines()
+    assert all("reward_margin" in n["made"] for line in margin for n in json.loads(line)["negatives"])
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_small_sweep_chooses_on_validation(tmp_path: Path) -> None:
+    grid_ = {"stage2.learning_rate": [1e-5, 1e-1]}
+    spec = study(
+        variants={
+            "cw_dpo": {"set": ["stage2.objective={name: cw_dpo}"], "grid": grid_},
+            "dpo": {"set": ["stage2.objective={name: dpo}"], "grid": grid_},
+        },
+        common=[*TINY, "stage2.steps=4"],
+    )
+    found = sweep(RECIPE, spec, tmp_path / "out", finalists=1, jobs=2)
+    assert found["chosen"] == {
+        "cw_dpo": ["stage2.learning_rate=1.0e-05"],
+        "dpo": ["stage2.learning_rate=1.0e-05"],
+    }
+    assert load_chosen(tmp_path / "out" / "chosen.yaml")["dpo"] == ("stage2.learning_rate=1.0e-05",)
+    with pytest.raises(RecipeError, match="needs the same number of points"):
+        sweep(RECIPE, study(), tmp_path / "other", finalists=1, jobs=1)
+
+
+@pytest.mark.slow
+def test_a_study_of_40_cells_killed_three_times_ends_with_the_same_table(tmp_path: Path) -> None:
+    rates = [f"{i}.0e-5" for i in range(1, 9)]
+    tree = {
+        "name": "forty", "title": "Forty", "question": "?", "full": "v0", "common": list(TINY),
+        "variants": {f"v{i}": {"set": [f"stage2.learning_rate={r}"]} for i, r in enumerate(rates)},
+    }  # fmt: skip
+    file = tmp_path / "forty.yaml"
+    file.write_text(yaml.safe_dump(tree))
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable, "-m", "cwdpo", "ablate", str(RECIPE), "--study", str(file), "--seeds", "5", "--jobs", "2",
+            "--out", str(out),
+        ]  # fmt: skip
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with (tmp_path / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+    def said() -> str:
+        return (tmp_path / "log.txt").read_text(errors="replace")[-3000:]
+
+    def finished(out: Path) -> int:
+        return sum((f / "figures.json").is_file() for f in (out / "cells").glob("v*-seed*"))
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(timeout=1500) == 0, said()
+    killed = tmp_path / "killed"
+    stopped_at = []
+    for goal in (5, 15, 30):
+        process = start(killed)
+        while finished(killed) < goal:
+            assert process.poll() is None, said()
+            time.sleep(0.05)  # waits for another process, not for a duration
+        os.kill(process.pid, signal.SIGKILL)  # only the parent: its workers must end by themselves
+        process.wait()
+        stopped_at.append(finished(killed))
+    assert 40 > stopped_at[2] >= 30
+    last = start(killed)
+    assert last.wait(timeout=1500) == 0, said()
+    assert finished(killed) == finished(tmp_path / "whole") == 40
+    for name in ("table.md", "table.csv"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_recipe_of_the_studies_is_the_demo_s_size() -> None:
+    from cwdpo.lab import methods
+
+    recipe = load_recipe(RECIPE)
+    assert (recipe.stage1.steps, recipe.stage2.steps) == (methods.STAGE1_STEPS, methods.STAGE2_STEPS)
+    assert recipe.train.batch_size == methods.BATCH
+    assert recipe.data.world is not None
+    assert recipe.data.world.train == methods.TRAIN_ROWS

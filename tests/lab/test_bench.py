@@ -1,0 +1,126 @@
+"""The benchmark compares the same work: one batch, one loss, one gradient, and reports what it is given."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cwdpo.cli.bench import recipe_text, scale_text, step_text
+from cwdpo.errors import RecipeError
+from cwdpo.lab.bench.setting import Setting, processor, rows
+
+SMALL = {"prompt_tokens": 64, "completion_tokens": 8}
+
+
+@pytest.mark.parametrize("prompt_tokens", [32, 64, 256, 1024])
+def test_lengths_are_exact(prompt_tokens: int) -> None:
+    made = processor()
+    (row,) = rows(Setting(prompt_tokens=prompt_tokens, completion_tokens=8), made.tokenizer)
+    inputs = made(text=[row["prompt"]], images=row["images"], return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == prompt_tokens
+    share = float((inputs["mm_token_type_ids"] == 1).float().mean())
+    assert 0.6 < share <= 0.9
+    for side in ("chosen", "rejected"):
+        assert len(made.tokenizer(row[side], add_special_tokens=False)["input_ids"]) == 8
+
+
+def test_a_prompt_that_cannot_hold_a_picture_is_refused() -> None:
+    with pytest.raises(RecipeError, match="--prompt-tokens 8"):
+        rows(Setting(prompt_tokens=8), processor().tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tune": "lora"},
+        {"tune": "full"},
+        {"tune": "lora", "negatives": 3},
+        {"tune": "lora", "grad_checkpointing": True},
+        {"tune": "full", "reference": "live"},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_loss_and_gradient_are_those_of_trl(changes: dict) -> None:
+    from cwdpo.lab.bench.steps import build, largest_difference
+
+    bench = build(Setting(**SMALL, **changes))
+    losses = {name: bench.run(name) for name in bench.steps}
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["trl"]), abs=1e-4)
+    assert abs(losses["trl"] - 0.6931) > 1e-4, "at the reference everything would agree"
+    wanted = bench.gradients("trl")
+    for name in ("trl_completions", "trl_cached", "cwdpo"):
+        difference, scale = largest_difference(wanted, bench.gradients(name))
+        assert scale > 1e-3
+        assert difference <= 1e-5 * max(scale, 1.0), name
+
+
+@pytest.mark.slow
+def test_the_command_reports_every_rival(run) -> None:
+    code, out, _ = run(
+        "bench", "step", "--prompt-tokens", 64, "--completion-tokens", 8, "--repeats", 2, "--json"
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert set(found["rivals"]) == {"trl", "trl_completions", "trl_cached"}
+    for rival in found["rivals"].values():
+        assert rival["time"]["min"] <= rival["time"]["median"] <= rival["time"]["max"]
+        assert rival["flops"] > 1.2, "TRL runs prompt and picture for every completion"
+    assert found["gradient"]["largest_difference"] < 1e-5
+    text = step_text(found)
+    assert f"{found['rivals']['trl']['flops']:6.2f}" in text
+    assert "K = 1, lora" in text
+
+
+def test_reports_say_what_they_are_given() -> None:
+    cost = {"median": 1.5, "min": 1.25, "max": 1.75}
+    assert "negatives          4    1.50 (1.25 to 1.75)" in scale_text(
+        [{"what": "negatives", "value": 4, "time": cost}]
+    )
+    half = {"tokens_per_second": 100.0, "padding": 0.25, "seconds_per_step": 0.5}
+    text = recipe_text(
+        {
+            "before": half,
+            "after": {**half, "tokens_per_second": 150.0},
+            "ratio": 1.5,
+            "ratio_of_halves": [1.4, 1.6],
+        }
+    )
+    assert "150 tokens/s" in text
+    assert "padding 25.0%" in text
+    assert "ratio 1.50 (halves of the steps: 1.40 and 1.60)" in text
+
+
+@pytest.mark.slow
+def test_memory_for_scoring_does_not_grow_with_the_vocabulary(monkeypatch) -> None:
+    """What is kept for the backward pass, weights aside, is the same for a vocabulary eight times as large."""
+    from cwdpo.data.encode.collate import collate
+    from cwdpo.models.shared_attention import use_scoring
+    from cwdpo.scoring import token_logp
+    from cwdpo.scoring.score import score
+    from families import build, ragged
+
+    def kept(vocabulary: int) -> int:
+        model = build("llava")
+        model.resize_token_embeddings(vocabulary)
+        use_scoring(model, "shared_prefix")
+        batch = collate(ragged("llava", model, 3))
+        monkeypatch.setattr(token_logp, "CHUNK_VALUES", vocabulary * 4)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logp = score(model, batch).logp
+        logp.sum().backward()
+        return sum(saved.values())
+
+    assert kept(8 * 512) == pytest.approx(kept(512), rel=0.01)

@@ -1,0 +1,329 @@
+"""Several processes take the steps of one: DDP and FSDP2 on gloo, two processes, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cwdpo.data.encode.collate import collate
+from cwdpo.data.encode.encoder import EncodedPrompt
+from cwdpo.errors import ModelError
+from cwdpo.models.load import load_policy, load_weights
+from cwdpo.objectives.base import OBJECTIVES, StepTotals
+from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.scoring import plain
+from cwdpo.scoring.pairs import reference_pass, scored_pairs
+from cwdpo.trainer.processes import Unsharded, first_rows, with_silent_row
+from paths import ROOT, TESTS
+
+WORKER = TESTS / "process_worker.py"
+CONFIGS = ROOT / "configs" / "accelerate"
+WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlavaForConditionalGeneration"}
+
+
+def worker():
+    spec = importlib.util.spec_from_file_location("process_worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["process_worker"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SCENARIOS = worker().SCENARIOS
+EQUAL = sorted(set(SCENARIOS) - {"nan", "unreadable"})
+
+
+def launch(*arguments: str) -> list[str]:
+    """Start two processes as a launcher would; their outputs. None outlives ten minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), *arguments],
+            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r), "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [p.returncode for p in started] == [0, 0], "\n".join(text[-3000:] for text in outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def alone(world_folder, model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    run = worker().trained
+    return {name: run(name, world_folder, model_folder, folder) for name in SCENARIOS}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def together(request, world_folder, model_folder, tmp_path_factory):
+    """Mode, folder, and per rank what every scenario gave: all of them in one pair of processes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    launch(request.param, str(world_folder), str(model_folder), str(folder), *SCENARIOS)
+    return request.param, folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def losses(result) -> list[float]:
+    return [row["loss"] for row in result["logs"] if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_processes_take_the_steps_of_one(together, alone, name) -> None:
+    mode, _, (first, second) = together
+    one, two = alone[name], first[name]
+    assert (one["error"], two["error"]) == ("", "")
+    assert two["wrapped"] == WRAPPED[mode]
+    expected, found = losses(one), losses(two)
+    assert len(found) == SCENARIOS[name].arguments.get("max_steps", 6)
+    assert max(expected) - min(expected) > 1e-4, "nothing was learned, so nothing was compared"
+    assert found == pytest.approx(expected, abs=1e-5, rel=0)
+    assert one["skipped"] == two["skipped"] == second[name]["skipped"]
+    assert bool(one["skipped"]) == (name == "spike")
+    # Metrics are averaged over the same rows, each counted once. Only the padding is that of smaller batches.
+    for a, b in zip(one["logs"], two["logs"], strict=True):
+        measured = {k: v for k, v in a.items() if not k.startswith(("train_", "tokens/"))}
+        if a.get("step") == 1:  # no shift yet: which of two zeros is larger is rounding
+            measured.pop("rewards/accuracies", None)
+        assert {k: b[k] for k in measured} == pytest.approx(measured, abs=1e-4, rel=1e-4)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-3, abs=1e-3)
+    assert two["weights"] == second[name]["weights"]
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_process_stops_both_and_names_the_row(together, alone, model_folder) -> None:
+    _, folder, results = together
+    texts = [result["nan"]["error"] for result in results]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("NonFiniteError: step 3: the loss is nan on examples train-00011;")
+    report = json.loads((folder / "nan" / "nonfinite.json").read_text())
+    (batch,) = report["micro_batches"]
+    assert [e["id"] for e in batch["examples"] if not e["finite"]] == ["train-00011"]
+    assert len(batch["examples"]) == 4, "the batch of the process that saw it"
+    assert sorted(p.name for p in (folder / "nan").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    load_weights(worker().random_model(model_folder), folder / "nan" / "checkpoint-2")
+    assert losses(results[0]["nan"]) == pytest.approx(losses(alone["nan"]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_image_that_one_process_cannot_read_stops_both(together) -> None:
+    _, _, results = together
+    for result in results:
+        assert result["unreadable"]["error"] == "DataError: row 12: images: cannot be decoded (gone)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune) -> None:
+    small = [
+        "stage1.steps=4", "stage2.steps=4", "data.world.train=40", "data.world.validation=8", "train.logging_steps=1",
+        "calibration.samples=10", "evaluation.prompts=2", "train.save_steps=2", "probes.every=2", f"model.tune={tune}",
+    ]  # fmt: skip
+    recipe = str(ROOT / "recipes" / "tiny.yaml")
+    launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small)
+    module = worker()
+    one = module.train_two_stage(
+        module.load_recipe(recipe, [*small, "train.batch_size=16"]), tmp_path / "one"
+    )
+    two = RunDir.open(tmp_path / "two")
+    for stage in ("stage1", "stage2"):
+        a, b = ([r["loss"] for r in run.metrics() if r["stage"] == stage] for run in (one, two))
+        assert len(a) == 4
+        assert b == pytest.approx(a, abs=1e-5, rel=0)
+    readings = [
+        {(r["stage"], r["step"], r["name"]): r["value"] for r in run.readings()} for run in (one, two)
+    ]
+    assert len(readings[0]) > 20
+    missing = [{name for name, value in found.items() if value is None} for found in readings]
+    assert missing[0] == missing[1]
+    known = [{name: value for name, value in found.items() if value is not None} for found in readings]
+    # A correlation of shifts that are near zero yet magnifies their rounding.
+    fine = [{k: v for k, v in found.items() if k[2] != "length/correlation"} for found in known]
+    assert fine[1] == pytest.approx(fine[0], abs=1e-4, rel=1e-4)
+    assert known[1] == pytest.approx(known[0], abs=0.02)
+    load_policy(_settings(tmp_path / "two" / "model"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_stop_and_steer_as_one_does(tmp_path, mode) -> None:
+    """A curriculum that moves at every measurement, and a rule that holds at the third of four."""
+    small = [
+        "stage1.steps=2", "stage2.steps=8", "stage2.learning_rate=1e-3", "data.world.train=40",
+        "data.world.validation=8", "data.world.negatives_per_prompt=3", "train.logging_steps=1",
+        "calibration.samples=10", "evaluation.prompts=0", "probes.every=2",
+        "curriculum={name: by_readings, start_high: 1.0, cooled_above: 0.0, notch: 0.2, narrowest: 0.2}",
+    ]  # fmt: skip
+    recipe = str(ROOT / "recipes" / "tiny.yaml")
+    module = worker()
+
+    def alone(out: Path, stop: str) -> RunDir:
+        return module.train_two_stage(module.load_recipe(recipe, [*small, stop, "train.batch_size=16"]), out)
+
+    free = alone(tmp_path / "free", "stop=[]")
+    assert len(read_jsonl(free.path / "curriculum.jsonl")) >= 3
+    margins = {
+        r["step"]: r["value"] for r in free.readings() if r["name"] == "margin" and r["stage"] == "stage2"
+    }
+    assert sorted(margins) == [0, 2, 4, 6, 8]
+    assert max(margins[s] for s in (0, 2, 4)) < margins[6]
+    stop = f"stop=[margin > {(margins[6] + max(margins[s] for s in (0, 2, 4))) / 2}]"
+    one = alone(tmp_path / "one", stop)
+    launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small, stop)
+    two = RunDir.open(tmp_path / "two")
+    for run in (one, two):
+        stopped = run.json("stopped-stage2.json")
+        assert (stopped["step"], stopped["rolled_back_to"]) == (6, 4)
+    assert [r["loss"] for r in two.metrics() if r["stage"] == "stage2"] == pytest.approx(
+        [r["loss"] for r in one.metrics() if r["stage"] == "stage2"], abs=1e-4
+    )
+    moves = [
+        [(r["step"], r["negatives"]) for r in read_jsonl(run.path / "curriculum.jsonl")] for run in (one, two)
+    ]
+    assert moves[0] == moves[1]
+    states = [load_file(run.path / "model" / "model.safetensors") for run in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    assert max(float((states[0][n] - states[1][n]).abs().max()) for n in states[0]) < 1e-4
+
+
+def _settings(folder: Path):
+    from cwdpo.config import ModelSettings
+
+    return ModelSettings(path=str(folder), device="cpu")
+
+
+@pytest.fixture
+def encoded(encoder, examples, model):
+    return reference_pass(model, encoder.encode_all(examples[:6], "rejected", require_negative=True)[0])
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    output = OBJECTIVES.build({"name": "cw_dpo", "floor": -6.0, "tau": 0.5, "sft_weight": 0.3})(
+        scored_pairs(batch, plain.score(model, batch))
+    )
+    output.loss.backward()
+    return output.loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_silent_row_runs_the_vision_tower_and_changes_nothing(model, encoded) -> None:
+    image_token = model.config.image_token_id
+    text_only = [
+        type(e)(
+            e.id,
+            EncodedPrompt(tuple(t for t in e.prompt.input_ids if t != image_token)),
+            e.chosen,
+            e.negatives,
+        )
+        for e in encoded[:3]
+    ]
+    batch = collate(text_only)
+    called = []
+    model.model.vision_tower.register_forward_hook(lambda *_: called.append(1))
+    loss, before = gradients(model, batch)
+    assert not called
+    assert not any("vision" in name for name in before)
+    silent_loss, after = gradients(model, with_silent_row(batch, encoded[4].prompt))
+    assert called
+    assert float(silent_loss) == pytest.approx(float(loss), abs=1e-6)
+    for name, gradient in before.items():
+        assert torch.allclose(gradient, after.pop(name), atol=1e-6), name
+    assert any("vision_tower" in name for name in after), "the backward pass goes through it as well"
+    assert all(not gradient.any() for gradient in after.values())
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_the_first_rows_of_a_batch_are_the_batch_of_the_first_rows(encoded, n) -> None:
+    kept = first_rows(collate(encoded), n)
+    expected = collate(encoded[:n])
+    for name, value in vars(expected).items():
+        found = getattr(kept, name)
+        same = torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+        assert same, name
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "sft_constrained", "penalty": 0.5, "constraint": 7.0},
+        {"name": "sft_smoothed", "weight": 0.2},
+        {"name": "cw_dpo", "floor": -6.0, "tau": 0.5, "sft_weight": 0.3},
+    ],
+    ids=lambda spec: spec["name"],
+)
+def test_a_process_without_a_row_of_its_own_adds_nothing(model, encoded, spec) -> None:
+    objective = OBJECTIVES.build(spec)
+    batch = with_silent_row(first_rows(collate(encoded), 0), encoded[0].prompt)
+    pairs = scored_pairs(
+        batch,
+        plain.score(model, batch, smoothing=objective.needs_uniform),
+        StepTotals(6.0, 100.0, 120.0, negative_nll=6.0),
+    )
+    output = objective(pairs)
+    assert float(output.loss.detach()) == 0
+    output.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert all(value.numel() == 0 for value in output.per_pair.values())
+
+
+def test_a_model_is_put_together_again_with_ties_and_frozen_parts(model) -> None:
+    model.model.vision_tower.requires_grad_(False)
+    places = Unsharded(model)
+    whole = places.filled(model)
+    assert whole is not model
+    assert whole.lm_head.weight is whole.get_input_embeddings().weight
+    for (name, a), (other, b) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        assert (name, a.requires_grad) == (other, b.requires_grad)
+        assert torch.equal(a, b)
+    ids = torch.tensor([[1, 5, 6]])
+    assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(0))
+    model.get_input_embeddings().weight = model.lm_head.weight
+    with pytest.raises(ModelError, match="embed_tokens"):
+        places.filled(model)
+
+
+def test_every_accelerate_config_is_whole() -> None:
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
+    assert set(found) == {"ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"}
+    kinds = {name: config["distributed_type"] for name, config in found.items()}
+    assert kinds == {
+        "ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED",
+    }  # fmt: skip
+    # What the tests set by hand for FSDP2 is what the shipped file says.
+    environment = {key.upper(): str(value).lower() for key, value in found["fsdp2"]["fsdp_config"].items()}
+    for key, value in worker().SHARDED.items():
+        if key.startswith("FSDP_"):
+            assert environment[key] == value.lower(), key
+    assert found["deepspeed_zero2"]["deepspeed_config"]["zero_stage"] == 2
+    assert found["deepspeed_zero3"]["deepspeed_config"]["zero_stage"] == 3
+
+
+def test_weights_on_the_first_process_alone_are_refused(model_folder, monkeypatch) -> None:
+    monkeypatch.setattr("transformers.integrations.is_fsdp_enabled", lambda: True)
+    with pytest.raises(ModelError, match="fsdp_cpu_ram_efficient_loading"):
+        load_policy(_settings(model_folder))
