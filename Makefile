@@ -28,7 +28,7 @@ base: $(VENV)/.installed
 
 # The settings of the demo's methods (about 20 minutes on 2 cores).
 sweep: $(VENV)/.installed
-	$(BIN)/cwdpo sweep recipes/study.yaml --study demo --finalists 3 --jobs 2 --out runs/sweep
+	$(BIN)/cwdpo sweep --study demo --finalists 3 --jobs 2 --out runs/sweep
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

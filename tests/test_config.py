@@ -19,7 +19,7 @@ from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.objectives.sft_constrained import SftConstrained
 
-RECIPES = sorted(paths.RECIPES.glob("**/*.yaml"))
+RECIPES = [*sorted(paths.RECIPES.glob("**/*.yaml")), paths.ROOT / "src/cwdpo/lab/recipe.yaml"]
 STAGE = {"objective": "dpo", "learning_rate": 1e-5}
 
 

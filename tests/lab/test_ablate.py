@@ -15,18 +15,27 @@ from typing import Any
 import pytest
 import yaml
 
-from cwdpo.config import NegativeSettings, load_recipe, parse_recipe
+from cwdpo.config import parse_recipe
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.lab import grid
 from cwdpo.lab.ablate import ablate, at_edge, sweep
 from cwdpo.lab.grid import CellResult, run_grid
-from cwdpo.lab.plan import asked, plan, read_tree
-from cwdpo.lab.spec import Study, Variant, load_chosen, load_study, overrides_of, shipped
+from cwdpo.lab.outcome import outcome
+from cwdpo.lab.plan import Plan, asked, plan, read_tree
+from cwdpo.lab.spec import (
+    RECIPE,
+    Study,
+    Variant,
+    load_chosen,
+    load_study,
+    overrides_of,
+    settings_for,
+    shipped,
+)
 from cwdpo.lab.tables import markdown, to_csv
 from cwdpo.objectives.base import OBJECTIVES
-from paths import ROOT
+from cwdpo.report.summary import Summary
 
-RECIPE = ROOT / "recipes" / "study.yaml"
 TINY = (
     "data.world.train=24", "data.world.validation=8", "data.world.test=4", "stage1.steps=1", "stage2.steps=1",
     "train.batch_size=4", "calibration.samples=4", "calibration.max_new_tokens=8", "probes.prompts=4",
@@ -65,11 +74,9 @@ def test_every_shipped_study_fits_the_recipe(name: str) -> None:
     assert spec.name == name
     assert spec.question
     tree = read_tree(RECIPE)
-    for row in spec.expanded({}).variants if spec.panel else spec.variants:
-        whole = spec.expanded({})
-        overrides = overrides_of(whole, row, {})
-        if name == "mix" and "on_policy_fraction" not in NegativeSettings.model_fields:
-            pytest.skip("this version samples no on-policy negatives")
+    whole, chosen = spec.expanded({}), settings_for(spec, None)
+    for row in whole.variants:
+        overrides = overrides_of(whole, row, chosen)
         for point in whole.variants[row].settings():
             parse_recipe(tree, [*overrides, *point])
 
@@ -202,9 +209,7 @@ def test_other_data_needs_a_test_set(tmp_path: Path) -> None:
 # --- tables ---------------------------------------------------------------------------------------------
 
 
-def summary_of(values: dict[str, list[float | None]], spec: Study | None = None) -> dict[str, Any]:
-    from cwdpo.lab import outcome
-
+def summary_of(values: dict[str, list[float | None]], spec: Study | None = None) -> Summary:
     spec = spec or study(variants={name: {"label": name.upper()} for name in values})
     results = {
         f"{name}-seed{i}": CellResult(
@@ -214,7 +219,7 @@ def summary_of(values: dict[str, list[float | None]], spec: Study | None = None)
         for name, row in values.items()
         for i, v in enumerate(row)
     }  # fmt: skip
-    return outcome.outcome(Path("nowhere"), spec, range(len(next(iter(values.values())))), results, {})
+    return outcome(Path("nowhere"), spec, range(min(map(len, values.values()))), Plan(), results, {})
 
 
 def test_means_differences_and_corrections_by_hand() -> None:
@@ -222,22 +227,37 @@ def test_means_differences_and_corrections_by_hand() -> None:
 
     ours, dpo, sft = [0.5, 0.7, 0.6, 0.8], [0.4, 0.5, 0.55, 0.6], [0.5, 0.71, 0.6, 0.79]
     found = summary_of({"cw_dpo": ours, "dpo": dpo, "sft": sft})
-    rows = {r["name"]: r for r in found["variants"]}
-    assert rows["cw_dpo"]["figures"]["judge_score"]["mean"] == pytest.approx(0.65)
-    assert rows["cw_dpo"]["against"] == {}
-    against = rows["dpo"]["against"]["judge_score"]
-    assert against["mean"] == pytest.approx(-0.1375)
+    assert found.row("cw_dpo").figures["judge_score"].mean == pytest.approx(0.65)
+    assert found.row("cw_dpo").against == {}
+    against = found.row("dpo").against["judge_score"]
+    assert against.mean == pytest.approx(-0.1375)
     p = stats.ttest_rel(dpo, ours).pvalue
-    assert against["p"] == pytest.approx(p)
-    assert against["p_corrected"] == pytest.approx(min(1.0, 2 * p)), (
-        "the smaller of two p-values counts twice"
-    )
-    assert rows["sft"]["against"]["judge_score"]["word"] == "no clear difference"
+    assert against.p == pytest.approx(p)
+    assert against.p_corrected == pytest.approx(min(1.0, 2 * p)), "the smaller of two p-values counts twice"
+    assert found.row("sft").against["judge_score"].word == "no clear difference"
     table = list(csv.DictReader(to_csv(found).splitlines()))
     line = next(r for r in table if (r["variant"], r["figure"]) == ("dpo", "judge_score"))
-    assert float(line["difference"]) == against["mean"]
-    assert float(line["p_corrected"]) == against["p_corrected"]
-    assert "| DPO | -0.137 [" in markdown(found).replace("| - ", "")
+    assert float(line["difference"]) == against.mean
+    assert float(line["p_corrected"]) == against.p_corrected
+    text = markdown(found)
+    assert "| DPO | -0.137 [" in text.replace("| - ", "")
+    assert "corrected (Holm) for the 2 comparisons of a figure" in text
+
+
+def test_a_word_is_given_only_where_the_corrected_p_allows_it() -> None:
+    """By hand: both differences are -0.1 +- 0.01, of three seeds t = 17.32, p = 0.00332; twice that is below 0.05."""
+    ours, worse = [0.51, 0.62, 0.73], [0.40, 0.52, 0.64]
+    found = summary_of({"cw_dpo": ours, "dpo": worse})
+    against = found.row("dpo").against["judge_score"]
+    assert (against.p, against.p_corrected, against.word) == (
+        pytest.approx(0.00332, abs=1e-5),
+        against.p,
+        "worse",
+    )
+    assert summary_of({"cw_dpo": worse, "dpo": ours}).row("dpo").against["judge_score"].word == "better"
+    many = summary_of({"cw_dpo": ours, "dpo": worse, **{f"other{i}": ours[::-1] for i in range(15)}})
+    assert many.row("dpo").against["judge_score"].p_corrected == pytest.approx(16 * against.p)
+    assert many.row("dpo").against["judge_score"].word == "no clear difference"
 
 
 def test_a_variant_may_be_compared_with_another_than_the_full_one() -> None:
@@ -250,9 +270,8 @@ def test_a_variant_may_be_compared_with_another_than_the_full_one() -> None:
     )
     values = {"cw_dpo": [0.5, 0.7, 0.6], "dpo": [0.4, 0.5, 0.45], "dpo_r3": [0.41, 0.53, 0.49]}
     found = summary_of(values, spec)
-    rows = {r["name"]: r for r in found["variants"]}
-    assert rows["dpo_r3"]["against"]["judge_score"]["mean"] == pytest.approx(0.08 / 3)
-    assert rows["dpo"]["against"]["judge_score"]["mean"] == pytest.approx(-0.15)
+    assert found.row("dpo_r3").against["judge_score"].mean == pytest.approx(0.08 / 3)
+    assert found.row("dpo").against["judge_score"].mean == pytest.approx(-0.15)
     text = markdown(found).replace("| - ", "")
     assert "| DPO, fresh minus DPO | +0.027 [" in text
     assert "| DPO | -0.150 [" in text
@@ -261,6 +280,20 @@ def test_a_variant_may_be_compared_with_another_than_the_full_one() -> None:
     assert list(spec.only(["dpo_r3"]).variants) == ["cw_dpo", "dpo", "dpo_r3"]
     with pytest.raises(ValueError, match="no variant 'dpp'; did you mean 'dpo'"):
         study(variants={"cw_dpo": {}, "dpo": {"against": "dpp"}})
+
+
+def test_a_variant_with_more_seeds_is_compared_on_those_of_both() -> None:
+    spec = study(variants={"cw_dpo": {"more_seeds": 2}, "dpo": {}})
+    assert [a.key for a in asked(spec, [0, 1], {})] == [
+        *(f"cw_dpo-seed{i}" for i in range(4)), "dpo-seed0", "dpo-seed1",
+    ]  # fmt: skip
+    found = summary_of({"cw_dpo": [0.5, 0.7, 0.9, 0.9], "dpo": [0.4, 0.5]}, spec)
+    assert found.seeds == (0, 1, 2, 3)
+    assert found.row("cw_dpo").figures["judge_score"].mean == pytest.approx(0.75)
+    dpo = found.row("dpo")
+    assert [c.seed for c in dpo.cells] == [0, 1]
+    assert dpo.figures["judge_score"].per_seed == (0.4, 0.5, None, None)
+    assert (dpo.against["judge_score"].n, dpo.against["judge_score"].mean) == (2, pytest.approx(-0.15))
 
 
 def test_scores_stand_in_a_panel() -> None:
@@ -273,14 +306,16 @@ def test_scores_stand_in_a_panel() -> None:
     ).expanded({})  # fmt: skip
     values = {"cw_dpo-1.0e-05": [0.5, 0.7], "cw_dpo-0.0001": [0.4, 0.6], "dpo-0.0001": [0.1, None]}
     found = summary_of(values, spec)
-    assert found["panel"]["columns"] == ["1.0e-05", "0.0001"]
-    ours, dpo = found["panel"]["rows"]
-    assert [v["per_seed"] for v in ours["values"]] == [[1.0, 1.4], [0.8, 1.2]]
-    assert dpo["values"][0] is None, "DPO was not run there"
-    assert dpo["values"][1]["mean"] == pytest.approx(0.2)
+    assert found.panel is not None
+    assert found.panel.columns == ("1.0e-05", "0.0001")
+    scores = {r.name: r.figures["score"] for r in found.variants}
+    ours, dpo = found.panel.rows.values()
+    assert [scores[str(name)].per_seed for name in ours] == [(1.0, 1.4), (0.8, 1.2)]
+    assert dpo[0] is None, "DPO was not run there"
+    assert scores[str(dpo[1])].mean == pytest.approx(0.2)
     assert "| DPO | - | 0.200 |" in markdown(found)
-    assert found["variants"][1]["against"]["score"]["mean"] == pytest.approx(-0.2)
-    assert summary_of({"cw_dpo": [0.5], "dpo": [0.4]})["panel"] is None
+    assert found.variants[1].against["score"].mean == pytest.approx(-0.2)
+    assert summary_of({"cw_dpo": [0.5], "dpo": [0.4]}).panel is None
 
 
 def test_what_a_study_cannot_say() -> None:
@@ -296,6 +331,8 @@ def test_what_a_study_cannot_say() -> None:
             "is another variant's too",
         ),
         ({"score": {}}, "at least 1"),
+        ({"wins_against": "stf"}, "no variant 'stf'"),
+        ({"shown": ["dpo", "cw"]}, "no variant 'cw'"),
     ):
         with pytest.raises(ValueError, match=said):
             study(**changes)
@@ -304,6 +341,38 @@ def test_what_a_study_cannot_say() -> None:
         panel.expanded({})
     odd = study(panel=True, full="a-_x__y_", variants={"a": {"grid": {"k": [["x", "y"]]}}})
     assert list(odd.expanded({}).variants) == ["a-_x__y_"]
+
+
+def test_a_factor_multiplies_what_was_set_last() -> None:
+    times = {"stage2.learning_rate": 4}
+    spec = study(common=("stage2.learning_rate=1e-5",), variants={"cw_dpo": {}, "hot": {"times": times}})
+    assert overrides_of(spec, "hot", {})[-1] == "stage2.learning_rate=4.0e-05"
+    tuned = {"hot": ("stage2.learning_rate=2.5e-05",)}
+    assert overrides_of(spec, "hot", tuned)[-2:] == [
+        "stage2.learning_rate=2.5e-05",
+        "stage2.learning_rate=0.0001",
+    ]
+    for common, said in (
+        ((), "no override sets 'stage2.learning_rate'"),
+        (("stage2.learning_rate=x",), "no number"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            overrides_of(spec.model_copy(update={"common": common}), "hot", {})
+
+
+def test_variants_of_another_study(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "name: s\nfull: cw_dpo\nvariants_of: methods\ngrid: {stage2.steps: [1, 2]}\nvariants: {mine: {}}\n"
+    )
+    found = load_study(file)
+    assert {*load_study("methods").variants, "mine"} == set(found.variants)
+    assert {v.settings() == [("stage2.steps=1",), ("stage2.steps=2",)] for v in found.variants.values()} == {
+        True
+    }
+    file.write_text("name: s\nfull: cw_dpo\nvariants_of: learning_rates\n")
+    with pytest.raises(RecipeError, match="the study learning_rates has no variants of its own"):
+        load_study(file)
 
 
 def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:
@@ -321,16 +390,28 @@ def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:
 
 def test_a_failed_cell_is_shown_and_not_averaged_away() -> None:
     found = summary_of({"cw_dpo": [0.5, 0.7], "dpo": [0.4, None]})
-    row = found["variants"][1]
-    assert row["figures"]["judge_score"]["n"] == 1
-    assert row["against"]["judge_score"]["n"] == 1
-    assert row["against"]["judge_score"]["low"] is None
+    row = found.row("dpo")
+    assert row.figures["judge_score"].n == 1
+    assert row.against["judge_score"].n == 1
+    assert row.against["judge_score"].low is None
     text = markdown(found)
     assert "DPO (1 of 2 cells FAILED)" in text
     assert "- DPO, seed 1: NonFiniteError: planted" in text
     assert (
         next(r for r in csv.DictReader(to_csv(found).splitlines()) if r["variant"] == "dpo")["failed"] == "1"
     )
+
+
+def test_the_terminal_shows_the_same_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    from cwdpo.lab.tables import show
+
+    show(summary_of({"cw_dpo": [0.51, 0.62, 0.73], "dpo": [0.40, 0.52, 0.64], "sft": [0.4, None, 0.5]}))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "-0.100* " in text
+    assert "[-0.125, -0.075]" in text
+    assert "SFT (1 of 3" in text
+    assert "FAILED SFT, seed 1: NonFiniteError: planted" in text
+    assert "corrected (Holm) for the 2 comparisons of a figure" in text
 
 
 def test_the_page_of_a_study(tmp_path: Path) -> None:
@@ -342,8 +423,7 @@ def test_the_page_of_a_study(tmp_path: Path) -> None:
         "ipo": {"label": "IPO", "against": "dpo"},
     }
     values = {"cw_dpo": [0.5, 0.7, 0.5], "dpo": [0.4, None, 0.1], "ipo": [0.4, 0.3, 0.2]}
-    found = summary_of(values, study(variants=variants, score={"judge_score": 1.0}))
-    (tmp_path / "summary.json").write_text(json.dumps(found))
+    summary_of(values, study(variants=variants, score={"judge_score": 1.0})).write(tmp_path)
     page = write_report(tmp_path).read_text()
     assert "minus dpo" in page
     assert "theirs" in page
@@ -351,6 +431,7 @@ def test_the_page_of_a_study(tmp_path: Path) -> None:
     assert "NonFiniteError: planted" in page
     assert "<script" not in page
     assert "p = " in page
+    assert "corrected (Holm) for the 2 comparisons of a column" in page
 
 
 # --- the grid -------------------------------------------------------------------------------------------
@@ -363,7 +444,7 @@ def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path: Path, monkeypatch: 
     jobs = list(planned(spec, tmp_path).cells.values())
     calls = []
 
-    def broken(wave: Any, workers: int, hear: Any, run: Any) -> bool:
+    def broken(wave: Any, workers: int, hear: Any) -> bool:
         calls.append([j.key for j in wave])
         for job in wave:
             if job.key == "v1-seed0":
@@ -396,11 +477,10 @@ def test_a_whole_small_study_with_margins_and_a_failure(tmp_path: Path) -> None:
         },
     )
     found = ablate(RECIPE, spec, tmp_path / "out", seeds=2, jobs=2)
-    rows = {r["name"]: r for r in found["variants"]}
-    assert [c["status"] for c in rows["broken"]["cells"]] == ["failed", "failed"]
+    assert [c.status for c in found.row("broken").cells] == ["failed", "failed"]
     for name in ("cw_dpo", "dpo", "madpo"):
-        assert [c["status"] for c in rows[name]["cells"]] == ["done", "done"], rows[name]["cells"]
-        assert rows[name]["figures"]["judge_score"]["n"] == 2
+        assert [c.status for c in found.row(name).cells] == ["done", "done"], found.row(name).cells
+        assert found.row(name).figures["judge_score"].n == 2
     made = json.loads(next((tmp_path / "out" / "cells").glob("data-*-seed1/data/best_of.json")).read_text())
     assert (made["n"], made["noise"], made["seed"]) == (3, 0.2, 1)
     margin = next((tmp_path / "out" / "cells").glob("margins-dpo-seed0/train.jsonl")).read_text().splitlines()
@@ -471,13 +551,3 @@ def test_a_study_of_40_cells_killed_three_times_ends_with_the_same_table(tmp_pat
     assert finished(killed) == finished(tmp_path / "whole") == 40
     for name in ("table.md", "table.csv"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_the_recipe_of_the_studies_is_the_demo_s_size() -> None:
-    from cwdpo.lab import methods
-
-    recipe = load_recipe(RECIPE)
-    assert (recipe.stage1.steps, recipe.stage2.steps) == (methods.STAGE1_STEPS, methods.STAGE2_STEPS)
-    assert recipe.train.batch_size == methods.BATCH
-    assert recipe.data.world is not None
-    assert recipe.data.world.train == methods.TRAIN_ROWS

@@ -1,18 +1,27 @@
-"""The comparison runner: its arithmetic, its honesty about failed cells, and a small whole demo."""
+"""The demo is a study: its settings, a small whole one with its page, and one with a failed cell."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from cwdpo.lab import demo, methods
+from cwdpo.lab import ablate as engine
 from cwdpo.lab.cell import spread, steps_to_share
 from cwdpo.lab.grid import CellResult
-from cwdpo.lab.spec import load_study
-from cwdpo.lab.summary import compared
-from cwdpo.lab.table import markdown, name_of, number
+from cwdpo.lab.outcome import pooled, win_over_seeds
+from cwdpo.lab.plan import asked, plan, read_tree
+from cwdpo.lab.spec import RECIPE, Study, load_study, overrides_of, settings_for
+from cwdpo.lab.tables import number
+from cwdpo.report.summary import CellState, Mean, Row, Summary, read_summary
+
+METHODS = ("sft", "dpo", "dpo_sft", "cw_dpo")
+SMALL = (
+    "data.world.train=96", "data.world.validation=64", "data.world.test=12", "stage1.steps=2", "stage2.steps=3",
+)  # fmt: skip
 
 
 def test_spread_is_the_coefficient_of_variation() -> None:
@@ -29,110 +38,116 @@ def test_steps_to_a_share_of_the_best_margin() -> None:
     assert steps_to_share([], 0.95) is None
 
 
-def figure(*values: float | None) -> dict:
-    from cwdpo.evaluation.intervals import mean_interval
-
-    return mean_interval(values)
-
-
-def test_verdicts_follow_paired_intervals() -> None:
-    ours = {"label": "CW-DPO", "name": "cw_dpo", "figures": {"ece": figure(0.01, 0.02, 0.03)}}
-    worse = {"label": "DPO", "figures": {"ece": figure(0.11, 0.12, 0.13)}}
-    alike = {"label": "SFT", "figures": {"ece": figure(0.02, 0.01, 0.04)}}
-    failed = {"label": "X", "figures": {"ece": figure(None, None, 0.1)}}
-    found = compared("ece", "lower", ours, worse)
-    assert (found["word"], found["n"]) == ("better", 3)
-    assert found["mean"] == pytest.approx(-0.1)
-    assert compared("ece", "higher", ours, worse)["word"] == "worse"
-    assert compared("ece", "lower", worse, ours)["word"] == "worse"
-    assert compared("ece", "lower", ours, alike)["word"] == "no clear difference"
-    assert compared("ece", "lower", ours, failed)["word"] == "not measured"
-
-
 def test_a_failed_cell_is_shown() -> None:
-    row = {"label": "DPO", "cells": [{"status": "failed"}, {"status": "done"}]}
-    assert name_of(row) == "DPO (1 of 2 cells FAILED)"
-    assert number(figure(None), 3) == "-"
-    assert number(figure(0.5), 3) == "0.500"
+    cells = (CellState(0, "failed", "x", 1.0), CellState(1, "done", None, 1.0))
+    assert Row("dpo", "DPO", (), {}, None, {}, {}, cells).named == "DPO (1 of 2 cells FAILED)"
+    assert number(Mean(None, None, None, 0), 3) == "-"
+    assert number(Mean(0.5, None, None, 1), 3) == "0.500"
+    assert number(Mean(0.5, 0.4, 0.6, 2), 2) == "0.50 ±0.10"
+
+
+def test_win_rates_and_reliability_over_seeds_by_hand() -> None:
+    """Three prompts a seed, two samples each: 4 wins, 3 ties and 5 losses of 12; a failed seed does not count."""
+    ours = [[[1, 1], [0.5, 0.5], [0, 0]], None, [[1, 0], [1, 0], [0.5, 0]]]
+    rival = [[[0, 0], [0.5, 0.5], [1, 1]], [[0, 0]] * 3, [[0, 1], [0, 1], [0.5, 1]]]
+    found = win_over_seeds(ours, rival)
+    assert found.mean == pytest.approx((4 + 3 / 2) / 12)
+    assert (found.n, found.per_seed) == (2, (0.5, None, pytest.approx(2.5 / 6)))
+    rows = [[{"confidence": 0.5, "accuracy": 0.5, "n": 1}], [{"confidence": 0.52, "accuracy": 1.0, "n": 3}]]
+    (one,) = pooled(rows)
+    assert (one.n, one.confidence, one.accuracy) == (4, pytest.approx(0.515), pytest.approx(0.875))
 
 
 def test_the_shipped_settings_were_swept() -> None:
     study = load_study("demo")
-    assert {len(v.settings()) for v in study.variants.values()} == {8}, "every method has the same budget"
-    for m in methods.swept_methods():
-        grid = study.variants[m.name].grid
-        tried = {
-            key.removeprefix("stage2.").removeprefix("objective."): values for key, values in grid.items()
-        }
-        settings = {**m.stage2, "learning_rate": m.learning_rate}
-        assert {key: settings[key] in values for key, values in tried.items()} == dict.fromkeys(
-            tried, True
-        ), m.name
-        methods.cell_recipe(m, 0, "train.jsonl", "validation.jsonl", "model").stage2.build()
+    chosen = settings_for(study, None)
+    grids = {name: v.grid for name, v in study.variants.items() if v.grid}
+    assert {len(study.variants[name].settings()) for name in grids} == {8}, "every method has the same budget"
+    assert set(grids) == set(chosen) == set(METHODS)
+    for name, grid in grids.items():
+        settings = {key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in chosen[name])}
+        assert all(settings[key] in values for key, values in grid.items()), name
 
 
-def test_all_methods_take_the_same_steps_over_the_same_data() -> None:
-    recipes = [methods.cell_recipe(m, 1, "t.jsonl", "v.jsonl", "model") for m in methods.swept_methods()]
+def test_all_methods_take_the_same_steps_over_the_same_data(tmp_path: Path) -> None:
+    study = small()
+    cells = plan(
+        tmp_path, read_tree(RECIPE), study, asked(study, [1], settings_for(study, None)), split="test", test=None
+    ).cells  # fmt: skip
+    recipes = {key.removesuffix("-seed1"): job.recipe for key, job in cells.items()}
+    assert set(recipes) == {"base", *METHODS, *(f"{m}-hot" for m in METHODS)}
     assert (
-        len({(r.stage1.steps, r.stage2.steps, r.train.batch_size, r.data.path, r.seed) for r in recipes}) == 1
+        len({(r.stage1.steps, r.stage2.steps, r.data.model_dump_json(), r.seed) for r in recipes.values()})
+        == 1
     )
-    assert len({r.train.model_dump_json() for r in recipes}) == 1
+    assert len({r.train.model_dump_json() for r in recipes.values()}) == 1
+    for name in METHODS:
+        swept, hot = recipes[name].stage2, recipes[f"{name}-hot"].stage2
+        assert hot.objective == swept.objective
+        assert hot.learning_rate == 4 * swept.learning_rate
+    assert read_tree(RECIPE)["data"]["world"]["train"] == 1600
+    assert not any(
+        "steps" in o or "train=" in o for o in overrides_of(load_study("demo"), "sft-hot", chosen())
+    )
+
+
+def chosen() -> dict[str, tuple[str, ...]]:
+    return settings_for(load_study("demo"), None)
+
+
+def small(*names: str, **changes: Any) -> Study:
+    study = load_study("demo")
+    study = study.model_copy(update={"common": (*study.common, *SMALL), **changes})
+    return study.only(names) if names else study
 
 
 @pytest.mark.slow
-def test_a_small_demo_from_data_to_report(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(methods, "STAGE1_STEPS", 2)
-    monkeypatch.setattr(methods, "STAGE2_STEPS", 3)
-    monkeypatch.setattr(demo, "TRAIN_ROWS", 96)
-    settings = demo.DemoSettings(seeds=(0, 1), hot_seeds=(0, 1), test_prompts=12)
-    summary = demo.run_demo(tmp_path / "demo", settings)
-    stored = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert stored["methods"][0]["figures"].keys() == summary["methods"][0]["figures"].keys()
-    keys = {f["key"] for f in stored["figures"]}
-    for m in (*stored["methods"], *stored["hot"]["methods"]):
-        assert [c["status"] for c in m["cells"]] == ["done", "done"], m["cells"]
-        assert keys == m["figures"].keys()
-        measured = {k for k, f in m["figures"].items() if f["mean"] is not None}
+def test_a_small_demo_from_data_to_report(tmp_path: Path) -> None:
+    def run() -> Summary:
+        return engine.ablate(RECIPE, small(), tmp_path / "demo", seeds=2, jobs=2, chosen=chosen())
+
+    summary = run()
+    stored = read_summary(tmp_path / "demo")
+    assert stored == summary
+    keys = {f.key for f in stored.figures}
+    for v in stored.variants:
+        assert [c.status for c in v.cells] == ["done", "done"], v.cells
+        assert keys == v.figures.keys()
+        measured = {k for k, f in v.figures.items() if f.mean is not None}
         assert keys - measured <= {"steps_to_95"}, keys - measured
-        assert m["curves"]["margin"]
-    assert stored["methods"][0]["figures"]["win_rate"]["mean"] == 0.5, "continued SFT ties with itself"
-    assert len(stored["gallery"]) == 6
-    assert "CW-DPO" in markdown(stored, stored["methods"])
-    assert (tmp_path / "demo" / "report.html").stat().st_size > 50_000
-
-    again = demo.run_demo(tmp_path / "demo", settings)
-    assert again["methods"] == summary["methods"] or [{**m, "cells": None} for m in again["methods"]] == [
-        {**m, "cells": None} for m in summary["methods"]
-    ], "finished cells are used again"
+        assert bool(v.curves) == bool(v.reliability) == (v.name in stored.shown)
+    assert stored.row("cw_dpo").curves["margin"]
+    assert stored.row("sft").figures["win_rate"].mean == 0.5, "continued SFT ties with itself"
+    assert stored.base["sampled_correct"].n == 1
+    assert len(stored.gallery) == 6
+    assert [c.label for c in stored.gallery[0].captions] == [
+        "starting model", "CW-DPO", "DPO", "continued SFT", "DPO + SFT term",
+    ]  # fmt: skip
+    assert len(stored.compared) == 7
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert len(page) > 50_000
+    assert page.count("data:image/png") == 6
+    assert "corrected (Holm) for the 7 comparisons of a column" in page
+    again = run()
+    assert again.variants == summary.variants, "finished cells are used again"
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_is_a_row_of_the_table(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(methods, "STAGE1_STEPS", 2)
-    monkeypatch.setattr(methods, "STAGE2_STEPS", 2)
-    monkeypatch.setattr(demo, "TRAIN_ROWS", 64)
-    swept = [m for m in methods.swept_methods() if m.name in ("sft", "cw_dpo")]
-    monkeypatch.setattr(demo, "swept_methods", lambda: swept)
-    real = demo.run_grid
+def test_a_cell_that_fails_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine.run_grid
 
-    def fail_one(waves, workers, on_event):
-        results = real(waves, workers, on_event)
+    def fail_one(*arguments: Any) -> dict[str, CellResult]:
+        results = real(*arguments)
         results["cw_dpo-seed0"] = CellResult("cw_dpo-seed0", "failed", {}, "NonFiniteError: planted", 1.0)
         return results
 
-    monkeypatch.setattr(demo, "run_grid", fail_one)
-    summary = demo.run_demo(tmp_path / "demo", demo.DemoSettings(seeds=(0,), hot_seeds=(0,), test_prompts=8))
-    ours = next(m for m in summary["methods"] if m["name"] == "cw_dpo")
-    assert ours["cells"][0]["status"] == "failed"
-    assert ours["figures"]["sampled_correct"]["mean"] is None
-    assert "planted" in (tmp_path / "demo" / "report.html").read_text()
-
-
-def test_edits_are_counted_and_shown(tmp_path: Path) -> None:
-    from cwdpo.lab.edits import read, table
-
-    (tmp_path / "captions.txt").write_text("A brown dog runs .\n\nNothing here\n")
-    text = table(read(tmp_path / "captions.txt"), ["colour"], 5)
-    assert text.startswith("1 of 2 captions (50.0%) yield at least one edit; 3 edits in all; 0 equal chosen")
-    assert "| colour | 1 | 1 |" in text
-    assert "| colour | A ~~brown~~ **" in text
+    monkeypatch.setattr(engine, "run_grid", fail_one)
+    summary = engine.ablate(RECIPE, small("sft"), tmp_path / "demo", seeds=1, jobs=2, chosen=chosen())
+    assert [v.name for v in summary.variants] == ["sft", "cw_dpo"]
+    ours = summary.row("cw_dpo")
+    assert ours.cells[0].status == "failed"
+    assert ours.figures["sampled_correct"].mean is None
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "planted" in page
+    assert "no finished run" in page
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text())["shown"] == ["cw_dpo", "sft"]

@@ -15,7 +15,7 @@ from cwdpo.evaluation.paired import holm, paired_difference, verdict
 from cwdpo.evaluation.run import parse_specs
 from cwdpo.metrics import _coco
 from cwdpo.metrics._coco import simple_tokens
-from cwdpo.metrics.base import METRICS, Answer, Measured, by_prompt, difference, mean_of, ratio
+from cwdpo.metrics.base import METRICS, Answer, Measured, by_prompt, difference, mean_of, ratio, reliability
 from cwdpo.metrics.chair import mentioned
 from cwdpo.metrics.multiple_choice import parsed, spelled
 from cwdpo.records import Completion, Example, Message
@@ -293,6 +293,25 @@ def test_ece_equals_torchmetrics() -> None:
             theirs, abs=1e-6
         )
     assert METRICS.build("token_ece")(answers)[0].n == len(everything)
+
+
+def test_reliability_rows_are_the_bins_of_the_ece() -> None:
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(500, generator=generator)
+    correct = torch.rand(500, generator=generator) < confidence**2
+    tokens = [(0, 200), (200, 500)]  # of two prompts
+    answers = [
+        Answer(example(i), top1=tuple(confidence[a:b].tolist()), correct=tuple(correct[a:b].tolist()))
+        for i, (a, b) in enumerate(tokens)
+    ]
+    rows = reliability(METRICS.build("token_ece")(answers)[0])
+    assert sum(r["n"] for r in rows) == 500
+    ece = sum(r["n"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / 500
+    assert ece == pytest.approx(
+        float(binary_calibration_error(confidence, correct.long(), n_bins=15)), abs=1e-6
+    )
 
 
 # --- every metric ---------------------------------------------------------------------------------------

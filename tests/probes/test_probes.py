@@ -10,7 +10,6 @@ import torch
 
 from cwdpo.monitor.influence import OneStep
 from cwdpo.probes.base import PROBES, HeldOut, ProbeSet, Scale
-from cwdpo.probes.calibration import reliability
 
 
 @pytest.fixture
@@ -90,20 +89,6 @@ def test_peakedness_and_calibration(held) -> None:
 
 def test_the_mean_of_nothing_is_missing(held) -> None:
     assert held.reading("x", torch.empty(0), "nats").value is None
-
-
-def test_reliability_rows_are_the_bins_of_the_ece() -> None:
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(500, generator=generator)
-    correct = (torch.rand(500, generator=generator) < confidence**2).float()
-    rows = reliability(confidence, correct)
-    assert sum(r["n"] for r in rows) == 500
-    ece = sum(r["n"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / 500
-    assert ece == pytest.approx(
-        float(binary_calibration_error(confidence, correct.long(), n_bins=15)), abs=1e-6
-    )
 
 
 def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(model, encoder, examples) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,24 @@ import pytest
 from PIL import Image, ImageDraw
 
 from cwdpo.errors import RunDirError
-from cwdpo.report._demo import mark
 from cwdpo.report.render import write_report
+from cwdpo.report.summary import (
+    Bin,
+    Caption,
+    CellState,
+    Figure,
+    Mean,
+    Panel,
+    Picture,
+    Point,
+    Row,
+    Summary,
+    read_summary,
+)
 
-HOSTILE = "a <script>alert(1)</script> </style> \"quoted\" 'single' \u202eevil\u202c \x00\x07 {{ 7*7 }} & $x^2$ \ud800"
+HOSTILE = (
+    "a <script>alert(1)</script> </style> \"quoted\" 'single' \u202eevil\u202c \x00\x07 {{ 7*7 }} & $x^2$"
+)
 KINDS = ("hard", "medium", "one_word", "off_distribution", "easy")
 FIGURES = (
     ("sampled_correct", "all correct, temperature 1", "higher", 3),
@@ -27,7 +42,7 @@ FIGURES = (
     ("ece", "token ECE", "lower", 4),
     ("chosen_drift", "Δ log p of chosen, nats/token", "none", 2),
     ("grad_cv", "gradient norm, CV", "lower", 2),
-    ("win", "win rate against SFT", "higher", 3),
+    ("win_rate", "win rate against SFT", "higher", 3),
 )
 METHODS = (
     ("cw_dpo", "CW-DPO"), ("dpo", "DPO"), ("sft", "SFT, continued"), ("dpo_sft", "DPO + SFT term"),
@@ -137,22 +152,30 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-def method(name: str, label: str, place: int, *, hot: bool = False) -> dict[str, Any]:
+def mean_of(value: float, seeds: list[float | None], half: float | None = None) -> Mean:
+    low, high = (None, None) if half is None else (value - half, value + half)
+    return Mean(value, low, high, sum(s is not None for s in seeds), tuple(seeds))
+
+
+def variant(name: str, label: str, place: int, *, hot: bool = False, failed: tuple[int, ...] = ()) -> Row:
     rng = np.random.default_rng(place + 100 * hot)
     drop = (0.02 if name.startswith("cw") else 0.11) * hot
     centre = {
         "sampled_correct": 0.652 - 0.021 * place - drop, "greedy_correct": 0.781 - 0.008 * place - drop,
         "ill_formed": 0.021 + 0.011 * place + drop / 2, "ece": 0.0161 + 0.0052 * place + drop / 3,
         "chosen_drift": -0.041 - 0.113 * place - 4 * drop, "grad_cv": 0.262 + 0.311 * place,
-        "win": 0.541 - 0.0042 * place,
+        "win_rate": 0.541 - 0.0042 * place,
     }  # fmt: skip
     figures = {}
     for key, value in centre.items():
-        seeds = [value + float(rng.normal(0, abs(value) * 0.01)) for _ in range(3)]
-        mean, half = float(np.mean(seeds)), abs(value) * 0.03
-        figures[key] = {"mean": mean, "low": mean - half, "high": mean + half, "n": 3, "per_seed": seeds}
-    cells = [{"seed": s, "status": "done", "error": None, "seconds": 37.4 + s} for s in range(3)]
-    curves: dict[str, list[dict[str, float]]] = {}
+        seeds = [None if s in failed else value + float(rng.normal(0, abs(value) * 0.01)) for s in range(3)]
+        known = [s for s in seeds if s is not None]
+        figures[key] = (
+            mean_of(float(np.mean(known)), seeds, abs(value) * 0.03)
+            if known
+            else Mean(None, None, None, 0, (None,) * 3)
+        )
+    curves: dict[str, tuple[Point, ...]] = {}
     scale = (1 + place) * (2 if hot else 1)
     ends = {
         "chosen_shift": -scale,
@@ -165,82 +188,79 @@ def method(name: str, label: str, place: int, *, hot: bool = False) -> dict[str,
     if name == "cw_dpo":
         ends |= {f"cooling/weight/{k}": 0.8 - 0.17 * i for i, k in enumerate(KINDS)}
     for key, end in ends.items():
-        for step in range(0, 301, 25):
-            value = end * math.sqrt(step / 300) + float(rng.normal(0, abs(end) * 0.03))
-            spread = abs(end) * 0.1
-            curves.setdefault(key, []).append(
-                {"step": step, "mean": value, "low": value - spread, "high": value + spread}
-            )
+        values = [
+            (s, end * math.sqrt(s / 300) + float(rng.normal(0, abs(end) * 0.03))) for s in range(0, 301, 25)
+        ]
+        curves[key] = tuple(Point(s, v, v - abs(end) * 0.1, v + abs(end) * 0.1) for s, v in values)
     centres = np.linspace(0.15, 0.98, 12)
-    reliability = [
-        {"confidence": float(c), "accuracy": float(c - 0.02 * place * (1 - c)), "n": int(40 + 900 * c**4)}
-        for c in centres
+    bins = tuple(Bin(float(c), float(c - 0.02 * place * (1 - c)), int(40 + 900 * c**4)) for c in centres)
+    shown = not hot and len(failed) < 3
+    error = f"NonFiniteError: step 41: the loss is nan on examples {HOSTILE}"
+    return Row(
+        name=f"{name}-hot" if hot else name,
+        label=f"{label}, 4x" if hot else label,
+        overrides=(f"stage2.learning_rate={1e-4 / (1 + place)}",),
+        figures=figures,
+        rival=None
+        if name == "cw_dpo" and not hot
+        else "cw_dpo-hot"
+        if hot and name != "cw_dpo"
+        else "cw_dpo",
+        against={},
+        calibration={"floor": (-0.5, -0.6, -0.55)} if name == "cw_dpo" else {},
+        cells=tuple(
+            CellState(s, "failed" if s in failed else "done", error if s in failed else None, 37.4 + s)
+            for s in range(3)
+        ),
+        curves=curves if shown else {},
+        reliability=bins if shown else (),
+    )
+
+
+def study_summary() -> Summary:
+    from cwdpo.lab.outcome import compared
+
+    swept = [variant(n, label, i, failed=(2,) if n == "dpo" else ()) for i, (n, label) in enumerate(METHODS)]
+    hot = [
+        variant(n, label, i, hot=True, failed=(0, 1, 2) if n == "cw_constant" else ())
+        for i, (n, label) in enumerate(METHODS)
     ]
-    settings = {
-        "learning_rate": 1e-4 / (1 + place),
-        "beta": 0.3,
-        **({"floor": "auto"} if name == "cw_dpo" else {}),
-    }
-    return {
-        "name": name, "label": label, "settings": settings, "figures": figures, "cells": cells,
-        "curves": curves, "reliability": reliability,
-    }  # fmt: skip
-
-
-def failed(entry: dict[str, Any], seeds: list[int], error: str) -> dict[str, Any]:
-    for cell in entry["cells"]:
-        if cell["seed"] in seeds:
-            cell |= {"status": "failed", "error": error, "seconds": 3.0}
-    if len(seeds) == 3:
-        entry["figures"] = {k: {"mean": None, "low": None, "high": None, "n": 0} for k in entry["figures"]}
-        entry |= {"curves": {}, "reliability": []}
-    return entry
-
-
-def demo_summary() -> dict[str, Any]:
-    methods = [method(name, label, i) for i, (name, label) in enumerate(METHODS)]
-    failed(methods[1], [2], f"NonFiniteError: step 41: the loss is nan on examples {HOSTILE}")
-    methods[1]["figures"]["sampled_correct"]["n"] = 2
-    hot = [method(name, label, i, hot=True) for i, (name, label) in enumerate(METHODS)]
-    failed(hot[4], [0, 1, 2], "NonFiniteError: step 12: the loss is inf")
-    gallery = []
-    for i in range(6):
-        captions = [
-            {
-                "method": label, "text": HOSTILE if (i, j) == (0, 1) else "a small red circle above a blue square",
-                "all_correct": (i + j) % 2 == 0, "wrong": 1, "hallucinated": 0, "omitted": j, "ill_formed": j == 3,
-            }
-            for j, (_, label) in enumerate(METHODS)
-        ]  # fmt: skip
-        gallery.append(
-            {
-                "image": f"pictures/{i}.png",
-                "truth": "a small red circle; a large blue square",
-                "captions": captions,
-            }
+    figures = tuple(Figure(k, n, b, d, f"About {n}.") for k, n, b, d in FIGURES)  # type: ignore[arg-type]
+    gallery = tuple(
+        Picture(
+            f"pictures/{i}.png",
+            "a small red circle; a large blue square",
+            tuple(
+                Caption(
+                    label, HOSTILE if (i, j) == (0, 1) else "a small red circle above a blue square",
+                    (i + j) % 2 == 0, 1, 0, j, j == 3,
+                )
+                for j, (_, label) in enumerate(METHODS)
+            ),
         )
-    return {
-        "kind": "demo",
-        "title": "Cooling against plain DPO in the shapes world",
-        "note": [
-            "Five methods continue from one base model on the same 1600 pairs, each at its own swept learning rate.",
-            "CW-DPO kept the likelihood of chosen captions; at temperature 1 it is not told apart from DPO.",
-        ],
-        "seeds": [0, 1, 2],
-        "figures": [{"key": k, "label": n, "better": b, "digits": d, "help": f"About {n}."} for k, n, b, d in FIGURES],
-        "methods": methods,
-        "hot": {"factor": 4, "methods": hot},
-        "base": {"figures": {k: {"mean": 0.37} for k, *_ in FIGURES[:3]}},
-        "gallery": gallery,
-        "provenance": {"command": "cwdpo demo", "commit": "abc", HOSTILE: HOSTILE},
-    }  # fmt: skip
+        for i in range(6)
+    )  # fmt: skip
+    return Summary(
+        title="Cooling against plain DPO in the shapes world",
+        question="Five methods continue from one base model on the same 1600 pairs, each at its own learning rate.",
+        full="cw_dpo",
+        seeds=(0, 1, 2),
+        figures=figures,
+        variants=compared([*swept, *hot], figures),
+        panel=Panel(("swept", "4 times the rate"), {label: (n, f"{n}-hot") for n, label in METHODS}),
+        shared={},
+        base={k: Mean(0.37, None, None, 1, (0.37,)) for k, *_ in FIGURES[:3]},
+        shown=tuple(n for n, _ in METHODS),
+        gallery=gallery,
+        provenance={"command": "cwdpo demo", "commit": "abc", HOSTILE: HOSTILE},
+    )
 
 
-def make_demo(folder: Path, summary: dict[str, Any] | None = None) -> Path:
+def make_study(folder: Path) -> Path:
     for i in range(5):  # the sixth picture is missing
         picture(folder / "pictures" / f"{i}.png", i)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(summary or demo_summary()))
+    study_summary().write(folder)
     return folder
 
 
@@ -277,13 +297,13 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_demo(tmp_path_factory.mktemp("demo"))
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_study(tmp_path_factory.mktemp("study"))
     write_report(folder)
     return folder
 
 
-@pytest.fixture(scope="module", params=["run_folder", "demo_folder"])
+@pytest.fixture(scope="module", params=["run_folder", "study_folder"])
 def html(request: pytest.FixtureRequest) -> str:
     return (request.getfixturevalue(request.param) / "report.html").read_text(encoding="utf-8")
 
@@ -313,7 +333,7 @@ def test_hostile_text_is_shown_and_does_nothing(html: str) -> None:
         "a <script>alert(1)</script> </style> \"quoted\" 'single' ⟨U+202E⟩evil⟨U+202C⟩ ⟨U+0000⟩⟨U+0007⟩"
         in words
     )
-    assert "{{ 7*7 }} & $x^2$ ⟨U+D800⟩" in words
+    assert "{{ 7*7 }} & $x^2$" in words
 
 
 def test_identifiers_are_unique_and_resolve(html: str) -> None:
@@ -386,58 +406,82 @@ def test_no_folder_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
         write_report(tmp_path / "none")
 
 
-def test_every_number_of_the_table_is_the_summarys(demo_folder: Path) -> None:
-    summary = json.loads((demo_folder / "summary.json").read_text())
-    page = Page((demo_folder / "report.html").read_text(encoding="utf-8"))
+def test_every_number_of_the_table_is_the_summarys(study_folder: Path) -> None:
+    summary = read_summary(study_folder)
+    page = Page((study_folder / "report.html").read_text(encoding="utf-8"))
     expected = []
-    for entry in [summary["base"], *summary["methods"], *summary["hot"]["methods"]]:
+    for means in [summary.base, *(v.figures for v in summary.variants)]:
         for key, _, _, digits in FIGURES:
-            mean = entry["figures"].get(key, {}).get("mean")
+            mean = means[key].mean if key in means else None
             if mean is not None:
                 expected.append((repr(mean), f"{mean:.{digits}f}".replace("-", "−")))
-    # The hot table stands after the other one, in the same order of methods.
     assert page.exact == expected
-    dpo = summary["methods"][1]["figures"]["ece"]
-    assert f"[{dpo['low']:.4f}, {dpo['high']:.4f}]" in page.words()
+    dpo = summary.row("dpo").figures["ece"]
+    assert f"{dpo.low:.4f} to {dpo.high:.4f}" in page.words()
 
 
-def test_failed_runs_are_shown_with_their_errors(demo_folder: Path) -> None:
-    words = Page((demo_folder / "report.html").read_text(encoding="utf-8")).words()
-    assert "DPO 2 of 3 1 failed" in words
-    assert "failed 3 s NonFiniteError: step 41: the loss is nan on examples a <script>" in words
-    assert words.count("failed 3 s NonFiniteError: step 12: the loss is inf") == 3
-    assert "CW-DPO, constant weight 0 of 3 3 failed failed failed" in words
-    assert "CW-DPO, constant weight no finished run" in words
+def test_verdicts_are_corrected_for_the_number_of_comparisons(study_folder: Path) -> None:
+    """Nine variants have a rival; the page says so, and a word stands only where the corrected p allows it."""
+    summary = read_summary(study_folder)
+    words = Page((study_folder / "report.html").read_text(encoding="utf-8")).words()
+    assert len(summary.compared) == 9
+    assert "corrected (Holm) for the 9 comparisons of a column" in words
+    sft = summary.row("sft").against["grad_cv"]
+    assert sft.p is not None
+    assert sft.p_corrected is not None
+    assert sft.p < sft.p_corrected < 0.05
+    assert (sft.word, f"p = {sft.p_corrected:.3f} worse" in words) == ("worse", sft.p_corrected >= 0.001)
+    assert summary.row("cw_constant-hot").against["grad_cv"].word == "not measured"
+    assert "minus CW-DPO, 4x" in words
 
 
-def test_captions_carry_the_judges_marks(demo_folder: Path) -> None:
-    html = (demo_folder / "report.html").read_text(encoding="utf-8")
+def test_failed_runs_are_shown_with_their_errors(study_folder: Path) -> None:
+    words = Page((study_folder / "report.html").read_text(encoding="utf-8")).words()
+    assert "DPO 1 of 3 failed" in words
+    assert "DPO, seed 2: NonFiniteError: step 41: the loss is nan on examples a <script>" in words
+    assert words.count("failed NonFiniteError: step 41") == 4
+    assert "CW-DPO, constant weight, 4x 3 of 3 failed not recorded" in words
+    without = replace(study_summary(), shown=("dpo", "cw_constant-hot"))
+    without.write(study_folder.parent)
+    assert (
+        "CW-DPO, constant weight, 4x no finished run"
+        in Page(write_report(study_folder.parent).read_text()).words()
+    )
+
+
+def test_captions_carry_the_judges_marks(study_folder: Path) -> None:
+    html = (study_folder / "report.html").read_text(encoding="utf-8")
     words = Page(html).words()
     assert words.count("✓ all correct") == 15
     assert "✗ ill-formed" in words
     assert html.count("data:image/png") == 5
     assert "picture not available" in words  # the sixth is missing
-    assert (
-        mark({"all_correct": False, "wrong": 2, "hallucinated": 1, "omitted": 0}) == "2 wrong, 1 hallucinated"
-    )
+    assert "✗ 1 wrong, 2 omitted" in words
 
 
-@pytest.mark.parametrize(
-    "part", ["methods", "figures", "hot", "base", "gallery", "provenance", "note", "seeds"]
-)
-def test_a_demo_without_a_part_is_still_a_page(tmp_path: Path, part: str) -> None:
-    summary = demo_summary()
-    for entry in [*summary["methods"], *summary["hot"]["methods"]]:
-        entry["curves"] = {}  # charts take most of the time
-    del summary[part]
-    words = Page(write_report(make_demo(tmp_path, summary)).read_text(encoding="utf-8")).words()
-    assert summary["title"] in words
-    missing = {
-        "methods": "Methods: not recorded",
-        "gallery": "Captions: not recorded",
-        "note": "No notes recorded",
-    }
-    assert missing.get(part, "") in words
+def test_a_study_without_curves_and_captions_is_still_a_page(tmp_path: Path) -> None:
+    plain = replace(study_summary(), shown=(), gallery=(), panel=None, base={})
+    plain.write(tmp_path)
+    words = Page(write_report(tmp_path).read_text(encoding="utf-8")).words()
+    assert plain.title in words
+    assert not [
+        part for part in ("Captions", "Learning curves", "Reliability", "From swept") if part in words
+    ]
+
+
+@pytest.mark.parametrize("part", ["variants", "figures", "seeds", "provenance", "full", "gallery"])
+def test_a_study_without_a_part_is_refused_by_its_name(tmp_path: Path, part: str) -> None:
+    tree = asdict(replace(study_summary(), shown=()))
+    del tree[part]
+    (tmp_path / "summary.json").write_text(json.dumps(tree))
+    with pytest.raises(RunDirError, match=f"summary.json: {part}: Field required; another version wrote it"):
+        write_report(tmp_path)
+
+
+def test_a_demo_of_an_older_version_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"kind": "demo", "title": "x", "methods": []}))
+    with pytest.raises(RunDirError, match=r"run the same command \(cwdpo ablate or cwdpo demo\) again"):
+        write_report(tmp_path)
 
 
 def test_no_torch_is_imported() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,43 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwdpo.report._demo import best_method, mark, method_slots
+from cwdpo.report._page import Folder
+from cwdpo.report._study import mark, study_page
+from cwdpo.report._tables import Entry, difference_entry
 from cwdpo.report._text import number, picture_uri, visible
 from cwdpo.report.figures import SLOTS, Line, colour, dash, line_chart
+from cwdpo.report.summary import Caption, Figure, Mean, Point, Row, Summary
 
 
-def named(**bounds: tuple[float | None, float | None, float | None]) -> list[dict[str, Any]]:
-    keys = ("mean", "low", "high")
-    return [{"name": n, "figures": {"f": dict(zip(keys, b, strict=True))}} for n, b in bounds.items()]
+def test_a_variants_colour_is_its_place_among_the_shown(tmp_path: Path) -> None:
+    mean = Mean(0.5, 0.4, 0.6, 2, (0.4, 0.6))
+    curves = {"margin": (Point(0, 0.0, None, None), Point(1, 1.0, None, None))}
+    names = ("zeta", "dpo", "cw_dpo")
+    rows = tuple(Row(n, n.upper(), (), {"f": mean}, None, {}, {}, (), curves) for n in names)
+    figures = (Figure("f", "f", "higher"),)
+    found = Summary("t", "", "dpo", (0, 1), figures, rows, None, {}, {}, ("cw_dpo", "zeta"), (), {})
+    for ordered in (rows, rows[::-1]):
+        (group,) = study_page(Folder(tmp_path), replace(found, variants=ordered)).charts
+        assert [(e.label, e.slot) for e in group.legend] == [("CW_DPO", 0), ("ZETA", 1)]
+    styles = {(colour(slot), dash(slot)) for slot in range(2 * SLOTS)}
+    assert len(styles) == 2 * SLOTS
 
 
 @pytest.mark.parametrize(
-    ("better", "bounds", "best"),
+    ("value", "bounds", "p", "word", "below", "tone"),
     [
-        ("higher", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9)}, 1),
-        ("lower", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9)}, 0),
-        ("none", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9)}, None),
-        ("higher", {"a": (0.5, 0.4, 0.7), "b": (0.8, 0.7, 0.9)}, None),  # touching is overlapping
-        ("lower", {"a": (0.5, 0.4, 0.7), "b": (0.8, 0.7, 0.9)}, None),
-        ("higher", {"a": (0.5, 0.4, 0.6), "b": (0.8, 0.7, 0.9), "c": (0.79, 0.75, 0.85)}, None),
-        ("higher", {"a": (0.5, None, None), "b": (0.8, 0.7, 0.9)}, None),
-        ("higher", {"a": (None, None, None), "b": (0.8, 0.7, 0.9)}, None),
-        ("higher", {"a": (None, None, None), "b": (0.8, 0.7, 0.9), "c": (0.1, 0.0, 0.2)}, 1),
-        ("lower", {"a": (-0.5, -0.6, -0.4), "b": (0.0, -0.1, 0.1)}, 0),
+        (0.2, (0.1, 0.3), 0.04, "better", ("0.100 to 0.300", "p = 0.040", "better"), "good"),
+        (0.2, (0.1, 0.3), 0.0004, "worse", ("0.100 to 0.300", "p < 0.001", "worse"), "bad"),
+        (0.2, (0.1, 0.3), 0.06, "no clear difference", ("0.100 to 0.300", "p = 0.060"), ""),
+        (0.2, (0.1, 0.3), 0.01, "differs", ("0.100 to 0.300", "p = 0.010"), ""),
+        (0.2, (None, None), None, "no clear difference", (), ""),
     ],
 )
-def test_best_is_marked_only_where_intervals_are_apart(
-    better: str, bounds: dict[str, Any], best: int | None
+def test_a_difference_is_coloured_only_where_a_word_is_given(
+    value: float, bounds: tuple[Any, Any], p: float | None, word: str, below: tuple[str, ...], tone: str
 ) -> None:
-    assert best_method(named(**bounds), {"key": "f", "better": better}) == best
-
-
-def test_a_methods_colour_does_not_depend_on_its_place() -> None:
-    entries = named(zeta=(1, 1, 1), dpo=(1, 1, 1), cw_dpo=(1, 1, 1), alpha=(1, 1, 1))
-    assert (
-        method_slots(entries) == method_slots(entries[::-1]) == {"cw_dpo": 0, "dpo": 1, "alpha": 4, "zeta": 5}
-    )
-    assert method_slots(entries[:1]) == {"zeta": 4}
-    styles = {(colour(slot), dash(slot)) for slot in range(2 * SLOTS)}
-    assert len(styles) == 2 * SLOTS
+    assert difference_entry(value, *bounds, p, word, 3) == Entry("+0.200", below, tone)
+    assert difference_entry(None, None, None, None, "not measured", 3).text == "not recorded"
 
 
 def test_charts_of_the_same_data_share_no_identifier() -> None:
@@ -107,21 +106,20 @@ def test_large_pictures_are_made_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("caption", "words"),
+    ("marks", "words"),
     [
-        ({"all_correct": True, "wrong": 0}, "all correct"),
-        ({"all_correct": False, "wrong": 2, "hallucinated": 1, "omitted": 0}, "2 wrong, 1 hallucinated"),
-        ({"all_correct": False, "omitted": 3, "ill_formed": True}, "ill-formed"),
-        ({"all_correct": None}, "not judged"),
+        ((True, 0, 0, 0, False), "all correct"),
+        ((False, 2, 1, 0, False), "2 wrong, 1 hallucinated"),
+        ((False, 0, 0, 3, True), "ill-formed"),
+        ((False, 0, 0, 3, False), "3 omitted"),
     ],
 )
-def test_the_judges_verdict_in_words(caption: dict[str, Any], words: str) -> None:
-    assert mark(caption) == words
+def test_the_judges_verdict_in_words(marks: tuple[Any, ...], words: str) -> None:
+    assert mark(Caption("x", "text", *marks)) == words
 
 
 def test_negatives_by_round_are_shown_with_their_counts(tmp_path: Path) -> None:
     from cwdpo.report._negatives import negatives_section
-    from cwdpo.report._page import Folder
     from cwdpo.report.render import write_report
 
     row = {

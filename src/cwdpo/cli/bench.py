@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from cwdpo.lab.bench.setting import Setting
+from cwdpo.cli.common import AsJson, Overrides, Recipe
+from cwdpo.lab.bench.setting import Setting
 
 app = typer.Typer(no_args_is_help=True, help="Measure the training step (needs TRL 1.16 for `step`).")
 
@@ -38,31 +40,53 @@ class Shape(StrEnum):
     b7 = "7b"
 
 
-PromptTokens = Annotated[int, typer.Option(min=32, help="nine tenths of them image tokens")]
-CompletionTokens = Annotated[int, typer.Option(min=2)]
-TuneOption = Annotated[Tune, typer.Option(help="LoRA on the text tower, or everything")]
-Checkpointing = Annotated[bool, typer.Option("--grad-checkpointing", help="in both")]
 Repeats = Annotated[int, typer.Option(min=1, help="alternating repetitions")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads")]
-ShapeOption = Annotated[Shape, typer.Option(help="small is for a CPU")]
-Cuda = Annotated[bool, typer.Option("--cuda", help="on the GPU, in bfloat16")]
-VisionCache = Annotated[
-    bool, typer.Option("--vision-cache", help="keep the frozen tower's image features, as training does")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="for machines")]
+
+
+def setting_of(
+    prompt_tokens: Annotated[int, typer.Option(min=32, help="nine tenths of them image tokens")] = 1024,
+    completion_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    tune: Annotated[Tune, typer.Option(help="LoRA on the text tower, or everything")] = Tune.lora,
+    grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing", help="in both")] = False,
+    shape: Annotated[Shape, typer.Option(help="small is for a CPU")] = Shape.small,
+    cuda: Annotated[bool, typer.Option("--cuda", help="on the GPU, in bfloat16")] = False,
+) -> Setting:
+    """What both measurements run on; the options of both commands are these parameters."""
+    return Setting(
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, tune=tune.value, shape=shape.value,
+        grad_checkpointing=grad_checkpointing, dtype="bfloat16" if cuda else "float32",
+        device="cuda" if cuda else "cpu",
+    )  # fmt: skip
+
+
+def with_setting(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of :func:`setting_of` in place of its parameter ``setting``.
+
+    typer reads a command's options from its signature, so the wrapper is given the signature of both.
+    """
+    shared, own = (dict(inspect.signature(f, eval_str=True).parameters) for f in (setting_of, command))
+    del own["setting"]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(setting=setting_of(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 @app.command()
+@with_setting
 def step(
-    prompt_tokens: PromptTokens = 1024,
-    completion_tokens: CompletionTokens = 64,
+    setting: Setting,
     negatives: Annotated[int, typer.Option(min=1, help="per prompt; TRL runs as many pairs")] = 1,
-    tune: TuneOption = Tune.lora,
     reference: Annotated[Reference, typer.Option(help="ours; TRL has it live")] = Reference.cached,
-    grad_checkpointing: Checkpointing = False,
-    vision_cache: VisionCache = False,
-    shape: ShapeOption = Shape.small,
-    cuda: Cuda = False,
+    vision_cache: Annotated[
+        bool, typer.Option("--vision-cache", help="keep the frozen tower's image features, as training does")
+    ] = False,
     repeats: Repeats = 5,
     threads: Threads = 1,
     as_json: AsJson = False,
@@ -70,54 +94,27 @@ def step(
     """One training step, paired with TRL's on the same model, batch and dtype."""
     from cwdpo.lab.bench.measure import step_report
 
-    setting = _setting(
-        prompt_tokens,
-        completion_tokens,
-        negatives,
-        tune,
-        reference,
-        grad_checkpointing,
-        vision_cache,
-        shape,
-        cuda,
-    )
+    setting = replace(setting, negatives=negatives, reference=reference.value, vision_cache=vision_cache)
     found = step_report(setting, repeats, threads, _say())
     typer.echo(json.dumps(found, indent=1) if as_json else step_text(found))
 
 
 @app.command()
-def scale(
-    prompt_tokens: PromptTokens = 1024,
-    completion_tokens: CompletionTokens = 64,
-    tune: TuneOption = Tune.lora,
-    grad_checkpointing: Checkpointing = False,
-    shape: ShapeOption = Shape.small,
-    cuda: Cuda = False,
-    repeats: Repeats = 5,
-    threads: Threads = 1,
-    as_json: AsJson = False,
-) -> None:
+@with_setting
+def scale(setting: Setting, repeats: Repeats = 5, threads: Threads = 1, as_json: AsJson = False) -> None:
     """How the step's cost grows with the number of negatives (1, 2, 4, 8) and with the prompt's length."""
     from cwdpo.lab.bench.measure import scale_report
 
-    setting = _setting(
-        prompt_tokens, completion_tokens, 1, tune, Reference.cached, grad_checkpointing, False, shape, cuda
-    )
     found = scale_report(
-        setting,
-        negatives=(1, 2, 4, 8),
-        prompts=(128, 256, 512, 1024),
-        repeats=repeats,
-        threads=threads,
-        say=_say(),
-    )
+        setting, negatives=(1, 2, 4, 8), prompts=(128, 256, 512, 1024), repeats=repeats, threads=threads, say=_say()
+    )  # fmt: skip
     typer.echo(json.dumps(found, indent=1) if as_json else scale_text(found))
 
 
 @app.command()
 def recipe(
-    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML)")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    path: Recipe,
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=2, help="of each variant")] = 20,
     threads: Threads = 1,
     as_json: AsJson = False,
@@ -128,33 +125,6 @@ def recipe(
 
     found = recipe_report(load_recipe(path, overrides or ()), steps, threads, _say())
     typer.echo(json.dumps(found, indent=1) if as_json else recipe_text(found))
-
-
-def _setting(
-    prompt_tokens: int,
-    completion_tokens: int,
-    negatives: int,
-    tune: Tune,
-    reference: Reference,
-    grad_checkpointing: bool,
-    vision_cache: bool,
-    shape: Shape,
-    cuda: bool,
-) -> Setting:
-    from cwdpo.lab.bench.setting import Setting
-
-    return Setting(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        negatives=negatives,
-        tune=tune.value,
-        reference=reference.value,
-        grad_checkpointing=grad_checkpointing,
-        shape=shape.value,
-        dtype="bfloat16" if cuda else "float32",
-        device="cuda" if cuda else "cpu",
-        vision_cache=vision_cache,
-    )
 
 
 def _say() -> Callable[[str], None]:

@@ -1,65 +1,114 @@
-"""Progress on the terminal: bars that leave no trace where there is none."""
+"""Progress on the terminal: bars on stderr, made in one place."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from cwdpo.cli.watch import in_short
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-def row_bar(name: str, total: int | None) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """A bar of rows on stderr, where that is a terminal."""
+    from cwdpo.lab.grid import CellResult, OnEvent, Tick
+    from cwdpo.stage.listener import Listener
+
+
+class Bars:
+    """A line for everything that is counted, added when it is first named; none where nothing is to be drawn."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._lines: dict[str, Any] = {}
+
+    def show(self, name: str, done: int, total: int | None, unit: str = "") -> None:
+        """How far a line is; with a ``unit`` its pace too."""
+        if self._progress is None:
+            return
+        line = self._line(name, total)
+        speed = self._progress.tasks[line].speed if unit else None
+        pace = "" if speed is None else f"{speed:.1f} {unit}/s"
+        self._progress.update(line, completed=done, total=total, pace=pace)
+
+    def describe(self, name: str, text: str) -> None:
+        """The text of a line."""
+        if self._progress is not None:
+            self._progress.update(self._line(name, None), description=text)
+
+    def say(self, text: str) -> None:
+        """A line of text above the bars."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False)
+
+    def _line(self, name: str, total: int | None) -> Any:
+        if name not in self._lines:
+            assert self._progress is not None
+            self._lines[name] = self._progress.add_task(name, total=total, pace="")
+        return self._lines[name]
+
+
+@contextmanager
+def bars(*, always: bool = False, transient: bool = False) -> Iterator[Bars]:
+    """Bars with count, pace and time left.
+
+    Args:
+        always: print their last state also where stderr is no terminal.
+        transient: leave nothing behind.
+    """
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        return lambda rows: None, lambda: None
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True,
+    if not (always or console.is_terminal):
+        yield Bars(None)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}"), TimeRemainingColumn(),
     )  # fmt: skip
-    task = bar.add_task(escape(Path(name).name), total=total)
-    bar.start()
-    return lambda rows: bar.update(task, completed=rows), bar.stop
+    with Progress(*columns, console=console, transient=transient) as progress:
+        yield Bars(progress)
 
 
-def run_listener() -> tuple[Any, Callable[[], None]]:
-    """Phases, optimizer steps and samples on stderr, on the main process only; each bar with its pace and time left."""
+@contextmanager
+def run_listener() -> Iterator[Listener]:
+    """Phases, optimizer steps and samples of a run, on the main process only."""
     from cwdpo.stage.listener import Listener
 
     if os.environ.get("RANK", "0") != "0":
-        return Listener(), lambda: None
+        yield Listener()
+        return
+    with bars(always=True) as shown:
+        yield Listener(
+            readings=lambda stage, readings: shown.describe(stage, f"{stage} {in_short(readings)}"),
+            phase=shown.say,
+            step=lambda stage, done, total: shown.show(stage, done, total, "steps"),
+            sampled=lambda round_, done, total: shown.show(f"samples of round {round_}", done, total, "completions"),
+        )  # fmt: skip
+
+
+@contextmanager
+def grid_bar(steps: int) -> Iterator[OnEvent]:
+    """Optimizer steps of all cells of a study on one line; a finished cell is named where no line is drawn."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"),
-        TimeRemainingColumn(), console=Console(stderr=True),
-    )  # fmt: skip
-    tasks: dict[str, Any] = {}
-    bar.start()
+    from cwdpo.lab.grid import CellResult
 
-    def show(name: str, done: int, total: int, unit: str) -> None:
-        if name not in tasks:
-            tasks[name] = bar.add_task(name, total=total, pace="")
-        speed = bar.tasks[tasks[name]].speed
-        pace = "" if speed is None else f"{speed:.1f} {unit}/s"
-        bar.update(tasks[name], completed=done, total=total, pace=pace)
+    live, taken = Console(stderr=True).is_terminal, 0
 
-    def read(stage: str, readings: Any) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=None, pace="")
-        bar.update(tasks[stage], description=f"{stage} {in_short(readings)}")
+    def note(event: Tick | CellResult) -> None:
+        nonlocal taken
+        if isinstance(event, CellResult):
+            if event.status == "failed" or not live:
+                word = "done" if event.status == "done" else f"FAILED: {event.error}"
+                shown.say(f"{event.key}: {word} ({event.seconds:.0f} s)")
+            return
+        key, stage, step, of = event
+        taken += 1
+        shown.show("steps", taken, steps, "steps")
+        shown.describe("steps", f"{key} {stage} step {step}/{of}")
 
-    listener = Listener(
-        readings=read,
-        phase=lambda text: bar.console.print(text, markup=False),
-        step=lambda stage, done, total: show(stage, done, total, "steps"),
-        sampled=lambda round_, done, total: show(f"samples of round {round_}", done, total, "completions"),
-    )
-    return listener, bar.stop
+    with bars(always=True) as shown:
+        yield note

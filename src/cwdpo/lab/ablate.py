@@ -9,12 +9,15 @@ from typing import Any
 import yaml
 
 from cwdpo.errors import CwdpoError, RecipeError
-from cwdpo.lab.demo import Progress
-from cwdpo.lab.grid import CellResult, run_grid
+from cwdpo.lab import findings, stopping
+from cwdpo.lab.grid import Bar, CellResult, no_bar, run_grid
 from cwdpo.lab.outcome import outcome
 from cwdpo.lab.plan import Asked, Plan, asked, plan, read_tree
 from cwdpo.lab.spec import Study, Variant, overrides_of
 from cwdpo.lab.tables import markdown, to_csv
+from cwdpo.lab.trace import Traced
+from cwdpo.report.render import write_report
+from cwdpo.report.summary import Summary
 from cwdpo.rundir import RunDir, write_json, write_text
 
 TUNING_SEED = 100
@@ -30,18 +33,17 @@ def ablate(
     jobs: int,
     chosen: Mapping[str, Sequence[str]] | None = None,
     test: Path | None = None,
-) -> dict[str, Any]:
+    bar: Bar = no_bar,
+) -> Summary:
     """Run a study and write summary.json, table.md, table.csv and report.html into ``out``.
 
     A cell that is finished is not run again; one that was killed starts anew; one that failed is shown as failed
-    and tried again at the next start.
+    and tried again at the next start. A study with an analysis gets ``<analysis>.md`` and ``<analysis>.json`` too.
 
     Raises:
         RecipeError: recipe, study or overrides that cannot be understood.
-        CwdpoError: every cell failed.
+        CwdpoError: every cell failed, or too many for the analysis.
     """
-    from cwdpo.report.render import write_report
-
     chosen = chosen or {}
     settings = _settings(study, chosen)
     if study.panel:
@@ -50,20 +52,46 @@ def ablate(
     run = _started(out)
     try:
         planned = plan(out, read_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test)
-        results = _run(planned, jobs)
-        summary = outcome(out, study, numbers, results, chosen)
-        summary["provenance"]["settings"] = settings
-        write_json(out / "summary.json", summary)
+        results = _run(planned, jobs, bar)
+        summary = outcome(out, study, numbers, planned, results, chosen)
+        summary.provenance["settings"] = settings
+        summary.write(out)
         write_text(out / "table.md", markdown(summary))
         write_text(out / "table.csv", to_csv(summary))
         write_report(out)
+        if study.analysis:
+            _analyse(out, study, planned, results)
     finally:
         run.unlock()
     return summary
 
 
+def _analyse(out: Path, study: Study, planned: Plan, results: Mapping[str, CellResult]) -> None:
+    """Write what the trajectories of the finished cells say."""
+    runs = []
+    for name, variant in study.variants.items():
+        done = (r for k, r in results.items() if k.startswith(f"{name}-seed") and r.status == "done")
+        runs += [Traced.load(planned.cells[r.key], name, variant, r.figures) for r in done]
+    if len(runs) < 2:
+        raise CwdpoError(
+            f"study {study.name}: thresholds are chosen on one half of the runs and tried on the other, and only "
+            f"{len(runs)} ended: ask for more --seeds or variants"
+        )
+    analyse = {"findings": findings.analyse, "stopping": stopping.analyse}[str(study.analysis)]
+    found, text = analyse(runs)
+    write_json(out / f"{study.analysis}.json", found)
+    write_text(out / f"{study.analysis}.md", text)
+
+
 def sweep(
-    recipe: Path, study: Study, out: Path, *, finalists: int, jobs: int, test: Path | None = None
+    recipe: Path,
+    study: Study,
+    out: Path,
+    *,
+    finalists: int,
+    jobs: int,
+    test: Path | None = None,
+    bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Find each variant's best point of its grid on validation pictures and tuning seeds, with equal budgets.
 
@@ -83,6 +111,7 @@ def sweep(
             f"study {study.name}: every variant with a grid needs the same number of points, or the comparison is not "
             f"fair; got {sizes or 'no grid'}"
         )
+    study = study.model_copy(update={"base": False, "analysis": None})  # points are scored, nothing else
     run = _started(out)
     tried: dict[str, list[_Tried]] = {name: [_Tried(p) for p in points] for name, points in grids.items()}
     try:
@@ -90,7 +119,7 @@ def sweep(
         wanted = [(name, i) for name, points in grids.items() for i in range(len(points))]
         for seed in (TUNING_SEED, TUNING_SEED + 1):
             cells = _points(study, tried, wanted, seed)
-            results = _run(plan(out, tree, study, cells, split="validation", test=test), jobs)
+            results = _run(plan(out, tree, study, cells, split="validation", test=test), jobs, bar)
             for name, i in wanted:
                 tried[name][i].take(results.get(f"{name}-{i}-seed{seed}"), study)
             wanted = [(name, i) for name in grids for i in _best(tried[name])[:finalists]]
@@ -194,22 +223,13 @@ def sweep_table(study: Study, tried: Mapping[str, Sequence[_Tried]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(planned: Plan, jobs: int) -> dict[str, CellResult]:
+def _run(planned: Plan, jobs: int, bar: Bar) -> dict[str, CellResult]:
     waves = planned.waves
-    total = sum(_steps(job) for wave in waves for job in wave)
-    bar = Progress(max(total, 1))
-    try:
-        results = run_grid(waves, jobs, bar)
-    finally:
-        bar.stop()
+    with bar(max(1, sum(job.steps for wave in waves for job in wave))) as on_event:
+        results = run_grid(waves, jobs, on_event)
     if not any(r.status == "done" for r in results.values()):
         raise CwdpoError(f"every cell failed; the first: {next(iter(results.values())).error}")
     return results
-
-
-def _steps(job: Any) -> int:
-    stage = {"stage1": job.recipe.stage1, "stage2": job.recipe.stage2}.get(job.stage)
-    return (stage.steps or 0) if stage else 0
 
 
 def _started(out: Path) -> RunDir:

@@ -15,6 +15,7 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
 from cwdpo.lab.rows import store_rows
+from cwdpo.lab.worlds import MAX_NEW_TOKENS
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
@@ -24,7 +25,6 @@ from cwdpo.worlds.shapes import Judgement, Scene, hard
 
 SHARES = {"other_prompt": 0.31, "sample": 0.31, "perturbed": 0.38}
 """What stands against chosen: another picture's caption, a worse sample, one wrong word (of the design study)."""
-MAX_NEW_TOKENS = 40
 _TRIES = 20
 
 

@@ -1,4 +1,4 @@
-"""One cell of a comparison: a method, a seed, a learning-rate factor -> figures on the test split."""
+"""One cell of a study: a variant and a seed -> figures on the test split."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from typing import Any, Literal
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
+from cwdpo.lab.worlds import MAX_NEW_TOKENS
+from cwdpo.metrics.base import METRICS, Answer, reliability
+from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
 from cwdpo.models.sample import sample
-from cwdpo.pipeline.run_stage import run_stage
-from cwdpo.probes.base import PROBES, ProbeSet
-from cwdpo.probes.calibration import reliability
+from cwdpo.pipeline.run_stage import StageName, run_stage
+from cwdpo.probes.base import PROBES, HeldOut, ProbeSet
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions, write_json, write_text
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
-from cwdpo.stage.splits import prepare_data
-from cwdpo.worlds.judged import judge_captions
+from cwdpo.stage.splits import Splits, prepare_data
+from cwdpo.worlds.judged import judge_captions, summary
 
 SAMPLES = 2
-MAX_NEW_TOKENS = 40
+"""Captions at temperature 1 of every test picture, besides the greedy one."""
 EVALUATION_BATCH = 100
 TEST_PROBES = 96
+SEED = 1000
+"""Of the first of those captions; one more for each further."""
 
-
+OnStep = Callable[[str, int, int], None]
 StageOfCell = Literal["stage1", "stage2", "base", "best_of", "margins"]
 
 
@@ -39,9 +43,14 @@ StageOfCell = Literal["stage1", "stage2", "base", "best_of", "margins"]
 class CellJob:
     """What a worker needs to run one cell, or what several cells share.
 
-    ``stage``: ``stage1`` (the first stage that several cells start from), ``stage2`` (one method), ``base`` (an
-    evaluation of the starting model alone), ``best_of`` (a preference set is sampled), ``margins`` (reward margins
-    are estimated). ``metrics`` are read where the data has no exact judge; ``options`` are the stage's own.
+    Attributes:
+        stage: ``stage1`` (the first stage that several cells start from), ``stage2`` (one variant), ``base`` (an
+            evaluation of the model that the recipe names), ``best_of`` (a preference set is sampled), ``margins``
+            (reward margins are estimated).
+        metrics: read where the data has no exact judge.
+        options: of a stage: ``trace`` (judge the policy at every measurement), ``keep_model`` (store it), and the
+            settings of ``best_of`` and ``margins``.
+        first: folder of the first stage that the cell starts from, where it has one.
     """
 
     key: str
@@ -51,14 +60,21 @@ class CellJob:
     stage: StageOfCell
     metrics: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    first: Path | None = None
 
     @property
     def result(self) -> Path:
         """Where the cell's figures go."""
         return self.folder / "figures.json"
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the cell takes, where the recipe counts them (and not epochs)."""
+        stage = {"stage1": self.recipe.stage1, "stage2": self.recipe.stage2}.get(self.stage)
+        return (stage.steps or 0) if stage else 0
 
-def run_cell(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[str, Any]:
+
+def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
     """Run a cell and store its figures; a finished cell with the same recipe is not run again."""
     run = RunDir(job.folder)
     mark = fingerprint(job)
@@ -68,38 +84,68 @@ def run_cell(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[str
     shutil.rmtree(job.folder)
     write_text(job.folder / "recipe.yaml", job.recipe.to_yaml())
     write_json(job.folder / "fingerprint.json", mark)
-    listener = Listener(step=on_step)
     if job.stage == "best_of":
         figures = sample_best(job)
     elif job.stage == "margins":
         figures = estimate_margins(job)
     else:
-        figures = train_and_measure(job, run, listener)
+        figures = train_and_measure(job, run, on_step)
     write_json(job.folder / "timing.json", {"seconds": round(time.monotonic() - began, 1)})
     write_json(job.result, figures)
     return figures
 
 
-def train_and_measure(job: CellJob, run: RunDir, listener: Listener) -> dict[str, Any]:
-    """One stage of training (none for ``base``) and, behind it, the figures on the test set."""
+def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, Any]:
+    """One stage of training (none for ``base``), then the figures on the test set (none for ``stage1``)."""
     splits = None if job.stage == "base" else prepare_data(job.recipe, run)
     policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
     encoder = Encoder(policy.processor, job.recipe.data.max_length, job.recipe.data.cache_gb)
+    listener = Listener(step=on_step)
     if job.stage == "stage1":
         assert splits is not None
-        run_stage(policy, encoder, "stage1", job.recipe, splits.stage1, splits.validation, run, listener)
+        train(job, policy, encoder, splits, run, listener)
         save_model(policy, job.folder / "model", run)
         return {}
-    test = read_examples(
-        job.test, default_prompt=job.recipe.data.default_prompt, format=job.recipe.data.format
-    ).examples
+    data = job.recipe.data
+    test = read_examples(job.test, default_prompt=data.default_prompt, format=data.format).examples
     held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
-    probes = ProbeSet(held, policy.model)
+    probes = ProbeSet(held, policy.model)  # remembers the start of stage 2, its reference
+    trace: list[dict[str, Any]] = []
+    if job.options.get("trace"):
+        listener.measured = lambda stage, step, model: trace.append(
+            {"stage": stage, "step": step, **judged(model, encoder, test)}
+        )
     if splits is not None:
-        run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)
+        train(job, policy, encoder, splits, run, listener)
         if job.options.get("keep_model"):  # another cell reads its rewards
             save_model(policy, job.folder / "model", run)
-    return evaluate_on_test(policy, encoder, test, probes, run, job.metrics)
+    figures = evaluate_on_test(policy, encoder, test, probes, run, job.metrics)
+    return {**figures, "trace": trace} if trace else figures
+
+
+def train(
+    job: CellJob, policy: Policy, encoder: Encoder, splits: Splits, run: RunDir, listener: Listener
+) -> None:
+    """Run the cell's stage. The one place where the laboratory trains."""
+    stage: StageName = "stage1" if job.stage == "stage1" else "stage2"
+    examples = splits.stage1 if stage == "stage1" else splits.stage2
+    run_stage(policy, encoder, stage, job.recipe, examples, splits.validation, run, listener)
+
+
+def draw(
+    model: Any, encoder: Encoder, examples: Sequence[Example], temperature: float = 1.0, seed: int = 0
+) -> list[str]:
+    """One response to each example."""
+    made = sample(
+        model, encoder, examples, temperature=temperature, max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=EVALUATION_BATCH, seed=seed,
+    )  # fmt: skip
+    return [s.text for s in made]
+
+
+def judged(model: Any, encoder: Encoder, test: Sequence[Example]) -> dict[str, float]:
+    """A caption of every test picture at temperature 1, judged exactly: ``score``, ``all_correct``, ``ill_formed``."""
+    return summary(judge_captions(test, draw(model, encoder, test, seed=SEED)))
 
 
 def sample_best(job: CellJob) -> dict[str, Any]:
@@ -157,7 +203,7 @@ def evaluate_on_test(
     run: RunDir,
     metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All figures of a policy; ``probes`` remembers the start of stage 2, its reference."""
+    """All figures of a policy; ``probes`` holds its reference."""
     held = probes.measure(policy.model)
     readings = [r for name in PROBES.names() for r in PROBES.build(name)(held)]
     figures: dict[str, Any] = {r.name: r.value for r in readings}
@@ -165,7 +211,7 @@ def evaluate_on_test(
         figures |= captions(policy, encoder, test)
     else:
         figures |= responses(policy, encoder, test, metrics)
-    figures["reliability"] = reliability(held.top1, held.correct)
+    figures["reliability"] = reliability_of(held, test[0])
     figures["n_tokens"] = int(held.top1.numel())
     norms = [row["grad_norm"] for row in run.metrics() if "grad_norm" in row]
     figures["grad_norm_cv"] = spread(norms)
@@ -173,25 +219,23 @@ def evaluate_on_test(
     return figures
 
 
+def reliability_of(held: HeldOut, example: Example) -> list[dict[str, float]]:
+    """Bins of the top-1 confidence over all M held-out chosen tokens, whichever prompt they belong to."""
+    top1, correct = tuple(held.top1.tolist()), tuple(bool(c) for c in held.correct.tolist())
+    return reliability(TokenEce()([Answer(example, top1=top1, correct=correct)])[0])
+
+
 def captions(policy: Policy, encoder: Encoder, test: Sequence[Example]) -> dict[str, Any]:
     """Greedy and temperature-1 captions of every test picture, judged."""
-
-    def draw(temperature: float, seed: int) -> list[str]:
-        made = sample(
-            policy.model, encoder, test, temperature=temperature, max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=EVALUATION_BATCH, seed=seed,
-        )  # fmt: skip
-        return [s.text for s in made]
-
-    greedy = draw(0.0, 0)
-    judged = judge_captions(test, greedy)
-    sampled = [judge_captions(test, draw(1.0, 1000 + k)) for k in range(SAMPLES)]
-    everything = [j for one in sampled for j in one]
+    greedy = draw(policy.model, encoder, test, temperature=0.0)
+    right = [j.all_correct for j in judge_captions(test, greedy)]
+    sampled = [judge_captions(test, draw(policy.model, encoder, test, seed=SEED + k)) for k in range(SAMPLES)]
+    everything = summary([j for one in sampled for j in one])
     return {
-        "greedy_correct": sum(j.all_correct for j in judged) / len(judged),
-        "sampled_correct": sum(j.all_correct for j in everything) / len(everything),
-        "ill_formed": sum(j.ill_formed for j in everything) / len(everything),
-        "judge_score": sum(j.score for j in everything) / len(everything),
+        "greedy_correct": sum(right) / len(right),
+        "sampled_correct": everything["all_correct"],
+        "ill_formed": everything["ill_formed"],
+        "judge_score": everything["score"],
         "scores": [[round(one[i].score, 4) for one in sampled] for i in range(len(test))],
         "greedy": greedy,
     }
@@ -201,19 +245,10 @@ def responses(
     policy: Policy, encoder: Encoder, test: Sequence[Example], metrics: Sequence[str]
 ) -> dict[str, Any]:
     """Greedy responses to every test prompt and what the named metrics say of them."""
-    from cwdpo.metrics.base import METRICS, Answer
-
-    made = sample(
-        policy.model,
-        encoder,
-        test,
-        temperature=0.0,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=EVALUATION_BATCH,
-    )
-    answers = [Answer(e, s.text) for e, s in zip(test, made, strict=True)]
+    greedy = draw(policy.model, encoder, test, temperature=0.0)
+    answers = [Answer(e, text) for e, text in zip(test, greedy, strict=True)]
     measured = [m for name in metrics for m in METRICS.build(name)(answers)]
-    return {**{m.name: m.value for m in measured}, "greedy": [s.text for s in made]}
+    return {**{m.name: m.value for m in measured}, "greedy": greedy}
 
 
 def spread(values: Sequence[float]) -> float | None:

@@ -1,20 +1,15 @@
-"""What ``perturb`` makes of a set of captions: coverage, kinds, and drawn examples to read.
-
-    python -m cwdpo.lab.edits DATA --captions 500 --show 50 [--kinds colour,object,...]
-
-DATA is any data set that cwdpo reads (its references count), or a ``.txt`` file with a caption a line. Prints markdown.
-"""
+"""What ``perturb`` makes of a set of captions: coverage, kinds, and drawn examples to read (``cwdpo edits``)."""
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from cwdpo.data.read.reader import read_examples
-from cwdpo.negatives.base import known_true, normalised
+from cwdpo.errors import DataError
+from cwdpo.negatives.base import NEGATIVES, known_true, normalised
 from cwdpo.negatives.mix import seeded
 from cwdpo.negatives.sources.perturb import PerturbNegatives
 from cwdpo.records import Completion, Example
@@ -24,16 +19,23 @@ MOST = 50
 
 
 def read(path: Path) -> list[Example]:
-    """The captions as examples."""
+    """The captions as examples.
+
+    Raises:
+        DataError: data, or a text file, that cannot be read.
+    """
     if path.suffix != ".txt":
         return read_examples(path, max_bad_fraction=1.0, captions_per_image=10**6).examples
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     return [Example(f"{i}", (), (), Completion(text)) for i, text in enumerate(lines)]
 
 
 def table(examples: Sequence[Example], kinds: Sequence[str], show: int, seed: int = 0) -> str:
     """Coverage, counts by kind, and the first edit of ``show`` drawn captions."""
-    source = PerturbNegatives(kinds=tuple(kinds), per_example=MOST)  # type: ignore[arg-type]
+    source = NEGATIVES.build({"name": "perturb", "kinds": tuple(kinds), "per_example": MOST})
     made = {e.id: source.completions(e, examples, seeded(seed, e.id)) for e in examples}
     edited = [e for e in examples if made[e.id]]
     true = sum(normalised(c.text) in known_true(e) for e in edited for c in made[e.id])
@@ -58,21 +60,8 @@ def table(examples: Sequence[Example], kinds: Sequence[str], show: int, seed: in
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--captions", type=int, default=500, help="drawn, where there are more")
-    parser.add_argument("--show", type=int, default=50)
-    parser.add_argument("--kinds", default=",".join(PerturbNegatives().kinds))
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    examples = read(given.data)
-    drawn = random.Random(given.seed).sample(examples, min(given.captions, len(examples)))
-    print(table(drawn, given.kinds.split(","), given.show, given.seed))
-
-
-if __name__ == "__main__":
-    main()
+def describe(data: Path, captions: int, kinds: Sequence[str] | None, show: int, seed: int) -> str:
+    """:func:`table` over at most so many captions, drawn from a data set; ``None``: the source's own kinds."""
+    examples = read(data)
+    drawn = random.Random(seed).sample(examples, min(captions, len(examples)))
+    return table(drawn, kinds or PerturbNegatives().kinds, show, seed)

@@ -7,9 +7,10 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
@@ -19,7 +20,6 @@ from cwdpo.rundir import write_text
 
 Tick = tuple[str, str, int, int]
 """(cell key, stage, step, steps)."""
-RunCell = Callable[[CellJob, Callable[[str, int, int], None]], dict[str, Any]]
 
 _ticks: Any = None
 
@@ -33,6 +33,18 @@ class CellResult:
     figures: dict[str, Any]
     error: str | None
     seconds: float
+
+
+OnEvent = Callable[[Tick | CellResult], None]
+Bar = Callable[[int], AbstractContextManager[OnEvent]]
+"""Optimizer steps in all -> what is called with every one of them, and with every finished cell."""
+
+
+@contextmanager
+def no_bar(steps: int) -> Iterator[OnEvent]:
+    """No progress is shown."""
+    del steps
+    yield lambda event: None
 
 
 def _prepare(ticks: Any) -> None:
@@ -59,10 +71,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(job: CellJob, run: RunCell) -> CellResult:
+def _work(job: CellJob) -> CellResult:
     began = time.monotonic()
     try:
-        figures = run(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
+        figures = run_cell(job, lambda stage, step, steps: _ticks.put((job.key, stage, step, steps)))
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         write_text(job.folder / "error.txt", traceback.format_exc())
@@ -70,23 +82,17 @@ def _work(job: CellJob, run: RunCell) -> CellResult:
     return CellResult(job.key, "done", figures, None, time.monotonic() - began)
 
 
-def run_grid(
-    waves: Sequence[Sequence[CellJob]],
-    workers: int,
-    on_event: Callable[[Tick | CellResult], None],
-    run: RunCell = run_cell,
-) -> dict[str, CellResult]:
+def run_grid(waves: Sequence[Sequence[CellJob]], workers: int, on_event: OnEvent) -> dict[str, CellResult]:
     """Run waves of cells one after the other, the cells of a wave in parallel processes.
 
     Args:
         waves: cells of a later wave may start from what an earlier one wrote.
         workers: processes, one torch thread each.
-        on_event: hears every optimizer step and every finished cell.
-        run: what a cell does; a function of a module, because it goes to other processes.
+        on_event: called with every optimizer step and every finished cell.
     """
     results: dict[str, CellResult] = {}
 
-    def hear(event: Tick | CellResult) -> None:
+    def note(event: Tick | CellResult) -> None:
         if isinstance(event, CellResult):
             results[event.key] = event
         on_event(event)
@@ -94,30 +100,28 @@ def run_grid(
     for wave in waves:
         for job in wave:
             job.folder.mkdir(parents=True, exist_ok=True)
-        if not _in_pool(wave, workers, hear, run):
+        if not _in_pool(wave, workers, note):
             # A worker died (killed, out of memory) and took the pool with it: which cell did it is found one by one.
             for job in (j for j in wave if j.key not in results):
-                if not _in_pool([job], 1, hear, run):
-                    hear(CellResult(job.key, "failed", {}, "its process was killed; out of memory?", 0.0))
+                if not _in_pool([job], 1, note):
+                    note(CellResult(job.key, "failed", {}, "its process was killed; out of memory?", 0.0))
     return results
 
 
-def _in_pool(
-    wave: Sequence[CellJob], workers: int, hear: Callable[[Tick | CellResult], None], run: RunCell
-) -> bool:
+def _in_pool(wave: Sequence[CellJob], workers: int, on_event: OnEvent) -> bool:
     """Run cells in one pool of processes; ``False`` when the pool broke before all were done."""
     context = mp.get_context("spawn")
     ticks = context.Queue()
     size = max(1, min(workers, len(wave)))
     with ProcessPoolExecutor(size, mp_context=context, initializer=_prepare, initargs=(ticks,)) as pool:
-        pending: set[Future[CellResult]] = {pool.submit(_work, job, run) for job in wave}
+        pending: set[Future[CellResult]] = {pool.submit(_work, job) for job in wave}
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             for tick in _drain(ticks):
-                hear(tick)
+                on_event(tick)
             for future in done:
                 try:
-                    hear(future.result())
+                    on_event(future.result())
                 except BrokenProcessPool:
                     return False
     return True

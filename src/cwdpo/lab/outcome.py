@@ -1,104 +1,227 @@
-"""Cells of a study to its summary: means with intervals, and paired differences to the full method or another."""
+"""Cells of a study to its summary: means with intervals, paired differences, curves and captions of some variants."""
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cwdpo.data.read.reader import read_examples
 from cwdpo.evaluation.intervals import mean_interval
 from cwdpo.evaluation.paired import holm, paired_difference, verdict
+from cwdpo.judging.win_rate import win_rate
+from cwdpo.lab.cell import SAMPLES
 from cwdpo.lab.grid import CellResult
+from cwdpo.lab.plan import BASE, Plan
 from cwdpo.lab.spec import Study, overrides_of
-from cwdpo.lab.summary import FIGURES, win_over_seeds
-from cwdpo.rundir import RunDir
+from cwdpo.report.summary import (
+    Bin,
+    Caption,
+    CellState,
+    Difference,
+    Figure,
+    Mean,
+    Panel,
+    Picture,
+    Point,
+    Row,
+    Summary,
+)
+from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.worlds.judged import judge_captions
 
-Figure = dict[str, Any]
+WORLD_FIGURES = (
+    Figure("sampled_correct", "all correct, T=1", "higher", 3, "captions that are right in every fact", True),
+    Figure("greedy_correct", "all correct, greedy", "higher", 3, "the same for greedy captions", True),
+    Figure("ill_formed", "ill-formed, T=1", "lower", 3, "captions that are no sentence of the world", True),
+    Figure("judge_score", "judge score, T=1", "higher", 3, "F1 of stated facts", True),
+    Figure("win_rate", "win rate", "higher", 3, "by the judge's score, prompt by prompt; a tie counts half", True),
+    Figure("ece", "token ECE", "lower", 3, "calibration error of the next token on held-out chosen captions", True),
+    Figure("top1", "top-1 probability", "none", 3, "mean largest next-token probability on held-out chosen captions"),
+    Figure("tv", "TV", "none", 3, "total variation to the stage-1 policy, per token"),
+    Figure("js", "JS", "none", 4, "Jensen-Shannon divergence to the stage-1 policy, nats per token"),
+    Figure("kl", "KL", "none", 3, "KL to the stage-1 policy, nats per token", True),
+    Figure("delta_logp/chosen", "Δ chosen", "none", 3, "change of held-out mean_logp in stage 2, nats per token", True),
+    Figure("delta_logp/hard", "Δ hard", "none", 3, "the same for negatives with one word wrong"),
+    Figure("delta_logp/medium", "Δ medium", "none", 3, "the same for negatives with several errors"),
+    Figure("delta_logp/easy", "Δ easy", "none", 3, "the same for captions of another picture"),
+    Figure("delta_logp/shuffled", "Δ shuffled", "none", 3, "the same for shuffled words"),
+    Figure("grad_norm_cv", "grad-norm CV", "lower", 2, "standard deviation over mean of the gradient norms", True),
+    Figure("steps_to_95", "steps to 95%", "none", 0, "first measured step with 95% of the best held-out margin", True),
+)  # fmt: skip
+CURVES = (
+    "chosen_shift",
+    "rejected_shift",
+    "margin",
+    "entropy",
+    "ece",
+    "kl",
+    "delta_logp/",
+    "cooling/weight/",
+)
+"""Held-out readings whose course is kept for the page, by the beginning of their names."""
+GALLERY = 6
+"""Test pictures whose captions are shown."""
+BINS = 15
+Cells = Mapping[str, Sequence[CellResult | None]]
+"""Cells of each variant by seed; ``None`` at a seed that the variant was not asked to run."""
 
 
 def outcome(
     out: Path,
     study: Study,
     seeds: Sequence[int],
+    planned: Plan,
     results: Mapping[str, CellResult],
     chosen: Mapping[str, Sequence[str]],
-) -> dict[str, Any]:
-    """The study's summary.json; see :mod:`cwdpo.report.render` for its shape.
+) -> Summary:
+    """The study's summary.
 
     Figures are compared by seed: every variant sees the same pictures in the same order. p-values are corrected
     (Holm) within a figure, for the number of variants that are compared with another.
     """
-    cells = {
-        name: [_scored(study, _result(results, f"{name}-seed{seed}")) for seed in seeds]
+    every = max((study.seeds(name, seeds) for name in study.variants), key=len)
+    cells: Cells = {
+        name: [
+            _scored(study, _result(results, f"{name}-seed{seed}"))
+            if seed in study.seeds(name, seeds)
+            else None
+            for seed in every
+        ]
         for name in study.variants
     }
     figures = figures_of(study, cells)
-    rows = [_row(out, study, name, seeds, cells, figures, chosen) for name in study.variants]
-    _compare(rows, figures)
-    hours = sum(_seconds(out, key) for key in results) / 3600
-    return {
-        "kind": "study",
-        "title": study.title or study.name,
-        "question": study.question,
-        "full": study.full,
-        "seeds": list(seeds),
-        "figures": figures,
-        "variants": rows,
-        "panel": panel_of(study, rows),
-        "shared": [
-            {"key": key, "error": r.error}
-            for key, r in sorted(results.items())
-            if r.status == "failed" and key not in {f"{n}-seed{s}" for n in study.variants for s in seeds}
-        ],
-        "provenance": {
+    rows = [_row(out, study, name, every, cells, figures, chosen) for name in study.variants]
+    base = results[BASE].figures if BASE in results else {}
+    own = {f"{n}-seed{s}" for n in study.variants for s in every}
+    return Summary(
+        title=study.title or study.name,
+        question=study.question,
+        full=study.full,
+        seeds=tuple(every),
+        figures=figures,
+        variants=compared(rows, figures),
+        panel=panel_of(study),
+        shared={k: str(r.error) for k, r in sorted(results.items()) if r.status == "failed" and k not in own},
+        base={f.key: _mean([base[f.key]]) for f in figures if base.get(f.key) is not None},
+        shown=study.shown,
+        gallery=_gallery(out, study, planned, results, f"seed{every[0]}") if study.shown else (),
+        provenance={
             "study": study.name,
-            "cells": f"{len(results)} cells, {hours:.2f} hours of one process each",
-            "intervals": "t interval over seeds; differences paired by seed",
-            "p-values": "paired t test over seeds, Holm-corrected within a column",
+            "cells": f"{len(results)} cells, {_hours(out, results):.2f} hours of one process each",
+            "captions": f"one greedy and {SAMPLES} at temperature 1 of every test picture",
+            "intervals": "t interval over seeds; win rate: percentile bootstrap by prompt, samples of all seeds",
+            "p-values": "paired t test over seeds, Holm-corrected within a figure",
+            "probes": _probe_cost(out, results),
         },
-    }
+    )
 
 
-def figures_of(study: Study, cells: Mapping[str, Sequence[CellResult]]) -> list[Figure]:
+def figures_of(study: Study, cells: Cells) -> tuple[Figure, ...]:
     """The table's columns: the world's, or whatever the study's metrics gave."""
-    found = [c.figures for row in cells.values() for c in row if c.status == "done"]
+    found = [c.figures for row in cells.values() for c in row if c is not None and c.status == "done"]
     terms = " ".join(f"{weight:+g} {key}" for key, weight in study.score.items())
-    score = {
-        "key": "score",
-        "label": "score",
-        "better": "higher",
-        "digits": 3,
-        "help": f"The sum by which a sweep chooses: {terms}",
-    }
-    scored = [score] if any("score" in f for f in found) else []
+    score = Figure("score", "score", "higher", 3, f"The sum by which a sweep chooses: {terms}")
+    scored = (score,) if any("score" in f for f in found) else ()
     if not found or any("judge_score" in f for f in found):
-        label = f"win rate vs {study.label(study.full)}"
-        return scored + [
-            {
-                "key": key, "label": label if key == "win_rate" else text, "better": better, "digits": digits,
-                "help": f"by the judge's score, prompt by prompt, against {study.label(study.full)}; a tie counts half"
-                if key == "win_rate" else note,
-            }
-            for key, text, better, digits, note in FIGURES
-        ]  # fmt: skip
+        rival = study.label(study.reference)
+        wins = f"win rate vs {rival}"
+        return (*scored, *(replace(f, label=wins) if f.key == "win_rate" else f for f in WORLD_FIGURES))
     from cwdpo.metrics.base import describe
 
     keys = [k for k, v in found[0].items() if (isinstance(v, int | float) or v is None) and k != "score"]
-    return scored + [describe(key) for key in keys]
+    return (*scored, *(Figure(**describe(key), main=True) for key in keys))
 
 
-def panel_of(study: Study, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The scores of variants that have a ``cell``, as a grid of labels; ``None`` without such variants."""
-    placed = {study.variants[row["name"]].cell: row["figures"].get("score") for row in rows}
-    cells = {cell: value for cell, value in placed.items() if cell is not None and value is not None}
-    if not cells:
+def panel_of(study: Study) -> Panel | None:
+    """Rows and columns of the variants that have a cell in the panel."""
+    placed = {v.cell: name for name, v in study.variants.items() if v.cell}
+    if not placed:
         return None
-    names, columns = (list(dict.fromkeys(cell[side] for cell in cells)) for side in (0, 1))
-    return {
-        "columns": columns,
-        "rows": [{"label": n, "values": [cells.get((n, column)) for column in columns]} for n in names],
-    }
+    rows, columns = (tuple(dict.fromkeys(cell[side] for cell in placed)) for side in (0, 1))
+    return Panel(columns, {row: tuple(placed.get((row, column)) for column in columns) for row in rows})
+
+
+def compared(rows: Sequence[Row], figures: Sequence[Figure]) -> tuple[Row, ...]:
+    """The rows with ``against`` filled: each variant minus its rival, seed by seed."""
+    named = {row.name: row.figures for row in rows}
+    against: dict[str, dict[str, Difference]] = defaultdict(dict)
+    others = [(row, named[row.rival]) for row in rows if row.rival]
+    for figure in (f for f in figures if f.key != "win_rate"):
+        found = [
+            paired_difference(row.figures[figure.key].per_seed, rival[figure.key].per_seed)
+            for row, rival in others
+        ]
+        for (row, _), one, p in zip(others, found, holm([d["p"] for d in found]), strict=True):
+            word = verdict(one, figure.better, p)
+            against[row.name][figure.key] = Difference(**one, p_corrected=p, word=word)
+    return tuple(replace(row, against=against[row.name]) for row in rows)
+
+
+def win_over_seeds(
+    ours: Sequence[Sequence[Sequence[float]] | None], rival: Sequence[Sequence[Sequence[float]] | None]
+) -> Mean:
+    """Win rate over prompts of all seeds together: the same pictures are asked in every seed.
+
+    Args:
+        ours, rival: per seed the judge's scores [prompts][samples], or ``None`` where there is no cell.
+    """
+    both = [(a, b) if a is not None and b is not None else None for a, b in zip(ours, rival, strict=True)]
+    per_seed = tuple(None if pair is None else win_rate(*pair).rate for pair in both)
+    known = [pair for pair in both if pair is not None]
+    if not known:
+        return Mean(None, None, None, 0, per_seed)
+    # A prompt's samples of all seeds stand side by side, because the bootstrap draws prompts.
+    joined = [
+        [[score for samples in prompt for score in samples] for prompt in zip(*side, strict=True)]
+        for side in zip(*known, strict=True)
+    ]
+    w = win_rate(*joined)
+    return Mean(w.rate, w.low, w.high, len(known), per_seed)
+
+
+def _row(
+    out: Path,
+    study: Study,
+    name: str,
+    seeds: Sequence[int],
+    cells: Cells,
+    figures: Sequence[Figure],
+    chosen: Mapping[str, Sequence[str]],
+) -> Row:
+    def values(variant: str, key: str) -> list[Any]:
+        return [None if c is None else c.figures.get(key) for c in cells[variant]]
+
+    def figure(key: str) -> Mean:
+        if key == "win_rate":
+            return win_over_seeds(values(name, "scores"), values(study.reference, "scores"))
+        return _mean(values(name, key))
+
+    own = [(seed, c) for seed, c in zip(seeds, cells[name], strict=True) if c is not None]
+    done = [c for _, c in own if c.status == "done"]
+    shown = name in study.shown
+    return Row(
+        name=name,
+        label=study.label(name),
+        overrides=tuple(overrides_of(study, name, chosen)),
+        figures={f.key: figure(f.key) for f in figures},
+        rival=study.rival(name),
+        against={},
+        calibration=_calibration(out, done),
+        cells=tuple(
+            CellState(s, "done" if c.status == "done" else "failed", c.error, _seconds(out, c.key)) for s, c in own
+        ),
+        curves=curves(out, done) if shown else {},
+        reliability=pooled([c.figures["reliability"] for c in done]) if shown else (),
+    )  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> Mean:
+    found = mean_interval(values)
+    return Mean(**{**found, "per_seed": tuple(found["per_seed"])})
 
 
 def _scored(study: Study, cell: CellResult) -> CellResult:
@@ -110,62 +233,83 @@ def _result(results: Mapping[str, CellResult], key: str) -> CellResult:
     return results.get(key) or CellResult(key, "failed", {}, "never ran: what it starts from failed", 0.0)
 
 
-def _row(
-    out: Path,
-    study: Study,
-    name: str,
-    seeds: Sequence[int],
-    cells: Mapping[str, Sequence[CellResult]],
-    figures: Sequence[Figure],
-    chosen: Mapping[str, Sequence[str]],
-) -> dict[str, Any]:
-    own = cells[name]
-    values = {
-        f["key"]: mean_interval([c.figures.get(f["key"]) for c in own])
-        for f in figures
-        if f["key"] != "win_rate"
-    }
-    if any(f["key"] == "win_rate" for f in figures):
-        scores = [c.figures.get("scores") for c in own]
-        values["win_rate"] = win_over_seeds(scores, [c.figures.get("scores") for c in cells[study.full]])
-    return {
-        "name": name,
-        "label": study.label(name),
-        "overrides": overrides_of(study, name, chosen),
-        "figures": values,
-        "rival": study.rival(name),
-        "against": {},
-        "calibration": _calibration(out, own),
-        "cells": [
-            {"seed": seed, "status": c.status, "error": c.error, "seconds": _seconds(out, c.key)}
-            for seed, c in zip(seeds, own, strict=True)
-        ],
-    }
-
-
-def _calibration(out: Path, cells: Sequence[CellResult]) -> dict[str, list[float]]:
+def _calibration(out: Path, cells: Sequence[CellResult]) -> dict[str, tuple[float, ...]]:
     found = [RunDir(out / "cells" / c.key).json("calibration.json") for c in cells]
     known = [c for c in found if c]
-    return {name: [round(c[name], 3) for c in known] for name in ("floor", "tau")} if known else {}
+    return {name: tuple(round(c[name], 3) for c in known) for name in ("floor", "tau")} if known else {}
 
 
 def _seconds(out: Path, key: str) -> float:
     return float(RunDir(out / "cells" / key).json("timing.json").get("seconds", 0.0))
 
 
-def _compare(rows: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> None:
-    """Fill ``against``: each variant minus its rival."""
-    named = {row["name"]: row["figures"] for row in rows}
-    others = [row for row in rows if row["rival"]]
-    for figure in figures:
-        key = figure["key"]
-        if key == "win_rate":
-            continue
-        found = [
-            paired_difference(row["figures"][key]["per_seed"], named[row["rival"]][key]["per_seed"])
-            for row in others
-        ]
-        corrected = holm([d["p"] for d in found])
-        for row, difference, p in zip(others, found, corrected, strict=True):
-            word = verdict(difference, figure["better"], p)
-            row["against"][key] = {**difference, "p_corrected": p, "word": word}
+def _hours(out: Path, keys: Mapping[str, Any]) -> float:
+    return sum(_seconds(out, key) for key in keys) / 3600
+
+
+def _probe_cost(out: Path, keys: Mapping[str, Any]) -> str:
+    """What the held-out measurements took of training and of the whole cells."""
+    timings = (row for key in keys for row in read_jsonl(out / "cells" / key / "timings.jsonl"))
+    rows = [row for row in timings if "probe_share" in row]
+    spent, trained = (sum(row[k] for row in rows) for k in ("probe_seconds", "seconds"))
+    if not trained:
+        return "not measured"
+    whole = 3600 * _hours(out, keys)
+    return f"{100 * spent / trained:.1f}% of training" + (
+        f", {100 * spent / whole:.1f}% of all process time" if whole > trained else ""
+    )
+
+
+def curves(out: Path, cells: Sequence[CellResult]) -> dict[str, tuple[Point, ...]]:
+    """Mean and interval over seeds of the held-out readings by step, and of the gradient norm."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        run = RunDir(out / "cells" / cell.key)
+        for row in run.readings():
+            if row["value"] is not None and row["name"].startswith(CURVES):
+                values[row["name"]][row["step"]].append(row["value"])
+        for row in run.metrics():
+            if "grad_norm" in row:
+                values["grad_norm"][row["step"]].append(float(row["grad_norm"]))
+    return {
+        name: tuple(_point(step, steps[step]) for step in sorted(steps)) for name, steps in values.items()
+    }
+
+
+def _point(step: int, values: Sequence[float]) -> Point:
+    found = mean_interval(values)
+    return Point(step, found["mean"], found["low"], found["high"])
+
+
+def pooled(diagrams: Sequence[Sequence[Mapping[str, float]]]) -> tuple[Bin, ...]:
+    """Reliability bins of several seeds as one diagram, weighed by token counts."""
+    bins: dict[int, list[Mapping[str, float]]] = defaultdict(list)
+    for row in (row for diagram in diagrams for row in diagram):
+        bins[int(row["confidence"] * BINS)].append(row)
+    found = []
+    for _, rows in sorted(bins.items()):
+        n = int(sum(r["n"] for r in rows))
+        confidence, accuracy = (sum(r[k] * r["n"] for r in rows) / n for k in ("confidence", "accuracy"))
+        found.append(Bin(confidence, accuracy, n))
+    return tuple(found)
+
+
+def _gallery(
+    out: Path, study: Study, planned: Plan, results: Mapping[str, CellResult], seed: str
+) -> tuple[Picture, ...]:
+    """The first test pictures with the greedy caption of the starting model and of every shown variant."""
+    cells = {study.label(name): f"{name}-{seed}" for name in study.shown}
+    cells = {"starting model": BASE, **cells} if BASE in results else cells
+    test = read_examples(planned.cells[f"{study.shown[0]}-{seed}"].test).examples[:GALLERY]
+    if not all("scene" in e.extra for e in test):
+        return ()
+    captions: list[list[Caption]] = [[] for _ in test]
+    for label, key in cells.items():
+        texts = _result(results, key).figures.get("greedy", [])[: len(test)]  # none of a failed cell
+        for own, text, j in zip(captions, texts, judge_captions(test[: len(texts)], texts), strict=False):
+            marks = (j.all_correct, j.wrong, j.hallucinated, j.omitted, j.ill_formed)
+            own.append(Caption(label, text, *marks))
+    return tuple(
+        Picture(os.path.relpath(str(e.images[0].path), out), e.chosen.text, tuple(own))
+        for e, own in zip(test, captions, strict=True)
+    )

@@ -13,10 +13,12 @@ import yaml
 from cwdpo.config import Recipe, parse_recipe
 from cwdpo.errors import DataError
 from cwdpo.lab.cell import CellJob, StageOfCell
-from cwdpo.lab.spec import BestOf, Study, overrides_of
-from cwdpo.lab.worlds import write_world
+from cwdpo.lab.spec import BestOf, Study, Variant, overrides_of
+from cwdpo.lab.worlds import WorldFiles, write_world
 from cwdpo.negatives.settings import NegativeSettings
 
+BASE = "base"
+"""Key of the cell that measures the starting model."""
 _PLAIN = NegativeSettings()
 _ROUNDS = (
     "on_policy_fraction", "rounds", "on_policy_chosen", "easy_cut", "hard_cut", "recalibrate", "sampler", "judge",
@@ -60,11 +62,11 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def asked(study: Study, seeds: Sequence[int], chosen: Mapping[str, Sequence[str]]) -> list[Asked]:
-    """Every variant at every seed."""
+    """Every variant at each of its seeds."""
     return [
         Asked(f"{name}-seed{seed}", name, tuple(overrides_of(study, name, chosen)), seed)
         for name in study.variants
-        for seed in seeds
+        for seed in study.seeds(name, seeds)
     ]
 
 
@@ -87,30 +89,34 @@ def plan(
     """
     found = Plan()
     sources = _Sources(out, study, split, test, found)
+    if study.base:
+        first = wanted[0]
+        recipe = parse_recipe(tree, [*study.common, f"seed={first.seed}"], where=f"study {study.name}")
+        recipe, held = sources.with_data(recipe, first.seed)
+        found.cells[BASE] = CellJob(
+            BASE, recipe.model_copy(update={"name": BASE}), out / "cells" / BASE, held, "base", study.metrics
+        )
     for one in sorted(wanted, key=lambda one: study.variants[one.variant].margins_from is not None):
+        variant = study.variants[one.variant]
         recipe = parse_recipe(tree, [*one.overrides, f"seed={one.seed}"], where=f"variant {one.variant}")
-        recipe, held = sources.with_data(recipe, one.seed)
-        margins = study.variants[one.variant].margins_from
-        _add(found, out, one, recipe, held, study, margins)
+        recipe, held = sources.with_data(recipe, one.seed, variant)
+        _add(found, out, one, recipe.model_copy(update={"name": one.key}), held, study)
     return found
 
 
-def _add(
-    found: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: Study, margins: str | None
-) -> None:
-    recipe = recipe.model_copy(update={"name": one.key})
-    stage: StageOfCell = "stage2"
-    start = recipe
+def _add(found: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: Study) -> None:
+    """The cell of a variant, with the first stage and the margins that it starts from, where they are not there yet."""
+    stage: StageOfCell = "stage2" if recipe.stage2.enabled else "base"
+    options = {"trace": True} if study.analysis else {}
+    cell = CellJob(one.key, recipe, out / "cells" / one.key, test, stage, study.metrics, options)
     if recipe.stage1.enabled:
-        first = _first_stage(recipe)
-        key = "stage1-" + _digest(first.to_yaml())
-        job = CellJob(key, first, out / "cells" / key, test, "stage1", study.metrics)
+        neutral = _first_stage(recipe)
+        key = "stage1-" + _digest(neutral.to_yaml())
+        job = CellJob(key, neutral, out / "cells" / key, test, "stage1", study.metrics)
         found.stage1.setdefault(key, job)
         model = recipe.model.model_copy(update={"path": str(job.folder / "model")})
-        start = recipe.model_copy(update={"model": model})
-    if not recipe.stage2.enabled:
-        stage = "base"
-    cell = CellJob(one.key, start, out / "cells" / one.key, test, stage, study.metrics)
+        cell = replace(cell, recipe=recipe.model_copy(update={"model": model}), first=job.folder)
+    margins = study.variants[one.variant].margins_from
     if margins is None:
         found.cells[one.key] = cell
         return
@@ -126,11 +132,9 @@ def _add(
             {"policy": str(teacher.folder / "model"), "reference": teacher.recipe.model.path},
         ),
     )  # fmt: skip
-    data = start.data.model_copy(
-        update={"path": str(out / "cells" / key / "train.jsonl"), "image_root": None}
-    )
-    late = start.model_copy(update={"data": data})
-    found.late[one.key] = CellJob(one.key, late, cell.folder, test, stage, study.metrics)
+    path = str(out / "cells" / key / "train.jsonl")
+    data = cell.recipe.data.model_copy(update={"path": path, "image_root": None})
+    found.late[one.key] = replace(cell, recipe=cell.recipe.model_copy(update={"data": data}))
 
 
 def _first_stage(recipe: Recipe) -> Recipe:
@@ -145,8 +149,10 @@ def _first_stage(recipe: Recipe) -> Recipe:
         }
     )
     negatives = recipe.negatives.model_copy(update={key: getattr(_PLAIN, key) for key in _ROUNDS})
-    defaults = Recipe.model_fields["calibration"].default
-    update = {"name": "stage1", "stage2": neutral, "negatives": negatives, "calibration": defaults}
+    update: dict[str, Any] = {"name": "stage1", "stage2": neutral, "negatives": negatives}
+    update["calibration"] = Recipe.model_fields["calibration"].default
+    if not recipe.stage1.build().needs_reference:  # a curriculum acts only where there is a reference
+        update["curriculum"] = {"name": "steady"}
     return recipe.model_copy(update=update)
 
 
@@ -155,11 +161,11 @@ class _Sources:
 
     def __init__(self, out: Path, study: Study, split: str, test: Path | None, found: Plan) -> None:
         self.out, self.study, self.split, self.test, self.found = out, study, split, test, found
-        self._worlds: dict[str, dict[str, str]] = {}
+        self._worlds: dict[str, WorldFiles] = {}
 
-    def with_data(self, recipe: Recipe, seed: int) -> tuple[Recipe, Path]:
+    def with_data(self, recipe: Recipe, seed: int, variant: Variant | None = None) -> tuple[Recipe, Path]:
         """The recipe with this seed's data in place, and the set to evaluate on."""
-        data = recipe.data
+        data, rejected = recipe.data, variant.rejected if variant else None
         held = self.test or (Path(self.study.test) if self.study.test else None)
         if data.world is None:
             if held is None:
@@ -167,17 +173,25 @@ class _Sources:
                     "a study needs a test set that nothing is tuned on: give --test FILE, or 'test:' in the study; "
                     "only the embedded world (data.world) brings its own"
                 )
+            if rejected or self.study.validation == "own":
+                raise DataError(
+                    f"study {self.study.name}: 'rejected' and 'validation: own' are of the embedded world: leave them "
+                    "out, or take a recipe with data.world"
+                )
             return recipe, held
-        key = _digest(data.world.model_dump_json())
-        name = f"{key}-{self.split}-{seed}"
+        own = self.study.validation
+        key = _digest(data.world.model_dump_json() + ("" if own == "shared" else own))
+        name = f"{key}-{self.split}-{seed}-{rejected}"
         if name not in self._worlds:
-            self._worlds[name] = write_world(self.out / "data" / key, data.world, (seed,), self.split)
-        paths = self._worlds[name]
-        update = {"world": None, "path": paths[f"train{seed}"], "validation_path": paths["validation"]}
+            self._worlds[name] = write_world(
+                self.out / "data" / key, data.world, seed, self.split, validation=own, rejected=rejected
+            )
+        files = self._worlds[name]
+        update = {"world": None, "path": str(files.train), "validation_path": str(files.validation)}
         recipe = recipe.model_copy(update={"data": data.model_copy(update=update)})
         if self.study.data is not None:
-            recipe = self._sampled(recipe, seed, self.study.data, Path(paths["test"]))
-        return recipe, held or Path(paths["test"])
+            recipe = self._sampled(recipe, seed, self.study.data, files.test)
+        return recipe, held or files.test
 
     def _sampled(self, recipe: Recipe, seed: int, settings: BestOf, test: Path) -> Recipe:
         key = f"data-{_digest(settings.model_dump_json() + str(recipe.data.path) + recipe.model.path)}-seed{seed}"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cwdpo.errors import RecipeError, nearest
+from cwdpo.lab.worlds import Rejected, Validation
 from cwdpo.registry import Settings, explain
 
+RECIPE = Path(__file__).parent / "recipe.yaml"
+"""What the shipped studies vary: the embedded world at the size of the demo."""
+_HERE = Path(__file__).parent
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 
 
@@ -28,21 +31,32 @@ class BestOf(Settings):
 
 
 class Variant(Settings):
-    """One row of the table: overrides (``section.key=value``) on the recipe, and what a sweep may try.
+    """One row of the table.
 
-    ``grid`` maps keys to values; a sweep tries their product. ``margins_from`` names the variant whose trained
-    policy estimates the reward margins first (madpo). ``against`` is the variant that it is compared with instead of
-    the study's full one. ``tuned_as`` names the variant of a sweep whose chosen settings it takes (default: its own).
-    ``cell`` is its row and column in a panel of scores.
+    Attributes:
+        set: overrides (``section.key=value``) on the recipe.
+        times: factors on numbers that an override has set, by key, applied last (``stage2.learning_rate: 4``).
+        grid: values by key; a sweep tries their product.
+        tuned_as: the variant of a sweep whose chosen settings this one takes (default: its own name).
+        against: the variant that this one is compared with instead of the study's full one.
+        margins_from: the variant whose trained policy estimates the reward margins first (madpo).
+        cell: row and column in a panel of scores.
+        more_seeds: as many seeds beyond those asked for.
+        rejected: what takes the place of each rejected caption of the embedded world.
+        provokes: findings of the diagnosis of which the run must raise one; none for a healthy run.
     """
 
     label: str = ""
     set: tuple[str, ...] = ()
+    times: Mapping[str, float] = {}
     grid: Mapping[str, tuple[Any, ...]] = {}
-    margins_from: str | None = None
-    against: str | None = None
     tuned_as: str | None = None
+    against: str | None = None
+    margins_from: str | None = None
     cell: tuple[str, str] | None = None
+    more_seeds: int = Field(0, ge=0)
+    rejected: Rejected | None = None
+    provokes: tuple[str, ...] = ()
 
     def settings(self) -> list[tuple[str, ...]]:
         """Every point of the grid, as overrides."""
@@ -54,21 +68,39 @@ class Variant(Settings):
 
 
 class Study(Settings):
-    """A study file.
+    """A study file. Two more keys are resolved while it is read: ``variants_of`` takes the variants of another study
+    (the file's own are added, or take their place), ``grid`` is the grid of every variant.
 
-    ``full`` is the variant that every other one is compared with. ``common`` overrides hold for all. ``score``
-    weighs the figures by which a sweep chooses; it is a figure of the tables too. ``metrics`` are read where the data
-    has no exact judge. Of a ``panel`` every point of every grid is a row, named ``<variant>-<values>``.
+    Attributes:
+        full: the variant that every other one is compared with.
+        wins_against: the variant that win rates are counted against (default: full).
+        common: overrides that hold for all variants.
+        swept: without settings of another sweep, take those that were chosen for the demo (``lab/swept.yaml``).
+        panel: every point of every grid is a row, named ``<variant>-<values>``.
+        base: measure the starting model too.
+        shown: variants whose curves, reliability and captions are on the page, in the order of their colours.
+        data: chosen responses are sampled and compared by a noisy judge instead.
+        validation: which held-out pictures the probes of a training look at.
+        test: test set for data that is not the embedded world's.
+        score: weights of figures; their sum is what a sweep chooses by, and a figure of the tables.
+        metrics: read where the data has no exact judge.
+        analysis: judge the policy at every measurement, and draw from these trajectories what the diagnosis finds
+            (``findings``) or what early stopping is worth (``stopping``).
     """
 
     name: str
     title: str = ""
     question: str = ""
     full: str
+    wins_against: str | None = None
     common: tuple[str, ...] = ()
+    swept: bool = False
     panel: bool = False
+    base: bool = False
+    shown: tuple[str, ...] = ()
     data: BestOf | None = None
-    test: str | None = Field(None, description="test set for data that is not the embedded world's")
+    validation: Validation = "shared"
+    test: str | None = None
     variants: Mapping[str, Variant]
     score: Annotated[Mapping[str, float], Field(min_length=1)] = {
         "sampled_correct": 1.0,
@@ -76,6 +108,7 @@ class Study(Settings):
         "ill_formed": -1.0,
     }
     metrics: tuple[str, ...] = ("cider", "bleu4", "length", "diversity")
+    analysis: Literal["findings", "stopping"] | None = None
 
     @field_validator("variants")
     @classmethod
@@ -90,7 +123,7 @@ class Study(Settings):
     @model_validator(mode="after")
     def _known_names(self) -> Study:
         named = [n for v in self.variants.values() for n in (v.margins_from, v.against) if n]
-        named += [] if self.panel else [self.full]
+        named += [] if self.panel else [self.full, self.reference, *self.shown]
         for name in named:
             if name not in self.variants:
                 raise ValueError(
@@ -149,15 +182,25 @@ class Study(Settings):
                     f"--only: no variant {name!r}{nearest(name, self.variants)}; known: {', '.join(self.variants)}"
                 )
         full = {n for n in self.variants if self.full == n or (self.panel and self.full.startswith(f"{n}-"))}
-        needed = full | set(names)
+        needed = full | set(names) | ({self.reference} & set(self.variants))
         while more := {n for v in needed for n in self._read_by(v)} - needed:
             needed |= more
         kept = {name: v for name, v in self.variants.items() if name in needed}
-        return self.model_copy(update={"variants": kept})
+        shown = tuple(n for n in self.shown if n in kept)
+        return self.model_copy(update={"variants": kept, "shown": shown})
 
     def _read_by(self, name: str) -> set[str]:
         own = self.variants[name]
         return {n for n in (own.margins_from, own.against) if n}
+
+    @property
+    def reference(self) -> str:
+        """The variant that win rates are counted against."""
+        return self.wins_against or self.full
+
+    def seeds(self, name: str, asked: Sequence[int]) -> list[int]:
+        """The seeds of a variant: those asked for, and its further ones after them."""
+        return [*asked, *range(max(asked) + 1, max(asked) + 1 + self.variants[name].more_seeds)]
 
     def label(self, name: str) -> str:
         """What a table calls a variant."""
@@ -180,8 +223,7 @@ class Study(Settings):
 
 def shipped() -> list[str]:
     """Names of the studies that come with the package."""
-    folder = resources.files("cwdpo.lab").joinpath("studies")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(path.stem for path in (_HERE / "studies").glob("*.yaml"))
 
 
 def load_study(source: str | Path) -> Study:
@@ -190,26 +232,43 @@ def load_study(source: str | Path) -> Study:
     Raises:
         RecipeError: there is no such study, or it is not one.
     """
-    path = Path(source)
-    if str(source) in shipped():
-        where = f"study {source}"
-        text = resources.files("cwdpo.lab").joinpath("studies", f"{source}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
-        where, text = str(path), path.read_text(encoding="utf-8")
-    else:
-        raise RecipeError(
-            f"no study {str(source)!r}{nearest(str(source), shipped())}: give a file, or one of {', '.join(shipped())}"
-        )
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: a study is a mapping, got {type(tree).__name__}")
+    tree, where = _tree(source)
+    if isinstance(other := tree.pop("variants_of", None), str):
+        shared = _tree(other)[0].get("variants")
+        if not isinstance(shared, dict):
+            raise RecipeError(f"{where}: variants_of: the study {other} has no variants of its own")
+        tree["variants"] = {**shared, **tree.get("variants", {})}
+    if grid := tree.pop("grid", None):
+        tree["variants"] = {name: {**(v or {}), "grid": grid} for name, v in tree.get("variants", {}).items()}
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(explain(error, where, Study.model_fields)) from None
+
+
+def _tree(source: str | Path) -> tuple[dict[str, Any], str]:
+    """What a study file holds, and what messages call it."""
+    shipped_file = _HERE / "studies" / f"{source}.yaml"
+    path, where = (
+        (shipped_file, f"study {source}") if str(source) in shipped() else (Path(source), str(source))
+    )
+    if not path.is_file():
+        raise RecipeError(
+            f"no study {str(source)!r}{nearest(str(source), shipped())}: give a file, or one of {', '.join(shipped())}"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where}: a study is a mapping, got {type(tree).__name__}")
+    return tree, where
+
+
+def settings_for(study: Study, tuned: Path | None) -> dict[str, tuple[str, ...]]:
+    """What a sweep chose: that of a file, else the demo's where the study takes it, else nothing."""
+    path = tuned or (_HERE / "swept.yaml" if study.swept else None)
+    return load_chosen(path) if path else {}
 
 
 def load_chosen(path: Path) -> dict[str, tuple[str, ...]]:
@@ -238,5 +297,23 @@ def _yaml(value: Any) -> str:
 
 
 def overrides_of(study: Study, name: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
-    """All overrides of a variant, in order: the study's, its own, and what a sweep chose for it."""
-    return [*study.common, *study.variants[name].set, *chosen.get(study.tuned_by(name), ())]
+    """All overrides of a variant, in order: the study's, its own, what a sweep chose for it, and its factors on them.
+
+    Raises:
+        RecipeError: a factor on a key that no override sets.
+    """
+    variant = study.variants[name]
+    found = [*study.common, *variant.set, *chosen.get(study.tuned_by(name), ())]
+    for key, factor in variant.times.items():
+        given = [value for k, _, value in (text.partition("=") for text in found) if k.strip() == key]
+        if not given:
+            raise RecipeError(
+                f"study {study.name}, variant {name}: times: no override sets {key!r}: give it in 'set', or --tuned"
+            )
+        try:
+            found.append(f"{key}={_yaml(factor * float(yaml.safe_load(given[-1])))}")
+        except (TypeError, ValueError):
+            raise RecipeError(
+                f"study {study.name}, variant {name}: times: {key}={given[-1]} is no number"
+            ) from None
+    return found

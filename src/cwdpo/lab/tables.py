@@ -1,13 +1,13 @@
-"""A study's table in markdown and CSV. What differs from run to run (times, paths) stays out of both."""
+"""A study's tables in markdown, CSV and the terminal. What differs from run to run (times, paths) stays out of them."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cwdpo.lab.table import name_of, number
+from cwdpo.report.summary import Difference, Figure, Mean, Summary
 
 COLUMNS = (
     "variant", "label", "figure", "better", "n", "failed", "mean", "low", "high",
@@ -15,94 +15,137 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """Means with half of their 95% interval, paired differences, and a panel of scores where variants have places."""
-    figures, rows = summary["figures"], summary["variants"]
-    labels = [_arrow(f) for f in figures]
-    named = {r["name"]: r["label"] for r in rows}
-    compared_rows = [r for r in rows if r["rival"]]
-    lines = [f"## {summary['title']}", ""]
-    if summary["question"]:
-        lines += [summary["question"], ""]
-    n = len(summary["seeds"])
-    lines += [f"Mean over {n} seeds ± half of the 95% interval (win rate: by prompt).", ""]
-    lines += _head(["variant", *labels])
-    for row in rows:
-        cells = [number(row["figures"][f["key"]], f["digits"]) for f in figures]
-        lines.append(_line([name_of(row), *cells]))
-    lines += [
-        "",
-        f"Difference to {named[summary['full']]} or to what is named, paired by seed, with its 95% interval and the "
-        f"p-value corrected (Holm) for {len(compared_rows)} comparisons; * marks p < 0.05.",
-        "",
+@dataclass(frozen=True)
+class Table:
+    """A note on what stands below it, and rows of text under heads."""
+
+    note: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables(summary: Summary, *, main: bool = False) -> list[Table]:
+    """Means, paired differences, and a panel of scores where variants have places in one.
+
+    Args:
+        main: for a terminal, where there is little room: main figures, of the differences those with a better
+            direction; intervals stand below, p-values only as marks.
+    """
+    figures = [f for f in summary.figures if f.main or not main]
+    base = [["starting model", *(number(summary.base.get(f.key), f.digits) for f in figures)]]
+    rows = [[r.named, *(number(r.figures[f.key], f.digits) for f in figures)] for r in summary.variants]
+    n, m = len(summary.seeds), len(summary.compared)
+    found = [
+        Table(
+            f"Mean over {n} seeds ± half of the 95% interval (win rate: by prompt).",
+            ["variant", *(f.head for f in figures)],
+            [*(base if summary.base else ()), *rows],
+        )
     ]
-    compared = [f for f in figures if f["key"] != "win_rate"]
-    lines += _head(["variant", *(_arrow(f) for f in compared)])
-    for row in compared_rows:
-        other = "" if row["rival"] == summary["full"] else f" minus {named[row['rival']]}"
-        cells = [_difference(row["against"][f["key"]], f) for f in compared]
-        lines.append(_line([row["label"] + other, *cells]))
-    if summary["panel"]:
-        lines += [
-            "",
-            "Score, mean ± half of the 95% interval:",
-            "",
-            *_head(["", *summary["panel"]["columns"]]),
-        ]
-        for row in summary["panel"]["rows"]:
-            lines.append(_line([row["label"], *("-" if v is None else number(v, 3) for v in row["values"])]))
-    failed = [c for row in rows for c in row["cells"] if c["status"] == "failed"]
-    if failed:
-        lines += ["", f"**{len(failed)} cells failed:**", ""]
-        lines += [
-            f"- {row['label']}, seed {c['seed']}: {str(c['error']).splitlines()[0]}"
-            for row in rows
-            for c in row["cells"]
-            if c["status"] == "failed"
-        ]
-    return "\n".join(lines) + "\n"
+    differing = [f for f in summary.differing if f in figures and not (main and f.better == "none")]
+    full = summary.row(summary.full)
+    differences = []
+    for row in summary.compared:
+        other = (
+            "" if row.rival == full.name or row.rival is None else f" minus {summary.row(row.rival).label}"
+        )
+        cells = (difference(row.against[f.key], f, short=main) for f in differing)
+        differences.append([row.label + other, *cells])
+    note = (
+        f"Difference to {full.label} or to what is named, paired by seed, with its 95% interval. p-values are corrected"
+        f" (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
+    )
+    found.append(Table(note, ["variant", *(f.head for f in differing)], differences))
+    if summary.panel:
+        scores = [
+            [label, *("-" if name is None else number(summary.row(name).figures.get("score"), 3) for name in row)]
+            for label, row in summary.panel.rows.items()
+        ]  # fmt: skip
+        found.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
+    return found
 
 
-def to_csv(summary: Mapping[str, Any]) -> str:
+def failures(summary: Summary) -> list[str]:
+    """A line for each failed cell."""
+    lines = [(f"{row.label}, seed {c.seed}", str(c.error)) for row in summary.variants for c in row.failed]
+    return [f"{where}: {error.partition(chr(10))[0]}" for where, error in (*lines, *summary.shared.items())]
+
+
+def markdown(summary: Summary) -> str:
+    """All tables, each number with its interval."""
+    lines = [f"## {summary.title}", ""]
+    lines += [summary.question, ""] if summary.question else []
+    for table in tables(summary):
+        lines += [table.note, "", *map(_line, [table.heads])]
+        lines += ["|---" * len(table.heads) + "|", *map(_line, table.rows), ""]
+    if failed := failures(summary):
+        lines += [f"**{len(failed)} cells failed:**", "", *(f"- {line}" for line in failed), ""]
+    return "\n".join(lines)
+
+
+def show(summary: Summary) -> None:
+    """Print the main figures in the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as Drawn
+
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(f"[bold]{escape(summary.title)}[/bold]\n{escape(summary.question)}")
+    for table in tables(summary, main=True):
+        drawn = Drawn(escape(table.heads[0]), box=box.SIMPLE_HEAD)
+        for head in table.heads[1:]:
+            drawn.add_column(escape(head), justify="right")
+        for row in table.rows:
+            drawn.add_row(*map(escape, row))
+        console.print(f"\n{escape(table.note)}", drawn)
+    for line in failures(summary):
+        console.print(f"FAILED {line}", markup=False)
+    console.print(f"Held-out probes: {summary.provenance['probes']}.", markup=False)
+
+
+def to_csv(summary: Summary) -> str:
     """One line per variant and figure, in full precision; an empty field is a missing value."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for row in summary["variants"]:
-        failed = sum(c["status"] == "failed" for c in row["cells"])
-        for figure in summary["figures"]:
-            value, against = row["figures"][figure["key"]], row["against"].get(figure["key"], {})
-            writer.writerow(
-                {
-                    "variant": row["name"], "label": row["label"], "figure": figure["key"], "better": figure["better"],
-                    "n": value["n"], "failed": failed, **{k: value[k] for k in ("mean", "low", "high")},
-                    "against": row["rival"],
-                    "difference": against.get("mean"), "difference_low": against.get("low"),
-                    "difference_high": against.get("high"), "p": against.get("p"),
-                    "p_corrected": against.get("p_corrected"), "verdict": against.get("word"),
-                }
-            )  # fmt: skip
+    for row in summary.variants:
+        for figure in summary.figures:
+            value, one = row.figures[figure.key], row.against.get(figure.key)
+            line = {
+                "variant": row.name, "label": row.label, "figure": figure.key, "better": figure.better,
+                "n": value.n, "failed": len(row.failed), "mean": value.mean, "low": value.low, "high": value.high,
+                "against": row.rival,
+            }  # fmt: skip
+            if one is not None:
+                line |= {
+                    "difference": one.mean, "difference_low": one.low, "difference_high": one.high, "p": one.p,
+                    "p_corrected": one.p_corrected, "verdict": one.word,
+                }  # fmt: skip
+            writer.writerow(line)
     return text.getvalue()
 
 
-def _arrow(figure: Mapping[str, Any]) -> str:
-    return str(figure["label"]) + {"higher": " ↑", "lower": " ↓"}.get(figure["better"], "")
-
-
-def _difference(against: Mapping[str, Any], figure: Mapping[str, Any]) -> str:
-    if against["mean"] is None:
+def number(value: Mean | None, digits: int) -> str:
+    """Mean and half-width of the interval."""
+    if value is None or value.mean is None:
         return "-"
-    digits = figure["digits"]
-    text = f"{against['mean']:+.{digits}f}"
-    if against["low"] is not None:
-        text += f" [{against['low']:+.{digits}f}, {against['high']:+.{digits}f}]"
-    p = against["p_corrected"]
-    return text if p is None else f"{text} p={p:.3f}" + ("\\*" if p < 0.05 else "")
+    if value.low is None or value.high is None:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ±{(value.high - value.low) / 2:.{digits}f}"
 
 
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), "|---" * len(names) + "|"]
+def difference(one: Difference, figure: Figure, *, short: bool = False) -> str:
+    """A paired difference with its interval, its corrected p-value, and a mark where that is below 0.05."""
+    if one.mean is None:
+        return "-"
+    digits, p = figure.digits, one.p_corrected
+    mean, mark = f"{one.mean:+.{digits}f}", "*" if p is not None and p < 0.05 else ""
+    interval = "" if one.low is None else f"[{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
+    if short:
+        return f"{mean}{mark}\n{interval}"
+    return " ".join(filter(None, (mean, interval, "" if p is None else f"p={p:.3f}"))) + mark
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |"

@@ -1,46 +1,101 @@
-"""The embedded world's data for a comparison: training pictures by seed, one validation and one test set for all."""
+"""The embedded world's data for a comparison: training pictures by seed, held-out pictures that nothing trains on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from cwdpo.errors import DataError
-from cwdpo.worlds.shapes import ShapesSettings, materialise
+from cwdpo.rundir import read_jsonl, write_text
+from cwdpo.worlds.shapes import ShapesSettings, materialise, paraphrases
 
+MAX_NEW_TOKENS = 40
+"""Longest sampled caption of the world."""
 TEST_WORLD_SEED = 777
 HELD_OUT_NEGATIVES = 4
 
+Validation = Literal["shared", "own"]
+"""Validation rows: the same for all seeds, with every kind of negative; or each seed's own, like its training rows."""
+Rejected = Literal["long", "equal"]
+"""What takes the place of each rejected caption; see :data:`REWRITES`."""
 
-def write_world(out: Path, world: ShapesSettings, seeds: Sequence[int], split: str) -> dict[str, str]:
-    """Write training rows of each seed, and held-out rows of every kind of negative.
+
+class WorldFiles(NamedTuple):
+    """JSON-lines files of one seed."""
+
+    train: Path
+    validation: Path
+    test: Path
+
+
+def write_world(
+    out: Path,
+    world: ShapesSettings,
+    seed: int,
+    split: str,
+    *,
+    validation: Validation = "shared",
+    rejected: Rejected | None = None,
+) -> WorldFiles:
+    """Write training rows of a seed, and held-out rows with every kind of negative.
 
     Args:
         out: folder.
         world: sizes and shares; its seed shifts the training pictures, the held-out ones stay.
-        seeds: one training set each.
+        seed: added to the world's.
         split: what counts as the test set: ``test``, or ``validation`` for tuning.
-
-    Returns:
-        Paths by ``train<seed>``, ``validation`` and ``test``.
+        validation: which pictures the training's own probes look at.
+        rejected: a rewriting of the rejected captions in training and validation rows.
 
     Raises:
         DataError: the world has no validation pictures, or none of ``split``.
     """
-    held = world.model_copy(
-        update={
-            "seed": TEST_WORLD_SEED,
-            "train": 0,
-            "negatives_per_prompt": HELD_OUT_NEGATIVES,
-            "shares": dict.fromkeys(world.shares, 1.0),
-        }
-    )
     for name in ("validation", split):
         if not getattr(world, name):
             raise DataError(f"data.world.{name} is 0: a comparison needs held-out pictures there")
-    shared = materialise(held, out / "held-out")
-    paths = {"validation": str(shared["validation"]), "test": str(shared[split])}
-    for seed in seeds:
-        own = world.model_copy(update={"seed": world.seed + seed, "validation": 0, "test": 0})
-        paths[f"train{seed}"] = str(materialise(own, out / f"seed{seed}")["train"])
-    return paths
+    held_out = {
+        "seed": TEST_WORLD_SEED,
+        "train": 0,
+        "negatives_per_prompt": HELD_OUT_NEGATIVES,
+        "shares": dict.fromkeys(world.shares, 1.0),
+    }
+    shared = materialise(world.model_copy(update=held_out), out / "held-out")
+    kept = {} if validation == "own" else {"validation": 0}
+    own = materialise(
+        world.model_copy(update={"seed": world.seed + seed, "test": 0, **kept}), out / f"seed{seed}"
+    )
+    files = WorldFiles(own["train"], (shared | own)["validation"], shared[split])
+    if rejected is None:
+        return files
+    return WorldFiles(_rewritten(files.train, rejected), _rewritten(files.validation, rejected), files.test)
+
+
+def _rewritten(source: Path, rejected: Rejected) -> Path:
+    """A file beside ``source`` (its pictures stay in reach) whose every row has one negative, the rewritten one."""
+    path = source.with_name(f"{source.stem}-{rejected}.jsonl")
+    rows = []
+    for row in read_jsonl(source):
+        text = REWRITES[rejected](row, random.Random(row["id"]))
+        negative = {"text": text, "kind": rejected, "origin": "dataset"}
+        rows.append({**row, "rejected": text, "negatives": [negative]})
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _long(row: dict[str, Any], rng: random.Random) -> str:
+    """The same negative with three more objects at its end."""
+    text = row["negatives"][0]["text"].removesuffix(" .")
+    choices = (("small", "large"), ("red", "blue", "green"), ("circle", "square", "ring"))
+    more = " and ".join(f"a {' '.join(map(rng.choice, choices))}" for _ in range(3))
+    return f"{text} and {more} ."
+
+
+def _equal(row: dict[str, Any], rng: random.Random) -> str:
+    """A paraphrase of the chosen caption: nothing is wrong with it."""
+    return rng.choice(paraphrases(row["chosen"][0]["content"][0]["text"]))
+
+
+REWRITES: dict[Rejected, Callable[[dict[str, Any], random.Random], str]] = {"long": _long, "equal": _equal}

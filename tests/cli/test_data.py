@@ -1,13 +1,15 @@
-"""`cwdpo sample`: pairs in TRL's format, the same after a kill, and back again by `train --from`."""
+"""`cwdpo validate`: exit codes and reports. `cwdpo sample`: pairs in TRL's format, the same after a kill, and back."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from cwdpo.config import load_recipe
 from cwdpo.data.read.reader import read_examples
@@ -17,8 +19,12 @@ from cwdpo.rundir import read_jsonl
 from cwdpo.stage.listener import Listener
 from paths import RECIPES
 
+Run = Callable[..., Any]  # the fixture `run`: arguments -> code, out, err
 TINY = RECIPES / "tiny.yaml"
 SMALL = ("data.world.train=24", "negatives.sampler.batch_size=5", "negatives.sampler.samples=3")
+
+
+# --- sample ---------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -161,3 +167,53 @@ def trl_losses(model: Path, data: Any, out: Path) -> list[float]:
         trainer = DPOTrainer(str(model), args=args, train_dataset=data)
         trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+# --- validate -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    Image.effect_noise((24, 24), 90).save(tmp_path / "a.png")
+    return [
+        {"image": "a.png", "prompt": "What is it?", "chosen": "a cat", "rejected": "a dog"},
+        {"image": "a.png", "prompt": "Which one?", "chosen": "the left", "rejected": "the right"},
+    ]
+
+
+def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_validate_good_data(run: Run, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    file = written(tmp_path, rows)
+    done = run("validate", file)
+    assert (done.code, done.err) == (0, "")
+    assert "trl" in done.out
+    done = run("validate", file, "--json")
+    assert done.code == 0
+    report = json.loads(done.out)
+    assert (report["format"], report["rows"], report["bad"], report["problems"]) == ("trl", 2, 0, [])
+
+
+def test_validate_bad_data(run: Run, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    file = written(tmp_path, [*rows, {**rows[0], "image": "absent.png"}])
+    done = run("validate", file)
+    assert (done.code, done.err) == (1, "")
+    assert "absent.png" in done.out
+    done = run("validate", file, "--json")
+    assert done.code == 1
+    report = json.loads(done.out)
+    assert (report["rows"], report["bad"], len(report["problems"])) == (3, 1, 1)
+
+
+def test_validate_with_a_wrong_file_or_format(run: Run, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    done = run("validate", tmp_path / "absent.jsonl")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("cwdpo: ")
+    assert "absent.jsonl" in done.err
+    done = run("validate", written(tmp_path, rows), "--format", "trll")
+    assert (done.code, done.out) == (1, "")
+    assert "'trl'" in done.err

@@ -1,4 +1,4 @@
-"""``cwdpo validate``: what is wrong with a data set, or with the data of a recipe, before a GPU is rented."""
+"""``cwdpo validate`` and ``cwdpo sample``: what a data set holds, and a policy's own responses as a new one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cwdpo.cli.progress import row_bar
+from cwdpo.cli.common import AsJson, Overrides
+from cwdpo.cli.progress import bars, run_listener
 from cwdpo.data.read.dataset_info import NAME
 from cwdpo.errors import RecipeError
 from cwdpo.negatives.settings import WITHOUT_NEGATIVES
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
     from cwdpo.models.settings import ModelSettings
 
 
+def mount(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(validate)
+    app.command()(sample)
+
+
 def validate(
     data: Annotated[
         str, typer.Argument(help="a file, a folder, a hub id, or a recipe (.yaml) whose data and model count")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="of a recipe: section.key=value, as often as you like")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
     data_format: Annotated[str | None, typer.Option("--format", help="auto, or the name of a format")] = None,
     image_root: Annotated[
         Path | None, typer.Option(help="folder that image paths start from; default: the data's own")
@@ -117,12 +122,13 @@ def _checked(
     from cwdpo.data.validate.checks import validate as check
 
     source = open_source(data)
-    progress, stop = row_bar(source.name, count_rows(source))
-    try:
+    rows, name = count_rows(source), Path(source.name).name
+    with bars(transient=True) as shown:
         counter = None if settings is None else _token_counter(settings)
-        return check(source, **how, against=against, fix=fix, progress=progress, lengths=counter)
-    finally:
-        stop()
+        return check(
+            source, **how, against=against, fix=fix, lengths=counter,
+            progress=lambda done: shown.show(name, done, rows),
+        )  # fmt: skip
 
 
 def _token_counter(settings: ModelSettings) -> LengthCounter:
@@ -133,3 +139,33 @@ def _token_counter(settings: ModelSettings) -> LengthCounter:
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source)
     return token_counter(load_processor(source, settings))
+
+
+def sample(
+    recipe: Annotated[
+        Path, typer.Argument(help="a recipe: its data, negatives.sampler and negatives.judge count")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="new .jsonl or .parquet file")] = Path("preferences.jsonl"),
+    model: Annotated[
+        str | None, typer.Option(help="the policy to sample; default: the recipe's model.path")
+    ] = None,
+) -> None:
+    """Sample a policy for a recipe's prompts and write preference data in TRL's format.
+
+    Started again after a kill it continues where it was. Train on the file by `cwdpo train RECIPE --from FILE`, or with
+    TRL, LLaMA-Factory or ms-swift.
+    """
+    from cwdpo.config import load_recipe
+    from cwdpo.onpolicy.preferences import make_preferences
+
+    parsed = load_recipe(recipe, overrides or ())
+    with run_listener() as listener:
+        made = make_preferences(parsed, out, model=model, listener=listener)
+    counts = made.counts
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
+    origins = ", ".join(f"{n} {origin}" for origin, n in sorted(counts.by_origin.items()))
+    typer.echo(
+        f"pairs    {made.path}: {made.rows} ({origins}); {counts.left_out} of {counts.examples} prompts have none\n"
+        f"samples  {counts.samples}, of which no negatives: {dropped}"
+    )

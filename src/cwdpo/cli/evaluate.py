@@ -1,0 +1,118 @@
+"""``cwdpo evaluate``, ``compare`` and ``export``: measure a model, compare runs, hand a model on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cwdpo.cli.progress import bars
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (evaluate, compare, export):
+        app.command()(command)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a run folder, a model folder, 'embedded', or a hub id")],
+    data: Annotated[str, typer.Option(help="a file, a folder, or a hub id")],
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="names with commas, or {name: ..., setting: ...}; default: what the data allows"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder; default RUN/evaluation, else runs/evaluation")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="read this many examples only")] = None,
+    data_format: Annotated[str, typer.Option("--format", help="auto, or the name of a format")] = "auto",
+    seed: Annotated[int, typer.Option()] = 0,
+    lmms_eval: Annotated[
+        str | None, typer.Option("--lmms-eval", help="tasks for lmms-eval, with commas")
+    ] = None,
+    lmms_model: Annotated[str, typer.Option(help="lmms-eval's name of the model family")] = "llava_hf",
+) -> None:
+    """Answer a data set and measure the answers: every number with its n and a 95% interval over prompts."""
+    from cwdpo.evaluation import run
+
+    folder = out or _evaluation_folder(model)
+    with bars() as shown:
+        found = run.evaluate(
+            model, data, folder, metrics=run.parse_specs(metrics or ()), temperature=temperature, samples=samples,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
+            data_options={"limit": limit, "format": data_format}, progress=shown.show,
+        )  # fmt: skip
+    for name, one in found["numbers"].items():
+        typer.echo(f"{name:22} {_number(one)}")
+    typer.echo(f"\nresponses  {folder / 'responses.jsonl'}\nfigures    {folder / 'evaluation.json'}")
+    if lmms_eval:
+        run.lmms_eval(run.loadable(model), lmms_eval, folder, model=lmms_model, batch_size=batch_size)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders that cwdpo evaluate measured on the same data")],
+    out: Annotated[Path, typer.Option(help="folder for summary.json and report.html")] = Path(
+        "runs/comparison"
+    ),
+    metrics: Annotated[list[str] | None, typer.Option(help="default: those of the first run")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="exact, metric, reward_model, vlm, or {name: ..., setting: ...}; default: exact, for the world"
+        ),
+    ] = None,
+) -> None:
+    """Compare runs on the same prompts: paired differences, win rates with intervals, and a page."""
+    from cwdpo.evaluation import run
+    from cwdpo.report.render import write_report
+
+    specs = run.parse_specs([judge]) if judge else []
+    summary = run.compare(
+        runs, out, metrics=run.parse_specs(metrics or ()), judge=specs[0] if specs else None, tell=typer.echo
+    )
+    for row in summary["differences"]:
+        typer.echo(f"{row['ours']} minus {row['theirs']}:")
+        for name, one in row["figures"].items():
+            p = "" if one["p_corrected"] is None else f"  p={one['p_corrected']:.3f}  {one['word']}"
+            typer.echo(f"  {name:22} {_number(one)}{p}")
+    for row in summary["wins"]:
+        typer.echo(
+            f"{row['ours']} against {row['theirs']} ({row['kind']}, by {row['judge']}): {row['rate']:.3f} "
+            f"[{row['low']:.3f}, {row['high']:.3f}]  win {row['win']:.3f} tie {row['tie']:.3f} loss {row['loss']:.3f}"
+        )
+    for row in summary["strength"]:
+        typer.echo(
+            f"Bradley-Terry {row['name']}: {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        )
+    typer.echo(f"\nreport   {write_report(out)}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="a finished run")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or absent")],
+    merge: Annotated[bool, typer.Option("--merge", help="add a LoRA adapter to the base's weights")] = False,
+    dtype: Annotated[str | None, typer.Option(help="of merged weights; default: the base's own")] = None,
+) -> None:
+    """Write the final model as a folder that AutoModelForImageTextToText, lmms-eval and vLLM load, with a card."""
+    from cwdpo.pipeline.export import export as write
+
+    typer.echo(write(run, out, merge=merge, dtype=dtype))
+
+
+def _evaluation_folder(model: str) -> Path:
+    return Path(model) / "evaluation" if (Path(model) / "recipe.yaml").is_file() else Path("runs/evaluation")
+
+
+def _number(one: Mapping[str, Any]) -> str:
+    if one["value"] is None:
+        return "nothing to measure"
+    bounds = "" if one["low"] is None else f" [{one['low']:.4f}, {one['high']:.4f}]"
+    n = f"  n={one['n']}" if "n" in one else ""
+    return f"{one['value']:.4f}{bounds}{n}"

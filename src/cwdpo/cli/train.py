@@ -1,0 +1,129 @@
+"""``cwdpo train``, ``report``, ``init-model``, ``recipe schema``: a run, its page, and what a run begins with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cwdpo.cli.common import Overrides, Recipe
+from cwdpo.cli.progress import run_listener
+from cwdpo.errors import DataError, MissingPackageError, RunDirError
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    recipes = typer.Typer(no_args_is_help=True, help="About recipes.")
+    recipes.command("schema")(recipe_schema)
+    app.command()(train)
+    app.command()(report)
+    app.command("init-model")(init_model)
+    app.add_typer(recipes, name="recipe")
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/<name>")] = None,
+    resume: Annotated[bool, typer.Option(help="continue the run in the folder")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="with --resume: continue with a changed recipe")
+    ] = False,
+    data_file: Annotated[
+        Path | None,
+        typer.Option("--from", help="train on the pairs of this file, as `cwdpo sample` wrote them"),
+    ] = None,
+) -> None:
+    """Run both stages of a recipe on your model and data."""
+    from cwdpo.config import load_recipe
+
+    parsed = load_recipe(recipe, [*_pairs_of(data_file), *(overrides or ())])
+    folder = out or Path("runs") / parsed.name
+    if resume and not folder.is_dir():
+        raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
+    if accept_changes and not resume:
+        raise typer.BadParameter("it goes with --resume", param_hint="--accept-changes")
+    _refuse_absent(parsed.train.report_to)
+    from cwdpo.pipeline.two_stage import train_two_stage
+
+    with run_listener() as listener:
+        run = train_two_stage(parsed, folder, resume=resume, accept_changes=accept_changes, listener=listener)
+    if not run.writes:
+        return
+    typer.echo(
+        f"model    {run.path / 'model'}\nfigures  {run.path / 'summary.json'}\nreport   {run.path / 'report.html'}"
+    )
+
+
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write report.html again from a run folder."""
+    from cwdpo.report.render import write_report
+    from cwdpo.rundir import RunDir
+
+    RunDir.open(run)
+    typer.echo(write_report(run))
+
+
+def init_model(
+    out: Annotated[Path, typer.Argument(help="folder to write; must be empty or absent")],
+    texts: Annotated[
+        Path | None, typer.Option(help="text file to train the tokenizer on, a text per line")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="pixels")] = 48,
+    width: Annotated[int, typer.Option(help="hidden size of the text tower")] = 128,
+    layers: Annotated[int, typer.Option(help="layers of the text tower")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="tokens")] = 512,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write a small random LLaVA folder (model, processor, tokenizer) for smoke runs."""
+    from cwdpo.models.tiny import TinyModelSettings
+    from cwdpo.models.tiny import init_model as write
+
+    if texts is not None:
+        lines = _read_lines(texts)
+    else:
+        from cwdpo.worlds.shapes import VOCABULARY
+
+        lines = [" ".join(VOCABULARY)]
+    settings = TinyModelSettings(
+        image_size=image_size, width=width, layers=layers, vocabulary=vocabulary, seed=seed
+    )
+    typer.echo(write(out, lines, settings))
+
+
+def recipe_schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from cwdpo.config import recipe_schema as schema
+
+    typer.echo(json.dumps(schema(), indent=1))
+
+
+def _pairs_of(file: Path | None) -> list[str]:
+    """Overrides that make a file of pairs the data, with its negatives as they are."""
+    if file is None:
+        return []
+    return [
+        f"data.path={json.dumps(str(file))}",
+        "data.format=trl",
+        "data.image_root=null",
+        "negatives={mix: {dataset: 1.0}}",
+    ]
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _refuse_absent(trackers: tuple[str, ...]) -> None:
+    """Before anything is written: transformers asks for trackers when data and model are loaded already."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackageError(
+                f"train.report_to: the tracker {name!r} is not installed: pip install {name}, or leave it out"
+            )

@@ -1,0 +1,133 @@
+"""How well the diagnosis finds what was provoked, and how many healthy runs it alarms about (study ``findings``).
+
+Bounds of the rules are tried at :data:`FACTORS` times their shipped values on one half of the runs, and the table is
+made on the other half, with the shipped bounds and with the chosen ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cwdpo.dynamics.diagnose import FindingRule, diagnose_rows, load_rules
+from cwdpo.lab.trace import Traced, damage_step, halves
+
+FACTORS = (1.0, 0.7, 1.4, 0.5, 2.0)
+"""Tried for each finding's bounds; on a tie the first counts, so a bound moves only where that pays."""
+FALSE_COSTS = 2.0
+"""A share of false alarms weighs so many times as much as the same share of missed ones."""
+
+
+def choose(runs: Sequence[Traced], rules: Sequence[FindingRule]) -> dict[str, float]:
+    """The factor of each finding's bounds that tells these runs apart best."""
+    chosen = {}
+    for name in sorted({r.name for r in rules}):
+        own = [r for r in rules if r.name == name]
+        meant = [r for r in runs if name in r.variant.provokes]
+        healthy = [r for r in runs if not r.variant.provokes]
+
+        def value(factor: float, own: Any = own, meant: Any = meant, healthy: Any = healthy) -> float:
+            moved = [r.scaled(factor) for r in own]
+            found, false = (
+                sum(bool(diagnose_rows(r.readings, r.metrics, moved)) for r in some) / max(len(some), 1)
+                for some in (meant, healthy)
+            )
+            return found - FALSE_COSTS * false
+
+        chosen[name] = max(FACTORS, key=value)
+    return chosen
+
+
+def with_factors(rules: Sequence[FindingRule], factors: Mapping[str, float]) -> list[FindingRule]:
+    """The rules with their bounds moved."""
+    return [r.scaled(factors.get(r.name, 1.0)) for r in rules]
+
+
+def table(runs: Sequence[Traced], rules: Sequence[FindingRule]) -> dict[str, Any]:
+    """Detections by scenario, false alarms of healthy runs, and how early the first alarm came.
+
+    A note is no alarm. ``lead``: steps from the first alarm of stage 2 to the first damage of the judged score, of the
+    runs that were damaged and alarmed; ``lead_critical``: from the first critical finding. ``unseen``: runs that were
+    damaged without an alarm, whatever they were meant to be.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    leads: dict[str, list[int]] = {"lead": [], "lead_critical": []}
+    unseen: list[str] = []
+    for run in runs:
+        found = diagnose_rows(run.readings, run.metrics, rules)
+        alarms = [f for f in found if f.severity != "note"]
+        meant = set(run.variant.provokes)
+        row = rows.setdefault(run.name, {"runs": 0, "found": 0, "provokes": sorted(meant), "others": {}})
+        row["runs"] += 1
+        row["found"] += bool({f.name for f in found} & meant) if meant else bool(alarms)
+        for f in found:
+            if f.name not in meant:
+                row["others"][f.name] = row["others"].get(f.name, 0) + 1
+        damage = damage_step(run.trace)
+        stage2 = [f for f in alarms if f.stage == "stage2"]
+        critical = [f for f in stage2 if f.severity == "critical"]
+        if damage is not None:
+            unseen += [] if stage2 else [run.key]
+            for name, some in (("lead", stage2), ("lead_critical", critical)):
+                leads[name] += [damage - min(f.first_step for f in some)] if some else []
+    provoked = [r for r in rows.values() if r["provokes"]]
+    healthy = [r for r in rows.values() if not r["provokes"]]
+    return {
+        "scenarios": rows,
+        "provoked": sum(r["runs"] for r in provoked),
+        "detected": sum(r["found"] for r in provoked),
+        "healthy": sum(r["runs"] for r in healthy),
+        "false": sum(r["found"] for r in healthy),
+        **{name: _spread(steps) for name, steps in leads.items()},
+        "unseen": unseen,
+    }
+
+
+def _spread(steps: Sequence[int]) -> dict[str, Any]:
+    return {
+        "n": len(steps),
+        "median": statistics.median_low(steps) if steps else None,
+        "not_late": sum(step >= 0 for step in steps),
+        "all": sorted(steps),
+    }
+
+
+def markdown(title: str, found: Mapping[str, Any]) -> str:
+    """A table of the study."""
+    lines = [
+        f"\n### {title}\n",
+        "| scenario | provokes | found | runs | other findings |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in sorted(found["scenarios"].items()):
+        others = ", ".join(f"{k} {v}" for k, v in sorted(row["others"].items())) or "–"
+        word = ", ".join(row["provokes"]) or "nothing (found = false alarms)"
+        lines.append(f"| {name} | {word} | {row['found']} | {row['runs']} | {others} |")
+    lead, critical = found["lead"], found["lead_critical"]
+    lines.append(
+        f"\nDetected {found['detected']} of {found['provoked']}; false alarms {found['false']} of {found['healthy']}. "
+        f"First alarm before or at the damage in {lead['not_late']} of {lead['n']} damaged runs, median lead "
+        f"{lead['median']} steps; first critical finding in {critical['not_late']} of {critical['n']}, median "
+        f"{critical['median']}. Damaged without an alarm: {', '.join(found['unseen']) or 'none'}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def analyse(runs: Sequence[Traced]) -> tuple[dict[str, Any], str]:
+    """The tables as JSON and as markdown: bounds are chosen on every other run and reported on the rest."""
+    tuning, reporting = halves(runs)
+    rules = load_rules()
+    factors = choose(tuning, rules)
+    moved = with_factors(rules, factors)
+    found: dict[str, Any] = {
+        "factors": factors,
+        "shipped": table(reporting, rules),
+        "chosen": table(reporting, moved),
+        "tuning": table(tuning, moved),
+    }
+    named = {name: factor for name, factor in factors.items() if factor != 1.0} or "none moved"
+    text = markdown("Reporting half, shipped bounds", found["shipped"])
+    return found, text + markdown(
+        f"Reporting half, bounds chosen on the other half ({named})", found["chosen"]
+    )

@@ -1,0 +1,279 @@
+"""The page of a study: its tables, and what it shows of some variants: curves, reliability, captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from cwdpo.report._page import Folder, Legend, Panel, Panels, keys
+from cwdpo.report._tables import Charts, Entry, Page, Table, difference_entry, mean_entry
+from cwdpo.report._text import number, picture_uri, plain
+from cwdpo.report.figures import Line, reliability_chart, slope_chart
+from cwdpo.report.summary import Bin, Caption, CellState, Figure, Mean, Point, Row, Summary
+from cwdpo.report.summary import Panel as Places
+
+CURVES = (
+    ("chosen_shift", "Chosen shift", "nats per completion"),
+    ("rejected_shift", "Rejected shift", "nats per completion"),
+    ("margin", "Margin", "nats per completion"),
+    ("entropy", "Entropy", "nats per token"),
+    ("grad_norm", "Gradient norm", "training, before clipping"),
+)
+DELTA, WEIGHT = "delta_logp/", "cooling/weight/"
+SLOPES = ("sampled_correct", "greedy_correct", "ill_formed")
+"""Figures drawn from the first to the second column of a panel."""
+
+
+def study_page(folder: Folder, found: Summary) -> Page:
+    """The template's values."""
+    names = keys()
+    legend = [_entry(found.row(name), place) for place, name in enumerate(found.shown)]
+    charts = [
+        *_slopes(found, names),
+        *_curves(found, legend, names),
+        *_reliability([(found.row(e), one) for e, one in zip(found.shown, legend, strict=True)], names),
+    ]
+    failures = [f"{v.label}, seed {c.seed}: {_first_line(c.error)}" for v in found.variants for c in v.failed]
+    return Page(
+        kind="study",
+        title=found.title,
+        notes=[found.question] if found.question else [],
+        tables=_tables(found),
+        settings=[(v.label, _settings(v)) for v in found.variants],
+        provenance=found.provenance,
+        failures=failures + [f"{key}: {_first_line(error)}" for key, error in found.shared.items()],
+        charts=charts,
+        gallery=_gallery(folder, found, legend),
+    )
+
+
+# --- tables ---------------------------------------------------------------------------------------------
+
+
+def _tables(found: Summary) -> list[Table]:
+    heads = [(f.head.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓"), f.help) for f in found.figures]
+    differing = [head for head, f in zip(heads, found.figures, strict=True) if f in found.differing]
+    base = [("starting model", "before anything", [_mean(found.base.get(f.key), f) for f in found.figures])]
+    means = [(v.label, _ran(v), [_mean(v.figures[f.key], f) for f in found.figures]) for v in found.variants]
+    tables = [
+        Table(
+            "means", "Means over seeds",
+            "Mean with its 95% interval over seeds (a win rate: over prompts). ↑ higher is better, ↓ lower is better.",
+            heads, [*(base if found.base else ()), *means],
+        ),
+        Table(
+            "differences", f"Difference to {found.row(found.full).label}",
+            f"Variant minus full, or minus the one that is named, paired by seed, with its 95% interval. p-values "
+            f"(paired t test) are corrected (Holm) for the {len(found.compared)} comparisons of a column; a word is "
+            "given only where the corrected p is below 0.05.",
+            differing, [(v.label, _rival(found, v), _differences(found, v)) for v in found.compared],
+        ),
+        Table(
+            "seeds", "Values of each seed", "In the order of the seeds; – where there is none.", heads,
+            [(v.label, "", [_per_seed(v.figures[f.key]) for f in found.figures]) for v in found.variants],
+            folded=True,
+        ),
+        Table(
+            "cells", "Runs", "Seconds of one process.", [(f"seed {s}", "") for s in found.seeds],
+            [(v.label, "", [_cell(v, seed) for seed in found.seeds]) for v in found.variants], folded=True,
+        ),
+    ]  # fmt: skip
+    if found.panel:
+        score = next((f for f in found.figures if f.key == "score"), None)
+        if score is not None:
+            tables.insert(0, _scores(found, found.panel, score))
+    return tables
+
+
+def _scores(found: Summary, places: Places, score: Figure) -> Table:
+    def entry(name: str | None) -> Entry:
+        return Entry("–") if name is None else _mean(found.row(name).figures.get("score"), score)
+
+    rows = [(label, "", [entry(name) for name in names]) for label, names in places.rows.items()]
+    return Table("panel", "Scores", score.help, [(column, "") for column in places.columns], rows)
+
+
+def _mean(value: Mean | None, figure: Figure) -> Entry:
+    if value is None:
+        return Entry("–")
+    return mean_entry(value.mean, value.low, value.high, figure.digits)
+
+
+def _differences(found: Summary, variant: Row) -> list[Entry]:
+    pairs = [(f, variant.against[f.key]) for f in found.differing]
+    return [difference_entry(d.mean, d.low, d.high, d.p_corrected, d.word, f.digits) for f, d in pairs]
+
+
+def _rival(found: Summary, variant: Row) -> str:
+    known = variant.rival in (None, found.full)
+    return "" if known else f"minus {found.row(str(variant.rival)).label}"
+
+
+def _per_seed(value: Mean) -> Entry:
+    return Entry(", ".join("–" if v is None else number(v, None) for v in value.per_seed))
+
+
+def _cell(variant: Row, seed: int) -> Entry:
+    def shown(cell: CellState) -> Entry:
+        if cell.status == "failed":
+            return Entry("failed", (_first_line(cell.error),), "bad")
+        return Entry("done", (f"{cell.seconds:.0f} s",))
+
+    return next((shown(c) for c in variant.cells if c.seed == seed), Entry("–"))
+
+
+def _ran(variant: Row) -> str:
+    n, failed = len(variant.cells), len(variant.failed)
+    return f"{failed} of {n} failed" if failed else f"{n} seeds"
+
+
+def _settings(variant: Row) -> str:
+    calibrated = "; ".join(f"{name} {plain(values)}" for name, values in variant.calibration.items())
+    return " ".join(variant.overrides) + (f" (calibrated by seed: {calibrated})" if calibrated else "")
+
+
+def _first_line(text: str | None) -> str:
+    return str(text).partition("\n")[0]
+
+
+# --- charts ---------------------------------------------------------------------------------------------
+
+
+def _entry(variant: Row, place: int) -> Legend:
+    """A variant in a legend; one without a finished run has no line in the charts, and says so."""
+    return Legend(variant.label, place, "" if len(variant.failed) < len(variant.cells) else "no finished run")
+
+
+def _slopes(found: Summary, names: Iterator[str]) -> list[Charts]:
+    """From the first to the second column of a panel, a line for each of its rows."""
+    if found.panel is None or len(found.panel.columns) != 2:
+        return []
+    first, second = found.panel.columns
+    rows = [(label, [found.row(n) for n in ends if n]) for label, ends in found.panel.rows.items()]
+    slots = {v.label: found.shown.index(v.name) for v in found.variants if v.name in found.shown}
+    legend = [Legend(label, slots.get(label, place)) for place, (label, _) in enumerate(rows)]
+    panels = []
+    for figure in (f for f in found.figures if f.key in SLOPES):
+        lines = []
+        for entry, (_, ends) in zip(legend, rows, strict=True):
+            points = [
+                Point(i, m.mean, m.low, m.high)
+                for i, v in enumerate(ends)
+                if (m := v.figures[figure.key]).mean is not None
+            ]
+            if len(points) == 2:
+                lines.append(_line(entry, points))
+        if lines:
+            better = f"{figure.better} is better"
+            panels.append(
+                Panel(figure.label, better, Markup(slope_chart(next(names), lines, (first, second))))
+            )
+    note = f"Mean with its 95% interval over seeds, {first} and {second}."
+    return [Charts("slopes", f"From {first} to {second}", note, legend, panels)] if panels else []
+
+
+def _curves(found: Summary, legend: Sequence[Legend], names: Iterator[str]) -> list[Charts]:
+    """The panels that matter, and in ``more`` every other reading."""
+    shown = [(found.row(name), entry) for name, entry in zip(found.shown, legend, strict=True)]
+    recorded = sorted({name for variant, _ in shown for name in variant.curves})
+    panels, more = Panels(names), Panels(names)
+
+    def add(to: Panels, key: str, title: str, unit: str) -> None:
+        lines = [_line(entry, v.curves[key]) for v, entry in shown if key in v.curves]
+        to.add(title, unit, lines, legend=False)
+
+    for key, title, unit in CURVES[:3]:
+        add(panels, key, title, unit)
+    changes = [k for k in recorded if k.startswith(DELTA)]
+    for key in sorted(changes, key=lambda k: (k != f"{DELTA}chosen", k)):
+        add(panels, key, f"Δ log p: {key.removeprefix(DELTA)}", "nats per token, since the start")
+    weights = [k for k in recorded if k.startswith(WEIGHT)]
+    for variant, _ in shown:
+        lines = [
+            _line(Legend(k.removeprefix(WEIGHT), i), variant.curves[k])
+            for i, k in enumerate(weights)
+            if k in variant.curves
+        ]
+        if lines:
+            panels.add(f"Cooling weight by kind of negative: {variant.label}", "0 to 1", lines, whole=True)
+    for key, title, unit in CURVES[3:]:
+        add(panels, key, title, unit)
+    for key in recorded:
+        if key not in {name for name, *_ in CURVES} and not key.startswith((DELTA, WEIGHT)):
+            add(more, key, key, "")
+    note = "Held-out readings of stage 2 unless a panel says otherwise; mean over seeds, the band is its 95% interval."
+    return (
+        [Charts("curves", "Learning curves", note, legend, panels.found, more.found)] if panels.found else []
+    )
+
+
+def _line(entry: Legend, points: Sequence[Point]) -> Line:
+    low = [p.low for p in points if p.low is not None]
+    high = [p.high for p in points if p.high is not None]
+    band = len(low) == len(high) == len(points)
+    return Line(
+        entry.label, entry.slot, [float(p.step) for p in points], [p.mean for p in points],
+        low if band else (), high if band else (),
+    )  # fmt: skip
+
+
+def _reliability(shown: Sequence[tuple[Row, Legend]], names: Iterator[str]) -> list[Charts]:
+    known = [(entry, v.figures["ece"].mean, v.reliability) for v, entry in shown if v.reliability]
+    if not known:
+        return []
+
+    def lines(gap: bool) -> list[Line]:
+        def height(b: Bin) -> float:
+            return b.accuracy - b.confidence if gap else b.accuracy
+
+        return [
+            Line(e.label, e.slot, [b.confidence for b in bins], [height(b) for b in bins])
+            for e, _, bins in known
+        ]
+
+    legend = [
+        Legend(e.label, e.slot, f"ECE {number(ece)}, n = {sum(b.n for b in bins)} tokens")
+        for e, ece, bins in known
+    ]
+    texts = (
+        ("Reliability", "share of top tokens that were correct"),
+        ("Gap", "share correct minus confidence: below 0 the model is too sure"),
+    )
+    panels = [
+        Panel(title, unit, Markup(reliability_chart(next(names), lines(gap), gap=gap)))
+        for gap, (title, unit) in zip((False, True), texts, strict=True)
+    ]
+    note = (
+        "Token confidence against correctness on held-out chosen captions. On the diagonal, confidence is deserved; "
+        "below it, the model is too sure."
+    )
+    return [Charts("reliability", "Reliability", note, legend, panels)]
+
+
+# --- captions -------------------------------------------------------------------------------------------
+
+
+def _gallery(folder: Folder, found: Summary, legend: Sequence[Legend]) -> list[dict[str, Any]]:
+    entries = {entry.label: entry for entry in legend}
+    return [
+        {
+            "picture": picture_uri(picture.image, folder.path),
+            "truth": picture.truth,
+            "captions": [(entries.get(c.label), c, mark(c)) for c in picture.captions],
+        }
+        for picture in found.gallery
+    ]
+
+
+def mark(caption: Caption) -> str:
+    """The judge's verdict in words.
+
+    >>> mark(Caption("x", "a dog", all_correct=False, wrong=1, hallucinated=0, omitted=2, ill_formed=False))
+    '1 wrong, 2 omitted'
+    """
+    if caption.all_correct or caption.ill_formed:
+        return "all correct" if caption.all_correct else "ill-formed"
+    counts = {"wrong": caption.wrong, "hallucinated": caption.hallucinated, "omitted": caption.omitted}
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n)

@@ -1,0 +1,64 @@
+"""Bars: drawn on a terminal, silent elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from cwdpo.cli.progress import bars, grid_bar, run_listener
+from cwdpo.lab.grid import CellResult
+from cwdpo.records import Reading
+
+
+def test_nothing_is_drawn_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with bars() as shown:
+        shown.show("rows", 3, 5)
+        shown.describe("rows", "text")
+        shown.say("text")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_sees_count_pace_and_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich: stderr is a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with bars() as shown:
+        shown.show("[rows]", 2, 5, "rows")
+        shown.describe("[rows]", "[rows] of a file")
+    text = capsys.readouterr().err
+    assert "[rows] of a file" in text
+    assert "2/5" in text
+
+
+def test_a_study_without_a_terminal_names_its_finished_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    with grid_bar(4) as on_event:
+        on_event(("a-seed0", "stage2", 1, 2))
+        on_event(("a-seed0", "stage2", 2, 2))
+        on_event(CellResult("a-seed0", "done", {}, None, 12.3))
+        on_event(CellResult("b-seed0", "failed", {}, "DataError: [row] 3", 1.0))
+    out, err = capsys.readouterr()
+    lines = [line.strip() for line in err.splitlines()]
+    assert out == ""
+    assert lines[:2] == ["a-seed0: done (12 s)", "b-seed0: FAILED: DataError: [row] 3 (1 s)"]
+    assert "2/4" in lines[-1]
+
+
+def test_only_the_main_process_of_a_run_draws(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speak() -> str:
+        with run_listener() as listener:
+            listener.phase("stage2: reference [pass]")
+            listener.step("stage2", 3, 10)
+            listener.sampled(1, 2, 8)
+            listener.readings("stage2", {"margin": Reading("margin", 1.5, 3)})
+        return capsys.readouterr().err
+
+    text = speak()
+    assert "stage2: reference [pass]" in text
+    assert "stage2 margin +1.500" in text
+    assert "3/10" in text
+    assert "samples of round 1" in text
+    monkeypatch.setenv("RANK", "1")
+    assert speak() == ""
