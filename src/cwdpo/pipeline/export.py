@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from cwdpo.config import load_recipe
+from cwdpo.dynamics.rules import KL_DRIFT
 from cwdpo.errors import RunDirError
 from cwdpo.models.load import load_policy
 from cwdpo.rundir import RunDir, read_jsonl, replace_folder, sync_tree, write_text
@@ -160,7 +161,9 @@ def findings(run: RunDir) -> list[str]:
         )
     kl = readings.get("kl", {}).get("value")
     if kl is not None:
-        alarm = " (above 0.04, where this project's studies saw collapse begin)" if kl > 0.04 else ""
+        alarm = (
+            f" (above {KL_DRIFT}, where this project's studies saw collapse begin)" if kl > KL_DRIFT else ""
+        )
         found.append(f"KL to the reference: {kl:.3f} nats per token{alarm}.")
     for row in run.json("diagnosis.json").get("findings", []):
         found.append(str(row.get("text") or row.get("message") or row))
