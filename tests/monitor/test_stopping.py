@@ -252,7 +252,8 @@ def test_a_probe_of_ones_own_is_read_and_may_stop_a_stage(tmp_path: Path) -> Non
         "    readings = ('mine/gap',)\n"
         "    scale: float = 1.0\n"
         "    def __call__(self, held):\n"
-        "        return [held.reading('mine/gap', self.scale * held.mean_logp[held.of('chosen')].abs(), 'nats/token')]\n"
+        "        gap = self.scale * held.mean_logp[held.of('chosen')].abs()\n"
+        "        return [held.reading('mine/gap', gap, 'nats/token')]\n"
     )
     spec = {"name": f"{tmp_path / 'mine.py'}:Mine", "scale": 2.0}
     probes = {"every": 2, "prompts": 6, "types": ["shuffled"], "extra": [spec]}
