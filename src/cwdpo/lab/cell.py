@@ -19,13 +19,15 @@ from cwdpo.metrics.base import METRICS, Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
 from cwdpo.models.sample import sample
-from cwdpo.pipeline.run_stage import StageName, run_stage
-from cwdpo.probes.base import PROBES, HeldOut, ProbeSet
+from cwdpo.monitor.probe_pass import ProbeSet
+from cwdpo.pipeline.run_stage import run_stage
+from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions, write_json, write_text
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data
+from cwdpo.stage.stage import Stage, StageName
 from cwdpo.worlds.judged import judge_captions, summary
 
 SAMPLES = 2
@@ -129,7 +131,7 @@ def train(
     """Run the cell's stage. The one place where the laboratory trains."""
     stage: StageName = "stage1" if job.stage == "stage1" else "stage2"
     examples = splits.stage1 if stage == "stage1" else splits.stage2
-    run_stage(policy, encoder, stage, job.recipe, examples, splits.validation, run, listener)
+    run_stage(Stage(stage, job.recipe, policy, encoder, run, examples, splits.validation, listener))
 
 
 def draw(
