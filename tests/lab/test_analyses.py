@@ -209,5 +209,5 @@ def test_a_small_analysis_from_cells_to_its_table(
     alone = alone.model_copy(
         update={"variants": {study.full: Variant(tuned_as=study.variants[study.full].tuned_as)}}
     )
-    with pytest.raises(CwdpoError, match="only 1 ended: ask for more --seeds"):
+    with pytest.raises(CwdpoError, match="only 1 ended with measurements: ask for more --seeds"):
         ablate(RECIPE, alone, tmp_path / "alone", seeds=1, jobs=1, chosen=settings_for(study, None))

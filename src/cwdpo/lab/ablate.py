@@ -70,12 +70,12 @@ def _analyse(out: Path, study: Study, planned: Plan, results: Mapping[str, CellR
     """Write what the trajectories of the finished cells say."""
     runs = []
     for name, variant in study.variants.items():
-        done = (r for k, r in results.items() if k.startswith(f"{name}-seed") and r.status == "done")
-        runs += [Traced.load(planned.cells[r.key], name, variant, r.figures) for r in done]
+        cells = [r for key, r in results.items() if key.startswith(f"{name}-seed") and r.figures.get("trace")]
+        runs += [Traced.load(planned.job(r.key), name, variant, r.figures) for r in cells]
     if len(runs) < 2:
         raise CwdpoError(
             f"study {study.name}: thresholds are chosen on one half of the runs and tried on the other, and only "
-            f"{len(runs)} ended: ask for more --seeds or variants"
+            f"{len(runs)} ended with measurements: ask for more --seeds or variants"
         )
     analyse = {"findings": findings.analyse, "stopping": stopping.analyse}[str(study.analysis)]
     found, text = analyse(runs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +85,15 @@ def outcome(
     (Holm) within a figure, for the number of variants that are compared with another.
     """
     every = max((study.seeds(name, seeds) for name in study.variants), key=len)
+    asked = {f"{name}-seed{seed}" for name in study.variants for seed in study.seeds(name, seeds)}
     cells: Cells = {
-        name: [
-            _scored(study, _result(results, f"{name}-seed{seed}"))
-            if seed in study.seeds(name, seeds)
-            else None
-            for seed in every
-        ]
-        for name in study.variants
+        name: [_scored(study, _result(results, key)) if key in asked else None for key in keys]
+        for name, keys in ((name, [f"{name}-seed{seed}" for seed in every]) for name in study.variants)
     }
     figures = figures_of(study, cells)
-    rows = [_row(out, study, name, every, cells, figures, chosen) for name in study.variants]
+    rows = [_Results(out, study, every, cells).row(name, figures, chosen) for name in study.variants]
     base = results[BASE].figures if BASE in results else {}
-    own = {f"{n}-seed{s}" for n in study.variants for s in every}
+    failed = {key: str(r.error) for key, r in sorted(results.items()) if r.status == "failed"}
     return Summary(
         title=study.title or study.name,
         question=study.question,
@@ -105,7 +102,7 @@ def outcome(
         figures=figures,
         variants=compared(rows, figures),
         panel=panel_of(study),
-        shared={k: str(r.error) for k, r in sorted(results.items()) if r.status == "failed" and k not in own},
+        shared={key: error for key, error in failed.items() if key not in asked},
         base={f.key: _mean([base[f.key]]) for f in figures if base.get(f.key) is not None},
         shown=study.shown,
         gallery=_gallery(out, study, planned, results, f"seed{every[0]}") if study.shown else (),
@@ -122,17 +119,16 @@ def outcome(
 
 def figures_of(study: Study, cells: Cells) -> tuple[Figure, ...]:
     """The table's columns: the world's, or whatever the study's metrics gave."""
-    found = [c.figures for row in cells.values() for c in row if c is not None and c.status == "done"]
+    measured = [c.figures for row in cells.values() for c in row if c is not None and c.status == "done"]
     terms = " ".join(f"{weight:+g} {key}" for key, weight in study.score.items())
     score = Figure("score", "score", "higher", 3, f"The sum by which a sweep chooses: {terms}")
-    scored = (score,) if any("score" in f for f in found) else ()
-    if not found or any("judge_score" in f for f in found):
-        rival = study.label(study.reference)
-        wins = f"win rate vs {rival}"
+    scored = (score,) if any("score" in f for f in measured) else ()
+    if not measured or any("judge_score" in f for f in measured):
+        wins = f"win rate vs {study.label(study.reference)}"
         return (*scored, *(replace(f, label=wins) if f.key == "win_rate" else f for f in WORLD_FIGURES))
     from cwdpo.metrics.base import describe
 
-    keys = [k for k, v in found[0].items() if (isinstance(v, int | float) or v is None) and k != "score"]
+    keys = [k for k, v in measured[0].items() if (isinstance(v, int | float) or v is None) and k != "score"]
     return (*scored, *(Figure(**describe(key), main=True) for key in keys))
 
 
@@ -151,13 +147,14 @@ def compared(rows: Sequence[Row], figures: Sequence[Figure]) -> tuple[Row, ...]:
     against: dict[str, dict[str, Difference]] = defaultdict(dict)
     others = [(row, named[row.rival]) for row in rows if row.rival]
     for figure in (f for f in figures if f.key != "win_rate"):
-        found = [
+        differences = [
             paired_difference(row.figures[figure.key].per_seed, rival[figure.key].per_seed)
             for row, rival in others
         ]
-        for (row, _), one, p in zip(others, found, holm([d["p"] for d in found]), strict=True):
-            word = verdict(one, figure.better, p)
-            against[row.name][figure.key] = Difference(**one, p_corrected=p, word=word)
+        corrected = holm([d["p"] for d in differences])
+        for (row, _), difference, p in zip(others, differences, corrected, strict=True):
+            word = verdict(difference, figure.better, p)
+            against[row.name][figure.key] = Difference(**difference, p_corrected=p, word=word)
     return tuple(replace(row, against=against[row.name]) for row in rows)
 
 
@@ -174,7 +171,7 @@ def win_over_seeds(
     known = [pair for pair in both if pair is not None]
     if not known:
         return Mean(None, None, None, 0, per_seed)
-    # A prompt's samples of all seeds stand side by side, because the bootstrap draws prompts.
+    # The samples of all seeds become samples of one prompt, because the bootstrap draws prompts.
     joined = [
         [[score for samples in prompt for score in samples] for prompt in zip(*side, strict=True)]
         for side in zip(*known, strict=True)
@@ -183,45 +180,52 @@ def win_over_seeds(
     return Mean(w.rate, w.low, w.high, len(known), per_seed)
 
 
-def _row(
-    out: Path,
-    study: Study,
-    name: str,
-    seeds: Sequence[int],
-    cells: Cells,
-    figures: Sequence[Figure],
-    chosen: Mapping[str, Sequence[str]],
-) -> Row:
-    def values(variant: str, key: str) -> list[Any]:
-        return [None if c is None else c.figures.get(key) for c in cells[variant]]
+@dataclass(frozen=True)
+class _Results:
+    """The cells of a study in its folder, by variant and seed."""
 
-    def figure(key: str) -> Mean:
+    out: Path
+    study: Study
+    seeds: Sequence[int]
+    cells: Cells
+
+    def row(self, name: str, figures: Sequence[Figure], chosen: Mapping[str, Sequence[str]]) -> Row:
+        """A variant's row, not compared yet."""
+        asked = [(s, c) for s, c in zip(self.seeds, self.cells[name], strict=True) if c is not None]
+        done = [c for _, c in asked if c.status == "done"]
+        shown = name in self.study.shown
+        return Row(
+            name=name,
+            label=self.study.label(name),
+            overrides=tuple(overrides_of(self.study, name, chosen)),
+            figures={f.key: self.figure(name, f.key) for f in figures},
+            rival=self.study.rival(name),
+            against={},
+            calibration=_calibration(self.out, done),
+            cells=tuple(
+                CellState(
+                    seed, "done" if c.status == "done" else "failed", c.error, _seconds(self.out, c.key)
+                )
+                for seed, c in asked
+            ),
+            curves=curves(self.out, done) if shown else {},
+            reliability=pooled([c.figures["reliability"] for c in done]) if shown else (),
+        )
+
+    def figure(self, name: str, key: str) -> Mean:
+        """A figure over seeds."""
         if key == "win_rate":
-            return win_over_seeds(values(name, "scores"), values(study.reference, "scores"))
-        return _mean(values(name, key))
+            return win_over_seeds(self.values(name, "scores"), self.values(self.study.reference, "scores"))
+        return _mean(self.values(name, key))
 
-    own = [(seed, c) for seed, c in zip(seeds, cells[name], strict=True) if c is not None]
-    done = [c for _, c in own if c.status == "done"]
-    shown = name in study.shown
-    return Row(
-        name=name,
-        label=study.label(name),
-        overrides=tuple(overrides_of(study, name, chosen)),
-        figures={f.key: figure(f.key) for f in figures},
-        rival=study.rival(name),
-        against={},
-        calibration=_calibration(out, done),
-        cells=tuple(
-            CellState(s, "done" if c.status == "done" else "failed", c.error, _seconds(out, c.key)) for s, c in own
-        ),
-        curves=curves(out, done) if shown else {},
-        reliability=pooled([c.figures["reliability"] for c in done]) if shown else (),
-    )  # fmt: skip
+    def values(self, name: str, key: str) -> list[Any]:
+        """A figure of each seed; ``None`` where there is none."""
+        return [None if cell is None else cell.figures.get(key) for cell in self.cells[name]]
 
 
 def _mean(values: Sequence[float | None]) -> Mean:
-    found = mean_interval(values)
-    return Mean(**{**found, "per_seed": tuple(found["per_seed"])})
+    interval = mean_interval(values)
+    return Mean(**{**interval, "per_seed": tuple(values)})
 
 
 def _scored(study: Study, cell: CellResult) -> CellResult:
@@ -234,8 +238,7 @@ def _result(results: Mapping[str, CellResult], key: str) -> CellResult:
 
 
 def _calibration(out: Path, cells: Sequence[CellResult]) -> dict[str, tuple[float, ...]]:
-    found = [RunDir(out / "cells" / c.key).json("calibration.json") for c in cells]
-    known = [c for c in found if c]
+    known = [c for cell in cells if (c := RunDir(out / "cells" / cell.key).json("calibration.json"))]
     return {name: tuple(round(c[name], 3) for c in known) for name in ("floor", "tau")} if known else {}
 
 
@@ -277,21 +280,21 @@ def curves(out: Path, cells: Sequence[CellResult]) -> dict[str, tuple[Point, ...
 
 
 def _point(step: int, values: Sequence[float]) -> Point:
-    found = mean_interval(values)
-    return Point(step, found["mean"], found["low"], found["high"])
+    interval = mean_interval(values)
+    return Point(step, interval["mean"], interval["low"], interval["high"])
 
 
 def pooled(diagrams: Sequence[Sequence[Mapping[str, float]]]) -> tuple[Bin, ...]:
     """Reliability bins of several seeds as one diagram, weighed by token counts."""
     bins: dict[int, list[Mapping[str, float]]] = defaultdict(list)
-    for row in (row for diagram in diagrams for row in diagram):
+    for row in itertools.chain(*diagrams):
         bins[int(row["confidence"] * BINS)].append(row)
-    found = []
+    diagram = []
     for _, rows in sorted(bins.items()):
         n = int(sum(r["n"] for r in rows))
         confidence, accuracy = (sum(r[k] * r["n"] for r in rows) / n for k in ("confidence", "accuracy"))
-        found.append(Bin(confidence, accuracy, n))
-    return tuple(found)
+        diagram.append(Bin(confidence, accuracy, n))
+    return tuple(diagram)
 
 
 def _gallery(
@@ -300,16 +303,16 @@ def _gallery(
     """The first test pictures with the greedy caption of the starting model and of every shown variant."""
     cells = {study.label(name): f"{name}-{seed}" for name in study.shown}
     cells = {"starting model": BASE, **cells} if BASE in results else cells
-    test = read_examples(planned.cells[f"{study.shown[0]}-{seed}"].test).examples[:GALLERY]
+    test = read_examples(planned.job(f"{study.shown[0]}-{seed}").test).examples[:GALLERY]
     if not all("scene" in e.extra for e in test):
         return ()
     captions: list[list[Caption]] = [[] for _ in test]
     for label, key in cells.items():
         texts = _result(results, key).figures.get("greedy", [])[: len(test)]  # none of a failed cell
-        for own, text, j in zip(captions, texts, judge_captions(test[: len(texts)], texts), strict=False):
+        for written, text, j in zip(captions, texts, judge_captions(test[: len(texts)], texts), strict=False):
             marks = (j.all_correct, j.wrong, j.hallucinated, j.omitted, j.ill_formed)
-            own.append(Caption(label, text, *marks))
+            written.append(Caption(label, text, *marks))
     return tuple(
-        Picture(os.path.relpath(str(e.images[0].path), out), e.chosen.text, tuple(own))
-        for e, own in zip(test, captions, strict=True)
+        Picture(os.path.relpath(str(e.images[0].path), out), e.chosen.text, tuple(written))
+        for e, written in zip(test, captions, strict=True)
     )

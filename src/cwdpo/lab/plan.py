@@ -35,6 +35,10 @@ class Plan:
     margins: dict[str, CellJob] = field(default_factory=dict)
     late: dict[str, CellJob] = field(default_factory=dict)
 
+    def job(self, key: str) -> CellJob:
+        """The cell of a key."""
+        return next(job for wave in self.waves for job in wave if job.key == key)
+
     @property
     def waves(self) -> list[list[CellJob]]:
         """What can run at once, in order."""

@@ -303,17 +303,17 @@ def overrides_of(study: Study, name: str, chosen: Mapping[str, Sequence[str]]) -
         RecipeError: a factor on a key that no override sets.
     """
     variant = study.variants[name]
-    found = [*study.common, *variant.set, *chosen.get(study.tuned_by(name), ())]
+    overrides = [*study.common, *variant.set, *chosen.get(study.tuned_by(name), ())]
     for key, factor in variant.times.items():
-        given = [value for k, _, value in (text.partition("=") for text in found) if k.strip() == key]
+        given = [value for k, _, value in (text.partition("=") for text in overrides) if k.strip() == key]
         if not given:
             raise RecipeError(
                 f"study {study.name}, variant {name}: times: no override sets {key!r}: give it in 'set', or --tuned"
             )
         try:
-            found.append(f"{key}={_yaml(factor * float(yaml.safe_load(given[-1])))}")
+            overrides.append(f"{key}={_yaml(factor * float(yaml.safe_load(given[-1])))}")
         except (TypeError, ValueError):
             raise RecipeError(
                 f"study {study.name}, variant {name}: times: {key}={given[-1]} is no number"
             ) from None
-    return found
+    return overrides

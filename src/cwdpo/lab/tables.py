@@ -35,7 +35,7 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
     base = [["starting model", *(number(summary.base.get(f.key), f.digits) for f in figures)]]
     rows = [[r.named, *(number(r.figures[f.key], f.digits) for f in figures)] for r in summary.variants]
     n, m = len(summary.seeds), len(summary.compared)
-    found = [
+    made = [
         Table(
             f"Mean over {n} seeds ± half of the 95% interval (win rate: by prompt).",
             ["variant", *(f.head for f in figures)],
@@ -43,32 +43,22 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
         )
     ]
     differing = [f for f in summary.differing if f in figures and not (main and f.better == "none")]
-    full = summary.row(summary.full)
-    differences = []
-    for row in summary.compared:
-        other = (
-            "" if row.rival == full.name or row.rival is None else f" minus {summary.row(row.rival).label}"
-        )
-        cells = (difference(row.against[f.key], f, short=main) for f in differing)
-        differences.append([row.label + other, *cells])
+    differences = [
+        [f"{r.label} {summary.minus(r)}".strip(), *(difference(r.against[f.key], f, short=main) for f in differing)]
+        for r in summary.compared
+    ]  # fmt: skip
     note = (
-        f"Difference to {full.label} or to what is named, paired by seed, with its 95% interval. p-values are corrected"
-        f" (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
+        f"Difference to {summary.row(summary.full).label} or to what is named, paired by seed, with its 95% interval. "
+        f"p-values are corrected (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
     )
-    found.append(Table(note, ["variant", *(f.head for f in differing)], differences))
+    made.append(Table(note, ["variant", *(f.head for f in differing)], differences))
     if summary.panel:
         scores = [
             [label, *("-" if name is None else number(summary.row(name).figures.get("score"), 3) for name in row)]
             for label, row in summary.panel.rows.items()
         ]  # fmt: skip
-        found.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
-    return found
-
-
-def failures(summary: Summary) -> list[str]:
-    """A line for each failed cell."""
-    lines = [(f"{row.label}, seed {c.seed}", str(c.error)) for row in summary.variants for c in row.failed]
-    return [f"{where}: {error.partition(chr(10))[0]}" for where, error in (*lines, *summary.shared.items())]
+        made.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
+    return made
 
 
 def markdown(summary: Summary) -> str:
@@ -78,8 +68,13 @@ def markdown(summary: Summary) -> str:
     for table in tables(summary):
         lines += [table.note, "", *map(_line, [table.heads])]
         lines += ["|---" * len(table.heads) + "|", *map(_line, table.rows), ""]
-    if failed := failures(summary):
-        lines += [f"**{len(failed)} cells failed:**", "", *(f"- {line}" for line in failed), ""]
+    if summary.failures:
+        lines += [
+            f"**{len(summary.failures)} cells failed:**",
+            "",
+            *(f"- {line}" for line in summary.failures),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -99,7 +94,7 @@ def show(summary: Summary) -> None:
         for row in table.rows:
             drawn.add_row(*map(escape, row))
         console.print(f"\n{escape(table.note)}", drawn)
-    for line in failures(summary):
+    for line in summary.failures:
         console.print(f"FAILED {line}", markup=False)
     console.print(f"Held-out probes: {summary.provenance['probes']}.", markup=False)
 

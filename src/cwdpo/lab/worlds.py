@@ -64,17 +64,17 @@ def write_world(
     }
     shared = materialise(world.model_copy(update=held_out), out / "held-out")
     kept = {} if validation == "own" else {"validation": 0}
-    own = materialise(
+    by_seed = materialise(
         world.model_copy(update={"seed": world.seed + seed, "test": 0, **kept}), out / f"seed{seed}"
     )
-    files = WorldFiles(own["train"], (shared | own)["validation"], shared[split])
+    files = WorldFiles(by_seed["train"], (shared | by_seed)["validation"], shared[split])
     if rejected is None:
         return files
     return WorldFiles(_rewritten(files.train, rejected), _rewritten(files.validation, rejected), files.test)
 
 
 def _rewritten(source: Path, rejected: Rejected) -> Path:
-    """A file beside ``source`` (its pictures stay in reach) whose every row has one negative, the rewritten one."""
+    """The rows of ``source`` with one negative each, the rewritten one, in a file beside it: image paths still hold."""
     path = source.with_name(f"{source.stem}-{rejected}.jsonl")
     rows = []
     for row in read_jsonl(source):

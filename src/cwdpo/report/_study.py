@@ -26,70 +26,73 @@ SLOPES = ("sampled_correct", "greedy_correct", "ill_formed")
 """Figures drawn from the first to the second column of a panel."""
 
 
-def study_page(folder: Folder, found: Summary) -> Page:
+def study_page(folder: Folder, summary: Summary) -> Page:
     """The template's values."""
     names = keys()
-    legend = [_entry(found.row(name), place) for place, name in enumerate(found.shown)]
+    legend = [_entry(summary.row(name), place) for place, name in enumerate(summary.shown)]
     charts = [
-        *_slopes(found, names),
-        *_curves(found, legend, names),
-        *_reliability([(found.row(e), one) for e, one in zip(found.shown, legend, strict=True)], names),
+        *_slopes(summary, names),
+        *_curves(summary, legend, names),
+        *_reliability(summary, legend, names),
     ]
-    failures = [f"{v.label}, seed {c.seed}: {_first_line(c.error)}" for v in found.variants for c in v.failed]
     return Page(
         kind="study",
-        title=found.title,
-        notes=[found.question] if found.question else [],
-        tables=_tables(found),
-        settings=[(v.label, _settings(v)) for v in found.variants],
-        provenance=found.provenance,
-        failures=failures + [f"{key}: {_first_line(error)}" for key, error in found.shared.items()],
+        title=summary.title,
+        notes=[summary.question] if summary.question else [],
+        tables=_tables(summary),
+        settings=[(v.label, _settings(v)) for v in summary.variants],
+        provenance=summary.provenance,
+        failures=summary.failures,
         charts=charts,
-        gallery=_gallery(folder, found, legend),
+        gallery=_gallery(folder, summary, legend),
     )
 
 
 # --- tables ---------------------------------------------------------------------------------------------
 
 
-def _tables(found: Summary) -> list[Table]:
-    heads = [(f.head.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓"), f.help) for f in found.figures]
-    differing = [head for head, f in zip(heads, found.figures, strict=True) if f in found.differing]
-    base = [("starting model", "before anything", [_mean(found.base.get(f.key), f) for f in found.figures])]
-    means = [(v.label, _ran(v), [_mean(v.figures[f.key], f) for f in found.figures]) for v in found.variants]
+def _tables(summary: Summary) -> list[Table]:
+    heads = [(f.head.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓"), f.help) for f in summary.figures]
+    differing = [head for head, f in zip(heads, summary.figures, strict=True) if f in summary.differing]
+    base = [
+        ("starting model", "before anything", [_mean(summary.base.get(f.key), f) for f in summary.figures])
+    ]
+    means = [
+        (v.label, _ran(v), [_mean(v.figures[f.key], f) for f in summary.figures]) for v in summary.variants
+    ]
     tables = [
         Table(
             "means", "Means over seeds",
             "Mean with its 95% interval over seeds (a win rate: over prompts). ↑ higher is better, ↓ lower is better.",
-            heads, [*(base if found.base else ()), *means],
+            heads, [*(base if summary.base else ()), *means],
         ),
         Table(
-            "differences", f"Difference to {found.row(found.full).label}",
+            "differences", f"Difference to {summary.row(summary.full).label}",
             f"Variant minus full, or minus the one that is named, paired by seed, with its 95% interval. p-values "
-            f"(paired t test) are corrected (Holm) for the {len(found.compared)} comparisons of a column; a word is "
+            f"(paired t test) are corrected (Holm) for the {len(summary.compared)} comparisons of a column; a word is "
             "given only where the corrected p is below 0.05.",
-            differing, [(v.label, _rival(found, v), _differences(found, v)) for v in found.compared],
+            differing, [(v.label, summary.minus(v), _differences(summary, v)) for v in summary.compared],
         ),
         Table(
             "seeds", "Values of each seed", "In the order of the seeds; – where there is none.", heads,
-            [(v.label, "", [_per_seed(v.figures[f.key]) for f in found.figures]) for v in found.variants],
+            [(v.label, "", [_per_seed(v.figures[f.key]) for f in summary.figures]) for v in summary.variants],
             folded=True,
         ),
         Table(
-            "cells", "Runs", "Seconds of one process.", [(f"seed {s}", "") for s in found.seeds],
-            [(v.label, "", [_cell(v, seed) for seed in found.seeds]) for v in found.variants], folded=True,
+            "cells", "Runs", "Seconds of one process.", [(f"seed {s}", "") for s in summary.seeds],
+            [(v.label, "", [_cell(v, seed) for seed in summary.seeds]) for v in summary.variants], folded=True,
         ),
     ]  # fmt: skip
-    if found.panel:
-        score = next((f for f in found.figures if f.key == "score"), None)
+    if summary.panel:
+        score = next((f for f in summary.figures if f.key == "score"), None)
         if score is not None:
-            tables.insert(0, _scores(found, found.panel, score))
+            tables.insert(0, _scores(summary, summary.panel, score))
     return tables
 
 
-def _scores(found: Summary, places: Places, score: Figure) -> Table:
+def _scores(summary: Summary, places: Places, score: Figure) -> Table:
     def entry(name: str | None) -> Entry:
-        return Entry("–") if name is None else _mean(found.row(name).figures.get("score"), score)
+        return Entry("–") if name is None else _mean(summary.row(name).figures.get("score"), score)
 
     rows = [(label, "", [entry(name) for name in names]) for label, names in places.rows.items()]
     return Table("panel", "Scores", score.help, [(column, "") for column in places.columns], rows)
@@ -101,14 +104,9 @@ def _mean(value: Mean | None, figure: Figure) -> Entry:
     return mean_entry(value.mean, value.low, value.high, figure.digits)
 
 
-def _differences(found: Summary, variant: Row) -> list[Entry]:
-    pairs = [(f, variant.against[f.key]) for f in found.differing]
+def _differences(summary: Summary, variant: Row) -> list[Entry]:
+    pairs = [(f, variant.against[f.key]) for f in summary.differing]
     return [difference_entry(d.mean, d.low, d.high, d.p_corrected, d.word, f.digits) for f, d in pairs]
-
-
-def _rival(found: Summary, variant: Row) -> str:
-    known = variant.rival in (None, found.full)
-    return "" if known else f"minus {found.row(str(variant.rival)).label}"
 
 
 def _per_seed(value: Mean) -> Entry:
@@ -118,7 +116,7 @@ def _per_seed(value: Mean) -> Entry:
 def _cell(variant: Row, seed: int) -> Entry:
     def shown(cell: CellState) -> Entry:
         if cell.status == "failed":
-            return Entry("failed", (_first_line(cell.error),), "bad")
+            return Entry("failed", (cell.reason,), "bad")
         return Entry("done", (f"{cell.seconds:.0f} s",))
 
     return next((shown(c) for c in variant.cells if c.seed == seed), Entry("–"))
@@ -134,10 +132,6 @@ def _settings(variant: Row) -> str:
     return " ".join(variant.overrides) + (f" (calibrated by seed: {calibrated})" if calibrated else "")
 
 
-def _first_line(text: str | None) -> str:
-    return str(text).partition("\n")[0]
-
-
 # --- charts ---------------------------------------------------------------------------------------------
 
 
@@ -146,16 +140,16 @@ def _entry(variant: Row, place: int) -> Legend:
     return Legend(variant.label, place, "" if len(variant.failed) < len(variant.cells) else "no finished run")
 
 
-def _slopes(found: Summary, names: Iterator[str]) -> list[Charts]:
+def _slopes(summary: Summary, names: Iterator[str]) -> list[Charts]:
     """From the first to the second column of a panel, a line for each of its rows."""
-    if found.panel is None or len(found.panel.columns) != 2:
+    if summary.panel is None or len(summary.panel.columns) != 2:
         return []
-    first, second = found.panel.columns
-    rows = [(label, [found.row(n) for n in ends if n]) for label, ends in found.panel.rows.items()]
-    slots = {v.label: found.shown.index(v.name) for v in found.variants if v.name in found.shown}
+    first, second = summary.panel.columns
+    rows = [(label, [summary.row(n) for n in ends if n]) for label, ends in summary.panel.rows.items()]
+    slots = {v.label: summary.shown.index(v.name) for v in summary.variants if v.name in summary.shown}
     legend = [Legend(label, slots.get(label, place)) for place, (label, _) in enumerate(rows)]
     panels = []
-    for figure in (f for f in found.figures if f.key in SLOPES):
+    for figure in (f for f in summary.figures if f.key in SLOPES):
         lines = []
         for entry, (_, ends) in zip(legend, rows, strict=True):
             points = [
@@ -174,9 +168,9 @@ def _slopes(found: Summary, names: Iterator[str]) -> list[Charts]:
     return [Charts("slopes", f"From {first} to {second}", note, legend, panels)] if panels else []
 
 
-def _curves(found: Summary, legend: Sequence[Legend], names: Iterator[str]) -> list[Charts]:
+def _curves(summary: Summary, legend: Sequence[Legend], names: Iterator[str]) -> list[Charts]:
     """The panels that matter, and in ``more`` every other reading."""
-    shown = [(found.row(name), entry) for name, entry in zip(found.shown, legend, strict=True)]
+    shown = [(summary.row(name), entry) for name, entry in zip(summary.shown, legend, strict=True)]
     recorded = sorted({name for variant, _ in shown for name in variant.curves})
     panels, more = Panels(names), Panels(names)
 
@@ -219,8 +213,10 @@ def _line(entry: Legend, points: Sequence[Point]) -> Line:
     )  # fmt: skip
 
 
-def _reliability(shown: Sequence[tuple[Row, Legend]], names: Iterator[str]) -> list[Charts]:
-    known = [(entry, v.figures["ece"].mean, v.reliability) for v, entry in shown if v.reliability]
+def _reliability(summary: Summary, legend: Sequence[Legend], names: Iterator[str]) -> list[Charts]:
+    """The diagrams of the shown variants, and how far they lie from the diagonal."""
+    shown = [(entry, summary.row(name)) for name, entry in zip(summary.shown, legend, strict=True)]
+    known = [(entry, v.figures["ece"].mean, v.reliability) for entry, v in shown if v.reliability]
     if not known:
         return []
 
@@ -233,7 +229,7 @@ def _reliability(shown: Sequence[tuple[Row, Legend]], names: Iterator[str]) -> l
             for e, _, bins in known
         ]
 
-    legend = [
+    counted = [
         Legend(e.label, e.slot, f"ECE {number(ece)}, n = {sum(b.n for b in bins)} tokens")
         for e, ece, bins in known
     ]
@@ -249,13 +245,13 @@ def _reliability(shown: Sequence[tuple[Row, Legend]], names: Iterator[str]) -> l
         "Token confidence against correctness on held-out chosen captions. On the diagonal, confidence is deserved; "
         "below it, the model is too sure."
     )
-    return [Charts("reliability", "Reliability", note, legend, panels)]
+    return [Charts("reliability", "Reliability", note, counted, panels)]
 
 
 # --- captions -------------------------------------------------------------------------------------------
 
 
-def _gallery(folder: Folder, found: Summary, legend: Sequence[Legend]) -> list[dict[str, Any]]:
+def _gallery(folder: Folder, summary: Summary, legend: Sequence[Legend]) -> list[dict[str, Any]]:
     entries = {entry.label: entry for entry in legend}
     return [
         {
@@ -263,7 +259,7 @@ def _gallery(folder: Folder, found: Summary, legend: Sequence[Legend]) -> list[d
             "truth": picture.truth,
             "captions": [(entries.get(c.label), c, mark(c)) for c in picture.captions],
         }
-        for picture in found.gallery
+        for picture in summary.gallery
     ]
 
 

@@ -68,6 +68,11 @@ class CellState:
     error: str | None
     seconds: float
 
+    @property
+    def reason(self) -> str:
+        """The first line of its error."""
+        return str(self.error).partition("\n")[0]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -174,6 +179,16 @@ class Summary:
     def row(self, name: str) -> Row:
         """A variant by its name."""
         return next(v for v in self.variants if v.name == name)
+
+    def minus(self, row: Row) -> str:
+        """Whom a variant is compared with, where that is not the full one: ``minus ...``, or nothing."""
+        return "" if row.rival in (None, self.full) else f"minus {self.row(str(row.rival)).label}"
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each failed cell."""
+        cells = [f"{v.label}, seed {c.seed}: {c.reason}" for v in self.variants for c in v.failed]
+        return cells + [f"{key}: {error.partition(chr(10))[0]}" for key, error in self.shared.items()]
 
     @property
     def compared(self) -> tuple[Row, ...]:
