@@ -119,6 +119,15 @@ def test_a_small_demo_from_data_to_report(tmp_path: Path) -> None:
     assert stored.row("cw_dpo").curves["margin"]
     assert stored.row("sft").figures["win_rate"].mean == 0.5, "continued SFT ties with itself"
     assert stored.base["sampled_correct"].n == 1
+    assert set(stored.base) == {
+        "score",
+        "sampled_correct",
+        "greedy_correct",
+        "ill_formed",
+        "judge_score",
+        "ece",
+        "top1",
+    }
     assert len(stored.gallery) == 6
     assert [c.label for c in stored.gallery[0].captions] == [
         "starting model", "CW-DPO", "DPO", "continued SFT", "DPO + SFT term",

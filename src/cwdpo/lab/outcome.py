@@ -64,6 +64,8 @@ CURVES = (
     "cooling/weight/",
 )
 """Held-out readings whose course is kept for the page, by the beginning of their names."""
+CHANGES = ("tv", "js", "kl", "delta_logp/")
+"""Figures that compare with the start of stage 2; the starting model has none."""
 GALLERY = 6
 """Test pictures whose captions are shown."""
 BINS = 15
@@ -92,7 +94,7 @@ def outcome(
     }
     figures = figures_of(study, cells)
     rows = [_Results(out, study, every, cells).row(name, figures, chosen) for name in study.variants]
-    base = results[BASE].figures if BASE in results else {}
+    base = _scored(study, results[BASE]).figures if BASE in results else {}
     failed = {key: str(r.error) for key, r in sorted(results.items()) if r.status == "failed"}
     return Summary(
         title=study.title or study.name,
@@ -103,7 +105,11 @@ def outcome(
         variants=compared(rows, figures),
         panel=panel_of(study),
         shared={key: error for key, error in failed.items() if key not in asked},
-        base={f.key: _mean([base[f.key]]) for f in figures if base.get(f.key) is not None},
+        base={
+            f.key: _mean([base[f.key]])
+            for f in figures
+            if base.get(f.key) is not None and not f.key.startswith(CHANGES)
+        },
         shown=study.shown,
         gallery=_gallery(out, study, planned, results, f"seed{every[0]}") if study.shown else (),
         provenance={
