@@ -95,8 +95,8 @@ def step(
     from cwdpo.lab.bench.measure import step_report
 
     setting = replace(setting, negatives=negatives, reference=reference.value, vision_cache=vision_cache)
-    found = step_report(setting, repeats, threads, _say())
-    typer.echo(json.dumps(found, indent=1) if as_json else step_text(found))
+    report = step_report(setting, repeats, threads, _say())
+    typer.echo(json.dumps(report, indent=1) if as_json else step_text(report))
 
 
 @app.command()
@@ -105,10 +105,10 @@ def scale(setting: Setting, repeats: Repeats = 5, threads: Threads = 1, as_json:
     """How the step's cost grows with the number of negatives (1, 2, 4, 8) and with the prompt's length."""
     from cwdpo.lab.bench.measure import scale_report
 
-    found = scale_report(
+    report = scale_report(
         setting, negatives=(1, 2, 4, 8), prompts=(128, 256, 512, 1024), repeats=repeats, threads=threads, say=_say()
     )  # fmt: skip
-    typer.echo(json.dumps(found, indent=1) if as_json else scale_text(found))
+    typer.echo(json.dumps(report, indent=1) if as_json else scale_text(report))
 
 
 @app.command()
@@ -123,8 +123,8 @@ def recipe(
     from cwdpo.config import load_recipe
     from cwdpo.lab.bench.recipe import recipe_report
 
-    found = recipe_report(load_recipe(path, overrides or ()), steps, threads, _say())
-    typer.echo(json.dumps(found, indent=1) if as_json else recipe_text(found))
+    report = recipe_report(load_recipe(path, overrides or ()), steps, threads, _say())
+    typer.echo(json.dumps(report, indent=1) if as_json else recipe_text(report))
 
 
 def _say() -> Callable[[str], None]:
@@ -141,45 +141,45 @@ LABELS = {
 }
 
 
-def step_text(found: dict[str, Any]) -> str:
+def step_text(report: dict[str, Any]) -> str:
     """The report for a person."""
-    s = found["setting"]
+    s = report["setting"]
     lines = [
         f"P = {s['prompt_tokens']}, C = {s['completion_tokens']}, K = {s['negatives']}, {s['tune']}, reference "
-        f"{s['reference']}, {s['shape']} Qwen2.5-VL, {s['dtype']} on {found['device']}, {found['threads']} thread(s)"
+        f"{s['reference']}, {s['shape']} Qwen2.5-VL, {s['dtype']} on {report['device']}, {report['threads']} thread(s)"
         + (", gradient checkpointing" if s["grad_checkpointing"] else "")
         + (", image features kept" if s["vision_cache"] else ""),
         f"{'how many times as much as cwdpo':<68} time (least to greatest)   FLOPs   peak memory",
     ]
-    for name, rival in found["rivals"].items():
+    for name, rival in report["rivals"].items():
         t = rival["time"]
         lines.append(
             f"{LABELS[name]:<68} {t['median']:5.2f} ({t['min']:.2f} to {t['max']:.2f})        {rival['flops']:6.2f}"
             f"   {rival['memory']:8.2f}"
         )
-    seconds, gradient = found["seconds"]["cwdpo"], found["gradient"]
+    seconds, gradient = report["seconds"]["cwdpo"], report["gradient"]
     lines.append(
-        f"our step: {seconds:.3f} s, {found['peak_bytes']['cwdpo'] / 2**20:.0f} MiB; gradients differ by "
+        f"our step: {seconds:.3f} s, {report['peak_bytes']['cwdpo'] / 2**20:.0f} MiB; gradients differ by "
         f"{gradient['largest_difference']:.1e} at most, the largest is {gradient['largest']:.1e}"
     )
     return "\n".join(lines)
 
 
-def recipe_text(found: dict[str, Any]) -> str:
+def recipe_text(report: dict[str, Any]) -> str:
     """The report for a person."""
     lines = [
-        f"{name:<7} {found[name]['tokens_per_second']:9.0f} tokens/s   "
-        f"{found[name]['seconds_per_step']:.3f} s a step   padding {found[name]['padding']:.1%}"
+        f"{name:<7} {report[name]['tokens_per_second']:9.0f} tokens/s   "
+        f"{report[name]['seconds_per_step']:.3f} s a step   padding {report[name]['padding']:.1%}"
         for name in ("before", "after")
     ]
-    halves = " and ".join(f"{ratio:.2f}" for ratio in found["ratio_of_halves"])
-    return "\n".join([*lines, f"ratio {found['ratio']:.2f} (halves of the steps: {halves})"])
+    halves = " and ".join(f"{ratio:.2f}" for ratio in report["ratio_of_halves"])
+    return "\n".join([*lines, f"ratio {report['ratio']:.2f} (halves of the steps: {halves})"])
 
 
-def scale_text(found: list[dict[str, Any]]) -> str:
+def scale_text(report: list[dict[str, Any]]) -> str:
     """The report for a person."""
     lines = []
-    for row in found:
+    for row in report:
         t = row["time"]
         name = row["what"].replace("_", " ")
         lines.append(f"{name:<14} {row['value']:>5}   {t['median']:5.2f} ({t['min']:.2f} to {t['max']:.2f})")

@@ -44,12 +44,12 @@ def evaluate(
 
     folder = out or _evaluation_folder(model)
     with bars() as shown:
-        found = run.evaluate(
+        measured = run.evaluate(
             model, data, folder, metrics=run.parse_specs(metrics or ()), temperature=temperature, samples=samples,
             max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
             data_options={"limit": limit, "format": data_format}, progress=shown.show,
         )  # fmt: skip
-    for name, one in found["numbers"].items():
+    for name, one in measured["numbers"].items():
         typer.echo(f"{name:22} {_number(one)}")
     typer.echo(f"\nresponses  {folder / 'responses.jsonl'}\nfigures    {folder / 'evaluation.json'}")
     if lmms_eval:

@@ -94,10 +94,10 @@ def sweep(
     spec = load_study(study)
     spec = spec.only(only) if only else spec
     folder = out or Path("runs") / f"{spec.name}-sweep"
-    found = run(recipe or RECIPE, spec, folder, finalists=finalists, jobs=jobs, test=test, bar=grid_bar)
-    for name, settings in found["chosen"].items():
+    chosen = run(recipe or RECIPE, spec, folder, finalists=finalists, jobs=jobs, test=test, bar=grid_bar)
+    for name, settings in chosen["chosen"].items():
         typer.echo(f"{name}: {' '.join(settings)}")
-    for name, edges in found["edges"].items():
+    for name, edges in chosen["edges"].items():
         typer.echo(f"{name}: {'; '.join(edges)}: widen its grid", err=True)
     typer.echo(f"\ntable    {folder / 'sweep.md'}\nchosen   {folder / 'chosen.yaml'}")
 
@@ -134,10 +134,10 @@ def best_of(
     from cwdpo.models.settings import ModelSettings
 
     policy = load_policy(ModelSettings(path=model))
-    found = write_best_of(policy, Encoder(policy.processor), data, out, seed=seed, n=n, noise=noise)
+    made = write_best_of(policy, Encoder(policy.processor), data, out, seed=seed, n=n, noise=noise)
     typer.echo(
-        f"{found['rows']} rows ({found['left_out']} left out); chosen is right in every fact in "
-        f"{found['chosen_right']:.3f}, mean score {found['chosen_score']:.3f}\n{out / 'train.jsonl'}"
+        f"{made['rows']} rows ({made['left_out']} left out); chosen is right in every fact in "
+        f"{made['chosen_right']:.3f}, mean score {made['chosen_score']:.3f}\n{out / 'train.jsonl'}"
     )
 
 
@@ -156,10 +156,10 @@ def margins(
     first = folder / "stage1" / "model"
     reference = str(first) if first.is_dir() else recipe.model.path
     beta = float(recipe.stage2.objective.get("beta", 0.1))
-    found = write_margins(
+    made = write_margins(
         folder / "model", reference, str(data), out, beta=beta, image_root=recipe.data.image_root
     )
-    mean = "none" if found["mean"] is None else f"{found['mean']:.3f}, above 0 in {found['right']:.3f} of"
+    mean = "none" if made["mean"] is None else f"{made['mean']:.3f}, above 0 in {made['right']:.3f} of"
     typer.echo(
-        f"{out}: mean margin {mean} {found['pairs']} pairs; a recipe needs data.image_root={data.parent}"
+        f"{out}: mean margin {mean} {made['pairs']} pairs; a recipe needs data.image_root={data.parent}"
     )

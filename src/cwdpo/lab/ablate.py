@@ -78,8 +78,8 @@ def _analyse(out: Path, study: Study, planned: Plan, results: Mapping[str, CellR
             f"{len(runs)} ended with measurements: ask for more --seeds or variants"
         )
     analyse = {"findings": findings.analyse, "stopping": stopping.analyse}[str(study.analysis)]
-    found, text = analyse(runs)
-    write_json(out / f"{study.analysis}.json", found)
+    tables, text = analyse(runs)
+    write_json(out / f"{study.analysis}.json", tables)
     write_text(out / f"{study.analysis}.md", text)
 
 
@@ -128,23 +128,23 @@ def sweep(
     best = {name: points[_best(points)[0]] for name, points in tried.items()}
     write_json(out / "sweep.json", {name: [vars(t) for t in points] for name, points in tried.items()})
     write_text(out / "sweep.md", sweep_table(study, tried))
-    found = {name: list(t.settings) for name, t in best.items() if t.scores}
-    edges = {name: at_edge(study.variants[name], settings) for name, settings in found.items()}
+    chosen = {name: list(t.settings) for name, t in best.items() if t.scores}
+    edges = {name: at_edge(study.variants[name], settings) for name, settings in chosen.items()}
     head = f"# Written by cwdpo sweep of the study {study.name}; give it to cwdpo ablate with --tuned.\n"
-    write_text(out / "chosen.yaml", head + yaml.safe_dump({"chosen": found}, sort_keys=False))
-    return {"chosen": found, "edges": {name: keys for name, keys in edges.items() if keys}}
+    write_text(out / "chosen.yaml", head + yaml.safe_dump({"chosen": chosen}, sort_keys=False))
+    return {"chosen": chosen, "edges": {name: keys for name, keys in edges.items() if keys}}
 
 
 def at_edge(variant: Variant, settings: Sequence[str]) -> list[str]:
     """Chosen numbers that are the lowest or highest of three or more that were tried: the best may lie beyond."""
     chosen = {key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in settings)}
-    found = []
+    edges = []
     for key, values in variant.grid.items():
         numbers = sorted(v for v in values if isinstance(v, int | float))
         if len(numbers) > 2 and chosen.get(key) in (numbers[0], numbers[-1]):
             which = "lowest" if chosen[key] == numbers[0] else "highest"
-            found.append(f"{key}={chosen[key]:g} is the {which} that was tried")
-    return found
+            edges.append(f"{key}={chosen[key]:g} is the {which} that was tried")
+    return edges
 
 
 class _Tried:

@@ -29,11 +29,11 @@ def choose(runs: Sequence[Traced], rules: Sequence[FindingRule]) -> dict[str, fl
 
         def value(factor: float, own: Any = own, meant: Any = meant, healthy: Any = healthy) -> float:
             moved = [r.scaled(factor) for r in own]
-            found, false = (
+            detected, alarmed = (
                 sum(bool(diagnose_rows(r.readings, r.metrics, moved)) for r in some) / max(len(some), 1)
                 for some in (meant, healthy)
             )
-            return found - FALSE_COSTS * false
+            return detected - FALSE_COSTS * alarmed
 
         chosen[name] = max(FACTORS, key=value)
     return chosen
@@ -55,13 +55,13 @@ def table(runs: Sequence[Traced], rules: Sequence[FindingRule]) -> dict[str, Any
     leads: dict[str, list[int]] = {"lead": [], "lead_critical": []}
     unseen: list[str] = []
     for run in runs:
-        found = diagnose_rows(run.readings, run.metrics, rules)
-        alarms = [f for f in found if f.severity != "note"]
+        raised = diagnose_rows(run.readings, run.metrics, rules)
+        alarms = [f for f in raised if f.severity != "note"]
         meant = set(run.variant.provokes)
         row = rows.setdefault(run.name, {"runs": 0, "found": 0, "provokes": sorted(meant), "others": {}})
         row["runs"] += 1
-        row["found"] += bool({f.name for f in found} & meant) if meant else bool(alarms)
-        for f in found:
+        row["found"] += bool({f.name for f in raised} & meant) if meant else bool(alarms)
+        for f in raised:
             if f.name not in meant:
                 row["others"][f.name] = row["others"].get(f.name, 0) + 1
         damage = damage_step(run.trace)
@@ -93,23 +93,24 @@ def _spread(steps: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def markdown(title: str, found: Mapping[str, Any]) -> str:
+def markdown(title: str, counts: Mapping[str, Any]) -> str:
     """A table of the study."""
     lines = [
         f"\n### {title}\n",
         "| scenario | provokes | found | runs | other findings |",
         "|---|---|---|---|---|",
     ]
-    for name, row in sorted(found["scenarios"].items()):
+    for name, row in sorted(counts["scenarios"].items()):
         others = ", ".join(f"{k} {v}" for k, v in sorted(row["others"].items())) or "–"
         word = ", ".join(row["provokes"]) or "nothing (found = false alarms)"
         lines.append(f"| {name} | {word} | {row['found']} | {row['runs']} | {others} |")
-    lead, critical = found["lead"], found["lead_critical"]
+    lead, critical = counts["lead"], counts["lead_critical"]
     lines.append(
-        f"\nDetected {found['detected']} of {found['provoked']}; false alarms {found['false']} of {found['healthy']}. "
+        f"\nDetected {counts['detected']} of {counts['provoked']}; "
+        f"false alarms {counts['false']} of {counts['healthy']}. "
         f"First alarm before or at the damage in {lead['not_late']} of {lead['n']} damaged runs, median lead "
         f"{lead['median']} steps; first critical finding in {critical['not_late']} of {critical['n']}, median "
-        f"{critical['median']}. Damaged without an alarm: {', '.join(found['unseen']) or 'none'}."
+        f"{critical['median']}. Damaged without an alarm: {', '.join(counts['unseen']) or 'none'}."
     )
     return "\n".join(lines) + "\n"
 
@@ -120,14 +121,14 @@ def analyse(runs: Sequence[Traced]) -> tuple[dict[str, Any], str]:
     rules = load_rules()
     factors = choose(tuning, rules)
     moved = with_factors(rules, factors)
-    found: dict[str, Any] = {
+    tables: dict[str, Any] = {
         "factors": factors,
         "shipped": table(reporting, rules),
         "chosen": table(reporting, moved),
         "tuning": table(tuning, moved),
     }
     named = {name: factor for name, factor in factors.items() if factor != 1.0} or "none moved"
-    text = markdown("Reporting half, shipped bounds", found["shipped"])
-    return found, text + markdown(
-        f"Reporting half, bounds chosen on the other half ({named})", found["chosen"]
+    text = markdown("Reporting half, shipped bounds", tables["shipped"])
+    return tables, text + markdown(
+        f"Reporting half, bounds chosen on the other half ({named})", tables["chosen"]
     )

@@ -128,9 +128,9 @@ def _in_pool(wave: Sequence[CellJob], workers: int, on_event: OnEvent) -> bool:
 
 
 def _drain(ticks: Any) -> list[Tick]:
-    found = []
+    drained = []
     while True:
         try:
-            found.append(ticks.get_nowait())
+            drained.append(ticks.get_nowait())
         except Empty:
-            return found
+            return drained

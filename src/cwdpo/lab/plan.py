@@ -91,24 +91,24 @@ def plan(
         RecipeError: a variant's overrides do not fit the recipe.
         DataError: there is nothing to evaluate on.
     """
-    found = Plan()
-    sources = _Sources(out, study, split, test, found)
+    planned = Plan()
+    sources = _Sources(out, study, split, test, planned)
     if study.base:
         first = wanted[0]
         recipe = parse_recipe(tree, [*study.common, f"seed={first.seed}"], where=f"study {study.name}")
         recipe, held = sources.with_data(recipe, first.seed)
-        found.cells[BASE] = CellJob(
+        planned.cells[BASE] = CellJob(
             BASE, recipe.model_copy(update={"name": BASE}), out / "cells" / BASE, held, "base", study.metrics
         )
     for one in sorted(wanted, key=lambda one: study.variants[one.variant].margins_from is not None):
         variant = study.variants[one.variant]
         recipe = parse_recipe(tree, [*one.overrides, f"seed={one.seed}"], where=f"variant {one.variant}")
         recipe, held = sources.with_data(recipe, one.seed, variant)
-        _add(found, out, one, recipe.model_copy(update={"name": one.key}), held, study)
-    return found
+        _add(planned, out, one, recipe.model_copy(update={"name": one.key}), held, study)
+    return planned
 
 
-def _add(found: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: Study) -> None:
+def _add(planned: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: Study) -> None:
     """The cell of a variant, with the first stage and the margins that it starts from, where they are not there yet."""
     stage: StageOfCell = "stage2" if recipe.stage2.enabled else "base"
     options = {"trace": True} if study.analysis else {}
@@ -117,19 +117,19 @@ def _add(found: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: 
         neutral = _first_stage(recipe)
         key = "stage1-" + _digest(neutral.to_yaml())
         job = CellJob(key, neutral, out / "cells" / key, test, "stage1", study.metrics)
-        found.stage1.setdefault(key, job)
+        planned.stage1.setdefault(key, job)
         model = recipe.model.model_copy(update={"path": str(job.folder / "model")})
         cell = replace(cell, recipe=recipe.model_copy(update={"model": model}), first=job.folder)
     margins = study.variants[one.variant].margins_from
     if margins is None:
-        found.cells[one.key] = cell
+        planned.cells[one.key] = cell
         return
-    teacher = found.cells[one.teacher or f"{margins}-seed{one.seed}"]
+    teacher = planned.cells[one.teacher or f"{margins}-seed{one.seed}"]
     if not teacher.options.get("keep_model"):
         teacher = replace(teacher, options={**teacher.options, "keep_model": True})
-        found.cells[teacher.key] = teacher
+        planned.cells[teacher.key] = teacher
     key = f"margins-{teacher.key}"
-    found.margins.setdefault(
+    planned.margins.setdefault(
         key,
         CellJob(
             key, teacher.recipe, out / "cells" / key, test, "margins", study.metrics,
@@ -138,7 +138,7 @@ def _add(found: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: 
     )  # fmt: skip
     path = str(out / "cells" / key / "train.jsonl")
     data = cell.recipe.data.model_copy(update={"path": path, "image_root": None})
-    found.late[one.key] = replace(cell, recipe=cell.recipe.model_copy(update={"data": data}))
+    planned.late[one.key] = replace(cell, recipe=cell.recipe.model_copy(update={"data": data}))
 
 
 def _first_stage(recipe: Recipe) -> Recipe:
@@ -163,8 +163,8 @@ def _first_stage(recipe: Recipe) -> Recipe:
 class _Sources:
     """Where each seed's data lies: the world's is written once per seed, what is sampled is a cell of its own."""
 
-    def __init__(self, out: Path, study: Study, split: str, test: Path | None, found: Plan) -> None:
-        self.out, self.study, self.split, self.test, self.found = out, study, split, test, found
+    def __init__(self, out: Path, study: Study, split: str, test: Path | None, planned: Plan) -> None:
+        self.out, self.study, self.split, self.test, self.planned = out, study, split, test, planned
         self._worlds: dict[str, WorldFiles] = {}
 
     def with_data(self, recipe: Recipe, seed: int, variant: Variant | None = None) -> tuple[Recipe, Path]:
@@ -200,14 +200,14 @@ class _Sources:
     def _sampled(self, recipe: Recipe, seed: int, settings: BestOf, test: Path) -> Recipe:
         key = f"data-{_digest(settings.model_dump_json() + str(recipe.data.path) + recipe.model.path)}-seed{seed}"
         folder = self.out / "cells" / key
-        if key not in self.found.data:
+        if key not in self.planned.data:
             plain = parse_recipe(
                 {
                     "name": key, "seed": seed, "data": {"path": recipe.data.path},
                     "model": {"path": recipe.model.path, "device": recipe.model.device},
                 }
             )  # fmt: skip
-            self.found.data[key] = CellJob(
+            self.planned.data[key] = CellJob(
                 key, plain, folder, test, "best_of", self.study.metrics, settings.model_dump()
             )
         data = recipe.data.model_copy(update={"path": str(folder / "data" / "train.jsonl")})

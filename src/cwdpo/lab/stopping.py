@@ -94,11 +94,11 @@ def analyse(runs: Sequence[Traced]) -> tuple[dict[str, Any], str]:
     tuning, reporting = halves(runs)
     chosen = choose(tuning)
     rules, default = ([parse_rule(text) for text in texts] for texts in (chosen, DEFAULT_STOP))
-    found: dict[str, Any] = {
+    tables: dict[str, Any] = {
         "chosen": list(chosen),
         "default": {"rules": list(DEFAULT_STOP), "reporting": outcome(reporting, default)},
         "reporting": outcome(reporting, rules),
         "tuning": outcome(tuning, rules),
     }
-    text = markdown(f"Default: {', '.join(DEFAULT_STOP)}", found["default"]["reporting"])
-    return found, text + markdown(f"Chosen on the other half: {', '.join(chosen)}", found["reporting"])
+    text = markdown(f"Default: {', '.join(DEFAULT_STOP)}", tables["default"]["reporting"])
+    return tables, text + markdown(f"Chosen on the other half: {', '.join(chosen)}", tables["reporting"])
