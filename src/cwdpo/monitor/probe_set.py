@@ -19,6 +19,7 @@ from cwdpo.monitor.responses import Response, read_probe_file, stored_responses,
 from cwdpo.negatives.base import NEGATIVES, normalised
 from cwdpo.records import Completion, Example, Origin
 from cwdpo.rundir import RunDir, read_jsonl, write_text
+from cwdpo.worlds.judged import is_judgeable
 from cwdpo.worlds.shapes import paraphrases
 
 FEWEST_PROMPTS = 16
@@ -194,7 +195,7 @@ def _rng(*key: object) -> random.Random:
 def _paraphrase(
     kind: str, example: Example, text: str, references: Sequence[str], rng: random.Random
 ) -> Response | None:
-    if "scene" in example.extra:
+    if is_judgeable(example):
         said = [t for t in paraphrases(text) if normalised(t) != normalised(text)]
         return (
             Response(kind, rng.choice(said), "the world's grammar: the same facts in other words")

@@ -17,7 +17,7 @@ from torch import nn
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import ServerError
-from cwdpo.judging.verdicts import Judge
+from cwdpo.judging.base import Judge
 from cwdpo.models.sample import Decoding, by_length, sample_batch
 from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.onpolicy.samples import Drawn, DrawnFor, texts_to_judge
@@ -186,7 +186,7 @@ class Pool:
         # Of a batch that was stored in part, what is stored counts: it has been judged already.
         rows = [DrawnFor.from_json(self._stored.get(keys[row.id], row.to_json())) for row in rows]
         if judge is not None and new:
-            judged = judge_rows(judge, [by_id[row.id] for row in new], new)
+            judged = judge_rows(judge, [by_id[row.id] for row in new], new, self.run.path)
             fresh = {row.id: row for row in judged}
             rows = [fresh.get(row.id, row) for row in rows]
             new = judged
@@ -199,12 +199,15 @@ class Pool:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def judge_rows(judge: Judge, examples: Sequence[Example], rows: Sequence[DrawnFor]) -> list[DrawnFor]:
-    """The rows with the judge's verdicts."""
+def judge_rows(
+    judge: Judge, examples: Sequence[Example], rows: Sequence[DrawnFor], store: Path | None = None
+) -> list[DrawnFor]:
+    """The rows, their samples marked right or wrong by the judge; ``store``: folder of its answers."""
     places = texts_to_judge(rows)
     asked = [examples[i] for i, _ in places]
-    verdicts = dict(zip(places, judge(asked, [rows[i].samples[k].text for i, k in places]), strict=True))
+    right = judge.right(asked, [rows[i].samples[k].text for i, k in places], store=store)
+    known = dict(zip(places, right, strict=True))
     return [
-        replace(row, samples=tuple(replace(s, right=verdicts.get((i, k))) for k, s in enumerate(row.samples)))
+        replace(row, samples=tuple(replace(s, right=known.get((i, k))) for k, s in enumerate(row.samples)))
         for i, row in enumerate(rows)
     ]

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.errors import DataError, RecipeError
-from cwdpo.judging.verdicts import build_judge
+from cwdpo.judging.base import judge_for
 from cwdpo.models.load import Policy
 from cwdpo.monitor.window import added_share
 from cwdpo.negatives.mix import seeded
@@ -179,7 +179,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.data = RoundData(self.plan.per_round * self.plan.batch)
         self.trainer: PreferenceTrainer | None = None
         self._auto = wants_calibration(recipe.stage2.build())
-        self._judge = build_judge(self.settings.judge, examples, run.path / ANSWERS)
+        self._judge = judge_for(self.settings.judge, examples)
         self._pool: Pool | None = None
         # With one round, too: a run that resumes in it prepares it with a policy that has moved.
         self._start = StartWeights(policy.model) if objective.needs_reference else None

@@ -22,7 +22,7 @@ class Drawn:
     """One sample of a policy.
 
     ``mean_logp`` (nats per token) is under the sampling policy at temperature 1; a server tells none.
-    ``right`` is the judge's verdict; ``None`` where there is no judge.
+    ``right``: whether the judge finds it right; ``None`` where that is not known, or there is no judge.
     """
 
     text: str
