@@ -16,8 +16,8 @@ from cwdpo.judging.base import JUDGES, Judge, ScoringJudge, judge_for, label_of,
 from cwdpo.judging.compare import tournament, verdicts
 from cwdpo.metrics.base import METRICS, Answer
 from cwdpo.onpolicy.pool import judge_rows
-from cwdpo.onpolicy.samples import Drawn, DrawnFor
-from cwdpo.records import Completion, Example, Message
+from cwdpo.onpolicy.samples import PromptSamples
+from cwdpo.records import Completion, Example, Message, Sample
 
 NAMES = JUDGES.names()
 
@@ -196,7 +196,7 @@ def test_one_file_is_a_judge_for_both_uses(shipped: bool, dropped: Path) -> None
     # As in on-policy rounds.
     judge = judge_for(spec_of({"name": name, "most": 5}), rows)
     assert judge is not None
-    drawn = [DrawnFor(e.id, 0, 0, (Drawn("a dog", True), Drawn("a b c d", True))) for e in rows]
+    drawn = [PromptSamples(e.id, 0, 0, (Sample("a dog", True), Sample("a b c d", True))) for e in rows]
     marked = judge_rows(judge, rows, drawn)
     assert [[s.right for s in row.samples] for row in marked] == [[True, False]] * 2
     with pytest.raises(RecipeError, match="unknown key 'mots'; did you mean 'most'"):
