@@ -16,7 +16,7 @@ from cwdpo.config import load_recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError, RecipeError, optional_package
-from cwdpo.evaluation.paired import holm, verdict
+from cwdpo.evaluation.paired import conclusion, holm
 from cwdpo.evaluation.responses import collect, read_back, store
 from cwdpo.judging.base import AUTO, judge_for
 from cwdpo.judging.compare import tournament
@@ -268,7 +268,7 @@ def _differences(names: Sequence[str], measured: Mapping[str, Sequence[Measured]
     for k, figure in enumerate(measured[names[0]]):
         found = [difference(measured[row["ours"]][k], measured[row["theirs"]][k]) for row in rows]
         for row, one, p in zip(rows, found, holm([d["p"] for d in found]), strict=True):
-            word = verdict({"mean": one["value"]}, figure.better, p)
+            word = conclusion({"mean": one["value"]}, figure.better, p)
             row["figures"][figure.name] = {**one, "p_corrected": p, "word": word}
     return rows
 
