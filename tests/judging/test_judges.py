@@ -292,6 +292,9 @@ def test_right_or_wrong_by_a_question_of_its_own(serve: Callable[..., Fake], tmp
     assert len(read_jsonl(tmp_path / "answers.jsonl")) == 3
     assert judge.right([one] * 3, list(words), store=tmp_path) == [True, False, None]
     assert len(server.seen) == 3, "stored answers are not asked for again"
+    for _ in range(2):
+        assert judge.right([one], ["a cat"]) == [True]
+    assert len(server.seen) == 4, "without a folder answers are kept for as long as the judge"
 
 
 def test_without_the_client_s_package_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
