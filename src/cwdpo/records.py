@@ -122,7 +122,7 @@ class Sample:
 
     ``ended``: it ended by itself, within the most tokens. ``n_tokens`` counts the end token; a server gives none.
     ``mean_logp`` (nats per token) is under the sampling policy at temperature 1; ``None`` for greedy responses and for
-    servers. ``right`` is the judge's verdict; ``None`` without a judge.
+    servers. ``right``: whether the judge finds it right; ``None``: not known, or no judge.
     """
 
     text: str

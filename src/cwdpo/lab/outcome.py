@@ -12,7 +12,7 @@ from typing import Any
 
 from cwdpo.data.read.reader import read_examples
 from cwdpo.evaluation.intervals import mean_interval
-from cwdpo.evaluation.paired import holm, paired_difference, verdict
+from cwdpo.evaluation.paired import conclusion, holm, paired_difference
 from cwdpo.judging.win_rate import win_rate
 from cwdpo.lab.cell import SAMPLES
 from cwdpo.lab.grid import CellResult
@@ -32,7 +32,7 @@ from cwdpo.report.summary import (
     Summary,
 )
 from cwdpo.rundir import RunDir, read_jsonl
-from cwdpo.worlds.judged import judge_captions
+from cwdpo.worlds.judged import all_judgeable, judge_captions
 
 WORLD_FIGURES = (
     Figure("sampled_correct", "all correct, T=1", "higher", 3, "captions that are right in every fact", True),
@@ -159,7 +159,7 @@ def compared(rows: Sequence[Row], figures: Sequence[Figure]) -> tuple[Row, ...]:
         ]
         corrected = holm([d["p"] for d in differences])
         for (row, _), difference, p in zip(others, differences, corrected, strict=True):
-            word = verdict(difference, figure.better, p)
+            word = conclusion(difference, figure.better, p)
             against[row.name][figure.key] = Difference(**difference, p_corrected=p, word=word)
     return tuple(replace(row, against=against[row.name]) for row in rows)
 
@@ -310,7 +310,7 @@ def _gallery(
     cells = {study.label(name): f"{name}-{seed}" for name in study.shown}
     cells = {"starting model": BASE, **cells} if BASE in results else cells
     test = read_examples(planned.job(f"{study.shown[0]}-{seed}").test).examples[:GALLERY]
-    if not all("scene" in e.extra for e in test):
+    if not all_judgeable(test):
         return ()
     captions: list[list[Caption]] = [[] for _ in test]
     for label, key in cells.items():
