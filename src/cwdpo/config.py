@@ -42,7 +42,11 @@ class DataSettings(Settings):
 
     path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
     world: ShapesSettings | None = Field(None, description="write this embedded world to the run and read it")
-    format: str = "auto"
+    format: str | Spec = Field(
+        "auto",
+        description="auto, a name, file.py:ClassName, or a mapping with name and the format's settings",
+    )
+    ignore_columns: tuple[str, ...] = Field((), description="columns that count as absent, whatever they say")
     image_root: str | None = Field(
         None, description="where image paths start and must stay; default: the data's folder"
     )

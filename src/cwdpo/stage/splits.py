@@ -57,6 +57,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
             default_prompt=data.default_prompt,
             captions_per_image=data.captions_per_image,
             limit=data.limit,
+            ignore_columns=data.ignore_columns,
         )
         if result.problems:
             rows = ({"stage": "read", "problem": str(p)} for p in result.problems)
