@@ -33,7 +33,7 @@ from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.trainer.guard import Guard
-from cwdpo.trainer.trainer import PreferenceTrainer
+from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 GLOBAL_BATCH = 8
 SHARDED = {
@@ -165,8 +165,10 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
     guard = Guard(out / name, scenario.spike, spike_window=3)
     trainer = PreferenceTrainer(
         model, arguments, OBJECTIVES.build(scenario.objective), encoded,
-        on_log=lambda row: logs.append(dict(row)), guard=guard,
-        group_by_length=scenario.by_length, max_tokens_per_batch=scenario.max_tokens,
+        options=TrainerOptions(
+            on_log=lambda row: logs.append(dict(row)), guard=guard,
+            group_by_length=scenario.by_length, max_tokens_per_batch=scenario.max_tokens,
+        ),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     error = ""

@@ -25,7 +25,8 @@ from cwdpo.judging.verdicts import build_judge
 from cwdpo.negatives.base import NEGATIVES
 from cwdpo.negatives.mix import attach_negatives
 from cwdpo.negatives.settings import JudgeSettings, NegativeSettings, SamplerSettings
-from cwdpo.onpolicy.pool import FILE, Pool, ServerSampler
+from cwdpo.onpolicy.pool import FILE, Pool
+from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.records import Completion, Example, ImageRef, Message
 from cwdpo.remote import Answer, Ask, Client, ServerSettings
 from cwdpo.rundir import RunDir, read_jsonl
@@ -292,7 +293,7 @@ def test_the_pool_through_a_server_resumes_without_asking_again(
 
     def fill() -> Any:
         drawer = ServerSampler(recipe.negatives.sampler, tmp_path / "answers.jsonl")
-        return Pool(run, recipe).fill(some, drawer, encoder, None, 0, 0)
+        return Pool(run, recipe, encoder, None).fill(some, drawer, 0, 0)
 
     with pytest.raises(ServerError):
         fill()

@@ -158,3 +158,19 @@ class Reading:
     split: str = "validation"
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response that a policy sampled.
+
+    ``ended``: it ended by itself, within the most tokens. ``n_tokens`` counts the end token; a server gives none.
+    ``mean_logp`` (nats per token) is under the sampling policy at temperature 1; ``None`` for greedy responses and for
+    servers. ``right`` is the judge's verdict; ``None`` without a judge.
+    """
+
+    text: str
+    ended: bool
+    n_tokens: int | None = None
+    mean_logp: float | None = None
+    right: bool | None = None

@@ -15,7 +15,7 @@ from cwdpo.curriculum.base import CURRICULA, Hardness, Plan, next_round
 from cwdpo.curriculum.by_readings import ByReadings
 from cwdpo.data.encode.collate import collate
 from cwdpo.errors import RecipeError
-from cwdpo.monitor.window import hardness_of, in_window, keep_pairs
+from cwdpo.monitor.window import hardness_of, in_window
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.rundir import read_jsonl
@@ -115,7 +115,7 @@ def test_the_window_takes_what_lies_in_it_and_the_nearest_where_nothing_does(bat
 def test_a_smaller_batch_scores_as_its_pairs_did(model, batch) -> None:
     keep = [i % 2 == 0 for i in range(len(batch.rejected))]
     whole = scored_pairs(batch, plain.score(model, batch))
-    small = keep_pairs(batch, keep)
+    small = batch.keep_pairs(keep)
     part = scored_pairs(small, plain.score(model, small))
     assert torch.allclose(part.rejected.sum_logp, whole.rejected.sum_logp[torch.tensor(keep)], atol=1e-4)
     assert torch.allclose(part.chosen.sum_logp, whole.chosen.sum_logp, atol=1e-4)

@@ -28,15 +28,16 @@ from cwdpo.monitor.probe_set import (
 )
 from cwdpo.monitor.responses import read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import normalised
-from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.probes.base import PROBES, ProbeSet, Scale
 from cwdpo.probes.repetition import repeated
 from cwdpo.records import Completion, Example, Message
 from cwdpo.rundir import RunDir, read_jsonl
 from cwdpo.scoring import plain
+from cwdpo.stage.stage import Stage
 from cwdpo.worlds.shapes import Scene, judge, paraphrases, parse
 from families import distributions
 
+NO_OTHERS: dict[str, list[Example]] = {"other_train": [], "other_test": []}
 RICH = Load(tokens=1e9, steps=100, shared=False)
 
 
@@ -44,12 +45,21 @@ def echo(asked: Sequence[Example]) -> list[str]:
     return [f"a small red circle top left and a large blue ring {e.id}" for e in asked]
 
 
+def stage_of(
+    encoder, examples, folder: Path, probes: Any = None, *, cut: int = 12, seed: int = 4, resume: bool = False
+) -> Stage:
+    """Stage 2 whose held-out examples are the first ``cut``; without a model, which no test of texts needs."""
+    probes = probes or {"prompts": 8, "types": list(TYPES[:-1])}
+    recipe = parse_recipe({"data": {"path": "x"}, "seed": seed, "probes": probes})
+    policy = Policy(None, encoder.processor, "")
+    return Stage(
+        "stage2", recipe, policy, encoder, RunDir(folder), examples[cut:], examples[:cut], resume=resume
+    )
+
+
 @pytest.fixture
 def built(encoder, examples, tmp_path):
-    settings = ProbeSettings(prompts=8, types=TYPES[:-1])
-    return build_prompts(
-        encoder, examples[:12], examples[12:], settings, RICH, echo, RunDir(tmp_path), "stage2", seed=4
-    )
+    return build_prompts(stage_of(encoder, examples, tmp_path), RICH, echo)
 
 
 def by_type(built, kind: str) -> dict[str, Any]:
@@ -102,20 +112,24 @@ def test_other_data_gets_another_writers_caption_and_nothing_is_invented() -> No
     example = Example(
         "a", (), prompt, Completion("a cat"), (Completion("a dog"),), references=("a cat", "one small cat")
     )
-    found = make_responses([example], [], [], TYPES[:-1], {}, lambda asked: ["a bird" for _ in asked], 0)["a"]
+    found = make_responses([example], NO_OTHERS, TYPES[:-1], {}, lambda asked: ["a bird" for _ in asked], 0)[
+        "a"
+    ]
     kinds = {r.type: r for r in found}
     assert kinds["chosen_paraphrase"].text == "one small cat"
     assert "reference 1" in kinds["chosen_paraphrase"].provenance
     assert not {"rejected_paraphrase", "other_train", "other_test"} & set(kinds)
     assert kinds["chosen_initial"].text == "a bird"
     alone = Example("b", (), prompt, Completion("cat"))
-    found = make_responses([alone], [], [], TYPES[:-1], {}, lambda asked: [" " for _ in asked], 0)["b"]
+    found = make_responses([alone], NO_OTHERS, TYPES[:-1], {}, lambda asked: [" " for _ in asked], 0)["b"]
     assert {r.type for r in found} == {"unrelated"}
 
 
 def test_responses_depend_on_the_seed_and_the_id_not_on_the_order(encoder, examples) -> None:
     def make(order: list[Example], seed: int) -> dict[str, Any]:
-        return make_responses(order, examples, examples, TYPES[1:-1], {}, echo, seed)
+        return make_responses(
+            order, {"other_train": examples, "other_test": examples}, TYPES[1:-1], {}, echo, seed
+        )
 
     assert make(examples[:5], 1) == make(examples[:5][::-1], 1)
     assert make(examples[:5], 1) != make(examples[:5], 2)
@@ -133,19 +147,7 @@ def test_a_stored_set_is_read_back_and_taken_on_resume(built, encoder, examples,
     def refuse(asked: Sequence[Example]) -> list[str]:
         raise AssertionError("sampled again")
 
-    settings = ProbeSettings(prompts=8, types=TYPES[:-1])
-    again = build_prompts(
-        encoder,
-        examples[:12],
-        examples[12:],
-        settings,
-        RICH,
-        refuse,
-        RunDir(tmp_path),
-        "stage2",
-        99,
-        resume=True,
-    )
+    again = build_prompts(stage_of(encoder, examples, tmp_path, seed=99, resume=True), RICH, refuse)
     assert again.responses == {e.id: built.responses.get(e.id, []) for e in built.examples}
     assert again.extras == built.extras
 
@@ -202,12 +204,10 @@ def test_unknown_types_are_refused_in_the_recipe() -> None:
 def test_a_resumed_set_has_the_stored_prompts_whatever_the_budget_would_be_now(
     encoder, examples, tmp_path
 ) -> None:
-    settings = ProbeSettings(prompts=24, types=("shuffled", "on_policy"))
+    probes = {"prompts": 24, "types": ["shuffled", "on_policy"]}
 
     def build(load: Load, *, resume: bool) -> Any:
-        return build_prompts(
-            encoder, examples[:24], examples[24:], settings, load, echo, RunDir(tmp_path), "stage2", 4, resume=resume
-        )  # fmt: skip
+        return build_prompts(stage_of(encoder, examples, tmp_path, probes, cut=24, resume=resume), load, echo)
 
     poor = Load(tokens=1, steps=100, shared=True)
     first = build(poor, resume=False)
@@ -310,14 +310,12 @@ def test_readings_equal_an_independent_plain_computation(model, encoder, example
 def test_fresh_samples_are_measured_against_the_starting_weights(model, encoder, examples, tmp_path) -> None:
     recipe = parse_recipe(
         {"data": {"path": "x"}, "probes": {"prompts": 6, "types": ["on_policy", "shuffled"], "influence": 2,
-         "max_new_tokens": 6}}
+         "max_new_tokens": 6}, "stage2": {"objective": "sft"}}
     )  # fmt: skip
-    objective = OBJECTIVES.build({"name": "sft"})
     encoded = encoder.encode_all(examples[6:20], "rejected", require_negative=False)[0]
-    found = instruments(
-        Policy(model, encoder.processor, ""), encoder, recipe, "stage2", objective, examples[:6], examples[6:20],
-        encoded, RunDir(tmp_path),
-    )  # fmt: skip
+    policy = Policy(model, encoder.processor, "")
+    stage = Stage("stage2", recipe, policy, encoder, RunDir(tmp_path), examples[6:20], examples[:6])
+    found = instruments(stage, encoded)
     assert found is not None
     at_start = {r.name: r for n in PROBES.names() for r in PROBES.build(n)(found.measure(model, 0))}
     assert at_start["delta_logp/on_policy"].value == pytest.approx(0, abs=1e-6)

@@ -10,6 +10,7 @@ import torch
 
 from cwdpo.errors import DataError
 from cwdpo.objectives.base import OBJECTIVES, Scored, ScoredPairs, StepTotals
+from cwdpo.scoring.token_stats import DETAILS
 
 # Three prompts; the first has two negatives, the second one, the third none.
 CHOSEN, CHOSEN_TOKENS, CHOSEN_REFERENCE = [-3.0, -4.5, -2.0], [4, 5, 2], [-3.5, -4.0, -2.5]
@@ -28,11 +29,11 @@ def vector(values: list[float], *, grad: bool = False) -> torch.Tensor:
 def make(**rejected: object) -> ScoredPairs:
     chosen = Scored(
         vector(CHOSEN, grad=True), torch.tensor(CHOSEN_TOKENS), vector(CHOSEN_REFERENCE),
-        collision_sum_logp=vector(COLLISION_CHOSEN),
+        stats={"collision": vector(COLLISION_CHOSEN)},
     )  # fmt: skip
     side = Scored(
         vector(REJECTED, grad=True), torch.tensor(REJECTED_TOKENS), vector(REJECTED_REFERENCE),
-        collision_sum_logp=vector(COLLISION_REJECTED), reward_margin=vector(REWARD),
+        stats={"collision": vector(COLLISION_REJECTED)}, reward_margin=vector(REWARD),
     )  # fmt: skip
     return ScoredPairs(chosen, replace(side, **rejected), torch.tensor(PROMPT))
 
@@ -145,7 +146,7 @@ def test_a_uniform_policy_agrees_with_itself_once_in_v() -> None:
     from cwdpo.objectives.wpo import alignment
 
     uniform = Scored(
-        vector([-3 * math.log(7)]), torch.tensor([3]), collision_sum_logp=vector([-3 * math.log(7)])
+        vector([-3 * math.log(7)]), torch.tensor([3]), stats={"collision": vector([-3 * math.log(7)])}
     )
     assert alignment(uniform).tolist() == pytest.approx([1.0])
 
@@ -155,7 +156,7 @@ def test_beta_dpo_follows_the_steps_margin_and_leaves_the_unusual_out() -> None:
     mean = sum(MARGINS) / 3
     beta = BETA * (1 + 0.5 * (BETA * mean - BETA * 0.2))
     # |M - M0| is 1.3, 2.3, 1.2 nats: two of three pairs stay, the second goes.
-    totals = StepTotals(2, 11, 12, margins=tuple(MARGINS), usual_margin=0.2)
+    totals = StepTotals(2, 11, 12, ahead=tuple(MARGINS), memory=(0.2,))
     pairs = replace(make(), totals=totals)
     wanted = over_prompts(nls(beta * 1.5), 0.0, nls(beta * -1.0)) / (2 / 3)
     output = OBJECTIVES.build(spec)(pairs)
@@ -164,7 +165,7 @@ def test_beta_dpo_follows_the_steps_margin_and_leaves_the_unusual_out() -> None:
     assert output.per_pair["beta_dpo/beta"].tolist() == pytest.approx([beta] * 3)
     plain = loss({"name": "beta_dpo", "beta": BETA, "alpha": 0, "keep": 1})
     assert plain == pytest.approx(loss({"name": "dpo", "beta": BETA}), rel=1e-12)
-    hopeless = replace(make(), totals=StepTotals(2, 11, 12, margins=(-1e4, -1e4, -1e4), usual_margin=0.0))
+    hopeless = replace(make(), totals=StepTotals(2, 11, 12, ahead=(-1e4, -1e4, -1e4)))
     assert OBJECTIVES.build(spec)(hopeless).per_pair["beta_dpo/beta"].tolist() == [1e-3] * 3, "never negative"
 
 
@@ -229,8 +230,7 @@ def test_the_collision_term_is_the_log_of_the_sum_of_squares(model, encoder, exa
 
     encoded, _ = encoder.encode_all(examples[:3], "rejected", require_negative=True)
     batch = collate(encoded)
-    tokens = score(model, batch, collision=True, smoothing=True, details=True)
+    tokens = score(model, batch, stats=["collision", "uniform", *DETAILS])
     full = distributions(model, batch).double()
     wanted = (full.exp() ** 2).sum(-1).log()
-    assert tokens.collision_logp is not None
-    torch.testing.assert_close(tokens.collision_logp[tokens.mask].double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.stats["collision"][tokens.mask].double(), wanted, atol=1e-5, rtol=1e-5)

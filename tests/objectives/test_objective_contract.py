@@ -7,7 +7,8 @@ import math
 import random
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,8 +34,7 @@ def scored(sums: Tensor, tokens: Tensor, shift: Tensor) -> Scored:
         reference_sum_logp=sums - shift,
         span_sum_logp=(0.6 * sums).requires_grad_(),
         span_reference_sum_logp=0.6 * sums - 0.4 * shift,
-        uniform_sum_logp=(3 * sums).requires_grad_(),
-        collision_sum_logp=0.7 * sums,
+        stats={"uniform": (3 * sums).requires_grad_(), "collision": 0.7 * sums},
         token_logp=(sums / tokens)[:, None].repeat(1, 8).requires_grad_(),
         token_mask=torch.arange(8)[None] < tokens[:, None],
         token_span=torch.arange(8)[None] < (tokens // 2)[:, None],
@@ -58,9 +58,7 @@ def batch(prompt: list[int], prompts: int, *, wide: float = 0.0) -> ScoredPairs:
 
 def ready(objective: Objective) -> Any:
     """The objective as it is called in training: calibrated where it asks for it."""
-    if getattr(objective, "needs_calibration", False):
-        return objective.calibrated(SAMPLES)  # type: ignore[attr-defined]
-    return objective
+    return objective.calibrated(SAMPLES) if objective.needs_calibration else objective
 
 
 def build(name: str) -> Any:
@@ -69,7 +67,7 @@ def build(name: str) -> Any:
 
 def leaves(pairs: ScoredPairs) -> list[Tensor]:
     sides = (pairs.chosen, pairs.rejected)
-    tensors = [t for s in sides for t in (s.sum_logp, s.span_sum_logp, s.uniform_sum_logp, s.token_logp)]
+    tensors = [t for s in sides for t in (s.sum_logp, s.span_sum_logp, s.stats["uniform"], s.token_logp)]
     return [t for t in tensors if t is not None]
 
 
@@ -78,13 +76,25 @@ def gradients(output: ObjectiveOutput, pairs: ScoredPairs) -> list[Tensor]:
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves(pairs), strict=True)]
 
 
+def mapped(side: Scored, change: Callable[[Tensor], Tensor]) -> Scored:
+    """The scores with every tensor of numbers changed; each is a new leaf if it was one."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: of(one) for key, one in value.items()}
+        if value is None or not value.is_floating_point():
+            return value
+        return change(value.detach()).requires_grad_(value.requires_grad)
+
+    return Scored(**{key: of(value) for key, value in vars(side).items()})
+
+
 def picked(side: Scored, rows: list[int]) -> Scored:
     """The same completions in another order."""
-    fields = {
-        key: None if value is None else value.detach()[rows].requires_grad_(value.requires_grad)
-        for key, value in vars(side).items()
-    }
-    return Scored(**fields)
+    moved = mapped(side, lambda v: v[rows])
+    return replace(
+        moved, **{k: v[rows] for k, v in vars(side).items() if k in ("n_tokens", "token_mask", "token_span")}
+    )
 
 
 # --- what every objective holds to ----------------------------------------------------------------------
@@ -168,11 +178,7 @@ def test_one_pair_alone_works(name: str) -> None:
 def test_finite_at_wide_shifts(name: str, dtype: torch.dtype) -> None:
     for wide in (1e4, -1e4):
         pairs = batch([0, 1, 2, 3, 3], 4, wide=wide)
-        cast = [
-            Scored(**{k: v.detach().to(dtype).requires_grad_(v.requires_grad) if v.is_floating_point() else v
-                      for k, v in vars(side).items()})
-            for side in (pairs.chosen, pairs.rejected)
-        ]  # fmt: skip
+        cast = [mapped(side, lambda v: v.to(dtype)) for side in (pairs.chosen, pairs.rejected)]
         pairs = ScoredPairs(cast[0], cast[1], pairs.prompt)
         output = build(name)(pairs)
         assert output.loss.dtype == dtype

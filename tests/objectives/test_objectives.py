@@ -61,7 +61,7 @@ def make(**changes: Any) -> ScoredPairs:
         reference_sum_logp=vector(given["rejected_reference"]),
         span_sum_logp=vector(given["span"], grad=True),
         span_reference_sum_logp=vector(given["span_reference"]),
-        uniform_sum_logp=vector(given["uniform"], grad=True),
+        stats={"uniform": vector(given["uniform"], grad=True)},
     )
     return ScoredPairs(chosen, rejected, torch.tensor(given["prompt"], dtype=torch.int64), given["totals"])
 
@@ -78,9 +78,8 @@ def one(
 
 
 def leaves(pairs: ScoredPairs) -> tuple[Tensor, ...]:
-    span, uniform = pairs.rejected.span_sum_logp, pairs.rejected.uniform_sum_logp
+    span, uniform = pairs.rejected.span_sum_logp, pairs.rejected.stats["uniform"]
     assert span is not None
-    assert uniform is not None
     return pairs.chosen.sum_logp, pairs.rejected.sum_logp, span, uniform
 
 
@@ -258,7 +257,9 @@ def test_wide_shifts_have_the_exact_limits() -> None:
 
 
 def step(negative_nll: float | None = NEGATIVE_NLL) -> StepTotals:
-    return StepTotals(prompts=2, chosen_tokens=11, rejected_tokens=12, negative_nll=negative_nll)
+    """The totals of a step; two micro-batches share its NLL of the negatives."""
+    ahead = None if negative_nll is None else (5 * negative_nll, 7 * negative_nll)
+    return StepTotals(prompts=2, chosen_tokens=11, rejected_tokens=12, ahead=ahead)
 
 
 def micro_batches(totals: StepTotals) -> list[ScoredPairs]:

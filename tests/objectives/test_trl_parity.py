@@ -56,7 +56,7 @@ def test_the_loss_and_its_gradients_equal_trls(
     batch = encoded_batch(model, encoder, rows)
     objective = OBJECTIVES.build({"beta": 0.3, **ours})
     policy.zero_grad()
-    tokens = plain.score(policy, batch, collision=objective.needs_collision)
+    tokens = plain.score(policy, batch, stats=objective.token_stats)
     loss = objective(scored_pairs(batch, tokens)).loss
     loss.backward()
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-6, abs=1e-6)

@@ -15,17 +15,19 @@ import pytest
 import torch
 
 from cwdpo.config import parse_recipe
-from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, EncodedPrompt, Encoder
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.onpolicy.blend import blend
-from cwdpo.onpolicy.rounds import Plan, RoundData, StartWeights
-from cwdpo.onpolicy.samples import Drawn, DrawnFor, Sorted, degenerate, sort_samples
+from cwdpo.onpolicy.plan import RoundPlan
+from cwdpo.onpolicy.rounds import RoundData
+from cwdpo.onpolicy.samples import PromptSamples, Sorted, degenerate, sort_samples
 from cwdpo.pipeline.two_stage import train_two_stage
-from cwdpo.records import Completion, Example, Message
+from cwdpo.records import Completion, Example, Message, Sample
 from cwdpo.rundir import read_jsonl
 from cwdpo.stage import reference
 from cwdpo.stage.listener import Listener
+from cwdpo.trainer.weights import Weights
 
 TREE: dict[str, Any] = {
     "name": "rounds",
@@ -221,14 +223,17 @@ def test_a_curriculum_freshens_the_next_round_and_a_kill_changes_nothing(tmp_pat
         assert ours.replace(str(folder).encode(), b"") == theirs.replace(str(whole).encode(), b""), name
 
 
-def test_a_changed_recipe_samples_again(whole: Path, tmp_path: Path) -> None:
+def test_a_changed_recipe_samples_again(whole: Path, encoder: Encoder) -> None:
     """Rows of a pool that other settings drew are not taken."""
     from cwdpo.onpolicy.pool import Pool
     from cwdpo.rundir import RunDir
 
-    assert len(Pool(RunDir(whole), recipe())._stored) == len(read_jsonl(whole / "pool.jsonl"))
-    assert Pool(RunDir(whole), recipe())._mark != Pool(RunDir(whole), recipe(seed=1))._mark
-    assert Pool(RunDir(whole), recipe())._mark == Pool(RunDir(whole), recipe(probes={"every": 3}))._mark
+    def pool(**changes: Any) -> Pool:
+        return Pool(RunDir(whole), recipe(**changes), encoder, None)
+
+    assert len(pool()._stored) == len(read_jsonl(whole / "pool.jsonl"))
+    assert pool()._mark != pool(seed=1)._mark
+    assert pool()._mark == pool(probes={"every": 3})._mark
 
 
 # --- pieces ---------------------------------------------------------------------------------------------
@@ -294,10 +299,11 @@ def test_what_samples_are_good_for() -> None:
         "near",
     ]
     logps = [-1.0] * 8 + [-9.0, -0.01]
-    drawn = DrawnFor(
+    drawn = PromptSamples(
         "a", 1, 30,
         tuple(
-            Drawn(t, ended=t != "a cow and", mean_logp=x, right=t == "a dog") for t, x in zip(texts, logps, strict=True)
+            Sample(t, ended=t != "a cow and", mean_logp=x, right=t == "a dog")
+            for t, x in zip(texts, logps, strict=True)
         ),
         {"temperature": 0.7},
     )  # fmt: skip
@@ -309,7 +315,7 @@ def test_what_samples_are_good_for() -> None:
     }  # fmt: skip
     made = found.negatives[0].made
     assert made == {"temperature": 0.7, "step": 30, "round": 1, "sample": 4, "mean_logp": -1.0}
-    assert DrawnFor.from_json(json.loads(json.dumps(drawn.to_json()))) == drawn
+    assert PromptSamples.from_json(json.loads(json.dumps(drawn.to_json()))) == drawn
 
 
 @pytest.mark.parametrize(
@@ -325,7 +331,7 @@ def test_degenerate(text: str, bad: bool) -> None:
 
 
 def test_a_plan_goes_through_all_examples_before_any_twice() -> None:
-    plan = Plan(steps=30, per_round=10, batch=4)
+    plan = RoundPlan(steps=30, per_round=10, batch=4)
     ids = [f"e{i}" for i in range(50)]
     stretches = [plan.prompts(ids, r, seed=3) for r in range(3)]
     assert [len(s) for s in stretches] == [40, 40, 40]
@@ -336,7 +342,7 @@ def test_a_plan_goes_through_all_examples_before_any_twice() -> None:
 
 def test_rounds_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RecipeError, match="3 rounds of 2 steps do not fit into 4 steps"):
-        Plan.of(recipe(stage2={"objective": {"name": "dpo"}, "learning_rate": 1e-4, "steps": 4}), 100, 1)
+        RoundPlan.of(4, rounds=3, batch=4)
 
 
 @pytest.mark.parametrize(
@@ -366,15 +372,15 @@ def test_weights_are_exchanged_and_come_back_to_the_last_bit() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
     model[1].weight.requires_grad_(False)
-    start = StartWeights(model)
+    start = Weights.of(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad():
         model[0].weight.add_(torch.randn(3, 3))
     moved = model[0].weight.detach().clone()
-    with start.inside(model):
+    with start.in_force(model):
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert torch.equal(model[0].weight, moved)
-    with pytest.raises(ValueError, match="boom"), start.inside(model):
+    with pytest.raises(ValueError, match="boom"), start.in_force(model):
         raise ValueError("boom")
     assert torch.equal(model[0].weight, moved)
 

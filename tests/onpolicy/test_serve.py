@@ -13,7 +13,8 @@ from cwdpo.errors import ServerError
 from cwdpo.models.load import EMBEDDED, load_policy
 from cwdpo.models.sample import sample
 from cwdpo.negatives.settings import SamplerSettings
-from cwdpo.onpolicy.pool import FILE, Pool, ServerSampler
+from cwdpo.onpolicy.pool import FILE, Pool
+from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.records import Example
 from cwdpo.remote import Ask, Client, ServerSettings
 from cwdpo.rundir import RunDir, read_jsonl
@@ -38,7 +39,7 @@ def test_samples_with_pictures_from_a_real_server(
 
     def fill() -> Any:
         drawer = ServerSampler(recipe.negatives.sampler, tmp_path / "answers.jsonl")
-        return Pool(run, recipe).fill(some, drawer, encoder, None, 0, 0)
+        return Pool(run, recipe, encoder, None).fill(some, drawer, 0, 0)
 
     found = fill()
     assert sorted(found) == sorted(e.id for e in some)

@@ -23,7 +23,7 @@ from cwdpo.objectives.base import OBJECTIVES, StepTotals
 from cwdpo.rundir import RunDir, read_jsonl
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
-from cwdpo.trainer.processes import Unsharded, first_rows, with_silent_row
+from cwdpo.trainer.processes import Unsharded
 from paths import ROOT, TESTS
 
 WORKER = TESTS / "process_worker.py"
@@ -247,7 +247,7 @@ def test_a_silent_row_runs_the_vision_tower_and_changes_nothing(model, encoded) 
     loss, before = gradients(model, batch)
     assert not called
     assert not any("vision" in name for name in before)
-    silent_loss, after = gradients(model, with_silent_row(batch, encoded[4].prompt))
+    silent_loss, after = gradients(model, batch.with_silent_row(encoded[4].prompt))
     assert called
     assert float(silent_loss) == pytest.approx(float(loss), abs=1e-6)
     for name, gradient in before.items():
@@ -258,7 +258,7 @@ def test_a_silent_row_runs_the_vision_tower_and_changes_nothing(model, encoded) 
 
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_the_first_rows_of_a_batch_are_the_batch_of_the_first_rows(encoded, n) -> None:
-    kept = first_rows(collate(encoded), n)
+    kept = collate(encoded).first_prompts(n)
     expected = collate(encoded[:n])
     for name, value in vars(expected).items():
         found = getattr(kept, name)
@@ -277,11 +277,11 @@ def test_the_first_rows_of_a_batch_are_the_batch_of_the_first_rows(encoded, n) -
 )
 def test_a_process_without_a_row_of_its_own_adds_nothing(model, encoded, spec) -> None:
     objective = OBJECTIVES.build(spec)
-    batch = with_silent_row(first_rows(collate(encoded), 0), encoded[0].prompt)
+    batch = collate(encoded).first_prompts(0).with_silent_row(encoded[0].prompt)
     pairs = scored_pairs(
         batch,
-        plain.score(model, batch, smoothing=objective.needs_uniform),
-        StepTotals(6.0, 100.0, 120.0, negative_nll=6.0),
+        plain.score(model, batch, stats=objective.token_stats),
+        StepTotals(6.0, 100.0, 120.0, ahead=(720.0,)),
     )
     output = objective(pairs)
     assert float(output.loss.detach()) == 0

@@ -20,12 +20,12 @@ from cwdpo.config import parse_recipe
 from cwdpo.errors import RecipeError, RunDirError
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.resume import start_run
-from cwdpo.pipeline.run_stage import last_checkpoint
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.rundir import RunDir, discard, replace_folder
 from cwdpo.scoring.reference_cache import read_file
 from cwdpo.stage.listener import Listener
 from cwdpo.trainer import checkpoints
+from cwdpo.trainer.checkpoints import last_checkpoint
 from cwdpo.trainer.trainer import PreferenceTrainer
 
 

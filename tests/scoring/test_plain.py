@@ -9,6 +9,7 @@ from cwdpo.data.encode.collate import collate
 from cwdpo.models.inputs import cat_rows
 from cwdpo.scoring import plain, token_logp
 from cwdpo.scoring.pairs import reference_pass, scored_pairs, span_mask
+from cwdpo.scoring.token_stats import DETAILS
 
 
 def naive(model, encoded, completion) -> torch.Tensor:
@@ -27,7 +28,7 @@ def encoded(encoder, examples):
 
 def test_equals_full_logits_in_ragged_batches(model, encoded) -> None:
     batch = collate(encoded)
-    scores = plain.score(model, batch, details=True, smoothing=True)
+    scores = plain.score(model, batch, stats=["uniform", *DETAILS])
     lengths = [len(c.ids) for c in batch.completions]
     assert len({*lengths}) > 2, "the batch must be ragged for this test to mean anything"
     for row, completion in enumerate(batch.completions):
@@ -39,7 +40,7 @@ def test_equals_full_logits_in_ragged_batches(model, encoded) -> None:
 
 def test_details_are_those_of_the_distribution(model, encoded) -> None:
     batch = collate(encoded[:1])
-    scores = plain.score(model, batch, details=True, smoothing=True)
+    scores = plain.score(model, batch, stats=["uniform", *DETAILS])
     example, completion = encoded[0], batch.completions[0]
     sequence = torch.tensor([[*example.prompt.input_ids, *completion.ids]])
     logits = model(input_ids=sequence, **example.prompt.images).logits[
@@ -47,10 +48,10 @@ def test_details_are_those_of_the_distribution(model, encoded) -> None:
     ]
     p = logits.double().softmax(-1)
     n = len(completion.ids)
-    assert torch.allclose(scores.entropy[0, :n].double(), -(p * p.log()).sum(-1), atol=1e-5)
-    assert torch.allclose(scores.top1[0, :n].double(), p.max(-1).values, atol=1e-6)
-    assert torch.equal(scores.correct[0, :n].bool(), p.argmax(-1) == torch.tensor(completion.ids))
-    assert torch.allclose(scores.uniform_logp[0, :n].double(), p.log().mean(-1), atol=1e-5)
+    assert torch.allclose(scores.stats["entropy"][0, :n].double(), -(p * p.log()).sum(-1), atol=1e-5)
+    assert torch.allclose(scores.stats["top1"][0, :n].double(), p.max(-1).values, atol=1e-6)
+    assert torch.equal(scores.stats["correct"][0, :n].bool(), p.argmax(-1) == torch.tensor(completion.ids))
+    assert torch.allclose(scores.stats["uniform"][0, :n].double(), p.log().mean(-1), atol=1e-5)
 
 
 def test_chunks_do_not_change_values_or_gradients(model, encoded, monkeypatch) -> None:

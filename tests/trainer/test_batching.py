@@ -18,7 +18,7 @@ from cwdpo.models.shared_attention import use_scoring
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.trainer.batching import LengthGrouped, TokenBatches, row_lengths
-from cwdpo.trainer.trainer import PreferenceTrainer
+from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 
 def lengths_of(n: int) -> list[int]:
@@ -87,7 +87,8 @@ def trainer_of(model: Any, data: Any, folder: Any, **changes: Any) -> Preference
         "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "constant", **changes,
     }  # fmt: skip
     objective = OBJECTIVES.build({"name": "cw_dpo", "floor": -6.0, "tau": 0.5})
-    return PreferenceTrainer(model, TrainingArguments(**settings), objective, data, **own)
+    options = TrainerOptions(**own)
+    return PreferenceTrainer(model, TrainingArguments(**settings), objective, data, options=options)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from cwdpo.models.load import load_weights
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.trainer.guard import Guard, gradient_norm
-from cwdpo.trainer.trainer import PreferenceTrainer
+from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def trainer_of(model, encoded, folder, *, guard=None, callbacks=(), **changes):
     logs: list[dict] = []
     trainer = PreferenceTrainer(
         model, TrainingArguments(**settings), OBJECTIVES.build({"name": "dpo", "sft_weight": 0.5}), encoded,
-        callbacks=callbacks, guard=guard, on_log=lambda row: logs.append(dict(row)), group_by_length=False,
+        callbacks=callbacks,
+        options=TrainerOptions(guard=guard, on_log=lambda row: logs.append(dict(row)), group_by_length=False),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.kept_logs = logs
@@ -177,7 +178,7 @@ def test_a_lasting_rise_is_accepted_after_half_a_window() -> None:
     guard = Guard(None, 3.0, spike_window=4)
     skipped = []
     for norm in (1.0, 1.1, 0.9, 1.0, 2.9, 10.0, 10.0, 10.0, 10.0):
-        guard._weigh(norm, 1)
+        guard._check_spike(norm, 1)
         skipped.append(guard._spike)
     assert skipped == [False] * 5 + [True, True, False, False]
     assert guard.skipped == 2

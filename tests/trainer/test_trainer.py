@@ -14,7 +14,7 @@ from cwdpo.errors import NonFiniteError
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
-from cwdpo.trainer.trainer import PreferenceTrainer
+from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 OBJECTIVE_SPECS = [
     {"name": "sft"},
@@ -68,7 +68,8 @@ def train(model, encoded, spec, folder, **changes):
     data = [e for e in encoded if e.negatives or not objective.needs_negatives]
     policy = copy.deepcopy(model)
     logs = []
-    trainer = PreferenceTrainer(policy, arguments(folder, **changes), objective, data, on_log=logs.append)
+    options = TrainerOptions(on_log=logs.append)
+    trainer = PreferenceTrainer(policy, arguments(folder, **changes), objective, data, options=options)
     trainer.train()
     return policy, logs
 

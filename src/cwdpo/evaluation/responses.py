@@ -117,12 +117,12 @@ def _tokens(
     found = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        tokens = score(policy.model, collate([encoder.encode(e, "none") for e in part]), details=True)
-        assert tokens.top1 is not None
-        assert tokens.correct is not None
+        batch = collate([encoder.encode(e, "none") for e in part])
+        tokens = score(policy.model, batch, stats=("top1", "correct"))
         for row in range(len(part)):
             inside = tokens.mask[row]
-            top1, right = tokens.top1[row][inside].tolist(), tokens.correct[row][inside].bool().tolist()
+            top1 = tokens.stats["top1"][row][inside].tolist()
+            right = tokens.stats["correct"][row][inside].bool().tolist()
             found.append((tuple(top1), tuple(right)))
         progress("tokens", start + len(part), len(examples))
     return found

@@ -24,6 +24,7 @@ from cwdpo.rundir import RunDir, versions, write_json, write_text
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import prepare_data
+from cwdpo.stage.stage import Stage
 from cwdpo.worlds.judged import judge_captions
 
 SAMPLES = 2
@@ -87,7 +88,9 @@ def train_and_measure(job: CellJob, run: RunDir, listener: Listener) -> dict[str
     encoder = Encoder(policy.processor, job.recipe.data.max_length, job.recipe.data.cache_gb)
     if job.stage == "stage1":
         assert splits is not None
-        run_stage(policy, encoder, "stage1", job.recipe, splits.stage1, splits.validation, run, listener)
+        run_stage(
+            Stage("stage1", job.recipe, policy, encoder, run, splits.stage1, splits.validation, listener)
+        )
         save_model(policy, job.folder / "model", run)
         return {}
     test = read_examples(
@@ -96,7 +99,9 @@ def train_and_measure(job: CellJob, run: RunDir, listener: Listener) -> dict[str
     held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
     probes = ProbeSet(held, policy.model)
     if splits is not None:
-        run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)
+        run_stage(
+            Stage("stage2", job.recipe, policy, encoder, run, splits.stage2, splits.validation, listener)
+        )
         if job.options.get("keep_model"):  # another cell reads its rewards
             save_model(policy, job.folder / "model", run)
     return evaluate_on_test(policy, encoder, test, probes, run, job.metrics)

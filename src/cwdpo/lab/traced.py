@@ -19,6 +19,7 @@ from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.rundir import RunDir, read_jsonl, write_json, write_text
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.splits import prepare_data
+from cwdpo.stage.stage import Stage
 from cwdpo.worlds.judged import judge_captions, summary
 from cwdpo.worlds.shapes import ShapesSettings, materialise
 
@@ -55,8 +56,10 @@ def run_traced(job: CellJob, on_step: Callable[[str, int, int], None]) -> dict[s
     splits = prepare_data(job.recipe, run)
     listener = Listener(step=on_step, measured=judge)
     if job.recipe.stage1.enabled:
-        run_stage(policy, encoder, "stage1", job.recipe, splits.stage1, splits.validation, run, listener)
-    run_stage(policy, encoder, "stage2", job.recipe, splits.stage2, splits.validation, run, listener)
+        run_stage(
+            Stage("stage1", job.recipe, policy, encoder, run, splits.stage1, splits.validation, listener)
+        )
+    run_stage(Stage("stage2", job.recipe, policy, encoder, run, splits.stage2, splits.validation, listener))
     figures = {"trace": trace, "curriculum": read_jsonl(job.folder / "curriculum.jsonl")}
     write_json(job.result, figures)
     return figures

@@ -33,16 +33,18 @@ class Policy:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load_policy(settings: ModelSettings) -> Policy:
-    """Load model and processor from a local folder, a hub id, or the embedded base.
+def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bool = False) -> Policy:
+    """Load model and processor from a local folder, a hub id, or the embedded base, ready to train.
+
+    Args:
+        settings: the recipe's section ``model``.
+        peft_config: a configuration of peft to wrap the model with, in place of ``settings.lora``.
+        dropout: leave dropout as the checkpoint has it; policy and reference then differ by more than their weights.
 
     Raises:
         ModelError: the folder is missing or incomplete, holds no safetensors, or cannot be loaded;
             nothing in it matches ``freeze`` or ``lora.target_modules``, or it cannot be scored as asked.
     """
-    from cwdpo.models.shared_attention import use_scoring
-    from cwdpo.models.vision_cache import keep_vision_features
-
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source)
     base = adapter_base(source, settings.revision)
@@ -50,17 +52,40 @@ def load_policy(settings: ModelSettings) -> Policy:
     model = _load_model(base or source, settings)
     if base is not None:
         model = with_adapter(model, source, merged=settings.tune == "full")
-    disable_dropout(model)
+        settings = settings.model_copy(update={"tune": "full"})  # it has its adapter
+    policy = adopt(Policy(model, processor, source), settings, peft_config=peft_config, dropout=dropout)
+    if not policy.trainable():
+        raise ModelError(f"model.freeze {list(settings.freeze)} leaves nothing to train")
+    return policy
+
+
+def adopt(
+    policy: Policy, settings: ModelSettings, *, peft_config: Any = None, dropout: bool = False
+) -> Policy:
+    """Make a model that is loaded already ready to train: frozen parts, LoRA, device, rows, image features.
+
+    Args:
+        policy: its model is changed in place, and wrapped if adapters are asked for.
+        settings, peft_config, dropout: see :func:`load_policy`.
+
+    Raises:
+        ModelError: see :func:`load_policy`.
+    """
+    from cwdpo.models.shared_attention import use_scoring
+    from cwdpo.models.vision_cache import keep_vision_features
+
+    model = policy.model
+    if not dropout:
+        disable_dropout(model)
     freeze(model, settings.freeze)
-    if settings.tune == "lora" and base is None:
+    if peft_config is not None:
+        model = _wrapped(model, peft_config)
+    elif settings.tune == "lora":
         model = add_lora(model, settings)
     _move(model, settings.device)
     use_scoring(model, settings.scoring)
     keep_vision_features(model, settings.vision_cache_gb)
-    policy = Policy(model, processor, source)
-    if not policy.trainable():
-        raise ModelError(f"model.freeze {list(settings.freeze)} leaves nothing to train")
-    return policy
+    return Policy(model, policy.processor, policy.source)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -173,20 +198,26 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
 
 def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:
     """Wrap with LoRA; parts that are frozen by name receive no adapter."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     lora = settings.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     excluded = "|".join(PARTS.get(p, re.escape(p)) for p in settings.freeze)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=f".*({excluded}).*" if excluded else None,
+        task_type="CAUSAL_LM",
+    )
+    return _wrapped(model, config)
+
+
+def _wrapped(model: Any, config: Any) -> nn.Module:
+    from peft import get_peft_model
+
     try:
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            exclude_modules=f".*({excluded}).*" if excluded else None,
-            task_type="CAUSAL_LM",
-        )
         wrapped: nn.Module = get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise ModelError(f"model.lora: {error}") from error

@@ -2,7 +2,7 @@
 
 Every draw has a generator of its own, seeded by (seed, example, number of the sample): what is drawn does not
 depend on how prompts are batched, on their order, or on the number of processes. ``generate_batch``
-(continuous batching) is not used: it ignores images without a word.
+(continuous batching) is not used: it silently ignores images.
 """
 
 from __future__ import annotations
@@ -19,23 +19,10 @@ from transformers import DynamicCache
 
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.models.inputs import device_of, image_inputs
-from cwdpo.records import Example
+from cwdpo.records import Example, Sample
 
 _CHUNK = 2**24
 """Most probabilities that are summed up at once (they are in double precision)."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sampled response: its text, whether it ended by itself, its tokens and mean_logp (nats per token).
-
-    ``mean_logp`` is under the sampling policy at temperature 1, the end token included; ``None`` for greedy.
-    """
-
-    text: str
-    ended: bool
-    n_tokens: int
-    mean_logp: float | None
 
 
 @dataclass(frozen=True)

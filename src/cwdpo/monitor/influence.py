@@ -91,7 +91,7 @@ def _gradient(
     model: nn.Module, batch: PromptBatch, objective: Objective, trained: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """d loss / d parameter for the trained parameters, and the L1 norm of d loss / d logits."""
-    tokens = plain.score(model, batch, smoothing=objective.needs_uniform)
+    tokens = plain.score(model, batch, stats=objective.token_stats)
     loss = objective(scored_pairs(batch, tokens)).loss
     named = dict(model.named_parameters())
     wanted = [tokens.logp, *(named[n] for n in trained)]

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
-from cwdpo.config import Recipe
 from cwdpo.data.encode.collate import collate
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
-from cwdpo.models.load import Policy
-from cwdpo.models.sample import Sample, sample
-from cwdpo.models.shared_attention import shares_prefix
+from cwdpo.models.sample import sample
 from cwdpo.monitor.influence import one_step
-from cwdpo.monitor.probe_set import Load, Prompts, as_chosen, build_prompts, sequence_tokens
-from cwdpo.objectives.base import Objective
-from cwdpo.objectives.cw_dpo import CwDpo
-from cwdpo.probes.base import PROBES, HeldOut, ProbeSet, Scale, with_responses
-from cwdpo.records import Example, Reading
-from cwdpo.rundir import RunDir
-from cwdpo.stage.prepare import autocast
+from cwdpo.monitor.probe_set import Load, Prompts, as_chosen, build_prompts
+from cwdpo.probes.base import PROBES, HeldOut, OneStep, ProbeSet, with_responses
+from cwdpo.records import Example, Reading, Sample
+from cwdpo.stage.stage import Stage
 from cwdpo.trainer.weights import Weights
 
-
-def scale_of(objective: Objective) -> Scale:
-    """What the probes need of the objective."""
-    beta = getattr(objective, "beta", None)
-    if not isinstance(objective, CwDpo):
-        return Scale(beta=beta)
-    if objective.cooling == "constant":
-        return Scale(beta=beta, weight=objective.constant_weight)
-    assert objective.floor != "auto"
-    assert objective.tau != "auto"
-    return Scale(objective.floor, objective.tau, beta)
+OBSERVED = 8
+"""Held-out prompts whose responses the one-step influence observes."""
 
 
 @dataclass
@@ -46,31 +30,28 @@ class Instruments:
     """Everything that measures a stage on held-out prompts.
 
     Attributes:
-        probes: the pass over chosen, negatives and further responses.
+        stage: measured; its objective gives floor, tau and beta to the probes.
         prompts: what is probed.
+        probes: the pass over chosen, negatives and further responses.
         updates: training examples for the one-step influence; empty for none.
-        start: weights of the stage's start; kept only where ``on_policy`` needs them.
+        start: weights of the stage's start; kept only for fresh on-policy samples.
         seconds: spent so far on measuring.
     """
 
-    policy: Policy
-    encoder: Encoder
-    recipe: Recipe
-    objective: Objective
+    stage: Stage
     prompts: Prompts
     probes: ProbeSet
     updates: Sequence[EncodedExample] = ()
     start: Weights | None = None
     seconds: float = 0.0
-    _texts: list[tuple[str, bool]] = field(default_factory=list)
 
     def measure(self, model: nn.Module, step: int) -> HeldOut:
-        """One measurement of the policy as it stands."""
-        scale = scale_of(self.objective)
+        """One measurement of the current policy."""
+        scale = self.stage.objective.probe_scale()
         held = self.probes.measure(model, step, scale) if step else self.probes.at_start(scale)
-        texts = [r.text for own in self.prompts.responses.values() for r in own if r.type == "chosen_initial"]
-        if texts and step == 0:
-            held = replace(held, sampled={"chosen_initial": [(text, True) for text in texts]})
+        initial = [(text, True) for text in self.prompts.texts("chosen_initial")]
+        if initial and step == 0:
+            held = replace(held, sampled={"chosen_initial": initial})
         if self.start is not None:
             held = self._with_fresh_samples(model, held, step)
         if self.updates:
@@ -78,10 +59,11 @@ class Instruments:
         return held
 
     def _with_fresh_samples(self, model: nn.Module, held: HeldOut, step: int) -> HeldOut:
+        """The measurement, with samples of the current policy scored now and at the start of the stage."""
         assert self.start is not None
-        asked = [e for e in self.prompts.examples if e.id in self.prompts.responses]
-        drawn = draw(model, self.encoder, asked, self.recipe, self.recipe.seed + step)
-        examples = as_chosen(self.encoder, asked, [s.text for s in drawn], "on_policy")
+        asked = self.prompts.typed
+        drawn = draw(self.stage, model, asked, self.stage.recipe.seed + step)
+        examples = as_chosen(self.stage.encoder, asked, [s.text for s in drawn], "on_policy")
         if not examples:
             return held
         with self.start.in_force(model):
@@ -89,83 +71,53 @@ class Instruments:
         held = held.plus(fresh.measure(model, step), "on_policy")
         return replace(held, sampled={**held.sampled, "on_policy": [(s.text, s.ended) for s in drawn]})
 
-    def _one_step(self, model: nn.Module) -> Any:
-        chosen = [e for e in self.prompts.encoded if e.id in self.prompts.responses] or self.prompts.encoded[
-            :4
+    def _one_step(self, model: nn.Module) -> OneStep:
+        typed = [e for e in self.prompts.encoded if e.id in self.prompts.responses]
+        observed = [
+            with_responses(e, self.prompts.extras.get(e.id, ()))
+            for e in (typed or self.prompts.encoded[:4])[:OBSERVED]
         ]
-        with_extras = [with_responses(e, self.prompts.extras.get(e.id, ())) for e in chosen[:8]]
-        kinds = [k for e in with_extras for k in ("chosen", *(c.kind or "rejected" for c in e.negatives))]
-        return one_step(
-            model, collate(with_extras), kinds, [collate([u]) for u in self.updates], self.objective
-        )
-
-    @property
-    def responses(self) -> int:
-        """Responses of one measurement, on-policy ones aside."""
-        return sum(
-            1 + len(e.negatives) + len(self.prompts.extras.get(e.id, ())) for e in self.prompts.encoded
-        )
+        kinds = [k for e in observed for k in ("chosen", *(c.kind or "rejected" for c in e.negatives))]
+        updates = [collate([u]) for u in self.updates]
+        return one_step(model, collate(observed), kinds, updates, self.stage.objective)
 
 
-def draw(
-    model: nn.Module, encoder: Encoder, examples: Sequence[Example], recipe: Recipe, seed: int
-) -> list[Sample]:
-    """One sample of the policy as it stands for each prompt, temperature 1."""
-    drawn: list[Sample] = sample(
-        model, encoder, examples, max_new_tokens=recipe.probes.max_new_tokens, seed=seed
-    )
+def draw(stage: Stage, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Sample]:
+    """One sample of the current policy for each prompt, temperature 1."""
+    most = stage.recipe.probes.max_new_tokens
+    drawn: list[Sample] = sample(model, stage.encoder, examples, max_new_tokens=most, seed=seed)
     return drawn
 
 
-def instruments(
-    policy: Policy,
-    encoder: Encoder,
-    recipe: Recipe,
-    stage: str,
-    objective: Objective,
-    validation: Sequence[Example],
-    training: Sequence[Example],
-    encoded: Sequence[EncodedExample],
-    run: RunDir,
-    *,
-    resume: bool = False,
-) -> Instruments | None:
-    """Set up a stage's measurements; the policy as it stands is the start. ``None`` without a held-out prompt.
+def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | None:
+    """Set up a stage's measurements before it trains: the policy is at its start. ``None`` without a held-out prompt.
 
     Args:
-        training, encoded: the stage's examples.
+        rows: training examples with the negatives that the data has, and with reference values if the objective
+            uses them.
+
+    Raises:
+        RecipeError: the influence is asked for, and no training example can be an update.
     """
     began = time.perf_counter()
-    settings, train = recipe.probes, recipe.train
-    own = recipe.stage1 if stage == "stage1" else recipe.stage2
-    per_step = train.batch_size * train.gradient_accumulation_steps
-    steps = own.steps or math.ceil(own.epochs * len(encoded) / per_step)
-    shared = shares_prefix(policy.model)
-    trained = encoded if objective.needs_negatives else [replace(e, negatives=()) for e in encoded]
-    one_pass = sum(sequence_tokens(e, shared=shared) for e in trained)
-    load = Load(per_step * one_pass / len(encoded), steps, shared)
+    model, settings, objective = stage.policy.model, stage.recipe.probes, stage.objective
+    trained = rows if objective.needs_negatives else [replace(e, negatives=()) for e in rows]
+    tokens = sum(sum(e.row_tokens(shared=stage.shared)) for e in trained)
+    load = Load(stage.prompts_per_step * tokens / len(rows), stage.steps(rows), stage.shared)
     prompts = build_prompts(
-        encoder, validation, training, settings, load,
-        lambda asked: [s.text for s in draw(policy.model, encoder, asked, recipe, recipe.seed)],
-        run, stage, recipe.seed, resume=resume,
-    )  # fmt: skip
+        stage, load, lambda asked: [s.text for s in draw(stage, model, asked, stage.recipe.seed)]
+    )
     if not prompts.encoded:
         return None
-    return Instruments(
-        policy,
-        encoder,
-        recipe,
-        objective,
-        prompts,
-        ProbeSet(prompts.encoded, policy.model, extras=prompts.extras),
-        [e for e in encoded if e.negatives or not objective.needs_negatives][: settings.influence],
-        Weights.of(policy.model) if "on_policy" in settings.types else None,
-        time.perf_counter() - began,
-    )
-
-
-Measured = Callable[[str, int, nn.Module], None]
-Read = Callable[[str, dict[str, Reading]], None]
+    updates = [e for e in rows if e.negatives or not objective.needs_negatives][: settings.influence]
+    if settings.influence and not updates:
+        raise RecipeError(
+            "probes.influence: no training example has a negative before the first round; set it to 0, or give data "
+            "with rejected responses"
+        )
+    probes = ProbeSet(prompts.encoded, model, extras=prompts.extras)
+    start = Weights.of(model) if "on_policy" in settings.types else None
+    return Instruments(stage, prompts, probes, updates, start, time.perf_counter() - began)
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]
@@ -174,30 +126,29 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         last: the readings of the last measurement by name, for what follows from them.
         last_step: when that was; -1 before the first.
-        reports: told the values by ``probe/<name>``, for trackers.
     """
 
-    def __init__(self, found: Instruments, run: RunDir, stage: str, hears: Measured, reads: Read) -> None:
-        self.instruments, self.run, self.stage = found, run, stage
-        self.hears, self.reads = hears, reads
-        self.reports: Callable[[dict[str, float]], None] = lambda values: None
-        self.every = found.recipe.probes.every
+    def __init__(self, instruments: Instruments) -> None:
+        self.instruments, self.stage = instruments, instruments.stage
+        self.every = self.stage.recipe.probes.every
         self.probes = [PROBES.build(name) for name in PROBES.names()]
         self.last: dict[str, Reading] = {}
         self.last_step = -1
         self._began = 0.0
 
-    def _measure(self, model: Any, step: int, bf16: bool) -> None:
+    def _measure(self, model: Any, step: int) -> None:
+        stage = self.stage
         began = time.perf_counter()
-        with autocast(model, bf16):
+        with stage.autocast(model):
             held = self.instruments.measure(model, step)
         readings = [reading for probe in self.probes for reading in probe(held)]
-        self.run.append_readings(self.stage, readings)
+        stage.run.append_readings(stage.name, readings)
         self.last, self.last_step = {r.name: r for r in readings}, step
         self.instruments.seconds += time.perf_counter() - began
-        self.reads(self.stage, self.last)
-        self.reports({f"probe/{r.name}": r.value for r in readings if r.value is not None})
-        self.hears(self.stage, step, model)
+        stage.listener.readings(stage.name, self.last)
+        if stage.trainer is not None:
+            stage.trainer.report({f"probe/{r.name}": r.value for r in readings if r.value is not None})
+        stage.listener.measured(stage.name, step, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Readings at step 0.
@@ -205,14 +156,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             RecipeError: fresh samples or influence are asked for of a sharded model.
         """
-        asked = [
-            name
-            for name, on in (
-                ("types: on_policy", self.instruments.start),
-                ("influence", self.instruments.updates),
-            )
-            if on
-        ]
+        wanted = {"types: on_policy": self.instruments.start, "influence": self.instruments.updates}
+        asked = [name for name, on in wanted.items() if on]
         sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
         if sharded and asked:
             raise RecipeError(
@@ -220,18 +165,19 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
             )
         self._began = time.perf_counter()
         if state.global_step == 0:
-            self._measure(model, 0, args.bf16)
+            self._measure(model, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Readings every ``every`` steps and at the last one."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._measure(model, state.global_step, args.bf16)
+            self._measure(model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What measuring took, next to the whole."""
+        """Log probe time and its share of training time."""
         seconds, spent = time.perf_counter() - self._began, self.instruments.seconds
-        self.run.append("timings.jsonl", [{
-            "stage": self.stage, "step": state.global_step, "probe_seconds": round(spent, 3),
+        prompts = self.instruments.prompts
+        self.stage.run.append("timings.jsonl", [{
+            "stage": self.stage.name, "step": state.global_step, "probe_seconds": round(spent, 3),
             "seconds": round(seconds, 3), "probe_share": round(spent / seconds, 4) if seconds else None,
-            "probe_prompts": len(self.instruments.prompts.encoded), "probe_responses": self.instruments.responses,
+            "probe_prompts": len(prompts.encoded), "probe_responses": prompts.n_responses,
         }])  # fmt: skip

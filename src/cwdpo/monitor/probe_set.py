@@ -18,7 +18,8 @@ from cwdpo.errors import DataError
 from cwdpo.monitor.responses import Response, read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import NEGATIVES, normalised
 from cwdpo.records import Completion, Example, Origin
-from cwdpo.rundir import RunDir, read_jsonl, write_text
+from cwdpo.rundir import read_jsonl, write_text
+from cwdpo.stage.stage import Stage
 from cwdpo.worlds.shapes import paraphrases
 
 FEWEST_PROMPTS = 16
@@ -36,7 +37,7 @@ class Prompts:
     """The held-out prompts of a probe set.
 
     Attributes:
-        examples: in their order; the first ``typed`` get further responses.
+        examples: in their order; the first ones get further responses.
         encoded: the same, with their negatives.
         extras: further responses, encoded, by example id.
         responses: the same as text with provenance.
@@ -47,12 +48,19 @@ class Prompts:
     extras: dict[str, list[EncodedCompletion]]
     responses: dict[str, list[Response]]
 
+    @property
+    def typed(self) -> list[Example]:
+        """The examples that get responses of every type."""
+        return [e for e in self.examples if e.id in self.responses]
 
-def sequence_tokens(example: EncodedExample, *, shared: bool) -> int:
-    """Tokens that scoring chosen and negatives runs: the prompt once in all, or once per completion."""
-    completions = (example.chosen, *example.negatives)
-    prompts = 1 if shared else len(completions)
-    return prompts * len(example.prompt.input_ids) + sum(len(c.ids) for c in completions)
+    def texts(self, kind: str) -> list[str]:
+        """The responses of a type."""
+        return [r.text for responses in self.responses.values() for r in responses if r.type == kind]
+
+    @property
+    def n_responses(self) -> int:
+        """Responses of one measurement, without those that are sampled for it."""
+        return sum(len(e.completions) + len(self.extras.get(e.id, ())) for e in self.encoded)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: Probe
     left -= sum(map(every_type, encoded[:FEWEST]))
     prompts = 0
     for example in encoded:
-        left -= sequence_tokens(example, shared=load.shared)
+        left -= sum(example.row_tokens(shared=load.shared))
         if left < 0 and prompts >= FEWEST_PROMPTS:
             break
         prompts += 1
@@ -96,69 +104,68 @@ def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: Probe
     return prompts, min(typed, prompts) if settings.types else 0
 
 
-def build_prompts(
-    encoder: Encoder,
-    validation: Sequence[Example],
-    training: Sequence[Example],
-    settings: ProbeSettings,
-    load: Load,
-    sampler: Callable[[Sequence[Example]], list[str]],
-    run: RunDir,
-    stage: str,
-    seed: int,
-    *,
-    resume: bool = False,
-) -> Prompts:
+def build_prompts(stage: Stage, load: Load, sampler: Callable[[Sequence[Example]], list[str]]) -> Prompts:
     """The probe set of a stage, stored as ``probes-<stage>.jsonl``, or read again from there on resume.
 
+    A held-out example that cannot be used is not probed; ``problems.jsonl`` says why.
+
     Args:
-        training: the stage's own examples, for responses to other prompts.
         load: what the stage trains, which the budget is a share of.
-        sampler: texts that the policy as it stands samples for prompts.
-        seed: of everything that is drawn.
+        sampler: texts that the current policy samples for prompts.
 
     Raises:
         DataError: ``probes.file`` cannot be read.
     """
-    given: dict[str, list[Response]] = {}
+    settings, encoder = stage.recipe.probes, stage.encoder
+    held_out, given = stage.held_out, dict[str, list[Response]]()
     if settings.file is not None:
-        validation, given = read_probe_file(settings.file)
-    encoded, kept = [], []
-    for example in validation[: settings.prompts]:
-        with contextlib.suppress(DataError):  # what cannot be used is not probed
+        held_out, given = read_probe_file(settings.file)
+    encoded, usable, problems = [], [], []
+    for example in held_out[: settings.prompts]:
+        try:
             encoded.append(encoder.encode(example))
-            kept.append(example)
+            usable.append(example)
+        except DataError as error:
+            problems.append(str(error))
+    stage.note_problems(problems, "/probes")
     prompts, typed_prompts = within_budget(encoded, load, settings)
-    typed = kept[:typed_prompts]
-    path = run.path / f"probes-{stage}.jsonl"
-    if resume and path.is_file():
+    typed = usable[:typed_prompts]
+    path = stage.run.path / f"probes-{stage.name}.jsonl"
+    if stage.resume and path.is_file():
         # The prompts are the stored ones, whatever the budget of a recipe with more steps would be.
         stored = stored_responses(read_jsonl(path))
-        measured = [e.id in stored for e in kept]
+        measured = [e.id in stored for e in usable]
         asked = {e.id for e in typed}
-        responses = {id_: own for id_, own in stored.items() if own or id_ in asked}
+        responses = {id_: stays for id_, stays in stored.items() if stays or id_ in asked}
     else:
-        measured = [i < prompts for i in range(len(kept))]
-        made = make_responses(typed, training, validation, settings.types, given, sampler, seed)
+        measured = [i < prompts for i in range(len(usable))]
+        pools = {"other_train": stage.examples, "other_test": held_out}
+        made = make_responses(typed, pools, settings.types, given, sampler, stage.recipe.seed)
         responses = {e.id: [r for r in made[e.id] if _encoded(encoder, e, r)] for e in typed}
-        if run.writes:
-            write_text(path, to_jsonl(kept[:prompts], responses))
-    encoded, kept = list(compress(encoded, measured)), list(compress(kept, measured))
-    extras = {e.id: [c for r in responses.get(e.id, ()) if (c := _encoded(encoder, e, r))] for e in kept}
-    return Prompts(kept, encoded, extras, responses)
+        if stage.run.writes:
+            write_text(path, to_jsonl(usable[:prompts], responses))
+    encoded, usable = list(compress(encoded, measured)), list(compress(usable, measured))
+    extras = {e.id: [c for r in responses.get(e.id, ()) if (c := _encoded(encoder, e, r))] for e in usable}
+    return Prompts(usable, encoded, extras, responses)
 
 
 def make_responses(
     examples: Sequence[Example],
-    training: Sequence[Example],
-    validation: Sequence[Example],
+    pools: Mapping[str, Sequence[Example]],
     types: Sequence[str],
     given: Mapping[str, Sequence[Response]],
     sampler: Callable[[Sequence[Example]], list[str]],
     seed: int,
 ) -> dict[str, list[Response]]:
-    """Responses by example id. What came with a file stays; a type that nothing gives is absent, not invented."""
-    found: dict[str, list[Response]] = {e.id: list(given.get(e.id, ())) for e in examples}
+    """Responses by example id. What came with a file stays; a type that nothing gives is absent, not invented.
+
+    Args:
+        pools: ``other_train`` and ``other_test``: whose chosen responses answer other prompts.
+        given: from a file.
+        sampler: texts that the current policy samples for prompts.
+        seed: of everything that is drawn.
+    """
+    responses: dict[str, list[Response]] = {e.id: list(given.get(e.id, ())) for e in examples}
     makers: dict[str, Callable[[Example, random.Random], Response | None]] = {
         "chosen_paraphrase": lambda e, rng: _paraphrase(
             "chosen_paraphrase", e, e.chosen.text, e.references, rng
@@ -166,25 +173,25 @@ def make_responses(
         "rejected_paraphrase": lambda e, rng: (
             _paraphrase("rejected_paraphrase", e, e.rejected[0].text, (), rng) if e.rejected else None
         ),
-        "other_train": lambda e, rng: _other("other_train", e, training, rng),
-        "other_test": lambda e, rng: _other("other_test", e, validation, rng),
+        "other_train": lambda e, rng: _other("other_train", e, pools["other_train"], rng),
+        "other_test": lambda e, rng: _other("other_test", e, pools["other_test"], rng),
         "unrelated": lambda e, rng: _unrelated(rng),
         "shuffled": _shuffled,
     }
     for example in examples:
-        has = {r.type for r in found[example.id]}
+        has = {r.type for r in responses[example.id]}
         for kind in (t for t in types if t in makers and t not in has):
             made = makers[kind](example, _rng(seed, example.id, kind))
             if made is not None:
-                found[example.id].append(made)
+                responses[example.id].append(made)
     if "chosen_initial" in types:
-        asked = [e for e in examples if "chosen_initial" not in {r.type for r in found[e.id]}]
+        asked = [e for e in examples if "chosen_initial" not in {r.type for r in responses[e.id]}]
         texts: list[str] = broadcast_object_list([sampler(asked) if asked else []])[0]
         for example, text in zip(asked, texts, strict=True):
             if text.strip():
-                said = f"sampled from the policy at the start of the stage, temperature 1, seed {seed}"
-                found[example.id].append(Response("chosen_initial", text, said))
-    return found
+                source = f"sampled from the policy at the start of the stage, temperature 1, seed {seed}"
+                responses[example.id].append(Response("chosen_initial", text, source))
+    return responses
 
 
 def _rng(*key: object) -> random.Random:

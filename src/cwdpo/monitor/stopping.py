@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers.trainer_callback import ExportableState
 
 from cwdpo.dynamics.rules import Rule, Violation, first_violation, parse_rule
 from cwdpo.monitor.instruments import ProbeCallback
-from cwdpo.rundir import RunDir
 from cwdpo.trainer.weights import Weights
 
 _logger = logging.getLogger(__name__)
@@ -31,22 +29,12 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
     Under DeepSpeed, whose parameters are not where the optimizer keeps them, the stage ends without going back.
 
     Args:
-        probes: measures; must stand before this callback.
-        rules: texts of :func:`cwdpo.dynamics.rules.parse_rule`.
-        run, stage: where ``stopped-<stage>.json`` is written.
-        hears: told a sentence when the stage ends early.
+        probes: measures; must be called before this callback.
     """
 
-    def __init__(
-        self,
-        probes: ProbeCallback,
-        rules: Sequence[str],
-        run: RunDir,
-        stage: str,
-        hears: Callable[[str], None],
-    ) -> None:
-        self.probes, self.run, self.stage, self.hears = probes, run, stage, hears
-        self.rules: list[Rule] = [parse_rule(text) for text in rules]
+    def __init__(self, probes: ProbeCallback) -> None:
+        self.probes, self.stage = probes, probes.stage
+        self.rules: list[Rule] = [parse_rule(text) for text in self.stage.recipe.stop]
         self.healthy: Weights | None = None
         self.healthy_step = -1
         self._file = "healthy-0.safetensors"
@@ -92,18 +80,19 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
             step = self.healthy_step
         control.should_training_stop = True
         control.should_save = False
-        said = f"{self.stage} ends early: {found.words()}; back to the weights of step {step}"
-        _logger.warning(said)
-        self.hears(said)
-        self.run.write_json(
-            f"stopped-{self.stage}.json",
+        name = self.stage.name
+        reason = f"{name} ends early: {found.words()}; back to the weights of step {step}"
+        _logger.warning(reason)
+        self.stage.listener.phase(reason)
+        self.stage.run.write_json(
+            f"stopped-{name}.json",
             {
-                "stage": self.stage, "step": found.step, "rolled_back_to": step, "rule": found.rule.text,
-                "reading": found.rule.reading, "value": found.value, "n": found.n, "reason": said,
+                "stage": name, "step": found.step, "rolled_back_to": step, "rule": found.rule.text,
+                "reading": found.rule.reading, "value": found.value, "n": found.n, "reason": reason,
             },
         )  # fmt: skip
 
     def add_to_checkpoint(self, folder: Path) -> None:
         """Put the last healthy weights into a checkpoint that is being written; every process calls this."""
-        if self.healthy is not None and (self.run.writes or self._every_process):
+        if self.healthy is not None and (self.stage.run.writes or self._every_process):
             self.healthy.save(folder / self._file)

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from cwdpo.curriculum.base import Curriculum, Hardness, Plan, next_round
+from cwdpo.curriculum.base import CURRICULA, Curriculum, Hardness, Plan, next_round
 from cwdpo.data.encode.collate import PromptBatch
-from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.objectives.base import Objective
-from cwdpo.objectives.cw_dpo import CwDpo, calibrate
+from cwdpo.objectives.cw_dpo import calibrate
 from cwdpo.rundir import RunDir, read_jsonl
 
 FILE = "curriculum.jsonl"
 
 
-def hardness_of(objective: Objective, examples: Sequence[EncodedExample]) -> Hardness:
+def hardness_of(
+    objective: Objective, examples: Iterable[EncodedExample], *, in_rounds: bool = False
+) -> Hardness:
     """The scale of a window, from reference values.
 
-    Where the objective has no calibrated floor and tau, they are those that calibration would find if the
-    chosen responses were samples.
+    If the objective has no floor and tau, they are those that calibration would find if the chosen responses were
+    samples.
     """
-    found = [[mean for c in e.negatives if (mean := _reference_mean(c)) is not None] for e in examples]
-    negatives = tuple(value for own in found for value in own)
-    if isinstance(objective, CwDpo) and objective.floor != "auto" and objective.tau != "auto":
-        return Hardness(objective.floor, objective.tau, negatives)
-    chosen = [mean for e in examples if (mean := _reference_mean(e.chosen)) is not None]
+    rows = list(examples)
+    negatives = tuple(m for e in rows for c in e.negatives if (m := c.reference_mean_logp) is not None)
+    scale = objective.probe_scale()
+    if scale.floor is not None and scale.tau is not None:
+        return Hardness(scale.floor, scale.tau, negatives, in_rounds)
+    chosen = [m for e in rows if (m := e.chosen.reference_mean_logp) is not None]
     floor, tau = calibrate(chosen) if len(chosen) > 1 else (0.0, 1.0)
-    return Hardness(floor, tau, negatives)
-
-
-def _reference_mean(completion: EncodedCompletion) -> float | None:
-    total = completion.reference_sum_logp
-    return None if total is None else total / len(completion.ids)
+    return Hardness(floor, tau, negatives, in_rounds)
 
 
 def in_window(batch: PromptBatch, plan: Plan) -> PromptBatch:
@@ -47,35 +43,17 @@ def in_window(batch: PromptBatch, plan: Plan) -> PromptBatch:
 
     So no prompt leaves the step, and the number of prompts that a loss is divided by stays.
     """
-    means = [_reference_mean(batch.completions[i]) for i in batch.rejected.tolist()]
+    means = [batch.completions[i].reference_mean_logp for i in batch.rejected.tolist()]
     keep = [mean is None or plan.takes(mean) for mean in means]
     prompts = batch.pair_prompt.tolist()
     for prompt in sorted(set(prompts) - {p for p, k in zip(prompts, keep, strict=True) if k}):
         own = [i for i, p in enumerate(prompts) if p == prompt]
         keep[min(own, key=lambda i: _distance(means[i], plan))] = True
-    return keep_pairs(batch, keep)
+    return batch.keep_pairs(keep)
 
 
 def _distance(mean: float | None, plan: Plan) -> float:
     return 0.0 if mean is None else max(plan.low - mean, mean - plan.high, 0.0)
-
-
-def keep_pairs(batch: PromptBatch, keep: Sequence[bool]) -> PromptBatch:
-    """The batch with some of its P pairs; every prompt and chosen response stays."""
-    if all(keep):
-        return batch
-    pairs = torch.tensor(keep, device=batch.rejected.device)
-    out = torch.ones(len(batch.completions), dtype=torch.bool, device=pairs.device)
-    out[batch.rejected[~pairs]] = False
-    moved = out.cumsum(0) - 1
-    return replace(
-        batch,
-        completions=tuple(c for c, kept in zip(batch.completions, out.tolist(), strict=True) if kept),
-        completion_prompt=batch.completion_prompt[out],
-        chosen=moved[batch.chosen],
-        rejected=moved[batch.rejected[pairs]],
-        pair_prompt=batch.pair_prompt[pairs],
-    )
 
 
 def added_share(run: RunDir, step: int) -> float:
@@ -91,47 +69,56 @@ def added_share(run: RunDir, step: int) -> float:
 class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Moves the plan after each measurement; the plan in force survives a resume.
 
-    ``select`` is what the trainer asks for every micro-batch, before it counts the step. Every change is a row of
+    :meth:`select` is what the trainer asks for every micro-batch, before it counts the step. Every change is a row of
     ``curriculum.jsonl``.
+
+    Args:
+        probes: measures; must be called before this callback.
+        rows: the stage's examples with reference values, until the rows of a round take their place.
     """
 
-    def __init__(
-        self, curriculum: Curriculum, hardness: Hardness, probes: ProbeCallback, run: RunDir, stage: str
-    ) -> None:
-        self.curriculum, self.hardness, self.probes = curriculum, hardness, probes
-        self.run, self.stage = run, stage
-        self.plan = next_round(curriculum, None, {}, hardness)
+    def __init__(self, probes: ProbeCallback, rows: Sequence[EncodedExample]) -> None:
+        self.probes, self.stage = probes, probes.stage
+        self.curriculum: Curriculum = CURRICULA.build(self.stage.recipe.curriculum)
+        self._rows = rows
+        self.plan = next_round(self.curriculum, None, {}, self.hardness())
+
+    def hardness(self) -> Hardness:
+        """On the scale of the objective in force, of the negatives that are trained on now."""
+        stage, rows = self.stage, self._rows
+        if stage.in_rounds and stage.trainer is not None:
+            rows = list(stage.trainer.train_dataset) or rows
+        return hardness_of(stage.objective, rows, in_rounds=stage.in_rounds)
 
     def state(self) -> dict[str, Any]:
         """For ``trainer_state.json``."""
         return {"args": {}, "attributes": {"plan": self.plan.to_json()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take up the plan of a resumed stage."""
+        """Restore the plan of a resumed stage."""
         known = type(self).__name__ in state.stateful_callbacks
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         if state.global_step and known:
             self.plan = Plan.from_json(kept["plan"])
         else:
-            self._note(state.global_step)
+            self._note(state.global_step, self.hardness())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The next plan, where there was a measurement."""
+        """The next plan, if there was a measurement."""
         if self.probes.last_step != state.global_step or control.should_training_stop:
             return
         readings = {name: reading.value for name, reading in self.probes.last.items()}
+        hardness = self.hardness()
         # Every process must take the same negatives, whatever the last bits of its readings.
-        plan: Plan = broadcast_object_list([next_round(self.curriculum, self.plan, readings, self.hardness)])[
-            0
-        ]
+        plan: Plan = broadcast_object_list([next_round(self.curriculum, self.plan, readings, hardness)])[0]
         if plan != self.plan:
             self.plan = plan
-            self._note(state.global_step)
+            self._note(state.global_step, hardness)
 
-    def _note(self, step: int) -> None:
-        taken = sum(map(self.plan.takes, self.hardness.mean_logps))
-        row = {"stage": self.stage, "step": step, **self.plan.to_json()}
-        self.run.append(FILE, [{**row, "negatives": taken, "of": len(self.hardness.mean_logps)}])
+    def _note(self, step: int, hardness: Hardness) -> None:
+        taken = sum(map(self.plan.takes, hardness.mean_logps))
+        row = {"stage": self.stage.name, "step": step, **self.plan.to_json()}
+        self.stage.run.append(FILE, [{**row, "negatives": taken, "of": len(hardness.mean_logps)}])
 
     def select(self, batch: PromptBatch) -> PromptBatch:
         """The micro-batch with the negatives of the plan."""

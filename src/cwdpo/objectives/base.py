@@ -7,9 +7,9 @@ Notation: B prompts, P pairs, all log-probabilities in nats.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from cwdpo.registry import Component, Registry
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Scalar = Float[Tensor, ""]
 
 NegativeMask = Literal["none", "differing_span"]
+TokenStat = Callable[["Tensor", "Tensor"], "Tensor"]
+"""A statistic of each token: log-probabilities over the vocabulary [M, V] and the tokens [M] -> [M]."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class Scored:
         n_tokens: completion tokens, the end token included.
         reference_sum_logp: the same under the frozen reference; ``None`` when no reference is used.
         span_sum_logp, span_reference_sum_logp: the sums over the differing span only.
-        uniform_sum_logp: sum over tokens of the mean log-probability over the vocabulary.
-        collision_sum_logp: sum over tokens of ``log sum over the vocabulary of p^2``, without gradient.
+        stats: [n] sums over tokens of the objective's ``token_stats``, by name.
         token_logp: [n, C] log-likelihood of each token, right-padded; carries the gradient.
         token_mask, token_span: [n, C] where there is a token, and which are of the differing span.
         reward_margin: of a pair, what a reward model finds chosen better by (``Completion.made``); no gradient.
@@ -45,8 +46,7 @@ class Scored:
     reference_sum_logp: Tensor | None = None
     span_sum_logp: Tensor | None = None
     span_reference_sum_logp: Tensor | None = None
-    uniform_sum_logp: Tensor | None = None
-    collision_sum_logp: Tensor | None = None
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
     token_logp: Tensor | None = None
     token_mask: Tensor | None = None
     token_span: Tensor | None = None
@@ -76,21 +76,22 @@ class Scored:
 class StepTotals:
     """Counts over the whole optimizer step: all micro-batches of all processes.
 
-    ``prompts`` counts those with at least one negative.
-
     A loss is a sum over its micro-batch divided by these, so that the losses of the micro-batches add up
-    to the loss of the step. ``negative_nll`` is the step's mean NLL of the negatives, in nats per token,
-    without gradient; ``margins`` holds every pair's ``chosen_shift - rejected_shift`` of the step, in nats, and
-    ``usual_margin`` their running mean before this step (0 at the first, where policy and reference are alike).
-    Only objectives that are not sums need them.
+    to the loss of the step. Objectives that are no such sums ask for more by ``looks_ahead``:
+
+    Attributes:
+        prompts: prompts with at least one negative.
+        chosen_tokens, rejected_tokens: completion tokens.
+        ahead: what :meth:`Objective.ahead` gave for every micro-batch of the step; ``None`` if nobody asked, or if
+            this micro-batch is the whole step.
+        memory: what :meth:`Objective.remember` kept of the steps before this one; empty at the first.
     """
 
     prompts: float
     chosen_tokens: float
     rejected_tokens: float
-    negative_nll: float | None = None
-    margins: tuple[float, ...] | None = None
-    usual_margin: float = 0.0
+    ahead: tuple[float, ...] | None = None
+    memory: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,23 +150,40 @@ class ObjectiveOutput:
     parts: Mapping[str, Scalar] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What probes and curricula need to know of an objective.
+
+    Attributes:
+        floor, tau: of the cooling, nats per token; ``None`` if the objective does not cool adaptively.
+        beta: inverse temperature, per nat; ``None`` if the objective has no preference term.
+        weight: the fixed weight of negatives if the objective does not cool; 1 is DPO.
+    """
+
+    floor: float | None = None
+    tau: float | None = None
+    beta: float | None = None
+    weight: float = 1.0
+
+
 class Objective(Component):
     """A pure function :class:`ScoredPairs` -> :class:`ObjectiveOutput` with its settings.
 
+    The class attributes say what it needs; everything else of the project asks these and no class by name.
+
     ``needs_negatives``: prompts without a negative are left out of this objective's data.
     ``needs_reference``: reference log-probabilities are computed before training.
-    ``needs_uniform``: the mean log-probability over the vocabulary is computed.
-    ``needs_step_negative_nll``: ``totals.negative_nll`` must be the whole step's.
-    ``needs_step_margins``: ``totals.margins`` must be the whole step's.
-    ``needs_collision``: the log-probability that two draws of a token agree is computed.
+    ``token_stats``: further statistics of every token, read as ``Scored.stats``: names of
+    :data:`cwdpo.scoring.token_stats.TOKEN_STATS`, or functions like those.
+    ``calibrates``: settings that may be ``auto``: :meth:`calibrated` finds them before training.
+    ``looks_ahead``: the loss depends on the whole optimizer step; see :meth:`ahead`.
     """
 
     needs_negatives: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
-    needs_uniform: ClassVar[bool] = False
-    needs_step_negative_nll: ClassVar[bool] = False
-    needs_step_margins: ClassVar[bool] = False
-    needs_collision: ClassVar[bool] = False
+    token_stats: ClassVar[tuple[str | TokenStat, ...]] = ()
+    calibrates: ClassVar[tuple[str, ...]] = ()
+    looks_ahead: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
@@ -175,6 +193,53 @@ class Objective(Component):
         """Whether a negative takes part, given its mean_logp under the reference (nats per token)."""
         del reference_mean_logp
         return True
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a setting of ``calibrates`` must be found before training."""
+        return any(getattr(self, name) == "auto" for name in self.calibrates)
+
+    def calibrated(self, mean_logps: Sequence[float]) -> Self:
+        """The same objective with its ``auto`` settings replaced by numbers.
+
+        Args:
+            mean_logps: of samples that the reference drew, in nats per token. In rounds with
+                ``negatives.recalibrate`` it is called again with the samples of the round's policy.
+        """
+        del mean_logps
+        return self
+
+    def probe_scale(self) -> Scale:
+        """Of the calibrated objective."""
+        return Scale(beta=getattr(self, "beta", None))
+
+    def logged(self) -> Mapping[str, float]:
+        """Settings to log with every row of training metrics, because calibration may have moved them."""
+        return {}
+
+    def ahead(self, pairs: ScoredPairs) -> Sequence[float]:
+        """With ``looks_ahead``: what must be known of every micro-batch before the first loss of a step.
+
+        Computed without gradient; the values of all micro-batches and processes are joined in ``totals.ahead``. A step
+        of one micro-batch is not scored twice for it: ``totals.ahead`` is ``None``, and the objective has the pairs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} looks ahead and does not say at what")
+
+    def remember(self, memory: tuple[float, ...], ahead: tuple[float, ...]) -> tuple[float, ...]:
+        """With ``looks_ahead``: what to keep for later steps, from what was kept and the values of this step.
+
+        Stored in checkpoints; the loss of a step sees what was kept before it, as ``totals.memory``.
+        """
+        del memory, ahead
+        return ()
+
+
+@dataclass
+class InForce:
+    """The objective that a stage trains with now. Trainer, probes, rounds and curriculum share one of these, so
+    that a new calibration reaches all of them."""
+
+    objective: Objective
 
 
 def negative_log_sigmoid(x: Pairs) -> Pairs:

@@ -13,6 +13,9 @@ from pydantic import Field
 
 from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, negative_log_sigmoid, pair_output
 
+MOMENTUM = 0.9
+"""Of the running mean."""
+
 MIN_BETA = 1e-3
 """The linear rule can turn beta negative; this is the smallest that is used."""
 
@@ -34,7 +37,7 @@ class BetaDpo(Objective):
         keep: share of the step's pairs that take part.
     """
 
-    needs_step_margins: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
 
     beta: float = Field(0.3, gt=0)
     alpha: float = Field(0.6, ge=0)
@@ -47,9 +50,9 @@ class BetaDpo(Objective):
         step = own
         usual = 0.0
         if pairs.totals is not None:
-            assert pairs.totals.margins is not None, "of a split step, totals.margins must be given"
-            step = own.new_tensor(pairs.totals.margins)
-            usual = pairs.totals.usual_margin
+            usual = _usual(pairs.totals.memory)
+            if pairs.totals.ahead is not None:
+                step = own.new_tensor(pairs.totals.ahead)
         beta = max(MIN_BETA, self.beta * (1 + self.alpha * self.beta * (float(step.mean()) - usual)))
         distance = (step - usual).abs().sort().values
         limit = distance[math.ceil(self.keep * len(step)) - 1] + TIE if len(step) else math.inf
@@ -58,3 +61,19 @@ class BetaDpo(Objective):
         per_pair = kept / share * negative_log_sigmoid(beta * margin)
         logged = {"beta_dpo/beta": own.new_full(own.shape, beta), "beta_dpo/kept": kept}
         return pair_output(pairs, per_pair, self.beta, **logged)
+
+    def ahead(self, pairs: ScoredPairs) -> list[float]:
+        """``chosen_shift - rejected_shift`` of every pair, in nats."""
+        margins: list[float] = (pairs.chosen_shift - pairs.rejected.shift).tolist()
+        return margins
+
+    def remember(self, memory: tuple[float, ...], ahead: tuple[float, ...]) -> tuple[float, ...]:
+        """The running mean of the steps' margins, in nats."""
+        if not ahead:
+            return memory
+        return (MOMENTUM * _usual(memory) + (1 - MOMENTUM) * sum(ahead) / len(ahead),)
+
+
+def _usual(memory: tuple[float, ...]) -> float:
+    """The running mean before a step; 0 at the first, where policy and reference are alike."""
+    return memory[0] if memory else 0.0

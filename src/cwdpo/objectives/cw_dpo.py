@@ -7,8 +7,8 @@ Source: "Learning Dynamics of VLM Finetuning" (arXiv 2510.11978), stage 2:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from cwdpo.objectives.base import (
     NegativeMask,
     Objective,
     ObjectiveOutput,
+    Scale,
     ScoredPairs,
     negative_log_sigmoid,
     rewards,
@@ -76,6 +77,8 @@ class CwDpo(Objective):
         negative_mask: see :class:`cwdpo.objectives.dpo.Dpo`; w is always computed from the whole negative.
     """
 
+    calibrates: ClassVar[tuple[str, ...]] = ("floor", "tau")
+
     beta: float = Field(0.3, gt=0)
     cooling: Literal["adaptive", "constant"] = "adaptive"
     floor: float | Literal["auto"] = "auto"
@@ -94,29 +97,44 @@ class CwDpo(Objective):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether floor or tau must be found before training."""
-        return self.cooling == "adaptive" and "auto" in (self.floor, self.tau)
+        """Whether floor or tau must be found before training; a constant weight needs neither."""
+        return self.cooling == "adaptive" and super().needs_calibration
 
-    def calibrated(self, mean_logps: Sequence[float]) -> CwDpo:
-        """The same objective with ``auto`` replaced, from mean_logps of the reference's own samples."""
-        floor, tau = calibrate(mean_logps)
-        return self.model_copy(
-            update={
-                "floor": floor if self.floor == "auto" else self.floor,
-                "tau": tau if self.tau == "auto" else self.tau,
-            }
-        )
+    def calibrated(self, mean_logps: Sequence[float]) -> Self:
+        """See :func:`calibrate`; a floor or tau that was given as a number stays.
+
+        Raises:
+            RecipeError: fewer than two samples.
+        """
+        values = dict(zip(self.calibrates, calibrate(mean_logps), strict=True))
+        return self.model_copy(update={k: v for k, v in values.items() if getattr(self, k) == "auto"})
+
+    def probe_scale(self) -> Scale:
+        """Floor and tau, or the constant weight."""
+        if self.cooling == "constant":
+            return Scale(beta=self.beta, weight=self.constant_weight)
+        return Scale(*self._floor_and_tau(), beta=self.beta)
+
+    def logged(self) -> Mapping[str, float]:
+        """``cooling/floor`` and ``cooling/tau``."""
+        if self.cooling == "constant":
+            return {}
+        floor, tau = self._floor_and_tau()
+        return {"cooling/floor": floor, "cooling/tau": tau}
+
+    def _floor_and_tau(self) -> tuple[float, float]:
+        if self.floor == "auto" or self.tau == "auto":
+            raise RecipeError("cw_dpo: floor and tau are 'auto': calibrate first, or give numbers")
+        return self.floor, self.tau
 
     def weight(self, pairs: ScoredPairs) -> Pairs:
         """[P] the weight of each negative; carries a gradient only with ``weight_gradient: through``."""
         mean_logp = pairs.rejected.mean_logp
         if self.cooling == "constant":
             return mean_logp.detach().new_full(mean_logp.shape, self.constant_weight)
-        if self.floor == "auto" or self.tau == "auto":
-            raise RecipeError("cw_dpo: floor and tau are 'auto': calibrate first, or give numbers")
         if self.weight_gradient == "detach":
             mean_logp = mean_logp.detach()
-        return cooling_weight(mean_logp, self.floor, self.tau)
+        return cooling_weight(mean_logp, *self._floor_and_tau())
 
     def keeps(self, reference_mean_logp: float) -> bool:
         """Whether a negative survives ``filter_below``."""

@@ -29,7 +29,7 @@ class SftConstrained(Objective):
 
     needs_negatives: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
-    needs_step_negative_nll: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
 
     penalty: float = Field(0.1, ge=0)
     constraint: float = Field(0.8, gt=0)
@@ -45,10 +45,11 @@ class SftConstrained(Objective):
         # This micro-batch's share of C - NLL: C is spread over the step's tokens.
         tokens = float(pairs.rejected.n_tokens.sum())
         share = 1.0 if totals is None else tokens / max(totals.rejected_tokens, 1.0)
-        whole = None if totals is None else totals.negative_nll
-        if whole is None:
-            assert share == 1.0, "of a split step, totals.negative_nll must be given"
+        if totals is None or totals.ahead is None:
+            assert share == 1.0, "for a step of several micro-batches, totals.ahead must be given"
             whole = float(negative.detach())
+        else:
+            whole = sum(totals.ahead) / max(totals.rejected_tokens, 1.0)
         active = not self.slack or whole < self.constraint
         penalty = self.penalty * float(active) * (self.constraint * share - negative)
         return ObjectiveOutput(
@@ -59,3 +60,7 @@ class SftConstrained(Objective):
                 "loss/negative_nll": negative.detach(),
             },
         )
+
+    def ahead(self, pairs: ScoredPairs) -> list[float]:
+        """NLL of the micro-batch's negatives, nats summed over tokens: the penalty switches on the step's mean."""
+        return [-float(pairs.rejected.sum_logp.sum())]

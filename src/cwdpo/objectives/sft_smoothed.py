@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs
+from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, TokenStat
 
 
 class SftSmoothed(Objective):
@@ -25,7 +25,7 @@ class SftSmoothed(Objective):
 
     needs_negatives: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
-    needs_uniform: ClassVar[bool] = True
+    token_stats: ClassVar[tuple[str | TokenStat, ...]] = ("uniform",)
 
     weight: float = Field(0.03, ge=0)
     smoothing: float = Field(0.2, ge=0, le=1)
@@ -35,10 +35,9 @@ class SftSmoothed(Objective):
         nll = pairs.chosen_nll()
         if len(pairs.rejected.sum_logp) == 0:
             return ObjectiveOutput(nll, parts={"loss/nll": nll.detach()})
-        assert pairs.rejected.uniform_sum_logp is not None
         own = float(pairs.rejected.n_tokens.sum())
         tokens = own if pairs.totals is None else pairs.totals.rejected_tokens
-        uniform = -pairs.rejected.uniform_sum_logp.sum() / max(tokens, 1.0)
+        uniform = -pairs.rejected.stats["uniform"].sum() / max(tokens, 1.0)
         negative = pairs.rejected_nll()
         smoothed = self.weight * ((1 - self.smoothing) * negative + self.smoothing * uniform)
         return ObjectiveOutput(

@@ -15,6 +15,7 @@ from cwdpo.objectives.base import (
     ObjectiveOutput,
     Scored,
     ScoredPairs,
+    TokenStat,
     negative_log_sigmoid,
     pair_output,
 )
@@ -29,8 +30,7 @@ def alignment(scored: Scored) -> Pairs:
     The second term is what a token drawn from the policy scores on average, so a response that the policy
     would draw weighs about 1.
     """
-    assert scored.collision_sum_logp is not None
-    weight: Pairs = ((scored.sum_logp.detach() - scored.collision_sum_logp) / scored.n_tokens).exp()
+    weight: Pairs = ((scored.sum_logp.detach() - scored.stats["collision"]) / scored.n_tokens).exp()
     return weight
 
 
@@ -41,7 +41,7 @@ class Wpo(Objective):
         beta: inverse temperature, per nat.
     """
 
-    needs_collision: ClassVar[bool] = True
+    token_stats: ClassVar[tuple[str | TokenStat, ...]] = ("collision",)
 
     beta: float = Field(0.3, gt=0)
 

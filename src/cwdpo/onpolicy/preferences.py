@@ -20,13 +20,14 @@ from cwdpo.errors import DataError
 from cwdpo.judging.verdicts import build_judge
 from cwdpo.models.load import load_policy
 from cwdpo.onpolicy.blend import BlendCounts, blend
-from cwdpo.onpolicy.pool import ANSWERS, LocalSampler, Pool, Sampler, ServerSampler
+from cwdpo.onpolicy.pool import Pool
+from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
 from cwdpo.onpolicy.samples import sort_samples
 from cwdpo.records import Example, ImageRef, Message
 from cwdpo.rundir import RunDir, write_text
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.prepare import autocast
 from cwdpo.stage.splits import prepare_data
+from cwdpo.stage.stage import autocast
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -101,14 +102,10 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     settings = recipe.negatives
     judge = build_judge(settings.judge, readable, run.path / ANSWERS)
     listener.phase(f"sampling {len(readable)} prompts")
-    sampler: Sampler = (
-        LocalSampler(policy.model, encoder, settings.sampler)
-        if settings.sampler.server is None
-        else ServerSampler(settings.sampler, run.path / ANSWERS)
-    )
+    sampler = build_sampler(settings.sampler, policy.model, encoder, run.path / ANSWERS)
     with autocast(policy.model, recipe.train.bf16):
-        drawn = Pool(run, recipe).fill(
-            readable, sampler, encoder, judge, 0, 0, lambda done, total: listener.sampled(0, done, total)
+        drawn = Pool(run, recipe, encoder, judge).fill(
+            readable, sampler, 0, 0, lambda done, total: listener.sampled(0, done, total)
         )
     sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in readable}
     pairs, counts = blend(readable, sampled, settings, recipe.seed, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cwdpo.negatives.base import known_true, normalised
 from cwdpo.negatives.settings import NegativeSettings
-from cwdpo.records import Completion, Example
+from cwdpo.records import Completion, Example, Sample
 
 _REPEATS = 4
 """The same words this often in a row are degenerate."""
@@ -18,28 +18,13 @@ KIND = "on_policy"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One sample of a policy.
-
-    ``mean_logp`` (nats per token) is under the sampling policy at temperature 1; a server tells none.
-    ``right`` is the judge's verdict; ``None`` where there is no judge.
-    """
-
-    text: str
-    ended: bool
-    n_tokens: int | None = None
-    mean_logp: float | None = None
-    right: bool | None = None
-
-
-@dataclass(frozen=True)
-class DrawnFor:
+class PromptSamples:
     """All samples of one example in one round, and the policy step that drew them."""
 
     id: str
     round: int
     step: int
-    samples: tuple[Drawn, ...]
+    samples: tuple[Sample, ...]
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -47,9 +32,9 @@ class DrawnFor:
         return {**asdict(self), "made": dict(self.made)}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> DrawnFor:
+    def from_json(cls, row: Mapping[str, Any]) -> PromptSamples:
         """What :meth:`to_json` wrote; other keys are left alone."""
-        samples = tuple(Drawn(**s) for s in row["samples"])
+        samples = tuple(Sample(**s) for s in row["samples"])
         return cls(row["id"], row["round"], row["step"], samples, row["made"])
 
 
@@ -74,7 +59,7 @@ def degenerate(text: str) -> bool:
     return False
 
 
-def sort_samples(example: Example, drawn: DrawnFor, settings: NegativeSettings) -> Sorted:
+def sort_samples(example: Example, drawn: PromptSamples, settings: NegativeSettings) -> Sorted:
     """Negatives and right responses among an example's samples; everything else is counted by its reason.
 
     Reasons: ``empty``, ``cut`` (did not end), ``degenerate`` (repeats itself), ``equal`` (to chosen or a
@@ -102,7 +87,7 @@ def sort_samples(example: Example, drawn: DrawnFor, settings: NegativeSettings) 
     return Sorted(tuple(negatives), tuple(right), dropped)
 
 
-def _useless(sample: Drawn, settings: NegativeSettings, true: frozenset[str], seen: set[str]) -> str | None:
+def _useless(sample: Sample, settings: NegativeSettings, true: frozenset[str], seen: set[str]) -> str | None:
     text = normalised(sample.text)
     if not text:
         return "empty"
@@ -124,6 +109,6 @@ def outside(mean_logp: float | None, settings: NegativeSettings) -> str | None:
     return "hard" if settings.hard_cut is not None and mean_logp > settings.hard_cut else None
 
 
-def texts_to_judge(rows: Sequence[DrawnFor]) -> list[tuple[int, int]]:
+def texts_to_judge(rows: Sequence[PromptSamples]) -> list[tuple[int, int]]:
     """(row, sample) of every sample with a text: what a judge is asked about."""
     return [(i, k) for i, row in enumerate(rows) for k, s in enumerate(row.samples) if s.text.strip()]

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-)
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings, TrainSettings
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.read.rows import rows_source
 from cwdpo.errors import DataError
-from cwdpo.models.load import disable_dropout
-from cwdpo.models.shared_attention import Scoring, use_scoring
-from cwdpo.models.vision_cache import keep_vision_features
-from cwdpo.objectives.base import OBJECTIVES, Objective
-from cwdpo.objectives.cw_dpo import CwDpo
-from cwdpo.records import Example
-from cwdpo.scoring.pairs import reference_pass
-from cwdpo.stage.prepare import (
-    autocast,
-    check_scoring,
-    encode_usable,
-    keep_negatives,
-    reference_mean_logps,
-    wants_calibration,
-)
-from cwdpo.trainer.trainer import PreferenceTrainer
+from cwdpo.models.load import Policy, adopt, load_policy
+from cwdpo.models.settings import ModelSettings
+from cwdpo.models.shared_attention import Scoring
+from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.rundir import RunDir
+from cwdpo.stage.prepare import check_scoring, prepare
+from cwdpo.stage.stage import Stage
+from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -68,30 +56,62 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
     vision_cache_gb: float = field(default=1.0)
     max_tokens_per_batch: int | None = field(default=None)
 
-    def build_objective(self) -> Objective:
-        """The objective; ``beta`` is passed where it has one."""
+    def objective_spec(self) -> dict[str, Any]:
+        """The objective as a recipe names it; ``beta`` is passed if it has one."""
         has_beta = "beta" in OBJECTIVES.get(self.objective).model_fields
         beta = {"beta": self.beta} if has_beta else {}
-        return OBJECTIVES.build({"name": self.objective, **beta, **self.objective_settings})
+        return {"name": self.objective, **beta, **self.objective_settings}
+
+    def as_recipe(self, path: str | None, *, lora: bool) -> Recipe:
+        """What of these arguments the preparation of a stage reads, as a recipe.
+
+        Args:
+            path: of the model; ``None`` for one that is loaded already.
+            lora: whether adapters are trained, so that the base keeps its own dtype.
+        """
+        return Recipe(
+            seed=self.seed,
+            model=ModelSettings(
+                path=path or "embedded",
+                tune="lora" if lora else "full",
+                device="cpu" if self.use_cpu else "auto",
+                scoring=self.scoring,
+                vision_cache_gb=self.vision_cache_gb,
+            ),
+            data=DataSettings(
+                path="train_dataset", max_length=self.max_length, max_bad_fraction=self.max_bad_fraction
+            ),
+            stage2=StageSettings(objective=self.objective_spec(), learning_rate=self.learning_rate or 1.0),
+            train=TrainSettings(
+                batch_size=self.per_device_train_batch_size,
+                bf16=self.bf16,
+                max_tokens_per_batch=self.max_tokens_per_batch,
+            ),
+            calibration=CalibrationSettings(
+                samples=self.calibration_samples, max_new_tokens=self.calibration_max_new_tokens
+            ),
+        )
 
 
 class CWDPOTrainer(PreferenceTrainer):
     """Drop-in for ``trl.DPOTrainer`` on vision-preference data.
 
-    The reference is the model as it is handed over (or ``ref_model``): its log-probabilities are computed
-    once here, and floor and tau are calibrated from its own samples.
+    The reference is the model as it is handed over (or ``ref_model``): its log-probabilities are computed once here,
+    and floor and tau are calibrated from its own samples. What could not be used, the calibration and the reference's
+    values are written to ``args.output_dir``.
 
     Args:
         model: a model, or the path or hub id of one.
-        ref_model: another reference; by default the model itself, as it stands.
+        ref_model: another reference; default: the model itself, before it trains.
         args: the configuration.
         train_dataset: rows in TRL's vision-preference format (a ``datasets.Dataset`` or a list of dicts).
-        processing_class: the processor; loaded from ``model`` when that is a path.
-        peft_config: a peft configuration to wrap the model with.
+        processing_class: the processor; loaded from ``model`` if that is a path.
+        peft_config: a configuration of peft to wrap the model with.
         callbacks: further callbacks.
 
     Raises:
         DataError: too many rows are unusable, or none is left.
+        ModelError: the model cannot be loaded, wrapped or scored.
     """
 
     def __init__(
@@ -107,59 +127,40 @@ class CWDPOTrainer(PreferenceTrainer):
         args = args or CWDPOConfig()
         if train_dataset is None:
             raise DataError("CWDPOTrainer: train_dataset is missing: give rows in TRL's preference format")
-        if isinstance(model, str):
-            processing_class = processing_class or AutoProcessor.from_pretrained(model)
-            dtype = "auto" if peft_config is not None else "float32"  # bf16 weights would lose small updates
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True)
-        if processing_class is None:
-            raise DataError("CWDPOTrainer: processing_class is missing: give the model's processor")
-        if args.disable_dropout:
-            disable_dropout(model)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
-        model.to(args.device)
-        for one in (model, ref_model):
-            if one is not None:
-                use_scoring(one, args.scoring)
-                keep_vision_features(one, args.vision_cache_gb)
-        objective = args.build_objective()
-        examples = read_examples(
-            rows_source(train_dataset, "train_dataset"), max_bad_fraction=args.max_bad_fraction
-        ).examples
-        encoder = Encoder(processing_class, args.max_length)
-        with autocast(model, args.bf16):
-            check_scoring(model, encoder, examples, args.scoring)
-        encoded, _ = encode_usable(encoder, examples, objective, "rejected", args.max_bad_fraction)
-        if objective.needs_reference:
-            reference = model if ref_model is None else ref_model.to(args.device)
-            with autocast(reference, args.bf16):
-                encoded = reference_pass(reference, encoded, batch_size=args.per_device_train_batch_size)
-                encoded = keep_negatives(objective, encoded)
-                readable = {e.id for e in encoded}
-                prompts = [e for e in examples if e.id in readable]
-                objective = _calibrated(objective, reference, encoder, prompts, args)
+        recipe = args.as_recipe(model if isinstance(model, str) else None, lora=peft_config is not None)
+        policy = _policy(model, processing_class, recipe.model, args, peft_config)
+        source = rows_source(train_dataset, "train_dataset")
+        examples = read_examples(source, max_bad_fraction=args.max_bad_fraction).examples
+        run = RunDir(args.output_dir, writes=PartialState().is_main_process)
+        encoder = Encoder(policy.processor, args.max_length)
+        stage = Stage("stage2", recipe, policy, encoder, run, examples)
+        if ref_model is not None:
+            stage.reference_model = adopt(
+                Policy(ref_model, policy.processor, "ref_model"),
+                recipe.model.model_copy(update={"tune": "full"}),
+            ).model
+        with stage.autocast():
+            check_scoring(policy.model, encoder, examples, args.scoring)
         super().__init__(
-            model,
+            policy.model,
             args,
-            objective,
-            encoded,
-            processing_class=processing_class,
+            stage.in_force,
+            prepare(stage),
+            processing_class=policy.processor,
             callbacks=callbacks,
-            max_tokens_per_batch=args.max_tokens_per_batch,
+            options=TrainerOptions(max_tokens_per_batch=args.max_tokens_per_batch),
         )
+        stage.trainer = self
 
 
-def _calibrated(
-    objective: Objective,
-    reference: PreTrainedModel,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    args: CWDPOConfig,
-) -> Objective:
-    if not wants_calibration(objective):
-        return objective
-    assert isinstance(objective, CwDpo)
-    n, longest = args.calibration_samples, args.calibration_max_new_tokens
-    return objective.calibrated(reference_mean_logps(reference, encoder, examples, n, longest, args.seed))
+def _policy(
+    model: str | PreTrainedModel, processor: Any, settings: ModelSettings, args: CWDPOConfig, peft_config: Any
+) -> Policy:
+    """The policy through the one loader, with the processor that was given or that belongs to it."""
+    dropout = not args.disable_dropout
+    if isinstance(model, str):
+        policy = load_policy(settings, peft_config=peft_config, dropout=dropout)
+        return policy if processor is None else replace(policy, processor=processor)
+    if processor is None:
+        raise DataError("CWDPOTrainer: processing_class is missing: give the model's processor")
+    return adopt(Policy(model, processor, "model"), settings, peft_config=peft_config, dropout=dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -9,17 +10,19 @@ from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.data.encode.encoder import Encoder
-from cwdpo.models.load import Policy, load_weights
+from cwdpo.models.load import load_weights
 from cwdpo.pipeline.finish import evaluate_policy
 from cwdpo.pipeline.resume import start_run
 from cwdpo.pipeline.run_stage import run_stage
+from cwdpo.records import Example
 from cwdpo.report.model_card import write_model_card
 from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
-from cwdpo.stage.prepare import autocast, check_scoring
-from cwdpo.stage.splits import Splits, prepare_data
+from cwdpo.stage.prepare import check_scoring
+from cwdpo.stage.splits import prepare_data
+from cwdpo.stage.stage import Stage, StageName, autocast
 
 
 def train_two_stage(
@@ -67,11 +70,15 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
+
+    def stage(name: StageName, examples: Sequence[Example]) -> Stage:
+        return Stage(name, recipe, policy, encoder, run, examples, splits.validation, listener, resume)
+
     trained = resume and (run.path / "model").is_dir()
     if trained:
         load_weights(policy.model, run.path / "model")
     else:
-        _run_stages(recipe, policy, encoder, splits, run, listener, resume)
+        _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))
     if run.writes:
         listener.phase("evaluation")
         with autocast(policy.model, recipe.train.bf16):
@@ -82,22 +89,15 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
     state.wait_for_everyone()
 
 
-def _run_stages(
-    recipe: Recipe,
-    policy: Policy,
-    encoder: Encoder,
-    splits: Splits,
-    run: RunDir,
-    listener: Listener,
-    resume: bool,
-) -> None:
-    done = run.path / "stage1" / "model"
-    held_out = splits.validation
-    if recipe.stage1.enabled and resume and done.is_dir():
-        load_weights(policy.model, done)
-    elif recipe.stage1.enabled:
-        run_stage(policy, encoder, "stage1", recipe, splits.stage1, held_out, run, listener, resume=resume)
-        save_model(policy, done, run)
-    if recipe.stage2.enabled:
-        run_stage(policy, encoder, "stage2", recipe, splits.stage2, held_out, run, listener, resume=resume)
+def _run_stages(first: Stage, second: Stage) -> None:
+    """Both stages train one policy; what stage 1 leaves is the reference of stage 2."""
+    run, policy = first.run, first.policy
+    smoothed = run.path / "stage1" / "model"
+    if first.settings.enabled and first.resume and smoothed.is_dir():
+        load_weights(policy.model, smoothed)
+    elif first.settings.enabled:
+        run_stage(first)
+        save_model(policy, smoothed, run)
+    if second.settings.enabled:
+        run_stage(second)
     save_model(policy, run.path / "model", run)

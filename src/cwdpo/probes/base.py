@@ -13,33 +13,19 @@ from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample
+from cwdpo.objectives.base import Scale
 from cwdpo.records import Reading
 from cwdpo.registry import Component, Registry
 from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import output_head
+from cwdpo.scoring.token_stats import DETAILS
 
 MAX_STORED = 1 << 26
 """Most values of the reference's distributions kept for the divergences of a type (256 MiB of fp32)."""
 PADDING = 512
 """Tokens of padding that cost no more than a further forward."""
 WHOLE = ("chosen", "chosen_initial")
-"""Response types whose distributions over the vocabulary are kept: what the policy should say, and what it said."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What of the objective in force the probes need.
-
-    Attributes:
-        floor, tau: of the cooling, nats per token; ``None`` where the objective does not cool adaptively.
-        beta: inverse temperature, per nat; ``None`` where the objective has no preference term.
-        weight: the fixed weight of negatives where the objective does not cool; 1 is DPO.
-    """
-
-    floor: float | None = None
-    tau: float | None = None
-    beta: float | None = None
-    weight: float = 1.0
+"""Response types whose full vocabulary distributions are kept (for KL, TV and JS)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +105,7 @@ class HeldOut:
     correct: Tensor
     logp: Tensor | None = None
     start_logp: Tensor | None = None
-    scale: Scale = Scale()
+    scale: Scale = field(default_factory=Scale)
     step: int = 0
     negative: Tensor | None = None
     origins: tuple[str, ...] = ()
@@ -236,7 +222,7 @@ class ProbeSet:
             range(len(responses)), key=lambda i: (responses[i].kind != "chosen", responses[i].prompt)
         )
         self._responses = [responses[i] for i in self._order]
-        self._first: HeldOut | None = None
+        self._first: HeldOut | None = None  # what the first measurement compares with: itself
         self._first = self.measure(model)
 
     @staticmethod
@@ -323,13 +309,13 @@ class _Batch:
     def scored(self, model: nn.Module) -> list[_Scored]:
         """Every response of the batch from one forward."""
         wanted = torch.tensor([r.whole for r in self.responses])
-        tokens = score(model, self.batch, details=True, whole=wanted)
+        tokens = score(model, self.batch, stats=DETAILS, whole=wanted)
         lengths = [len(r.completion.ids) for r in self.responses]
         kept = [n if r.whole else 0 for n, r in zip(lengths, self.responses, strict=True)]
         assert tokens.whole is not None
         whole = tokens.whole.cpu().split(kept)
-        columns = [tokens.logp.double(), tokens.entropy, tokens.top1, tokens.correct]
-        logp, entropy, top1, correct = (c.cpu() for c in columns if c is not None)
+        columns = [tokens.logp.double(), *(tokens.stats[name] for name in DETAILS)]
+        logp, entropy, top1, correct = (c.cpu() for c in columns)
         return [
             _Scored(logp[i, :n], entropy[i, :n], top1[i, :n], correct[i, :n], whole[i])
             for i, n in enumerate(lengths)

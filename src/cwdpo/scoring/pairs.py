@@ -39,8 +39,7 @@ def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | N
         reference_sum_logp=reference,
         span_sum_logp=(tokens.logp * span).sum(1),
         span_reference_sum_logp=span_reference,
-        uniform_sum_logp=None if tokens.uniform_logp is None else tokens.uniform_logp.sum(1),
-        collision_sum_logp=None if tokens.collision_logp is None else tokens.collision_logp.sum(1),
+        stats={name: values.sum(1) for name, values in tokens.stats.items()},
         token_logp=tokens.logp,
         token_mask=tokens.mask,
         token_span=span,
@@ -56,8 +55,9 @@ def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | N
 
 def select(scored: Scored, index: Tensor) -> Scored:
     """The scores of some completions."""
-    values = {name: None if v is None else v[index] for name, v in vars(scored).items()}
-    return replace(scored, **values)
+    stats = {name: values[index] for name, values in scored.stats.items()}
+    tensors = {name: value[index] for name, value in vars(scored).items() if isinstance(value, Tensor)}
+    return replace(scored, **tensors, stats=stats)
 
 
 @torch.no_grad()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.models.inputs import device_of, padded
 from cwdpo.models.vision_cache import vision_inputs
-from cwdpo.scoring.token_logp import HeadRequest, TokenScores, run, unpack
+from cwdpo.objectives.base import TokenStat
+from cwdpo.scoring.token_logp import HeadRequest, TokenScores, score_rows
 
 
 def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadRequest]:
@@ -47,15 +48,8 @@ def score(
     model: nn.Module,
     batch: PromptBatch,
     *,
-    smoothing: bool = False,
-    details: bool = False,
-    collision: bool = False,
+    stats: Iterable[str | TokenStat] = (),
+    whole: Tensor | None = None,
 ) -> TokenScores:
-    """:func:`cwdpo.scoring.score.score` with one sequence for each completion, however the model is switched.
-
-    Returns:
-        [N, C] per-token scores, C the longest completion, in nats.
-    """
-    inputs, request = lay_out(model, batch)
-    request = replace(request, smoothing=smoothing, details=details, collision=collision)
-    return unpack(run(model, inputs, request), request, [len(c.ids) for c in batch.completions])
+    """:func:`cwdpo.scoring.score.score` in plain rows, even if the model is switched to shared-prefix rows."""
+    return score_rows(model, batch, lay_out, stats, whole)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.models.shared_attention import model_family, shares_prefix
+from cwdpo.objectives.base import TokenStat
 from cwdpo.scoring import plain, shared_prefix
-from cwdpo.scoring.token_logp import HeadRequest, TokenScores, run, unpack
+from cwdpo.scoring.token_logp import HeadRequest, TokenScores, score_rows
 
 
 def score(
     model: nn.Module,
     batch: PromptBatch,
     *,
-    smoothing: bool = False,
-    details: bool = False,
-    collision: bool = False,
+    stats: Iterable[str | TokenStat] = (),
     whole: Tensor | None = None,
 ) -> TokenScores:
     """Score every completion of a batch, in shared-prefix rows where the model is switched to them.
@@ -28,9 +26,8 @@ def score(
     Args:
         model: a causal vision-language model, bare or wrapped.
         batch: B prompts with N completions.
-        smoothing: also the mean log-probability over the vocabulary (``sft_smoothed``).
-        details: also entropy, top-1 probability and correctness.
-        collision: also the log-probability that two draws of a token agree (``wpo``).
+        stats: further statistics of every token: names of :data:`cwdpo.scoring.token_stats.TOKEN_STATS`, or functions
+            like those.
         whole: [N] True for completions whose log-probabilities over the vocabulary are kept; only without gradient
             and for few, since they are the tensor that scoring avoids.
 
@@ -40,11 +37,7 @@ def score(
     Raises:
         ModelError: a prompt that this family would score silently wrong.
     """
-    inputs, request = _lay_out(model, batch)
-    lengths = [len(c.ids) for c in batch.completions]
-    tokens = None if whole is None else whole.repeat_interleave(torch.tensor(lengths))
-    request = replace(request, smoothing=smoothing, details=details, collision=collision, whole=tokens)
-    return unpack(run(model, inputs, request), request, lengths)
+    return score_rows(model, batch, _lay_out, stats, whole)
 
 
 def row_tokens(batch: PromptBatch, *, shared: bool) -> tuple[int, int]:

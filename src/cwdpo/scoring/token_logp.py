@@ -7,17 +7,20 @@ token. The model is called as it is, so wrappers (peft, DDP, FSDP) see an ordina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import ModelError
 from cwdpo.models.inputs import unwrapped
+from cwdpo.objectives.base import TokenStat
+from cwdpo.scoring.token_stats import resolve
 
 CHUNK_VALUES = 1 << 24
 """Most values of one chunk of logits: 2^24 fp32 values are 64 MiB."""
@@ -30,22 +33,14 @@ class TokenScores:
     Attributes:
         logp: [N, C] log-probability of each token in nats, 0 where padded; carries the gradient.
         mask: [N, C] True on completion tokens.
-        uniform_logp: [N, C] mean over the vocabulary of the log-probabilities (for label smoothing);
-            carries the gradient.
-        collision_logp: [N, C] log-probability that two draws of the token agree, detached; where asked.
-        entropy: [N, C] in nats, detached; with ``top1`` (largest probability) and ``correct``
-            (whether that was the token) only where details were asked, else ``None``.
+        stats: by name, [N, C]: the statistics that were asked for, 0 where padded.
         whole: [W, V] log-probabilities over the vocabulary, detached, of the tokens of completions that were asked
             for, completion by completion; else ``None``.
     """
 
     logp: Tensor
     mask: Tensor
-    uniform_logp: Tensor | None = None
-    collision_logp: Tensor | None = None
-    entropy: Tensor | None = None
-    top1: Tensor | None = None
-    correct: Tensor | None = None
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
     whole: Tensor | None = None
 
 
@@ -56,34 +51,23 @@ class HeadRequest:
     Attributes:
         rows, positions: [M] where each predicting hidden state stands in the [rows, length] batch.
         targets: [M] the token each of them must predict.
-        smoothing: also the mean log-probability over the vocabulary.
-        details: also entropy, top-1 probability and correctness (no gradient).
-        collision: also ``log sum over the vocabulary of p^2`` (no gradient), for WPO.
+        stats: further statistics of each token, by name, see :mod:`cwdpo.scoring.token_stats`.
         whole: [M] True where the log-probabilities over the vocabulary are wanted themselves (for divergences on
-            few tokens; without gradient). They are put into ``found``, part by part.
+            few tokens; without gradient). They are put into ``distributions``, chunk by chunk.
     """
 
     rows: Tensor
     positions: Tensor
     targets: Tensor
-    smoothing: bool = False
-    details: bool = False
-    collision: bool = False
+    stats: Mapping[str, TokenStat] = field(default_factory=dict)
     whole: Tensor | None = None
-    found: list[Tensor] = field(default_factory=list)
+    distributions: list[Tensor] = field(default_factory=list)
 
 
-def _token_stats(logp: Tensor, targets: Tensor, request: HeadRequest) -> Tensor:
-    """[M, columns] from log-probabilities over the vocabulary [M, V] and the tokens [M]; see :func:`unpack`."""
+def _columns(logp: Tensor, targets: Tensor, request: HeadRequest) -> Tensor:
+    """[M, 1 + statistics] from log-probabilities over the vocabulary [M, V] and the tokens [M]; see :func:`unpack`."""
     columns = [logp.gather(-1, targets[:, None])[:, 0]]
-    if request.smoothing:
-        columns.append(logp.mean(-1))
-    if request.collision:
-        columns.append((2 * logp.detach()).logsumexp(-1))
-    if request.details:
-        fixed = logp.detach()
-        top1, best = fixed.max(-1)
-        columns += [-(fixed.exp() * fixed).sum(-1), top1.exp(), (best == targets).to(fixed.dtype)]
+    columns += [stat(logp, targets) for stat in request.stats.values()]
     return torch.stack(columns, dim=-1)
 
 
@@ -98,8 +82,8 @@ def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor, request: Hea
     def one(part: Tensor, wanted: Tensor, kept: Tensor | None = None) -> Tensor:
         logp = head(part).float().log_softmax(-1)
         if kept is not None:
-            request.found.append(logp[kept].detach())
-        return _token_stats(logp, wanted, request)
+            request.distributions.append(logp[kept].detach())
+        return _columns(logp, wanted, request)
 
     if len(selected) <= size:
         return one(*columns)
@@ -156,6 +140,25 @@ def scoring_head(model: nn.Module, request: HeadRequest) -> Iterator[None]:
             head.forward = hooked
 
 
+def score_rows(
+    model: nn.Module,
+    batch: PromptBatch,
+    lay_out: Callable[[nn.Module, PromptBatch], tuple[dict[str, Any], HeadRequest]],
+    stats: Iterable[str | TokenStat] = (),
+    whole: Tensor | None = None,
+) -> TokenScores:
+    """Call the model on rows as ``lay_out`` makes them, and read its head; the body of every way of scoring.
+
+    Args:
+        stats, whole: see :func:`cwdpo.scoring.score.score`.
+    """
+    inputs, request = lay_out(model, batch)
+    lengths = [len(c.ids) for c in batch.completions]
+    tokens = None if whole is None else whole.repeat_interleave(torch.tensor(lengths))
+    request = replace(request, stats=resolve(stats), whole=tokens)
+    return unpack(run(model, inputs, request), request, lengths)
+
+
 def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Tensor:
     """Call the model with its head answering ``request``: [M, columns]."""
     with scoring_head(model, request):
@@ -173,8 +176,5 @@ def unpack(stats: Tensor, request: HeadRequest, lengths: list[int]) -> TokenScor
     for column in stats.unbind(-1):
         columns.append(column.new_zeros(n, longest).masked_scatter(mask, column))
     logp, *rest = columns
-    uniform = rest.pop(0) if request.smoothing else None
-    collision = rest.pop(0) if request.collision else None
-    entropy, top1, correct = rest if request.details else (None, None, None)
-    whole = None if request.whole is None else torch.cat(request.found)
-    return TokenScores(logp, mask, uniform, collision, entropy, top1, correct, whole)
+    whole = None if request.whole is None else torch.cat(request.distributions)
+    return TokenScores(logp, mask, dict(zip(request.stats, rest, strict=True)), whole)

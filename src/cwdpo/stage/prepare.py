@@ -1,4 +1,8 @@
-"""What every preference run needs before its first step: usable examples, reference values, a calibration."""
+"""From examples to rows that a stage can train on: encode, score with the reference, filter, calibrate.
+
+Every road to a first step goes through here: a stage on fixed negatives, each round of a stage on sampled ones, and
+the front for users of TRL.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -18,83 +22,77 @@ from cwdpo.errors import DataError, ModelError
 from cwdpo.models.sample import sample
 from cwdpo.models.shared_attention import Scoring, shares_prefix, use_scoring
 from cwdpo.objectives.base import Objective
-from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.records import Example
 from cwdpo.scoring import plain
 from cwdpo.scoring.score import score
+from cwdpo.stage.reference import stored_reference_pass
+from cwdpo.stage.stage import Stage
 
 logger = logging.getLogger("cwdpo")
 MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
 """Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 up."""
 
 
-def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
-    """The precision of the training step, for everything that is compared with it.
-
-    The Trainer casts only its own forward: a reference scored without this would differ from the policy
-    before anything is learned.
-    """
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
-
-
-@torch.no_grad()
-def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
-    """Compare shared-prefix with plain scoring on one prompt before anything relies on it.
-
-    Families are known by their type, and what a release of transformers does with it may change. Where the two
-    differ, ``auto`` goes on in plain rows, with a line in the log.
+def prepare(stage: Stage) -> list[EncodedExample]:
+    """Rows of a stage whose negatives are fixed, and its objective calibrated.
 
     Raises:
-        ModelError: they differ, and ``model.scoring`` is ``shared_prefix``.
+        DataError: too many examples cannot be used, or none is left.
     """
-    if not shares_prefix(model):
-        return
-    found = encoder.encode_all(encoder.readable(examples, 1), "rejected", require_negative=False)[0]
-    if not found:
-        return  # what is wrong with the data is said where it is trained on
-    batch = collate(found)
-    was_training = model.training
-    model.eval()
-    wanted, ours = plain.score(model, batch).logp, score(model, batch).logp
-    model.train(was_training)
-    rounded = wanted.dtype != torch.float32 or torch.is_autocast_enabled(wanted.device.type)
-    rounded = rounded or next(model.parameters()).dtype != torch.float32
-    difference = float((ours - wanted).abs().mean())
-    if not bool(wanted.isfinite().all()) or difference <= (MOST_ROUNDED if rounded else MOST_EXACT):
-        return
-    told = f"it gives other log-probabilities than plain scoring here (by {difference:.2g} nats per token)"
-    if scoring == "shared_prefix":
-        raise ModelError(f"model.scoring: shared_prefix is not possible: {told}; set it to auto or plain")
-    logger.warning("scoring is plain, one full sequence per completion: %s", told)
-    use_scoring(model, "plain")
+    rows = keep_negatives(stage.objective, with_reference_values(stage, encode(stage, stage.examples)))
+    kept = {row.id for row in rows}
+    calibrate(stage, [e for e in stage.examples if e.id in kept])
+    return rows
 
 
-def encode_usable(
-    encoder: Encoder,
-    examples: Sequence[Example],
-    objective: Objective,
-    negatives: Literal["gentle", "rejected"],
-    max_bad_fraction: float,
-) -> tuple[list[EncodedExample], list[str]]:
-    """Encode examples; the second list says what was left out and why.
+def encode(
+    stage: Stage, examples: Sequence[Example], part: str = "", *, need_negative: bool | None = None
+) -> list[EncodedExample]:
+    """Encode examples; what cannot be used goes to ``problems.jsonl``.
+
+    Args:
+        part: of the stage, for ``problems.jsonl``.
+        need_negative: leave out examples without a negative; default: as the objective needs.
 
     Raises:
-        DataError: more than ``max_bad_fraction`` of them cannot be used, or none is left.
+        DataError: more than ``data.max_bad_fraction`` of them cannot be used, or none is left.
     """
+    needed = stage.objective.needs_negatives if need_negative is None else need_negative
     if not examples:
         raise DataError(
             "no example is left to train on: the data has no row for this stage with "
-            f"{'a negative' if objective.needs_negatives else 'a response'}; look at data.stage1_fraction and negatives"
+            f"{'a negative' if needed else 'a response'}; look at data.stage1_fraction and negatives"
         )
-    encoded, problems = encoder.encode_all(examples, negatives, require_negative=objective.needs_negatives)
-    if len(problems) > max_bad_fraction * len(examples) or not encoded:
+    encoded, problems = stage.encoder.encode_all(examples, stage.negatives, require_negative=needed)
+    fraction = stage.recipe.data.max_bad_fraction
+    if len(problems) > fraction * len(examples) or not encoded:
         shown = "\n  ".join(problems[:5])
         raise DataError(
             f"{len(problems)} of {len(examples)} examples cannot be used, more than data.max_bad_fraction = "
-            f"{max_bad_fraction} allows; the first:\n  {shown}\nFix the rows, or raise the fraction"
+            f"{fraction} allows; the first:\n  {shown}\nFix the rows, or raise the fraction"
         )
-    return encoded, problems
+    stage.note_problems(problems, part)
+    return encoded
+
+
+def with_reference_values(
+    stage: Stage, encoded: Sequence[EncodedExample], model: nn.Module | None = None
+) -> list[EncodedExample]:
+    """Rows with the reference's sums; unchanged if the objective uses none.
+
+    Args:
+        model: the reference; default: the stage's, which is the policy before it trains.
+    """
+    if not stage.objective.needs_reference:
+        return list(encoded)
+    stage.listener.phase(f"{stage.name}: reference pass over {len(encoded)} prompts")
+    reference = model or stage.reference_model or stage.policy.model
+    train = stage.recipe.train
+    folder = Path(train.reference_cache) if train.reference_cache else None
+    with stage.autocast(reference):
+        return stored_reference_pass(
+            reference, encoded, stage.run, batch_size=train.batch_size, bf16=train.bf16, folder=folder
+        )
 
 
 def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
@@ -108,7 +106,7 @@ def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> 
         negatives = tuple(
             c
             for c in example.negatives
-            if c.reference_sum_logp is None or objective.keeps(c.reference_sum_logp / len(c.ids))
+            if c.reference_mean_logp is None or objective.keeps(c.reference_mean_logp)
         )
         if negatives or not objective.needs_negatives:
             kept.append(replace(example, negatives=negatives))
@@ -117,25 +115,70 @@ def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> 
     return kept
 
 
-def reference_mean_logps(
-    reference: nn.Module,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    n: int,
-    max_new_tokens: int,
-    seed: int,
-) -> list[float]:
-    """mean_logp (nats per token) of ``n`` samples that the reference draws for prompts drawn by ``seed``.
+def calibrate(stage: Stage, prompts: Sequence[Example]) -> None:
+    """Replace the ``auto`` settings of the objective in force, from samples of the reference.
 
-    Every process must cool alike, to the last bit: the first one's values count.
+    Values and the mean_logps that they come from are stored in the run; a resumed run uses those.
     """
-    order = random.Random(seed).sample(range(len(examples)), len(examples))  # files may be sorted
-    repeated = [examples[order[i % len(order)]] for i in range(n)]
-    samples = sample(reference, encoder, repeated, max_new_tokens=max_new_tokens, seed=seed)
+    if not stage.objective.needs_calibration:
+        return
+    name = "calibration.json" if stage.name == "stage2" else f"calibration-{stage.name}.json"
+    stored = stage.run.json(name).get("mean_logps") if stage.resume else None
+    mean_logps = stored or reference_mean_logps(stage, prompts)
+    stage.in_force.objective = stage.objective.calibrated(mean_logps)
+    if not stored:
+        stage.run.write_json(name, {**calibration_row(stage.objective, mean_logps), "mean_logps": mean_logps})
+
+
+def calibration_row(objective: Objective, mean_logps: Sequence[float]) -> dict[str, float]:
+    """The settings that calibration may find, and the number of samples."""
+    return {**{name: getattr(objective, name) for name in objective.calibrates}, "n": len(mean_logps)}
+
+
+def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float]:
+    """mean_logp (nats per token) of samples that the reference draws for prompts drawn by the recipe's seed.
+
+    All processes must cool alike to the last bit, so those of the first process count.
+    """
+    settings, seed = stage.recipe.calibration, stage.recipe.seed
+    reference = stage.reference_model or stage.policy.model
+    order = random.Random(seed).sample(range(len(prompts)), len(prompts))  # files may be sorted
+    repeated = [prompts[order[i % len(order)]] for i in range(settings.samples)]
+    with stage.autocast(reference):
+        samples = sample(
+            reference, stage.encoder, repeated, max_new_tokens=settings.max_new_tokens, seed=seed
+        )
     mean_logps = [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
     return list(broadcast_object_list([mean_logps])[0])
 
 
-def wants_calibration(objective: Objective) -> bool:
-    """Whether floor or tau is still ``auto``."""
-    return isinstance(objective, CwDpo) and objective.needs_calibration
+@torch.no_grad()
+def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
+    """Compare shared-prefix with plain scoring on one prompt before anything relies on it.
+
+    Families are known by their type, and what a release of transformers does with it may change. Where the two
+    differ, ``auto`` falls back to plain rows, with a line in the log.
+
+    Raises:
+        ModelError: they differ, and ``model.scoring`` is ``shared_prefix``.
+    """
+    if not shares_prefix(model):
+        return
+    encoded = encoder.encode_all(encoder.readable(examples, 1), "rejected", require_negative=False)[0]
+    if not encoded:
+        return  # encode() reports what is wrong with the data
+    batch = collate(encoded)
+    was_training = model.training
+    model.eval()
+    wanted, ours = plain.score(model, batch).logp, score(model, batch).logp
+    model.train(was_training)
+    rounded = wanted.dtype != torch.float32 or torch.is_autocast_enabled(wanted.device.type)
+    rounded = rounded or next(model.parameters()).dtype != torch.float32
+    difference = float((ours - wanted).abs().mean())
+    if not bool(wanted.isfinite().all()) or difference <= (MOST_ROUNDED if rounded else MOST_EXACT):
+        return
+    problem = f"it gives other log-probabilities than plain scoring here (by {difference:.2g} nats per token)"
+    if scoring == "shared_prefix":
+        raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
+    logger.warning("scoring is plain, one full sequence per completion: %s", problem)
+    use_scoring(model, "plain")

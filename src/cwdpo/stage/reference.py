@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, with_reference
+from cwdpo.data.encode.encoder import EncodedExample, with_reference
 from cwdpo.errors import NonFiniteError, ReferenceCacheError
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
@@ -55,7 +55,7 @@ def stored_reference_pass(
     """
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
-    keys = [row_keys(digest, e.prompt, completions_of(e)) for e in examples]
+    keys = [row_keys(digest, e.prompt, e.completions) for e in examples]
     rounded = bf16 or next(model.parameters()).dtype != torch.float32
     cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=rounded)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
@@ -83,11 +83,6 @@ def stored_reference_pass(
         with_reference(example, [_known(cache, key) for key in own])
         for example, own in zip(examples, keys, strict=True)
     ]
-
-
-def completions_of(example: EncodedExample) -> tuple[EncodedCompletion, ...]:
-    """Chosen, then the negatives."""
-    return (example.chosen, *example.negatives)
 
 
 def _opened(
@@ -134,7 +129,7 @@ def _missing(
     wanted: list[EncodedExample] = []
     names: list[list[bytes]] = []
     for example, own in zip(examples, keys, strict=True):
-        lacking = [(k, c) for k, c in zip(own, completions_of(example), strict=True) if cache.get(k) is None]
+        lacking = [(k, c) for k, c in zip(own, example.completions, strict=True) if cache.get(k) is None]
         if lacking:
             first, *rest = (c for _, c in lacking)
             wanted.append(replace(example, chosen=first, negatives=tuple(rest)))
@@ -151,7 +146,7 @@ def _missing(
 def _finite_values(example: EncodedExample) -> list[Value]:
     """(sum_logp, span_sum_logp) of chosen, then of each negative."""
     values: list[Value] = []
-    for completion in completions_of(example):
+    for completion in example.completions:
         total, span = completion.reference_sum_logp, completion.reference_span_sum_logp
         assert total is not None
         assert span is not None
@@ -181,7 +176,7 @@ def _check_canaries(
     for i in stored[:: max(1, len(stored) // CANARIES)][:CANARIES]:
         now = _finite_values(reference_pass(model, [examples[i]])[0])
         old = [_known(cache, key) for key in keys[i]]
-        wrong = differs(old, now, [len(c.ids) for c in completions_of(examples[i])], rounded=rounded)
+        wrong = differs(old, now, [len(c.ids) for c in examples[i].completions], rounded=rounded)
         if wrong is not None:
             raise ReferenceCacheError(
                 f"{cache.folder}: stale: of example {examples[i].id}, response {wrong}, it holds the log-likelihood "

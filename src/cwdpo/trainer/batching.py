@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,15 +15,21 @@ _GROUP = 50  # micro-batches among whose rows a batch's companions are found
 
 
 def row_lengths(example: EncodedExample, *, shared: bool) -> tuple[int, int]:
-    """(number of rows, tokens of the longest) that an example adds to a micro-batch.
+    """(number of rows, tokens of the longest) that an example adds to a micro-batch."""
+    rows = example.row_tokens(shared=shared)
+    return len(rows), max(rows)
 
-    One row with all completions in shared-prefix scoring; a row for each completion in plain scoring.
+
+def optimizer_steps(steps: int | None, epochs: float, batches: int, accumulation: int) -> int:
+    """Optimizer steps of a stage, as transformers counts them.
+
+    Args:
+        steps: the number that was asked for; wins over ``epochs``.
+        epochs: passes over the data.
+        batches: micro-batches of a pass on one process.
+        accumulation: micro-batches of an optimizer step.
     """
-    completions = [len(c.ids) for c in (example.chosen, *example.negatives)]
-    prompt = len(example.prompt.input_ids)
-    if shared:
-        return 1, prompt + sum(completions)
-    return len(completions), prompt + max(completions)
+    return steps or math.ceil(epochs * max(math.ceil(batches / accumulation), 1))
 
 
 class LengthGrouped(Sampler[int]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,8 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
     a kill at any instant leaves the last complete checkpoint.
 
     Attributes:
-        before_checkpoint: called on the process that saves, before the new name appears; what the checkpoint
-            counts on (logged rows) must be on disk by then.
+        before_checkpoint: called on the process that saves, before the new name appears, to have everything on disk
+            that a resumed run expects beside the checkpoint (logged rows).
         add_to_checkpoint: called on every process with the folder that is being written, to add files to it.
     """
 
@@ -82,3 +83,17 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
 def _written_at(checkpoint: Path) -> tuple[int, str]:
     state = checkpoint / "trainer_state.json"
     return (state.stat().st_mtime_ns if state.is_file() else 0, checkpoint.name)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete ``checkpoint-N`` of a stage (its trainer state is written last)."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """Step of a checkpoint; -1 for none."""
+    if checkpoint is None:
+        return -1
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])

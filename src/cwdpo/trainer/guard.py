@@ -33,8 +33,8 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One micro-batch of the step in hand."""
+class MicroBatch:
+    """One micro-batch of the current step, with its loss."""
 
     batch: PromptBatch
     pairs: ScoredPairs
@@ -84,7 +84,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         self.norms: list[float] = []
         self.skipped = 0
         self._spike = False
-        self._seen: list[Seen] = []
+        self._seen: list[MicroBatch] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Take up the window of a resumed run; refuse to start from weights that are not finite."""
@@ -95,7 +95,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             (self.folder / FILE).unlink(missing_ok=True)
         self._check_parameters(model, list(model.named_parameters()), state.global_step)
 
-    def saw(self, model: nn.Module, seen: Seen, step: int) -> None:
+    def check_loss(self, model: nn.Module, seen: MicroBatch, step: int) -> None:
         """Check the loss of one micro-batch of ``step``; all processes call this together.
 
         Raises:
@@ -123,9 +123,9 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(norm):
             self._stop("gradient", _named(model.named_parameters(), lambda p: p.grad), step)
         if self.spike_factor is not None:
-            self._weigh(float(norm), step)
+            self._check_spike(float(norm), step)
 
-    def _weigh(self, norm: float, step: int) -> None:
+    def _check_spike(self, norm: float, step: int) -> None:
         assert self.spike_factor is not None
         usual = median(self.norms) if len(self.norms) >= self.spike_window else 0.0
         self._spike = usual > 0 and norm > self.spike_factor * usual

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -13,46 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch
-from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedExample, EncodedPrompt
 from cwdpo.errors import DataError, ModelError, RecipeError
-
-
-def first_rows(batch: PromptBatch, n: int) -> PromptBatch:
-    """The first ``n`` prompts of a batch with their completions and pairs; ``n`` may be 0.
-
-    accelerate fills the last batches of an epoch with rows from its start, so that every process has as
-    many batches. Kept, these rows would weigh twice.
-    """
-    pairs = batch.pair_prompt < n
-    own = batch.completion_prompt < n
-    moved = own.cumsum(0) - 1
-    return PromptBatch(
-        batch.example_ids[:n],
-        batch.prompts[:n],
-        tuple(c for c, kept in zip(batch.completions, own.tolist(), strict=True) if kept),
-        batch.completion_prompt[own],
-        moved[batch.chosen[:n]],
-        moved[batch.rejected[pairs]],
-        batch.pair_prompt[pairs],
-    )
-
-
-def with_silent_row(batch: PromptBatch, prompt: EncodedPrompt) -> PromptBatch:
-    """The batch and one more prompt with one token behind it, which nothing refers to.
-
-    Its log-probability takes part in no sum: loss and metrics stay, and the gradients that flow back through
-    the row are zeros. What the row passes through (a vision tower) is called in forward and backward.
-    """
-    silent = EncodedCompletion(
-        prompt.input_ids[-1:], span=(0, 1), reference_sum_logp=0.0, reference_span_sum_logp=0.0
-    )
-    index = batch.completion_prompt.new_tensor([len(batch.prompts)])
-    return replace(
-        batch,
-        prompts=(*batch.prompts, prompt),
-        completions=(*batch.completions, silent),
-        completion_prompt=torch.cat([batch.completion_prompt, index]),
-    )
 
 
 def together(
@@ -77,7 +38,7 @@ def together(
     """
     error, loaded = "", list(batches)
     try:
-        loaded = [_loaded(batch) for batch in batches]
+        loaded = [batch.loaded() for batch in batches]
     except DataError as problem:
         error = str(problem)
     pictured = [not error and any(p.images for p in batch.prompts) for batch in loaded]
@@ -87,7 +48,7 @@ def together(
         raise DataError("; ".join(dict.fromkeys(text for text in gather_object([error]) if text)))
     return [
         # Without an image where nobody has one: the vision tower stays without a gradient, as in one process.
-        with_silent_row(batch, _silent_prompt(examples, bool(others)))
+        batch.with_silent_row(_silent_prompt(examples, bool(others)))
         if not batch.prompts or (sharded and others and not own)
         else batch
         for batch, own, others in zip(loaded, pictured, anywhere, strict=True)
@@ -101,17 +62,8 @@ def _silent_prompt(examples: Sequence[EncodedExample], pictured: bool) -> Encode
     for example in examples:
         with contextlib.suppress(DataError):  # what cannot be read is reported where it is trained on
             if example.prompt.images:
-                return _held(example.prompt)
+                return example.prompt.loaded()
     raise AssertionError("another process has an image of the same data")
-
-
-def _loaded(batch: PromptBatch) -> PromptBatch:
-    return replace(batch, prompts=tuple(_held(prompt) for prompt in batch.prompts))
-
-
-def _held(prompt: EncodedPrompt) -> EncodedPrompt:
-    images = prompt.images
-    return replace(prompt, load_images=lambda: images)
 
 
 class Unsharded:

@@ -1,4 +1,4 @@
-"""A copy of the trained weights in host memory: to go back to, or to look through for a moment."""
+"""A copy of the trained weights in host memory, to return to or to put in force for a moment."""
 
 from __future__ import annotations
 
@@ -41,13 +41,22 @@ class Weights:
 
     @contextmanager
     def in_force(self, model: nn.Module) -> Iterator[None]:
-        """While active, the model has these weights."""
-        now = Weights.of(model)
-        self.put_into(model)
+        """While active, the model has these weights; afterwards its own again, to the last bit.
+
+        Both change places one parameter at a time, so that no second copy is needed.
+        """
+        self._exchange(model)
         try:
             yield
         finally:
-            now.put_into(model)
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for name, parameter in _trained(model).items():
+            now = parameter.to("cpu", copy=True)
+            parameter.copy_(self.values[name])
+            self.values[name] = now
 
     def save(self, path: Path) -> None:
         """Write the copy as safetensors."""

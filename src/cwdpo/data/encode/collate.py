@@ -58,6 +58,63 @@ class PromptBatch:
         """Prompts with at least one negative."""
         return int(self.pair_prompt.unique().numel())
 
+    def keep_pairs(self, keep: Sequence[bool]) -> PromptBatch:
+        """The batch with some of its P pairs; every prompt and chosen response stays."""
+        if all(keep):
+            return self
+        pairs = torch.tensor(keep, device=self.rejected.device)
+        out = torch.ones(len(self.completions), dtype=torch.bool, device=pairs.device)
+        out[self.rejected[~pairs]] = False
+        moved = out.cumsum(0) - 1  # the new index of each completion that stays
+        return replace(
+            self,
+            completions=tuple(c for c, kept in zip(self.completions, out.tolist(), strict=True) if kept),
+            completion_prompt=self.completion_prompt[out],
+            chosen=moved[self.chosen],
+            rejected=moved[self.rejected[pairs]],
+            pair_prompt=self.pair_prompt[pairs],
+        )
+
+    def first_prompts(self, n: int) -> PromptBatch:
+        """The first ``n`` prompts with their completions and pairs; ``n`` may be 0."""
+        pairs = self.pair_prompt < n
+        kept = self.completion_prompt < n
+        moved = kept.cumsum(0) - 1
+        return PromptBatch(
+            self.example_ids[:n],
+            self.prompts[:n],
+            tuple(c for c, stays in zip(self.completions, kept.tolist(), strict=True) if stays),
+            self.completion_prompt[kept],
+            moved[self.chosen[:n]],
+            moved[self.rejected[pairs]],
+            self.pair_prompt[pairs],
+        )
+
+    def with_silent_row(self, prompt: EncodedPrompt) -> PromptBatch:
+        """The batch and one more prompt with a completion of one token, which no index refers to.
+
+        Its log-probability takes part in no sum: loss and metrics stay, and the gradients that flow back through
+        the row are zeros. What the row passes through (a vision tower) is called in forward and backward.
+        """
+        silent = EncodedCompletion(
+            prompt.input_ids[-1:], span=(0, 1), reference_sum_logp=0.0, reference_span_sum_logp=0.0
+        )
+        index = self.completion_prompt.new_tensor([len(self.prompts)])
+        return replace(
+            self,
+            prompts=(*self.prompts, prompt),
+            completions=(*self.completions, silent),
+            completion_prompt=torch.cat([self.completion_prompt, index]),
+        )
+
+    def loaded(self) -> PromptBatch:
+        """The batch with the images of its prompts in memory.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        return replace(self, prompts=tuple(prompt.loaded() for prompt in self.prompts))
+
 
 def collate(examples: Sequence[EncodedExample]) -> PromptBatch:
     """Gather encoded examples into one batch."""
@@ -71,7 +128,7 @@ def collate(examples: Sequence[EncodedExample]) -> PromptBatch:
         rejected.extend(len(completions) + 1 + k for k in range(len(example.negatives)))
         pair_prompt.extend([prompt] * len(example.negatives))
         completion_prompt.extend([prompt] * (1 + len(example.negatives)))
-        completions.extend((example.chosen, *example.negatives))
+        completions.extend(example.completions)
     return PromptBatch(
         tuple(e.id for e in examples),
         tuple(e.prompt for e in examples),

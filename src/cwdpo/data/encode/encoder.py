@@ -43,6 +43,15 @@ class EncodedPrompt:
         """The vision tower's inputs; decoded again where they no longer lie in the encoder's cache."""
         return self.load_images()
 
+    def loaded(self) -> EncodedPrompt:
+        """The prompt with its images in memory.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        images = self.images
+        return replace(self, load_images=lambda: images)
+
 
 @dataclass(frozen=True)
 class EncodedCompletion:
@@ -61,6 +70,11 @@ class EncodedCompletion:
     reference_span_sum_logp: float | None = None
     reward_margin: float | None = None
 
+    @property
+    def reference_mean_logp(self) -> float | None:
+        """Nats per token under the reference; ``None`` before the reference pass."""
+        return None if self.reference_sum_logp is None else self.reference_sum_logp / len(self.ids)
+
 
 @dataclass(frozen=True)
 class EncodedExample:
@@ -72,10 +86,19 @@ class EncodedExample:
     negatives: tuple[EncodedCompletion, ...] = ()
 
     @property
+    def completions(self) -> tuple[EncodedCompletion, ...]:
+        """Chosen, then the negatives."""
+        return (self.chosen, *self.negatives)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of the longest sequence: prompt plus longest completion."""
-        longest = max(len(c.ids) for c in (self.chosen, *self.negatives))
-        return len(self.prompt.input_ids) + longest
+        return len(self.prompt.input_ids) + max(len(c.ids) for c in self.completions)
+
+    def row_tokens(self, *, shared: bool) -> tuple[int, ...]:
+        """Tokens of each row that scoring lays out: one shared-prefix row, or a plain row per completion."""
+        prompt, completions = len(self.prompt.input_ids), [len(c.ids) for c in self.completions]
+        return (prompt + sum(completions),) if shared else tuple(prompt + n for n in completions)
 
 
 class Encoder:
@@ -300,6 +323,6 @@ def with_reference(example: EncodedExample, values: Sequence[tuple[float, float]
     """The example with ``(sum_logp, span_sum_logp)`` of the reference, chosen first, then each negative."""
     chosen, *negatives = (
         replace(c, reference_sum_logp=total, reference_span_sum_logp=span)
-        for c, (total, span) in zip((example.chosen, *example.negatives), values, strict=True)
+        for c, (total, span) in zip(example.completions, values, strict=True)
     )
     return replace(example, chosen=chosen, negatives=tuple(negatives))

@@ -15,14 +15,14 @@ from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.lab.bench.measure import quiet
 from cwdpo.models.shared_attention import shares_prefix
-from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.pipeline.run_stage import make_trainer
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.scoring.score import row_tokens
 from cwdpo.stage.model import load_model
-from cwdpo.stage.prepare import encode_usable, wants_calibration
+from cwdpo.stage.prepare import encode
 from cwdpo.stage.splits import prepare_data
+from cwdpo.stage.stage import Stage
 from cwdpo.trainer.trainer import PreferenceTrainer
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -79,14 +79,13 @@ def _walk(recipe: Recipe, folder: Path) -> Iterator[tuple[float, int, int, int]]
     folder.mkdir(parents=True)
     splits = prepare_data(recipe, run)
     policy = load_model(recipe, splits, run)
-    objective = recipe.stage2.build()
-    if wants_calibration(objective):
-        assert isinstance(objective, CwDpo)
-        objective = objective.calibrated([-3.0, -2.0, -1.0])  # any floor: the step costs the same
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
-    encoded, _ = encode_usable(encoder, splits.stage2, objective, "rejected", recipe.data.max_bad_fraction)
+    stage = Stage("stage2", recipe, policy, encoder, run, splits.stage2)
+    if stage.objective.needs_calibration:  # any floor: the step costs the same
+        stage.in_force.objective = stage.objective.calibrated([-3.0, -2.0, -1.0])
+    encoded = encode(stage, splits.stage2)
     encoded = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)
-    trainer = make_trainer(policy, "stage2", recipe, objective, encoded, (), run)
+    trainer = make_trainer(stage, encoded)
     policy.model.train()
     return _steps(trainer, policy.model, recipe)
 
@@ -101,7 +100,7 @@ def _steps(trainer: PreferenceTrainer, model: Any, recipe: Recipe) -> Iterator[t
         loader.set_epoch(epoch)
         for inputs in loader:
             began = time.perf_counter()
-            totals = trainer._get_num_items_in_batch([inputs], model.device)
+            totals = trainer.prepare_step([inputs])
             trainer.training_step(model, inputs, totals)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

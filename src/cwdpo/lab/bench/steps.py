@@ -140,7 +140,7 @@ def _own_step(setting: Setting, model: Any, reference: Any, example: EncodedExam
     def step() -> float:
         now = referenced() if setting.reference == "live" else known
         inputs = {"batch": collate([now])}
-        totals = trainer._get_num_items_in_batch([inputs], model.device)
+        totals = trainer.prepare_step([inputs])
         return float(trainer.training_step(model, inputs, totals))
 
     return step

@@ -1,0 +1,67 @@
+"""A row of ``rounds.jsonl``: what was asked of a round, what became of it, and some pairs to look at."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.records import Example
+
+FILE = "rounds.jsonl"
+_SHOWN = 12
+"""Pairs of a round that its row keeps for the report."""
+
+
+def negatives_by_origin(rows: Sequence[EncodedExample]) -> dict[str, dict[str, float | None]]:
+    """Of the negatives of each origin: ``n``, ``share``, and the mean of their reference mean_logps, nats per token.
+
+    Rows that repeat an example count once.
+    """
+    means: dict[str, list[float | None]] = defaultdict(list)
+    for example in {e.id: e for e in rows}.values():
+        for c in example.negatives:
+            means[c.origin].append(c.reference_mean_logp)
+    n = sum(map(len, means.values()))
+    counted: dict[str, dict[str, float | None]] = {}
+    for origin, values in sorted(means.items()):
+        known = [v for v in values if v is not None]
+        mean = sum(known) / len(known) if known else None
+        counted[origin] = {"n": len(values), "share": len(values) / n, "reference_mean_logp": mean}
+    return counted
+
+
+def shown_pairs(examples: Sequence[Example], rng: random.Random, home: Path) -> list[dict[str, Any]]:
+    """Some pairs, as many of each origin as there are."""
+    by_origin: dict[str, list[tuple[Example, int]]] = defaultdict(list)
+    for example in examples:
+        for k, c in enumerate(example.rejected):
+            by_origin[c.origin].append((example, k))
+    shown: list[tuple[Example, int]] = []
+    for origin in sorted(by_origin):
+        pairs = by_origin[origin]
+        shown += rng.sample(pairs, min(len(pairs), _SHOWN // len(by_origin)))
+    return [
+        {
+            "id": e.id,
+            "image": _place(e, home),
+            "chosen": e.chosen.text,
+            "chosen_origin": e.chosen.origin,
+            "rejected": e.rejected[k].text,
+            "origin": e.rejected[k].origin,
+            "kind": e.rejected[k].kind,
+            "made": {key: v for key, v in e.rejected[k].made.items() if isinstance(v, str | int | float)},
+        }
+        for e, k in shown
+    ]
+
+
+def _place(example: Example, home: Path) -> str | None:
+    """Path of the first picture, relative to the run folder if it lies there, so that the folder can be moved."""
+    path = example.images[0].path if example.images else None
+    if path is None:
+        return None
+    return str(path.relative_to(home) if path.is_relative_to(home) else path)

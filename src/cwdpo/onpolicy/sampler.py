@@ -1,0 +1,103 @@
+"""Who draws the samples of a round: this process, or a server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.errors import ServerError
+from cwdpo.models.sample import Decoding, sample_batch
+from cwdpo.negatives.settings import SamplerSettings
+from cwdpo.records import Example, Sample
+from cwdpo.remote import Ask, Client
+
+ANSWERS = "answers.jsonl"
+_ENOUGH = 4
+"""Prompts whose samples are all alike before a server is thought to be greedy."""
+
+
+class Sampler(Protocol):
+    """Draws the samples of one batch of prompts."""
+
+    @property
+    def together(self) -> bool:
+        """Whether every process draws a share; else the first draws all."""
+
+    def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
+        """Samples of each example; what is drawn depends on the seed, the round and the example alone."""
+
+
+class LocalSampler:
+    """Samples of a model in this process."""
+
+    together = True
+
+    def __init__(self, model: nn.Module, encoder: Encoder, settings: SamplerSettings) -> None:
+        self.model, self.encoder, self.settings = model, encoder, settings
+
+    def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
+        """Draw; one prefill per prompt."""
+        s = self.settings
+        decoding = Decoding(s.temperature, s.top_p, s.max_new_tokens)
+        keys = [f"round {round_}\0{e.id}" for e in examples]
+        drawn = sample_batch(self.model, self.encoder, examples, s.samples, decoding, seed, keys)
+        return [
+            # Rounded as it is stored: a resumed run reads the same number.
+            tuple(replace(d, mean_logp=round(d.mean_logp or 0.0, 6)) for d in own)
+            for own in drawn
+        ]
+
+
+class ServerSampler:
+    """Samples of whatever model a server holds; they tell no mean_logp.
+
+    Log-probabilities of other engines differ from those that train (vllm#12699), so none is asked for.
+    """
+
+    together = False
+
+    def __init__(self, settings: SamplerSettings, store: Path, model: str | None = None) -> None:
+        assert settings.server is not None
+        server = settings.server if model is None else settings.server.model_copy(update={"model": model})
+        self.client, self.settings = Client(server, store), settings
+
+    def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
+        """Ask; every sample is a request of its own, with a seed of its own where the server heeds it."""
+        n = self.settings.samples
+        answers = self.client.ask([self._ask(e, seed, round_, k) for e in examples for k in range(n)])
+        drawn = [Sample(a.text, a.ended) for a in answers]
+        found = [tuple(drawn[start : start + n]) for start in range(0, len(drawn), n)]
+        if n > 1 and len(found) >= _ENOUGH and all(len({d.text for d in own}) == 1 for own in found):
+            raise ServerError(
+                f"{self.client.settings.base_url}: all {n} samples of each of {len(found)} prompts are alike: the "
+                f"server ignores temperature = {self.settings.temperature:g}. transformers serve samples only with "
+                """sampler.server.extra_body: {generation_config: '{"do_sample": true, "top_k": 0}'}"""
+            )
+        return found
+
+    def _ask(self, example: Example, seed: int, round_: int, k: int) -> Ask:
+        s = self.settings
+        text = f"{seed}\0{round_}\0{example.id}\0{k}"
+        own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+        return Ask(example.prompt, example.images, s.temperature, s.top_p, s.max_new_tokens, k, own)
+
+
+def build_sampler(
+    settings: SamplerSettings, model: nn.Module, encoder: Encoder, store: Path, served: str | None = None
+) -> Sampler:
+    """The sampler that the recipe asks for.
+
+    Args:
+        model: sampled here, if no server is set.
+        store: file of a server's answers.
+        served: the model to ask the server for; default: the one of its settings.
+    """
+    if settings.server is None:
+        return LocalSampler(model, encoder, settings)
+    return ServerSampler(settings, store, served)

@@ -1,0 +1,131 @@
+"""A stage in progress: what its parts share, in one object."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from cwdpo.config import Recipe, StageSettings
+from cwdpo.data.encode.encoder import EncodedExample, Encoder, NegativeSet
+from cwdpo.models.load import Policy
+from cwdpo.models.shared_attention import shares_prefix
+from cwdpo.objectives.base import InForce, Objective
+from cwdpo.records import Example
+from cwdpo.rundir import RunDir
+from cwdpo.stage.listener import Listener
+from cwdpo.trainer.batching import TokenBatches, optimizer_steps, row_lengths
+
+if TYPE_CHECKING:
+    from cwdpo.trainer.trainer import PreferenceTrainer
+
+StageName = Literal["stage1", "stage2"]
+
+
+def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
+    """The precision of the training step, for everything that is compared with it.
+
+    The Trainer casts only its own forward: a reference scored without this would differ from the policy
+    before anything is learned.
+    """
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
+
+
+@dataclass
+class Stage:
+    """One stage of a run, from its examples to its trained policy.
+
+    Attributes:
+        name: ``stage1`` or ``stage2``.
+        recipe: of the run.
+        policy: trained in place; its weights when the stage begins are the reference.
+        encoder: of the policy's checkpoint.
+        run: where metrics, readings and checkpoints go.
+        examples: to train on, with their negatives.
+        held_out: for the probes.
+        listener: progress callbacks.
+        resume: continue from what the run folder holds of this stage.
+        reference_model: another reference than the policy itself.
+        in_force: the objective, calibrated once the stage is prepared.
+        trainer: once there is one; under FSDP2 it holds the weights.
+    """
+
+    name: StageName
+    recipe: Recipe
+    policy: Policy
+    encoder: Encoder
+    run: RunDir
+    examples: Sequence[Example] = ()
+    held_out: Sequence[Example] = ()
+    listener: Listener = field(default_factory=Listener)
+    resume: bool = False
+    reference_model: nn.Module | None = None
+    in_force: InForce = field(init=False)
+    trainer: PreferenceTrainer | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.in_force = InForce(self.settings.build())
+
+    @property
+    def settings(self) -> StageSettings:
+        """The recipe's section of this stage."""
+        return self.recipe.stage1 if self.name == "stage1" else self.recipe.stage2
+
+    @property
+    def objective(self) -> Objective:
+        """The objective in force."""
+        return self.in_force.objective
+
+    @property
+    def negatives(self) -> NegativeSet:
+        """Which of an example's negatives this stage trains on."""
+        return "gentle" if self.name == "stage1" else "rejected"
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether negatives are made anew before each round of the stage."""
+        return self.name == "stage2" and self.recipe.negatives.on_policy_fraction is not None
+
+    @property
+    def shared(self) -> bool:
+        """Whether the policy scores shared-prefix rows."""
+        return shares_prefix(self.policy.model)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Of one optimizer step over all processes."""
+        train = self.recipe.train
+        return int(train.batch_size * train.gradient_accumulation_steps * PartialState().num_processes)
+
+    def steps(self, rows: Sequence[EncodedExample | Example]) -> int:
+        """Optimizer steps of the whole stage on these rows; the Trainer counts the same number."""
+        train, processes = self.recipe.train, PartialState().num_processes
+        if train.max_tokens_per_batch is None:
+            batches = math.ceil(len(rows) / (train.batch_size * processes))
+        else:
+            lengths = [row_lengths(r, shared=self.shared) for r in rows if isinstance(r, EncodedExample)]
+            cut = TokenBatches(lengths, train.max_tokens_per_batch, self.recipe.seed, processes)
+            batches = len(cut) // processes
+        settings = self.settings
+        accumulation = train.gradient_accumulation_steps
+        return optimizer_steps(settings.steps, settings.epochs, batches, accumulation)
+
+    def autocast(self, model: nn.Module | None = None) -> torch.autocast:
+        """See :func:`autocast`; of the policy if no other model is named."""
+        return autocast(self.policy.model if model is None else model, self.recipe.train.bf16)
+
+    def whole_model(self) -> nn.Module:
+        """The policy with all of its weights, also while it trains; all processes call this together."""
+        return self.policy.model if self.trainer is None else self.trainer.whole_model()
+
+    def note_problems(self, texts: Sequence[str], part: str = "") -> None:
+        """Put what was left out into ``problems.jsonl``, in place of what stood there for this part of the stage."""
+        name = self.name + part
+        self.run.drop_stages("problems.jsonl", {name})
+        self.run.append("problems.jsonl", ({"stage": name, "problem": text} for text in texts))
