@@ -5,6 +5,7 @@ A run folder explains itself::
     recipe.yaml        the resolved recipe
     environment.json   versions, platform, command
     problems.jsonl     rows that were left out, and why
+    notes.jsonl        what else a reader should know of the data: columns that are not read, altered pictures
     calibration.json   floor and tau, and the mean_logps they came from
     reference/         log-likelihoods of the reference, as its pass goes on
     pool.jsonl         samples of the policy by round, as they are drawn (only with on-policy negatives)
@@ -222,7 +223,7 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume and (self.path / "recipe.yaml").exists():
             shutil.rmtree(self.path / "init", ignore_errors=True)
-            stale = ("calibration*.json", "problems.jsonl", "probes-*.jsonl", "stopped-*.json")
+            stale = ("calibration*.json", "problems.jsonl", "notes.jsonl", "probes-*.jsonl", "stopped-*.json")
             for leftover in [path for name in stale for path in self.path.glob(name)]:
                 leftover.unlink(missing_ok=True)
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.cli.watch import in_short
+from cwdpo.data.problems import printable
 
 
 def row_bar(name: str, total: int | None) -> tuple[Callable[[int], None], Callable[[], None]]:
@@ -59,6 +60,7 @@ def run_listener() -> tuple[Any, Callable[[], None]]:
     listener = Listener(
         readings=read,
         phase=lambda text: bar.console.print(text, markup=False),
+        note=lambda text: bar.console.print(printable(f"note: {text}"), markup=False, highlight=False),
         step=lambda stage, done, total: show(stage, done, total, "steps"),
         sampled=lambda round_, done, total: show(f"samples of round {round_}", done, total, "completions"),
     )

@@ -109,20 +109,24 @@ def refuse_unread(values: Mapping[str, Any], reads: Set[str]) -> None:
 
 def _why(key: str, value: Any, pictured: bool) -> tuple[str, str] | None:
     """What an unread column says, and what to do; ``None`` where it may be ignored."""
-    if key in MEANING:
-        said, remedy = MEANING[key]
-        return None if MEANING[key] is _WEIGHT and _all_one(value) else (f"{said}, which is not read", remedy)
-    if key == "objects" and isinstance(value, Mapping):  # ms-swift's boxes; a list of names is a metric's
+    name = key.strip().lower()
+    if name in MEANING:
+        said, remedy = MEANING[name]
+        return (
+            None if MEANING[name] is _WEIGHT and _all_one(value) else (f"{said}, which is not read", remedy)
+        )
+    if name == "objects" and isinstance(value, Mapping):  # ms-swift's boxes; a list of names is a metric's
         return f"{_PLACES[0]}, which are not read", _PLACES[1]
-    if _NUMBERED_RESPONSE.fullmatch(key):
+    if _NUMBERED_RESPONSE.fullmatch(name):
         return f"{_MORE[0]}, which is not read", _MORE[1]
     if holds_media(value):
         return (
             "a picture, film or sound, which is not read",
             "put the row's pictures into 'images', one place each",
         )
-    is_picture = key in _PICTURES or _NUMBERED_PICTURE.fullmatch(key) is not None
-    if (is_picture and not pictured) or (_NUMBERED_PICTURE.fullmatch(key) and looks_like_a_picture(value)):
+    numbered = _NUMBERED_PICTURE.fullmatch(name) is not None
+    named = numbered or name in _PICTURES or name in IMAGE_KEYS
+    if (named and not pictured) or (numbered and looks_like_a_picture(value)):
         return "a picture under a name that is not read", "call the column 'image', or 'images' for a list"
     if not pictured and looks_like_a_picture(value):
         return "the path of a picture, which is not read", "call the column 'image', or 'images' for a list"

@@ -223,7 +223,10 @@ def _remember(known: dict[K, V], key: K, value: V) -> V:
 def _lossless(image: Any) -> bytes:
     """A decoded picture as bytes, without loss; of modes that neither PNG nor TIFF keeps (CMYK, HSV, ...) as RGB."""
     if is_deep(image):
-        kind = "TIFF"
+        kind, image = (
+            "TIFF",
+            image.convert("I") if image.mode == "I;16N" else image,
+        )  # which TIFF does not know
     elif image.mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         kind = "PNG"
     else:

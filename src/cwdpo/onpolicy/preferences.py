@@ -93,7 +93,10 @@ def make_preferences(
 
 def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     listener.phase("reading data")
-    examples = prepare_data(recipe, run).stage2
+    splits = prepare_data(recipe, run)
+    examples = splits.stage2
+    for note in splits.notes:
+        listener.note(note)
     set_seed(recipe.seed)
     listener.phase("loading the model")
     policy = load_policy(recipe.model)

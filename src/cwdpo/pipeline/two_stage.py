@@ -64,6 +64,8 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
     listener.phase("reading data")
     with state.main_process_first():  # it writes the world and the small model that the others read
         splits = prepare_data(recipe, run)
+        for note in splits.notes:
+            listener.note(note)
         set_seed(recipe.seed)
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)

@@ -529,18 +529,18 @@ def test_format_choice(folder: Path) -> None:
 
 
 def test_the_rows_of_the_docs_are_read(folder: Path) -> None:
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     picture(folder / "a.png")
     found: set[str] = set()
     for part in text.split("<!-- rows -->")[1].split("<!-- end rows -->")[0].split("\n**`")[1:]:
         name = part.split("`")[0]
-        for line in part.split("```json\n")[1].split("\n```")[0].splitlines():
-            row = json.loads(line)
-            assert find_format("auto", frozenset(row), "docs").name == name
-            example = only(read(folder, row))
+        rows = [json.loads(line) for line in part.split("```json\n")[1].split("\n```")[0].splitlines()]
+        for group in [rows] if name == "kto" else [[row] for row in rows]:
+            assert find_format("auto", frozenset(group[0]), "docs").name == name
+            example = only(read(folder, *group))
             assert None in example.prompt[0].parts
             assert example.chosen.text.startswith("a cat")
             assert [n.text for n in example.rejected] == ([] if name == "captions" else ["a dog"])
         found.add(name)
     assert found <= set(FORMATS.names())
-    assert found >= {"trl", "captions", "llamafactory", "ms_swift", "rlaifv", "povid", "vlfeedback"}
+    assert found >= {"trl", "captions", "kto", "llamafactory", "ms_swift", "rlaifv", "povid", "vlfeedback"}

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from cwdpo.data.problems import RowError
+from cwdpo.data.read.packed import GZIP, kind_of, open_bytes
 from cwdpo.data.read.source import RawRow, Source, as_row
 from cwdpo.data.read.tar import tar_rows
 from cwdpo.errors import DataError
 
-GZIP = ".gz"
 LINES, LIST, TABLE, SHARD = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".tar", ".tgz")
 SUFFIXES = (*LINES, *LIST, *TABLE, *SHARD, *(one + GZIP for one in (*LINES, *LIST, ".tar")))
 _PARQUET_BATCH = 64  # rows; they may carry whole images
-
-
-def kind_of(path: Path) -> str:
-    """The suffix that says what a file holds, in lower case and without ``.gz``.
-
-    >>> kind_of(Path("train.JSONL.gz"))
-    '.jsonl'
-    """
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix == GZIP else suffix
-
-
-def bare_name(path: Path) -> str:
-    """The name without the suffixes that say what the file holds: ``train`` of ``train.jsonl.gz``."""
-    name = path.stem if path.suffix.lower() == GZIP else path.name
-    return Path(name).stem
 
 
 def file_source(path: Path) -> Source:
@@ -57,12 +39,6 @@ def file_source(path: Path) -> Source:
     raise DataError(
         f"{path}: cannot read {path.suffix or 'a file without suffix'}; allowed: {', '.join(SUFFIXES)}"
     )
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """The file, unpacked where it is a ``.gz``."""
-    packed = path.suffix.lower() == GZIP
-    return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
 
 
 def _line_rows(path: Path) -> Iterator[RawRow]:

@@ -11,7 +11,7 @@ from cwdpo.data.columns import FOR_JUDGES, present, refuse_unread
 from cwdpo.data.digests import FirstPlaces, digest8
 from cwdpo.data.formats.base import Spec, find_format
 from cwdpo.data.images import ImageFolder
-from cwdpo.data.problems import Problem, RowError, explain_problems
+from cwdpo.data.problems import Problem, RowError, explain_problems, shown
 from cwdpo.data.read.source import RawRow, Source
 from cwdpo.data.rowparts import ReadOptions, Row
 from cwdpo.errors import DataError
@@ -138,7 +138,7 @@ def _new_ids(examples: list[Example], ids: FirstPlaces) -> list[int]:
             raise RowError(
                 "duplicate-id",
                 "id",
-                f"{example.id!r} was used before, by {before}; the row was left out",
+                f"{shown(example.id)} was used before, by {before}; the row was left out",
                 "give each row its own 'id' (captions of one picture belong in one row)",
             )
     return digests

@@ -9,7 +9,7 @@ from pathlib import Path
 from cwdpo.data.facts import ImageStats
 from cwdpo.data.formats.base import Spec
 from cwdpo.data.images import CheckImages, ImageFolder
-from cwdpo.data.problems import Problem, explain_problems
+from cwdpo.data.problems import Problem, explain_problems, printable
 from cwdpo.data.read.parse import ParsedRows
 from cwdpo.data.read.rows import open_source
 from cwdpo.data.read.source import Source
@@ -88,7 +88,7 @@ def read_examples(
         detail = f"\n{explain_problems(result.problems)}" if result.problems else ""
         raise DataError(f"{source.name}: no usable row among {rows}; give a set with at least one{detail}")
     notes = [*parsed.notes(), *stats.notes()]
-    return replace(result, notes=tuple(f"{source.name}: {note}" for note in notes))
+    return replace(result, notes=tuple(printable(f"{source.name}: {note}") for note in notes))
 
 
 def _usable(parsed: ParsedRows, limit: int | None) -> ReadResult:

@@ -11,18 +11,10 @@ from typing import Any
 
 from cwdpo.data.problems import RowError, shown
 from cwdpo.data.read.dataset_info import Entry, registry_entry
-from cwdpo.data.read.files import (
-    GZIP,
-    LINES,
-    SHARD,
-    SUFFIXES,
-    TABLE,
-    bare_name,
-    file_source,
-    kind_of,
-)
+from cwdpo.data.read.files import LINES, SHARD, SUFFIXES, TABLE, file_source
 from cwdpo.data.read.hub import hub_rows, saved_rows
 from cwdpo.data.read.internvl import registry_source
+from cwdpo.data.read.packed import GZIP, bare_name, kind_of
 from cwdpo.data.read.source import RawRow, Source
 from cwdpo.errors import DataError
 

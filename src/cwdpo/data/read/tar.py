@@ -7,10 +7,11 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from cwdpo.data.columns import IMAGE_KEYS, present
 from cwdpo.data.problems import RowError, shown
+from cwdpo.data.read.packed import open_bytes
 from cwdpo.data.read.source import RawRow, as_row
 from cwdpo.errors import DataError
 
@@ -33,33 +34,66 @@ def tar_rows(path: Path) -> Iterator[RawRow]:
     """
     number = 0
     try:
-        # A stream: members are read in their order, and links and devices are not looked at.
-        with tarfile.open(path, "r|*") as archive:
-            key: str | None = None
-            members: dict[str, bytes] = {}
-            for member in archive:
-                if not member.isfile() or Path(member.name).name.startswith("."):
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if key is not None and f"{folder}/{stem}" != key:
+        with open_bytes(path) as file:
+            stream = _Watched(file)
+            # As a stream: members are read in their order, and links and devices are not looked at.
+            with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
+                for key, members in _samples(archive, path):
                     number += 1
                     yield _row(path, number, key, members)
-                    members = {}
-                key = f"{folder}/{stem}"
-                if member.size > _LARGEST:
-                    raise DataError(
-                        f"{path}: {shown(member.name)} has {member.size} bytes; allowed: {_LARGEST}"
-                    )
-                stream = archive.extractfile(member)
-                members[kind.lower()] = stream.read() if stream is not None else b""
-            if key is not None:
-                yield _row(path, number + 1, key, members)
+            stream.check_end()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(
             f"{path}: not readable as tar after row {number} ({why[:200]}); fetch it again"
         ) from None
+
+
+class _Watched:
+    """A stream that knows how it ended: ``tarfile`` takes a tar that is cut short for a shorter one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size, self._tail = file, 0, b""
+
+    def read(self, n: int) -> bytes:
+        """The next bytes."""
+        data = self._file.read(n)
+        self._size += len(data)
+        self._tail = (self._tail + data)[-tarfile.BLOCKSIZE :]
+        return data
+
+    def check_end(self) -> None:
+        """Read to the end, which is an empty block.
+
+        Raises:
+            tarfile.ReadError: it is not; or EOFError of an archive whose packing ends too early.
+        """
+        while self.read(1 << 20):
+            pass
+        if self._size % tarfile.BLOCKSIZE or len(self._tail) < tarfile.BLOCKSIZE or any(self._tail):
+            raise tarfile.ReadError("it has no end")
+
+
+def _samples(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of each sample: what follows the first dot of a name -> the bytes."""
+    last: str | None = None
+    members: dict[str, bytes] = {}
+    for member in archive:
+        if not member.isfile() or Path(member.name).name.startswith("."):
+            continue
+        folder, _, name = member.name.rpartition("/")
+        stem, _, kind = name.partition(".")
+        key = f"{folder}/{stem}"
+        if last is not None and key != last:
+            yield last, members
+            members = {}
+        last = key
+        if member.size > _LARGEST:
+            raise DataError(f"{path}: {shown(member.name)} has {member.size} bytes; allowed: {_LARGEST}")
+        stream = archive.extractfile(member)
+        members[kind.lower()] = stream.read() if stream is not None else b""
+    if last is not None:
+        yield last, members
 
 
 def _row(path: Path, number: int, key: str, members: Mapping[str, bytes]) -> RawRow:
