@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from cwdpo.dynamics.settings import DEFAULT_STOP, CurriculumSpec, ProbeSettings, StopRules
+from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
+from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, RecipeError, nearest
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
@@ -162,7 +163,9 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     probes: ProbeSettings = ProbeSettings()
-    stop: StopRules = Field(DEFAULT_STOP, description="a rule that holds ends stage 2 and takes it back")
+    stop: tuple[str, ...] = Field(
+        DEFAULT_STOP, description="rules over readings; one that holds ends stage 2 and takes it back"
+    )
     curriculum: CurriculumSpec = Field(default_factory=lambda: {"name": "steady"})
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -190,6 +193,13 @@ class Recipe(Settings):
         if not name.strip(".").strip() or not name.isprintable() or set(name) & set("/\\"):
             raise ValueError("allowed: one or more characters without slashes, the name of the run's folder")
         return name
+
+    @field_validator("stop")
+    @classmethod
+    def _rules(cls, stop: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Checked at once: a rule whose reading nobody writes would never hold."""
+        probes = info.data.get("probes")
+        return tuple(parse_rule(text, probes.extra if probes else ()).text for text in stop)
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:

@@ -17,6 +17,7 @@ from cwdpo.dynamics.settings import TYPES, ProbeSettings
 from cwdpo.errors import DataError
 from cwdpo.models.load import Policy
 from cwdpo.monitor.instruments import instruments
+from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.monitor.probe_set import (
     FEWEST,
     FEWEST_PROMPTS,
@@ -28,7 +29,8 @@ from cwdpo.monitor.probe_set import (
 )
 from cwdpo.monitor.responses import read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import normalised
-from cwdpo.probes.base import PROBES, ProbeSet, Scale
+from cwdpo.objectives.base import Scale
+from cwdpo.probes.base import PROBES
 from cwdpo.probes.repetition import repeated
 from cwdpo.records import Completion, Example, Message
 from cwdpo.rundir import RunDir, read_jsonl

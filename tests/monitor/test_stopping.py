@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from cwdpo.config import parse_recipe
-from cwdpo.dynamics.rules import ALIASES, PREFIXES, READINGS, first_violation, parse_rule
+from cwdpo.dynamics.rules import ALIASES, first_violation, parse_rule
 from cwdpo.errors import ModelError, RecipeError
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.probes.base import PROBES
@@ -74,7 +74,8 @@ def test_rules_may_name_everything_that_probes_write(model, encoder, examples) -
     from dataclasses import replace
 
     from cwdpo.monitor.influence import OneStep
-    from cwdpo.probes.base import ProbeSet, Scale
+    from cwdpo.monitor.probe_pass import ProbeSet
+    from cwdpo.objectives.base import Scale
 
     encoded = encoder.encode_all(examples[:3], "rejected", require_negative=False)[0]
     held = ProbeSet(encoded, model).at_start(Scale(floor=-1.0, tau=0.5, beta=0.3))
@@ -88,9 +89,10 @@ def test_rules_may_name_everything_that_probes_write(model, encoder, examples) -
     assert len(written) > 30
     for name in written:
         assert parse_rule(f"{name} < 0").reading == name
-    fixed = {name for name in written if not name.startswith(PREFIXES)}
-    assert fixed <= set(READINGS)
-    assert set(ALIASES.values()) <= set(READINGS)
+    declared = [one for name in PROBES.names() for one in PROBES.get(name).readings]
+    for one in declared:
+        assert any(name == one or (one.endswith("/") and name.startswith(one)) for name in written), one
+    assert all(parse_rule(f"{name} < 0") for name in ALIASES)
 
 
 # --- a stage that ends early ----------------------------------------------------------------------------
@@ -241,3 +243,26 @@ def test_weights_of_another_model_are_refused(model, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match="cannot be read"):
         Weights.load(tmp_path / "cut.safetensors", model)
+
+
+def test_a_probe_of_ones_own_is_read_and_may_stop_a_stage(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from cwdpo.probes.base import Probe\n"
+        "class Mine(Probe):\n"
+        "    readings = ('mine/gap',)\n"
+        "    scale: float = 1.0\n"
+        "    def __call__(self, held):\n"
+        "        gap = self.scale * held.mean_logp[held.of('chosen')].abs()\n"
+        "        return [held.reading('mine/gap', gap, 'nats/token')]\n"
+    )
+    spec = {"name": f"{tmp_path / 'mine.py'}:Mine", "scale": 2.0}
+    probes = {"every": 2, "prompts": 6, "types": ["shuffled"], "extra": [spec]}
+    tree = recipe([]).model_dump(mode="json") | {"probes": probes}
+    with pytest.raises(RecipeError, match=r"no reading 'mine/gap'"):
+        parse_recipe({**tree, "probes": {**probes, "extra": []}, "stop": ["mine/gap > 0"]})
+    run = train_two_stage(parse_recipe({**tree, "stop": ["mine/gap > 0"]}), tmp_path / "run")
+    mine = [r for r in run.readings() if r["name"] == "mine/gap"]
+    nll = [r for r in run.readings() if r["name"] == "nll"]
+    assert [r["step"] for r in mine] == [r["step"] for r in nll]
+    assert mine[0]["n"] == 6
+    assert run.json("stopped-stage2.json")["reading"] == "mine/gap"

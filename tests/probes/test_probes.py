@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from cwdpo.monitor.influence import OneStep
-from cwdpo.probes.base import PROBES, HeldOut, ProbeSet, Scale
+from cwdpo.monitor.probe_pass import ProbeSet
+from cwdpo.objectives.base import Scale
+from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.probes.calibration import reliability
 
 
@@ -139,7 +141,7 @@ def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(model, encoder,
 
 
 def test_divergence_is_measured_on_as_many_prompts_as_fit(model, encoder, examples, monkeypatch) -> None:
-    from cwdpo.probes import base
+    from cwdpo.monitor import probe_pass as base
 
     encoded = encoder.encode_all(examples[:4], "rejected", require_negative=False)[0]
     vocabulary = model.config.get_text_config().vocab_size

@@ -8,8 +8,9 @@ from importlib import resources
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cwdpo.dynamics.rules import THRESHOLDS
 from cwdpo.dynamics.series import Series, View
 from cwdpo.errors import RecipeError
 from cwdpo.registry import Settings, explain
@@ -32,6 +33,11 @@ class Condition(Settings):
     below: float | None = None
     after: float = Field(0.0, ge=0, le=1)
     window: int = Field(1, ge=1)
+
+    @field_validator("above", "below", mode="before")
+    @classmethod
+    def _named(cls, bound: Any) -> Any:
+        return THRESHOLDS.get(bound, bound) if isinstance(bound, str) else bound
 
     @model_validator(mode="after")
     def _one_bound(self) -> Condition:

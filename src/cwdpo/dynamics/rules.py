@@ -9,21 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwdpo.errors import RecipeError, nearest
+from cwdpo.probes.base import known_readings
 
-DEFAULT_STOP = ("chosen_delta < -0.02", "kl > 0.04")
-"""When stage 2 stops, nats per token: the alarms that came before a drop of the judged score (docs/decisions.md)."""
+CHOSEN_FALL = -0.02
+"""``delta_logp/chosen`` below this is an alarm, nats per token (measured: docs/decisions.md)."""
+KL_DRIFT = 0.04
+"""``kl`` above this is an alarm, nats per token."""
+THRESHOLDS = {"chosen_fall": CHOSEN_FALL, "kl_drift": KL_DRIFT}
+"""By the names that ``rules.yaml`` uses."""
+DEFAULT_STOP = (f"chosen_delta < {CHOSEN_FALL}", f"kl > {KL_DRIFT}")
+"""When stage 2 stops."""
 ALIASES = {"chosen_delta": "delta_logp/chosen"}
-READINGS = (
-    "delta_logp/chosen", "chosen_shift", "rejected_shift", "margin", "accuracy", "nll", "entropy", "top1",
-    "argmax_logp", "tv", "js", "kl", "ece", "cooling/cooled", "cooling/floor_gap", "cooling/tau_gap",
-    "gradient/vulnerable", "gradient/rejected_share", "length/ratio", "length/correlation", "influence/sign",
-    "influence/correlation", "influence/A", "influence/G",
-)  # fmt: skip
-"""Readings with a fixed name; those that end in a response type begin with one of :data:`PREFIXES`."""
-PREFIXES = (
-    "delta_logp/", "cooling/weight/", "cooling/origin/", "gradient/residual/", "tv/", "js/", "kl/", "repetition/",
-    "ended/", "influence/K/",
-)  # fmt: skip
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _RULE = re.compile(r"\s*([A-Za-z0-9_/.-]+?)\s*(<=|>=|<|>)\s*(\S+)\s*")
 
@@ -42,22 +38,25 @@ class Rule:
         return value is not None and bool(_COMPARE[self.comparison](value, self.threshold))
 
 
-def parse_rule(text: str) -> Rule:
+def parse_rule(text: str, probes: Iterable[Mapping[str, Any]] = ()) -> Rule:
     """Read ``NAME < NUMBER`` (or ``<=``, ``>``, ``>=``).
+
+    Args:
+        probes: probes beside the shipped ones, as in ``probes.extra``; their readings may be named too.
 
     Raises:
         RecipeError: another form, a name that no probe writes (the nearest is named), or no finite number.
     """
-    found = _RULE.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
+    match = _RULE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
         raise RecipeError(f"stop: {text!r} is no rule; write NAME < NUMBER, e.g. {DEFAULT_STOP[0]!r}")
-    name, comparison, number = found.groups()
+    name, comparison, number = match.groups()
     reading = ALIASES.get(name, name)
-    known_prefix = any(reading.startswith(p) and reading != p for p in PREFIXES)
-    if reading not in READINGS and not known_prefix:
-        known = (*ALIASES, *READINGS, *(f"{p}TYPE" for p in PREFIXES))
+    known = known_readings(probes)
+    if not any(_is_named(reading, one) for one in known):
+        names = (*ALIASES, *(f"{one}TYPE" if one.endswith("/") else one for one in known))
         raise RecipeError(
-            f"stop: {text!r}: no reading {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+            f"stop: {text!r}: no reading {name!r}{nearest(name, names)}; known: {', '.join(names)}"
         )
     try:
         threshold = float(number)
@@ -66,6 +65,10 @@ def parse_rule(text: str) -> Rule:
     if not abs(threshold) < float("inf"):
         raise RecipeError(f"stop: {text!r}: {number!r} is no finite number")
     return Rule(text.strip(), reading, comparison, threshold)
+
+
+def _is_named(reading: str, known: str) -> bool:
+    return reading.startswith(known) and reading != known if known.endswith("/") else reading == known
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 View = Literal["value", "change", "fall", "rise", "width", "low", "n"]
-VIEWS: tuple[View, ...] = ("value", "change", "fall", "rise", "width", "low", "n")
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from cwdpo.curriculum.base import CURRICULA
-from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.errors import nearest
+from cwdpo.probes.base import PROBES
 from cwdpo.registry import Settings
-
-__all__ = ["DEFAULT_STOP", "TYPES", "CurriculumSpec", "ProbeSettings", "StopRules"]
 
 TYPES = (
     "chosen_initial", "chosen_paraphrase", "rejected_paraphrase", "other_train", "other_test", "unrelated",
@@ -44,6 +42,22 @@ class ProbeSettings(Settings):
         0, ge=0, description="training examples whose one-step influence is measured each time; 0 is off"
     )
 
+    extra: tuple[dict[str, Any], ...] = Field(
+        (), description="probes of your own beside the shipped ones, e.g. ['my_probe.py:MyProbe']"
+    )
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _specs(cls, specs: Any) -> Any:
+        return [_spec(spec) for spec in specs] if isinstance(specs, list | tuple) else specs
+
+    @field_validator("extra")
+    @classmethod
+    def _buildable_probes(cls, specs: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for spec in specs:
+            PROBES.build(spec)
+        return specs
+
     @field_validator("types")
     @classmethod
     def _known(cls, types: tuple[str, ...]) -> tuple[str, ...]:
@@ -51,10 +65,6 @@ class ProbeSettings(Settings):
             if name not in TYPES:
                 raise ValueError(f"unknown type {name!r}{nearest(name, TYPES)}; allowed: {', '.join(TYPES)}")
         return types
-
-
-def _rules(stop: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(parse_rule(text).text for text in stop)
 
 
 def _spec(value: Any) -> Any:
@@ -66,7 +76,5 @@ def _buildable(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-StopRules = Annotated[tuple[str, ...], AfterValidator(_rules)]
-"""Rules over readings, see :func:`cwdpo.dynamics.rules.parse_rule`."""
 CurriculumSpec = Annotated[dict[str, Any], BeforeValidator(_spec), AfterValidator(_buildable)]
 """``name`` and settings of a curriculum."""

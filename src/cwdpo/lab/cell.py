@@ -16,8 +16,9 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
 from cwdpo.models.sample import sample
+from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.pipeline.run_stage import run_stage
-from cwdpo.probes.base import PROBES, ProbeSet
+from cwdpo.probes.base import PROBES
 from cwdpo.probes.calibration import reliability
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions, write_json, write_text

@@ -15,8 +15,9 @@ from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.sample import sample
 from cwdpo.monitor.influence import one_step
+from cwdpo.monitor.probe_pass import ProbeSet, with_responses
 from cwdpo.monitor.probe_set import Load, Prompts, as_chosen, build_prompts
-from cwdpo.probes.base import PROBES, HeldOut, OneStep, ProbeSet, with_responses
+from cwdpo.probes.base import PROBES, HeldOut, OneStep
 from cwdpo.records import Example, Reading, Sample
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.weights import Weights
@@ -131,7 +132,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, instruments: Instruments) -> None:
         self.instruments, self.stage = instruments, instruments.stage
         self.every = self.stage.recipe.probes.every
-        self.probes = [PROBES.build(name) for name in PROBES.names()]
+        extra = self.stage.recipe.probes.extra
+        self.probes = [*map(PROBES.build, PROBES.names()), *map(PROBES.build, extra)]
         self.last: dict[str, Reading] = {}
         self.last_step = -1
         self._began = 0.0

@@ -34,7 +34,8 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def __init__(self, probes: ProbeCallback) -> None:
         self.probes, self.stage = probes, probes.stage
-        self.rules: list[Rule] = [parse_rule(text) for text in self.stage.recipe.stop]
+        recipe = self.stage.recipe
+        self.rules: list[Rule] = [parse_rule(text, recipe.probes.extra) for text in recipe.stop]
         self.healthy: Weights | None = None
         self.healthy_step = -1
         self._file = "healthy-0.safetensors"

@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from cwdpo.registry import Component, Registry
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
     from torch import Tensor
-
-    Prompts = Float[Tensor, " B"]
-    Pairs = Float[Tensor, " P"]
-    Scalar = Float[Tensor, ""]
 
 NegativeMask = Literal["none", "differing_span"]
 TokenStat = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -107,29 +102,32 @@ class ScoredPairs:
 
     chosen: Scored
     rejected: Scored
-    prompt: Int[Tensor, " P"]
+    prompt: Tensor
     totals: StepTotals | None = None
 
     @property
-    def chosen_shift(self) -> Pairs:
+    def chosen_shift(self) -> Tensor:
         """[P] shift of each pair's chosen response."""
         return self.chosen.shift[self.prompt]
 
     def _count(self, name: str, own: float) -> float:
         return own if self.totals is None else float(getattr(self.totals, name))
 
-    def mean_over_prompts(self, per_pair: Pairs) -> Scalar:
-        """Mean over prompts of the mean over a prompt's pairs; prompts without a pair do not count."""
+    def mean_over_prompts(self, per_pair: Tensor) -> Tensor:
+        """Scalar from per-pair values [P]: the mean over prompts of the mean over a prompt's pairs.
+
+        Prompts without a pair do not count.
+        """
         pairs = self.prompt.bincount(minlength=len(self.chosen.sum_logp))
         total = (per_pair / pairs[self.prompt]).sum()
         return total / self._count("prompts", float((pairs > 0).sum()))
 
-    def chosen_nll(self) -> Scalar:
+    def chosen_nll(self) -> Tensor:
         """NLL of the chosen responses, nats per token: sum over tokens by number of tokens."""
         own = float(self.chosen.n_tokens.sum())
         return -self.chosen.sum_logp.sum() / self._count("chosen_tokens", own)
 
-    def rejected_nll(self) -> Scalar:
+    def rejected_nll(self) -> Tensor:
         """This batch's share of the step's NLL of the negatives, nats per token."""
         own = float(self.rejected.n_tokens.sum())
         return -self.rejected.sum_logp.sum() / max(self._count("rejected_tokens", own), 1.0)
@@ -145,9 +143,9 @@ class ObjectiveOutput:
         parts: named detached scalars that add up over micro-batches (``loss/nll``, ``loss/penalty``, ...).
     """
 
-    loss: Scalar
-    per_pair: Mapping[str, Pairs] = field(default_factory=dict)
-    parts: Mapping[str, Scalar] = field(default_factory=dict)
+    loss: Tensor
+    per_pair: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -242,8 +240,8 @@ class InForce:
     objective: Objective
 
 
-def negative_log_sigmoid(x: Pairs) -> Pairs:
-    """``-log sigmoid(x)``, finite with a finite gradient for any x.
+def negative_log_sigmoid(x: Tensor) -> Tensor:
+    """``-log sigmoid(x)`` of values [P], finite with a finite gradient for any x.
 
     >>> import torch
     >>> negative_log_sigmoid(torch.tensor([0.0, -1000.0])).tolist()
@@ -252,7 +250,7 @@ def negative_log_sigmoid(x: Pairs) -> Pairs:
     return x.new_zeros(()).logaddexp(-x)
 
 
-def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Pairs]:
+def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Tensor]:
     """TRL's implicit rewards ``beta * shift`` of both sides, detached, each [P]."""
     chosen, rejected = beta * pairs.chosen_shift.detach(), beta * pairs.rejected.shift.detach()
     return {
@@ -263,7 +261,7 @@ def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Pairs]:
     }
 
 
-def pair_output(pairs: ScoredPairs, per_pair: Pairs, beta: float, **also: Pairs) -> ObjectiveOutput:
+def pair_output(pairs: ScoredPairs, per_pair: Tensor, beta: float, **also: Tensor) -> ObjectiveOutput:
     """The output of a loss that is a mean of pairs: their losses [P], the rewards, and whatever else is named."""
     loss = pairs.mean_over_prompts(per_pair)
     logged = {"loss/pair": per_pair.detach(), **{k: v.detach() for k, v in also.items()}}

@@ -24,13 +24,13 @@ from cwdpo.objectives.base import (
 )
 
 if TYPE_CHECKING:
-    from cwdpo.objectives.base import Pairs
+    from torch import Tensor
 
 MIN_TAU = 0.05
 """Smallest calibrated tau, nats per token: below it the weight is a step."""
 
 
-def cooling_weight(mean_logp: Pairs, floor: float, tau: float) -> Pairs:
+def cooling_weight(mean_logp: Tensor, floor: float, tau: float) -> Tensor:
     """``sigmoid((mean_logp - floor) / tau)``, in (0, 1): 0 for easy negatives, 1 for hard ones.
 
     >>> import torch
@@ -127,7 +127,7 @@ class CwDpo(Objective):
             raise RecipeError("cw_dpo: floor and tau are 'auto': calibrate first, or give numbers")
         return self.floor, self.tau
 
-    def weight(self, pairs: ScoredPairs) -> Pairs:
+    def weight(self, pairs: ScoredPairs) -> Tensor:
         """[P] the weight of each negative; carries a gradient only with ``weight_gradient: through``."""
         mean_logp = pairs.rejected.mean_logp
         if self.cooling == "constant":

@@ -21,16 +21,16 @@ from cwdpo.objectives.base import (
 )
 
 if TYPE_CHECKING:
-    from cwdpo.objectives.base import Pairs
+    from torch import Tensor
 
 
-def alignment(scored: Scored) -> Pairs:
+def alignment(scored: Scored) -> Tensor:
     """[n] ``exp(mean over tokens of log p(token) - log sum over the vocabulary of p^2)``, without gradient.
 
     The second term is what a token drawn from the policy scores on average, so a response that the policy
     would draw weighs about 1.
     """
-    weight: Pairs = ((scored.sum_logp.detach() - scored.stats["collision"]) / scored.n_tokens).exp()
+    weight: Tensor = ((scored.sum_logp.detach() - scored.stats["collision"]) / scored.n_tokens).exp()
     return weight
 
 

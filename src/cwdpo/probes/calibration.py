@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
+from typing import TYPE_CHECKING, ClassVar
 
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BINS = 15
 
@@ -14,8 +16,12 @@ BINS = 15
 class Calibration(Probe):
     """Token ECE: top-1 confidence against top-1 correctness on held-out chosen tokens, L1 over bins."""
 
+    readings: ClassVar[tuple[str, ...]] = ("ece",)
+
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Reading ``ece``."""
+        from torchmetrics.functional.classification import binary_calibration_error
+
         if not held.top1.numel():
             return [Reading("ece", None, 0, "probability", held.step)]
         value = binary_calibration_error(held.top1, held.correct.long(), n_bins=BINS)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
 
-from cwdpo.objectives.cw_dpo import MIN_TAU, calibrate, cooling_weight
-from cwdpo.probes.base import HeldOut, Probe
+from cwdpo.objectives.cw_dpo import calibrate, cooling_weight
+from cwdpo.probes.base import HeldOut, Probe, mask_of
 from cwdpo.records import Reading
 
 COOLED = 0.1
@@ -19,6 +19,14 @@ class Cooling(Probe):
     current policy's own where there are any, else the starting policy's, under the current policy.
     """
 
+    readings: ClassVar[tuple[str, ...]] = (
+        "cooling/weight/",
+        "cooling/origin/",
+        "cooling/cooled",
+        "cooling/floor_gap",
+        "cooling/tau_gap",
+    )
+
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Readings ``cooling/weight/<kind>``, ``cooling/origin/<origin>``, ``cooling/cooled``, ``cooling/*_gap``."""
         floor, tau = held.scale.floor, held.scale.tau
@@ -30,7 +38,7 @@ class Cooling(Probe):
             for k in held.negative_kinds()
         ]
         for origin in sorted({o for o, n in zip(held.origins, negatives.tolist(), strict=False) if n}):
-            own = torch.tensor([o == origin for o in held.origins]) & negatives
+            own = mask_of(held.origins, origin) & negatives
             readings.append(held.reading(f"cooling/origin/{origin}", weight[own], "weight"))
         readings.append(held.reading("cooling/cooled", (weight[negatives] < COOLED).double(), "share"))
         return readings + self._gaps(held, floor, tau)
@@ -45,6 +53,6 @@ class Cooling(Probe):
                 n = len(mean_logp)
                 return [
                     Reading("cooling/floor_gap", floor - now_floor, n, "nats/token", held.step),
-                    Reading("cooling/tau_gap", tau - max(MIN_TAU, now_tau), n, "nats/token", held.step),
+                    Reading("cooling/tau_gap", tau - now_tau, n, "nats/token", held.step),
                 ]
         return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
 
@@ -11,6 +13,15 @@ class DeltaLogp(Probe):
 
     Source: Ren & Sutherland, "Learning Dynamics of LLM Finetuning" (arXiv 2407.10490).
     """
+
+    readings: ClassVar[tuple[str, ...]] = (
+        "delta_logp/",
+        "chosen_shift",
+        "rejected_shift",
+        "margin",
+        "accuracy",
+        "nll",
+    )
 
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Readings ``delta_logp/<type>``, ``chosen_shift``, ``rejected_shift``, ``margin``, ``accuracy``, ``nll``."""

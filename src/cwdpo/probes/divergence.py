@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Divergence(Probe):
@@ -13,6 +16,8 @@ class Divergence(Probe):
 
     Source of the definitions: the paper's TV / JS to the reference (arXiv 2510.11978).
     """
+
+    readings: ClassVar[tuple[str, ...]] = ("tv", "js", "kl", "tv/", "js/", "kl/")
 
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Readings ``tv``, ``js``, ``kl`` on chosen, and ``kl/<type>``, ... on each sampled type that was measured.

@@ -5,6 +5,8 @@ What the training step itself knows of this (norm, shares over the training pair
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cwdpo.objectives.cw_dpo import cooling_weight
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
@@ -20,6 +22,12 @@ class Gradient(Probe):
     ``w`` times that on rejected, ``z = beta * (chosen_shift - w * rejected_shift)``. The rejected side's share is
     its part of the L1 norm of that push, summed over tokens and pairs. Source: the paper's G (arXiv 2510.11978).
     """
+
+    readings: ClassVar[tuple[str, ...]] = (
+        "gradient/residual/",
+        "gradient/vulnerable",
+        "gradient/rejected_share",
+    )
 
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Readings ``gradient/residual/<type>``, and where the objective has a beta, ``gradient/vulnerable`` and

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
 
@@ -12,6 +14,14 @@ class Influence(Probe):
     Source: the paper's and Ren & Sutherland's one-step decomposition, ``-eta * A * K * G``; see
     :func:`cwdpo.monitor.influence.one_step` for how it is computed and what it costs.
     """
+
+    readings: ClassVar[tuple[str, ...]] = (
+        "influence/sign",
+        "influence/correlation",
+        "influence/A",
+        "influence/G",
+        "influence/K/",
+    )
 
     def __call__(self, held: HeldOut) -> list[Reading]:
         """``influence/sign`` (share of predicted signs that came true), ``influence/correlation`` (Pearson), and the

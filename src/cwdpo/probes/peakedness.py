@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
 
@@ -12,6 +14,8 @@ class Peakedness(Probe):
     ``argmax_logp`` is Ren & Sutherland's argmax confidence (arXiv 2407.10490): under the squeezing effect it
     rises while every response that was trained on or near falls.
     """
+
+    readings: ClassVar[tuple[str, ...]] = ("entropy", "top1", "argmax_logp")
 
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Readings ``entropy``, ``top1`` and ``argmax_logp``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
 
 from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
@@ -13,12 +13,14 @@ GRAM = 4
 class Repetition(Probe):
     """Of the responses that the policy sampled; nothing where no type is sampled."""
 
+    readings: ClassVar[tuple[str, ...]] = ("repetition/", "ended/")
+
     def __call__(self, held: HeldOut) -> list[Reading]:
         """Readings ``repetition/<type>`` (mean :func:`repeated`) and ``ended/<type>`` (share that ended by itself)."""
         readings = []
         for kind, rows in held.sampled.items():
-            shares = torch.tensor([repeated(text) for text, _ in rows])
-            ended = torch.tensor([float(end) for _, end in rows])
+            shares = held.entropy.new_tensor([repeated(text) for text, _ in rows])
+            ended = held.entropy.new_tensor([float(end) for _, end in rows])
             readings += [
                 held.reading(f"repetition/{kind}", shares, "share"),
                 held.reading(f"ended/{kind}", ended, "share"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwdpo.dynamics.diagnose import Finding, diagnose_rows
+from cwdpo.dynamics.rules import CHOSEN_FALL, KL_DRIFT
 from cwdpo.dynamics.series import Point, Series
 from cwdpo.report._page import Folder, Panels
 from cwdpo.report._text import finite, number, plain
@@ -14,8 +15,8 @@ from cwdpo.report.figures import Line
 
 # label, series, limit, unit, what it means
 GAUGES = (
-    ("Δ log p of chosen", "delta_logp/chosen", -0.02, "nats/token", "the responses to learn must not lose likelihood"),
-    ("KL to the reference", "kl", 0.04, "nats/token", "how far the policy has gone from where stage 2 began"),
+    ("Δ log p of chosen", "delta_logp/chosen", CHOSEN_FALL, "nats/token", "the responses to learn must not fall"),
+    ("KL to the reference", "kl", KL_DRIFT, "nats/token", "how far the policy has gone from where stage 2 began"),
     ("Negatives cooled", "cooling/cooled", 0.9, "share", "with a weight under 0.1: they teach nothing any more"),
     ("Gradient from easy negatives", "train/gradient/easy_share", 0.7, "share of the rejected side's", "wasted pushes"),
     ("Saturated pairs", "train/gradient/saturated", 0.7, "share", "won with a = 0.99 and more: nothing left to learn"),
@@ -56,7 +57,7 @@ def dynamics(
         "Who gains, who loses",
         "nats per token since the start: chosen must not fall while argmax rises",
         squeeze,
-        limit=-0.02,
+        limit=CHOSEN_FALL,
     )
     panels.add(
         "Δ log p by response type", "nats per token since the start",
@@ -67,7 +68,7 @@ def dynamics(
         "nats per token, on chosen",
         [_line(series, "kl", "KL", 0)],
         legend=False,
-        limit=0.04,
+        limit=KL_DRIFT,
     )
     shares = ("rejected_share", "easy_share", "vulnerable", "saturated")
     panels.add(

@@ -1,72 +1,121 @@
-"""The model card of a run: what was trained how, its numbers, and why it ended when it did."""
+"""The model card of a run and of its export: what was trained how, its numbers, and what is wrong with it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import yaml
 
 from cwdpo.dynamics.diagnose import diagnose_rows
 from cwdpo.report._page import Folder, mapping
 from cwdpo.report._text import finite, number, plain, visible
 from cwdpo.rundir import write_text
 
-SHOWN = ("delta_logp/chosen", "margin", "accuracy", "kl", "tv", "ece", "nll")
+Form = Literal["full", "adapter", "merged"]
+"""What lies beside the card: a whole model, a peft adapter, or a base with its adapter merged in."""
+STAGES = ("stage1", "stage2")
 
 
 def write_model_card(folder: str | Path) -> Path:
     """Write ``<folder>/model/README.md`` from the run's files."""
-    source = Folder(Path(folder))
-    out = source.path / "model" / "README.md"
-    write_text(out, model_card(source))
+    run = Path(folder)
+    out = run / "model" / "README.md"
+    form: Form = "adapter" if (run / "model" / "adapter_config.json").is_file() else "full"
+    write_text(out, model_card(run, form))
     return out
 
 
-def model_card(source: Folder) -> str:
-    """The card as markdown with the hub's front matter."""
+def model_card(run: Path, form: Form) -> str:
+    """The card as markdown with the hub's front matter; what a run lacks is left out."""
+    source = Folder(run)
     recipe, summary = source.yaml("recipe.yaml"), source.json("summary.json")
-    name = _line(recipe.get("name") or summary.get("name") or source.path.resolve().name)
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "tags: [cwdpo, dpo]",
-        "---",
-        "",
+    name = _line(recipe.get("name") or summary.get("name") or run.resolve().name)
+    packages = mapping(source.json("environment.json").get("packages"))
+    trained = " and ".join(_stages(recipe)) or "no stage"
+    tuned = {"full": "full fine-tuning", "adapter": "LoRA", "merged": "LoRA, adapter merged"}[form]
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(recipe, form), sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"Preference-tuned with cwdpo {plain(packages.get('cwdpo', ''))} in {trained}; {tuned}.\n",
+        "## Findings\n",
+        "".join(f"- {line}\n" for line in _findings(source, summary)),
+        "## Numbers\n",
+        _numbers(source.json("evaluation/evaluation.json"), summary),
+        "## Recipe\n",
+        f"```yaml\n{source.text('recipe.yaml').strip().replace('```', '` ` `')}\n```\n",
+        "## Versions\n",
+        ", ".join(f"{_line(k)} {_line(v)}" for k, v in packages.items()) + "\n",
     ]
-    lines += [f"# {name}", "", "Trained with cwdpo. The whole recipe stands at the end.", ""]
-    for stage in ("stage1", "stage2"):
+    return "\n".join(parts)
+
+
+def _front_matter(recipe: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    objectives = {_line(mapping(mapping(recipe.get(s)).get("objective")).get("name") or "") for s in STAGES}
+    head: dict[str, Any] = {
+        "library_name": "peft" if form == "adapter" else "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": sorted({"cwdpo", "preference-optimization", *objectives} - {""}),
+    }
+    base = mapping(recipe.get("model")).get("path")
+    return {**head, "base_model": _line(base)} if base not in ("embedded", "init", None) else head
+
+
+def _stages(recipe: Mapping[str, Any]) -> list[str]:
+    trained = []
+    for stage, shown in zip(STAGES, ("stage 1", "stage 2"), strict=True):
         settings = mapping(recipe.get(stage))
-        if settings.get("enabled") is not False and settings:
-            objective = mapping(settings.get("objective"))
-            lines.append(
-                f"- {stage}: `{_line(objective.get('name'))}`, learning rate {plain(settings.get('learning_rate'))}"
-            )
+        if settings and settings.get("enabled") is not False:
+            name = _line(mapping(settings.get("objective")).get("name"))
+            trained.append(f"{shown}: `{name}` at learning rate {plain(settings.get('learning_rate'))}")
+    return trained
+
+
+def _findings(source: Folder, summary: Mapping[str, Any]) -> list[str]:
+    """The diagnosis first, then what the run's files give reason to say."""
+    findings = diagnose_rows(source.rows("readings.jsonl"), source.rows("metrics.jsonl"))
+    lines = [
+        f"{f.severity}: {f.title} ({f.stage}, from step {f.first_step}). {f.advice.strip()}" for f in findings
+    ] or ["The diagnosis found nothing wrong."]
+    for stage in STAGES:
         stopped = source.json(f"stopped-{stage}.json")
         if stopped:
-            lines.append(f"- {_line(stopped.get('reason'))}")
-    findings = diagnose_rows(source.rows("readings.jsonl"), source.rows("metrics.jsonl"))
-    said = "; ".join(f"{f.title.lower()} ({f.stage}, from step {f.first_step})" for f in findings)
-    lines += ["", f"Diagnosis: {said or 'healthy'}.", ""]
-    for stage, found in mapping(summary.get("stages")).items():
-        lines += [f"## Held out, end of {_line(stage)} (step {plain(mapping(found).get('step'))})", ""]
-        lines += ["| reading | value | n |", "|---|---|---|"]
-        readings = mapping(mapping(found).get("readings"))
-        lines += [_row(key, mapping(readings[key])) for key in SHOWN if key in readings]
-        lines.append("")
-    lines += [
-        "## Recipe",
-        "",
-        "```yaml",
-        source.text("recipe.yaml").strip().replace("```", "` ` `"),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+            lines.append(_line(stopped.get("reason")))
+    calibration = {k: finite(v) for k, v in source.json("calibration.json").items() if k != "n"}
+    values = ", ".join(f"{_line(k)} {v:.3f}" for k, v in calibration.items() if v is not None)
+    if values:
+        n = plain(source.json("calibration.json").get("n"))
+        lines.append(f"Calibrated on {n} samples of the reference: {values}.")
+    left_out = len(source.rows("problems.jsonl"))
+    if left_out:
+        lines.append(f"{left_out} rows or examples were left out; the run's problems.jsonl says why.")
+    readings = mapping(mapping(mapping(summary.get("stages")).get("stage2")).get("readings"))
+    chosen = finite(mapping(readings.get("delta_logp/chosen")).get("value"))
+    if chosen is not None:
+        moved = "fell" if chosen < 0 else "rose"
+        lines.append(
+            f"Held-out chosen responses {moved} by {abs(chosen):.3f} nats per token in likelihood in stage 2."
+        )
+    return lines
 
 
-def _row(key: str, reading: dict[str, Any]) -> str:
-    value = number(reading["value"], 4) if finite(reading.get("value")) is not None else "–"
-    return f"| {key} ({plain(reading.get('unit'))}) | {value} | {plain(reading.get('n'))} |"
+def _numbers(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """A table of the evaluation's numbers and of the last held-out readings of each stage."""
+    rows = [(_line(name), mapping(one)) for name, one in mapping(evaluation.get("numbers")).items()]
+    for stage, last in mapping(summary.get("stages")).items():
+        step = plain(mapping(last).get("step"))
+        for name, one in mapping(mapping(last).get("readings")).items():
+            unit = plain(mapping(one).get("unit"))
+            rows.append((f"{_line(stage)}, step {step}: {_line(name)} ({unit})", mapping(one)))
+    lines = ["| figure | value | 95% interval | n |", "|---|---|---|---|"]
+    for label, one in rows:
+        if finite(one.get("value")) is None:
+            continue
+        low, high = finite(one.get("low")), finite(one.get("high"))
+        bounds = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        lines.append(f"| {label} | {number(one['value'], None)} | {bounds} | {plain(one.get('n'))} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "None were recorded.\n"
 
 
 def _line(value: Any) -> str:
