@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, RecipeError, nearest
+from cwdpo.hints import belongs
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
@@ -311,6 +312,11 @@ def _explained(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         known = _fields_at(Recipe, [str(p) for p in item["loc"][:-1]])
+        key = str(item["loc"][-1]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden" and (hint := belongs(key, _places(Recipe))):
+            # Of two hints the place of the very same name is the better one.
+            lines.append(f"{where}: unknown key {'.'.join(map(str, item['loc']))!r}{hint}")
+            continue
         single = ValidationError.from_exception_data("recipe", [_line(item)])
         lines.append(explain(single, where, known))
     return "\n".join(lines)
@@ -330,6 +336,17 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
             return {}
         model = inner[0]
     return dict(model.model_fields)
+
+
+def _places(model: type[BaseModel], section: str = "") -> list[str]:
+    """Every dotted key of a recipe, sections first."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(f"{section}{name}")
+        for inner in _candidates(field.annotation):
+            if issubclass(inner, BaseModel):
+                found += _places(inner, f"{section}{name}.")
+    return found
 
 
 def _candidates(annotation: Any) -> list[type]:

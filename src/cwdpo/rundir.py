@@ -60,10 +60,13 @@ PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name, sync, rename: a kill leaves the old file or the new one."""
+    """Write through a temporary name, sync, rename: a kill leaves the old file or the new one.
+
+    Half surrogate pairs (a command's argument or a column's name may hold some) are written as ``\\udce4``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -173,8 +176,15 @@ class RunDir:
         """Hold the folder against another start until :meth:`unlock`, or until this process ends, in whatever way.
 
         Raises:
-            RunDirError: another process holds it; the message names it.
+            RunDirError: another process holds it, which the message names; or the folder's name is not UTF-8.
         """
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise RunDirError(
+                f"{self.path}: the name holds bytes that are not UTF-8, and the tokenizer's files cannot be written "
+                "there: choose another --out"
+            ) from None
         self.path.mkdir(parents=True, exist_ok=True)
         file = (self.path / ".lock").open("a+", encoding="utf-8")  # "a": the holder's name is not cut
         try:
@@ -261,7 +271,7 @@ class RunDir:
         """Append rows to a JSONL file of the run."""
         if not self.writes:
             return
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import json
 import os
 import re
@@ -194,6 +195,9 @@ def _disk_trouble(error: Exception) -> str | None:
 
 def main() -> None:
     """Entry point: errors that cwdpo raises on purpose, and those of a disk, are printed without a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # paths may hold bytes that are no text in any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except CwdpoError as error:
