@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 import cwdpo
+from cwdpo.objectives.base import OBJECTIVES
 from paths import ROOT
 
 PACKAGE = Path(cwdpo.__file__).parent
@@ -91,6 +93,9 @@ WITHOUT_TORCH = {
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MANY_ARGUMENTS, MOST_ARGUMENTS = 6, 8
+FEW_ARGUMENTS = {"pipeline", "monitor", "onpolicy", "trainer", "stage"}
+"""Rooms whose functions take an object for what travels together."""
 
 
 class Import(NamedTuple):
@@ -277,6 +282,34 @@ def test_functions_stay_short() -> None:
                 if lines > MAX_FUNCTION_LINES:
                     long.append(f"{where(file, node.lineno)}: {node.name} has {lines} lines")
     assert not long, "\n".join(long)
+
+
+def test_what_travels_together_is_an_object() -> None:
+    many: dict[str, int] = {}
+    for file in FILES:
+        if room_of(file) not in FEW_ARGUMENTS:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                given = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                names = [a.arg for a in given if a.arg not in ("self", "cls")]
+                if len(names) > MANY_ARGUMENTS:
+                    many[f"{where(file, node.lineno)}: {node.name}"] = len(names)
+    assert len(many) <= 5, many
+    assert max(many.values(), default=0) <= MOST_ARGUMENTS, many
+
+
+def test_no_general_code_knows_an_objective_by_class() -> None:
+    """What a loss needs is asked of :class:`Objective`; an objective of a user's own can do what a shipped one can."""
+    classes = "|".join(OBJECTIVES.get(name).__name__ for name in OBJECTIVES.names())
+    pattern = re.compile(rf"isinstance\([^)]*\b({classes})\b")
+    wrong = [
+        f"{file.relative_to(PACKAGE)}: {match[0]})"
+        for file in FILES
+        if room_of(file) != "objectives"
+        for match in pattern.finditer(file.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def tracked_files() -> list[Path]:

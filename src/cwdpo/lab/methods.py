@@ -34,7 +34,7 @@ class Method:
 
 
 def swept_methods() -> list[Method]:
-    """The methods of the study ``demo`` at the settings that its sweep chose (``study/swept.yaml``)."""
+    """The methods of the study ``demo`` at the settings that its sweep chose (``lab/swept.yaml``)."""
     study = load_study("demo")
     with resources.as_file(resources.files("cwdpo.lab").joinpath("swept.yaml")) as path:
         chosen = load_chosen(Path(path))

@@ -1,6 +1,6 @@
 """Where the loss still pushes: residuals by response type, the rejected side's share, the vulnerable zone.
 
-What the training step itself knows of this (norm, shares over the training pairs) is in ``training/gradient.py``.
+What the training step itself knows of this (norm, shares over the training pairs) is in ``trainer/gradient.py``.
 """
 
 from __future__ import annotations
