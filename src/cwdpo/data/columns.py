@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
+from functools import lru_cache
 from typing import Any
 
 from cwdpo.data.media import holds_media, looks_like_a_picture
@@ -109,28 +110,31 @@ def refuse_unread(values: Mapping[str, Any], reads: Set[str]) -> None:
 
 def _why(key: str, value: Any, pictured: bool) -> tuple[str, str] | None:
     """What an unread column says, and what to do; ``None`` where it may be ignored."""
-    name = key.strip().lower()
-    if name in MEANING:
-        said, remedy = MEANING[name]
-        return (
-            None if MEANING[name] is _WEIGHT and _all_one(value) else (f"{said}, which is not read", remedy)
-        )
-    if name == "objects" and isinstance(value, Mapping):  # ms-swift's boxes; a list of names is a metric's
+    meaning, numbered, named = _by_name(key)
+    if meaning is not None:
+        said, remedy = meaning
+        return None if meaning is _WEIGHT and _all_one(value) else (f"{said}, which is not read", remedy)
+    if key == "objects" and isinstance(value, Mapping):  # ms-swift's boxes; a list of names is a metric's
         return f"{_PLACES[0]}, which are not read", _PLACES[1]
-    if _NUMBERED_RESPONSE.fullmatch(name):
-        return f"{_MORE[0]}, which is not read", _MORE[1]
     if holds_media(value):
         return (
             "a picture, film or sound, which is not read",
             "put the row's pictures into 'images', one place each",
         )
-    numbered = _NUMBERED_PICTURE.fullmatch(name) is not None
-    named = numbered or name in _PICTURES or name in IMAGE_KEYS
     if (named and not pictured) or (numbered and looks_like_a_picture(value)):
         return "a picture under a name that is not read", "call the column 'image', or 'images' for a list"
     if not pictured and looks_like_a_picture(value):
         return "the path of a picture, which is not read", "call the column 'image', or 'images' for a list"
     return None
+
+
+@lru_cache(maxsize=1024)
+def _by_name(key: str) -> tuple[tuple[str, str] | None, bool, bool]:
+    """What a column's name says: its entry in the table, whether it is a numbered picture, whether a picture at all."""
+    name = key.strip().lower()
+    meaning = MEANING.get(name) or (_MORE if _NUMBERED_RESPONSE.fullmatch(name) else None)
+    numbered = _NUMBERED_PICTURE.fullmatch(name) is not None
+    return meaning, numbered, numbered or name in _PICTURES or name in IMAGE_KEYS
 
 
 def _all_one(value: Any) -> bool:

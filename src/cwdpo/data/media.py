@@ -68,6 +68,8 @@ def holds_media(value: Any) -> bool:
     if isinstance(value, bytes):
         return is_media(value)
     if isinstance(value, str):
+        if len(value) < _FEWEST and not value.startswith(("data:", "DATA:")):
+            return False  # most cells
         return value[:11].lower().startswith(("data:image/", "data:video/", "data:audio/")) or (
             from_base64(value) is not None
         )

@@ -114,8 +114,8 @@ def sharegpt(row: Row, value: Any, key: str) -> list[Turn]:
 
 
 def _refuse_unread(message: Mapping[str, Any], where: str) -> None:
-    for name, remedy in _TURN_MEANING.items():
-        value = message.get(name)
+    for name in sorted(message.keys() & _TURN_MEANING.keys()):
+        value, remedy = message[name], _TURN_MEANING[name]
         # False, 0 and 1 are what tables write for "nothing special", but for loss and weight 0 is special.
         usual = value in (True, 1) if name in ("weight", "loss", "train") else value is False
         if present(value) and not usual:
