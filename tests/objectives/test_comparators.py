@@ -169,15 +169,68 @@ def test_beta_dpo_follows_the_steps_margin_and_leaves_the_unusual_out() -> None:
     assert OBJECTIVES.build(spec)(hopeless).per_pair["beta_dpo/beta"].tolist() == [1e-3] * 3, "never negative"
 
 
-def test_madpo_weighs_by_the_margin_estimated_first() -> None:
-    spec = {"name": "madpo", "beta": BETA, "amplify": 1.8, "dampen": 0.3, "threshold": 0.4, "width": 0.5}
-    weight = [0.3 + 1.5 * sigmoid((0.4 - h) / 0.5) for h in REWARD]
-    assert weight[2] == pytest.approx((1.8 + 0.3) / 2), "halfway at the threshold"
-    assert weight[0] > weight[2] > weight[1], "hard pairs weigh more"
-    wanted = over_prompts(*(w * nls(BETA * m) for w, m in zip(weight, MARGINS, strict=True)))
-    assert loss(spec) == pytest.approx(wanted, rel=1e-12)
+MADPO_OFFICIAL = {-3.0: 0.06, -1.0: 0.45, 0.0: 1.00, 1.0: 1.20, 4.0: 1.02}
+"""h -> w of the official code at its defaults, to two digits."""
+
+
+@pytest.mark.parametrize(("h", "wanted"), MADPO_OFFICIAL.items())
+def test_madpo_has_the_official_weights(h: float, wanted: float) -> None:
+    pairs = make(reward_margin=vector([h, h, h]))
+    weight = OBJECTIVES.build("madpo")(pairs).per_pair["madpo/weight"]
+    assert weight.tolist() == pytest.approx([wanted] * 3, abs=0.005)
+
+
+def test_madpo_by_hand() -> None:
+    def w(h: float) -> float:
+        c = 0.5 + 1.5 / (1 + (1.0 / 0.5) * math.exp(abs(h) - math.log(999)))
+        return sigmoid(c * h) / sigmoid(h)
+
+    wanted = over_prompts(*(w(h) * nls(BETA * m) for h, m in zip(REWARD, MARGINS, strict=True)))
+    assert loss({"name": "madpo", "beta": BETA}) == pytest.approx(wanted, rel=1e-12)
+    far = OBJECTIVES.build("madpo")(make(reward_margin=vector([-7.0, -800.0, 800.0])))
+    assert far.per_pair["madpo/weight"].tolist() == pytest.approx([1.0, 1.0, 1.0]), "1 far from 0"
     with pytest.raises(DataError, match=r"reward_margin: write them first, with .cwdpo margins"):
-        loss(spec, make(reward_margin=None))
+        loss({"name": "madpo"}, make(reward_margin=None))
+
+
+def test_madpo_stands_still_where_the_margin_is_c_times_h() -> None:
+    """The weighted loss of a pair and of its mirror image, each as often as the reward model says, has no gradient."""
+    for h in (-1.5, 0.7, 3.0):
+        c = 0.5 + 1.5 / (1 + 2.0 * math.exp(abs(h) - math.log(999)))
+        m = torch.tensor([c * h / 0.1], dtype=torch.float64, requires_grad=True)
+        losses = []
+        for sign in (1.0, -1.0):
+            chosen = Scored(sign * m, torch.tensor([4]), torch.zeros(1, dtype=torch.float64))
+            zero = torch.zeros(1, dtype=torch.float64)
+            rejected = Scored(zero, torch.tensor([4]), zero, reward_margin=torch.tensor([sign * h]).double())
+            output = OBJECTIVES.build("madpo")(ScoredPairs(chosen, rejected, torch.tensor([0])))
+            losses.append(sigmoid(sign * h) * output.loss)
+        (gradient,) = torch.autograd.grad(losses[0] + losses[1], [m])
+        assert gradient.item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_mpo_by_hand() -> None:
+    spec = {
+        "name": "mpo",
+        "beta": BETA,
+        "preference_weight": 0.7,
+        "quality_weight": 0.3,
+        "generation_weight": 0.5,
+    }
+    chosen, rejected = [0.5, 0.5, -0.5], [-1.0, -2.0, 0.5]
+    nll = (3.0 + 4.5 + 2.0) / 11
+
+    def wanted(delta: float) -> float:
+        pairs = zip(chosen, rejected, strict=True)
+        return 0.5 * nll + over_prompts(*(
+            0.7 * nls(BETA * (c - r)) + 0.3 * (nls(BETA * c - delta) + nls(delta - BETA * r)) for c, r in pairs
+        ))  # fmt: skip
+
+    mean = BETA * sum(chosen + rejected) / 6
+    assert loss(spec) == pytest.approx(wanted(mean), rel=1e-12), "the first step's own rewards"
+    assert loss({**spec, "reward_shift": False}) == pytest.approx(wanted(0.0), rel=1e-12)
+    later = replace(make(), totals=StepTotals(2, 11, 12, ahead=(0.2, 0.4), memory=(0.9, 2.0)))
+    assert loss(spec, later) == pytest.approx(wanted((2 * 0.9 + 0.3) / 3), rel=1e-12)
 
 
 def test_unlikelihood_by_hand() -> None:

@@ -216,7 +216,7 @@ def candidates(annotation: Any) -> list[Any]:
     if annotation is int:
         return [0, 1, 2, 5]
     if annotation is float:
-        return [-1.3, 0.0, 0.2, 0.7, 1.9]
+        return [-1.3, 0.0, 0.2, 0.7, 1.9, 3.1]
     if annotation is type(None):
         return [None]
     if get_origin(annotation) is Literal:

@@ -483,3 +483,36 @@ def test_settings_out_of_range_are_refused(spec: dict[str, Any]) -> None:
     name, key = spec["name"], list(spec)[1]
     with pytest.raises(RecipeError, match=f"{name}: {key}"):
         OBJECTIVES.build(spec)
+
+
+# --- ablations of the cooling weight -------------------------------------------------------------------
+
+
+def test_permuted_cooling_deals_the_weights_of_the_step_to_other_pairs() -> None:
+    settings = {"beta": 0.4, "floor": -1.5, "tau": 0.6}
+    pairs = make()
+    own = CwDpo(**settings)(pairs).per_pair["cooling/weight"]
+    dealt = CwDpo(**settings, cooling="permuted")(pairs).per_pair["cooling/weight"]
+    assert sorted(dealt.tolist()) == pytest.approx(sorted(own.tolist()))
+    assert dealt.tolist() == CwDpo(**settings, cooling="permuted")(make()).per_pair["cooling/weight"].tolist()
+    orders = set()
+    for k in range(60):
+        moved = make(rejected=[r - 0.01 * k for r in REJECTED])
+        weights = CwDpo(**settings, cooling="permuted")(moved).per_pair["cooling/weight"]
+        orders.add(tuple(weights.argsort().tolist()))
+    assert len(orders) == 6, "every order of three pairs comes up"
+    with pytest.raises(RecipeError, match="permuted deals weights among the pairs of one forward pass"):
+        CwDpo(**settings, cooling="permuted")(make(totals=step()))
+
+
+def test_matched_cooling_gives_every_pair_the_mean_weight_of_the_step() -> None:
+    settings = {"beta": 0.4, "floor": -1.5, "tau": 0.6}
+    means = [r / n for r, n in zip(REJECTED, REJECTED_TOKENS, strict=True)]
+    mean = sum(sigmoid((m + 1.5) / 0.6) for m in means) / 3
+    matched = CwDpo(**settings, cooling="matched")
+    assert matched(make()).per_pair["cooling/weight"].tolist() == pytest.approx([mean] * 3)
+    constant = CwDpo(beta=0.4, cooling="constant", constant_weight=mean)
+    assert matched(make()).loss.item() == pytest.approx(constant(make()).loss.item(), rel=1e-12)
+    totals = StepTotals(prompts=2, chosen_tokens=11, rejected_tokens=12, ahead=tuple(means))
+    split = sum(matched(piece).loss.item() for piece in micro_batches(totals))
+    assert split == pytest.approx(matched(make()).loss.item(), rel=1e-12)

@@ -43,6 +43,10 @@ CASES = {
         {"name": "robust_dpo", "label_smoothing": 0.2},
     ),
     "hinge": ({"loss_type": ["hinge"]}, {"name": "hinge"}),
+    "mpo": (
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"name": "mpo", "reward_shift": False},
+    ),
     "wpo": ({"loss_type": ["sigmoid"], "use_weighting": True}, {"name": "wpo"}),
 }
 

@@ -24,6 +24,8 @@ OBJECTIVE_SPECS = [
     {"name": "dpo", "beta": 0.5, "sft_weight": 0.7},
     {"name": "cw_dpo", "beta": 0.5, "floor": -6.0, "tau": 0.5},
     {"name": "cw_dpo", "beta": 0.5, "floor": -6.0, "tau": 0.5, "negative_mask": "differing_span"},
+    {"name": "cw_dpo", "beta": 0.5, "floor": -6.0, "tau": 0.5, "cooling": "matched"},
+    {"name": "mpo", "beta": 0.5},
     {"name": "ipo", "beta": 0.5},
     {"name": "wpo", "beta": 0.5},
     {"name": "beta_dpo", "beta": 0.5, "alpha": 2.0, "keep": 0.6},

@@ -174,14 +174,12 @@ class Objective(Component):
     ``token_stats``: further statistics of every token, read as ``Scored.stats``: names of
     :data:`cwdpo.scoring.token_stats.TOKEN_STATS`, or functions like those.
     ``calibrates``: settings that may be ``auto``: :meth:`calibrated` finds them before training.
-    ``looks_ahead``: the loss depends on the whole optimizer step; see :meth:`ahead`.
     """
 
     needs_negatives: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     token_stats: ClassVar[tuple[str | TokenStat, ...]] = ()
     calibrates: ClassVar[tuple[str, ...]] = ()
-    looks_ahead: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
@@ -191,6 +189,11 @@ class Objective(Component):
         """Whether a negative takes part, given its mean_logp under the reference (nats per token)."""
         del reference_mean_logp
         return True
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the loss depends on the whole optimizer step; see :meth:`ahead`."""
+        return False
 
     @property
     def needs_calibration(self) -> bool:

@@ -7,7 +7,6 @@ batch's beta (eq. 8), its threshold as a running mean (eq. 9), beta-guided filte
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -37,11 +36,14 @@ class BetaDpo(Objective):
         keep: share of the step's pairs that take part.
     """
 
-    looks_ahead: ClassVar[bool] = True
-
     beta: float = Field(0.3, gt=0)
     alpha: float = Field(0.6, ge=0)
     keep: float = Field(0.8, gt=0, le=1)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the loss depends on the whole optimizer step."""
+        return True
 
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
         """Loss over P pairs of B prompts; beta and the choice of pairs carry no gradient."""

@@ -7,6 +7,7 @@ Source: "Learning Dynamics of VLM Finetuning" (arXiv 2510.11978), stage 2:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -67,7 +68,9 @@ class CwDpo(Objective):
 
     Args:
         beta: inverse temperature, per nat.
-        cooling: ``adaptive`` is the method; ``constant`` fixes w to ``constant_weight`` (ablation).
+        cooling: ``adaptive`` is the method. Ablations: ``constant`` fixes w to ``constant_weight``; ``permuted`` gives
+            each pair of the step the adaptive weight of another one, by chance; ``matched`` gives all of them the mean
+            of the step's adaptive weights. The last two have the method's weights and leave out what it adapts to.
         floor, tau: nats per token; ``auto`` calibrates both before stage 2, see :func:`calibrate`.
         constant_weight: w when ``cooling`` is constant; 1 is vanilla DPO.
         weight_gradient: ``detach`` treats w as a constant. ``through`` differentiates it, which pushes a
@@ -80,7 +83,7 @@ class CwDpo(Objective):
     calibrates: ClassVar[tuple[str, ...]] = ("floor", "tau")
 
     beta: float = Field(0.3, gt=0)
-    cooling: Literal["adaptive", "constant"] = "adaptive"
+    cooling: Literal["adaptive", "constant", "permuted", "matched"] = "adaptive"
     floor: float | Literal["auto"] = "auto"
     tau: float | Literal["auto"] = "auto"
     constant_weight: float = Field(1.0, ge=0, le=1)
@@ -98,7 +101,12 @@ class CwDpo(Objective):
     @property
     def needs_calibration(self) -> bool:
         """Whether floor or tau must be found before training; a constant weight needs neither."""
-        return self.cooling == "adaptive" and super().needs_calibration
+        return self.cooling != "constant" and super().needs_calibration
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the weight of a pair depends on the others of the step."""
+        return self.cooling in ("permuted", "matched")
 
     def calibrated(self, mean_logps: Sequence[float]) -> Self:
         """See :func:`calibrate`; a floor or tau that was given as a number stays.
@@ -132,9 +140,34 @@ class CwDpo(Objective):
         mean_logp = pairs.rejected.mean_logp
         if self.cooling == "constant":
             return mean_logp.detach().new_full(mean_logp.shape, self.constant_weight)
+        if self.cooling in ("permuted", "matched"):
+            return self._of_the_step(pairs)
         if self.weight_gradient == "detach":
             mean_logp = mean_logp.detach()
         return cooling_weight(mean_logp, *self._floor_and_tau())
+
+    def _of_the_step(self, pairs: ScoredPairs) -> Tensor:
+        """[P] the weights of the ablations, from those of all pairs of the step; without gradient."""
+        mean_logp = pairs.rejected.mean_logp.detach()
+        whole = None if pairs.totals is None else pairs.totals.ahead
+        everyone = mean_logp if whole is None else mean_logp.new_tensor(whole)
+        weights = cooling_weight(everyone, *self._floor_and_tau())
+        if self.cooling == "matched":
+            return weights.mean().expand(len(mean_logp)) if len(weights) else weights
+        if whole is not None:
+            raise RecipeError(
+                "cw_dpo: cooling: permuted deals weights among the pairs of one forward pass: take "
+                "train.gradient_accumulation_steps: 1 and one process"
+            )
+        # By chance, and the same in a run that is repeated: the values themselves seed the deal.
+        values = mean_logp.tolist()
+        order = random.Random(repr(values)).sample(range(len(values)), len(values))
+        return weights[order]
+
+    def ahead(self, pairs: ScoredPairs) -> list[float]:
+        """mean_logp of the negatives, nats per token."""
+        values: list[float] = pairs.rejected.mean_logp.detach().tolist()
+        return values
 
     def keeps(self, reference_mean_logp: float) -> bool:
         """Whether a negative survives ``filter_below``."""

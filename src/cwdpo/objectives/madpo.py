@@ -1,47 +1,61 @@
 """MADPO: DPO whose pairs weigh by a reward margin that was estimated first.
 
-Source: Rho, "Margin Adaptive DPO" (arXiv 2510.05342): a reward model gives each pair a margin h; a continuous
-weight w(h), fixed during training, amplifies hard pairs (small h) and dampens easy ones (large h).
+Source: Rho, "Margin Adaptive DPO" (arXiv 2510.05342) and its official code: the weight makes ``beta m = c(h) h`` the
+stationary point, where m is the policy's margin and h that of a reward model.
 """
 
 from __future__ import annotations
+
+import math
 
 from pydantic import Field
 
 from cwdpo.errors import DataError
 from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, negative_log_sigmoid, pair_output
 
+TAU = math.log(999)
+"""The default of the official code: the margin at which sigmoid(h) is 0.999."""
+
 
 class Madpo(Objective):
     """``L = mean -w(h) log sigmoid(beta * (chosen_shift - rejected_shift))``.
 
-    ``w(h) = dampen + (amplify - dampen) * sigmoid((threshold - h) / width)``: the paper's properties (continuous,
-    bounded, falling in h) in this project's own form, since only those were at hand here, not its formula.
-    h stands in each negative's ``made: {reward_margin: h}``, which ``cwdpo margins`` writes.
+    ``w(h) = sigmoid(c(h) h) / sigmoid(h)`` for ``h > -tau``, else 1, with
+    ``c(h) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * exp(rate * (|h| - tau)))``: small margins are
+    amplified towards ``c_max``, pairs that the reward model contradicts (h < 0) are dampened, and far from 0 the weight
+    is 1. h is each negative's ``made: {reward_margin: h}``, which ``cwdpo margins`` writes.
 
     Args:
         beta: inverse temperature, per nat.
-        amplify: weight of the hardest pairs.
-        dampen: weight of the easiest pairs.
-        threshold: h at which the weight is halfway between the two.
-        width: of the transition, in the margin's unit.
+        c_max: amplification of the reward margin near h = 0.
+        c_min: its limit far from 0; ``None`` is ``1 / c_max``.
+        rate: of the transition between the two, lambda.
+        tau: |h| at which c is 1.
     """
 
-    beta: float = Field(0.3, gt=0)
-    amplify: float = Field(2.0, ge=0)
-    dampen: float = Field(0.5, ge=0)
-    threshold: float = 1.0
-    width: float = Field(0.5, gt=0)
+    beta: float = Field(0.1, gt=0)
+    c_max: float = Field(2.0, gt=1)
+    c_min: float | None = Field(None, gt=0, lt=1)
+    rate: float = Field(1.0, gt=0)
+    tau: float = Field(TAU, gt=0)
 
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
-        """Loss over P pairs of B prompts."""
-        margin = pairs.rejected.reward_margin
-        if margin is None:
+        """Loss over P pairs of B prompts.
+
+        Raises:
+            DataError: a negative has no reward margin.
+        """
+        h = pairs.rejected.reward_margin
+        if h is None:
             raise DataError(
                 "madpo: a negative has no made.reward_margin: write them first, with "
                 "`cwdpo margins RUN --data DATA --out FILE`, where RUN was trained with dpo on the same data"
             )
-        rise = ((self.threshold - margin) / self.width).sigmoid()
-        weight = self.dampen + (self.amplify - self.dampen) * rise
+        low = 1 / self.c_max if self.c_min is None else self.c_min
+        turn = (self.c_max - 1) / (1 - low) * (self.rate * (h.abs() - self.tau)).exp()
+        c = low + (self.c_max - low) / (1 + turn)
+        # As a difference of logarithms: for h far below 0 both sigmoids are 0.
+        ratio = (negative_log_sigmoid(h) - negative_log_sigmoid(c * h)).exp()
+        weight = ratio.where(h > -self.tau, ratio.new_ones(()))
         per_pair = weight * negative_log_sigmoid(self.beta * (pairs.chosen_shift - pairs.rejected.shift))
         return pair_output(pairs, per_pair, self.beta, **{"madpo/weight": weight})

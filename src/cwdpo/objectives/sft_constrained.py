@@ -29,11 +29,15 @@ class SftConstrained(Objective):
 
     needs_negatives: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
-    looks_ahead: ClassVar[bool] = True
 
     penalty: float = Field(0.1, ge=0)
     constraint: float = Field(0.8, gt=0)
     slack: bool = True
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the loss depends on the whole optimizer step."""
+        return True
 
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
         """Loss over [B] chosen responses and [P] gentle negatives."""
