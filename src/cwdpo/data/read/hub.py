@@ -24,7 +24,7 @@ def saved_rows(folder: Path) -> Iterator[RawRow]:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets raises many kinds
         raise DataError(f"{folder}: datasets cannot load this folder ({str(error)[:300]})") from None
-    yield from _dataset_rows(str(folder), loaded)
+    yield from dataset_rows(str(folder), loaded)
 
 
 def hub_rows(name: str) -> Iterator[RawRow]:
@@ -42,10 +42,19 @@ def hub_rows(name: str) -> Iterator[RawRow]:
             f"there is no file or folder {name!r} here, and the hub did not give such a data set "
             f"({type(error).__name__}: {str(error)[:300]})"
         ) from None
-    yield from _dataset_rows(name, loaded)
+    yield from dataset_rows(name, loaded)
 
 
-def _dataset_rows(name: str, loaded: Any) -> Iterator[RawRow]:
+def dataset_rows(name: str, loaded: Any, *, embed: bool = False) -> Iterator[RawRow]:
+    """Rows of a ``datasets`` object; of several splits those of ``train``.
+
+    Args:
+        embed: read the files that its features name. A stranger's data set could name any file, so only for one that
+            the caller has made.
+
+    Raises:
+        DataError: several splits and no ``train``.
+    """
     if isinstance(loaded, dict):
         splits: Iterable[str] = loaded.keys()
         split = "train" if "train" in loaded else next(iter(splits), "")
@@ -58,6 +67,17 @@ def _dataset_rows(name: str, loaded: Any) -> Iterator[RawRow]:
     # than decoded pictures, nothing is compressed twice, and only our own checks open them.
     number = 0
     for table in loaded.with_format("arrow").iter(batch_size=_BATCH):
-        for value in table.to_pylist():
+        for value in (_embedded(table, name) if embed else table).to_pylist():
             number += 1
             yield as_row(name, number, value)
+
+
+def _embedded(table: Any, name: str) -> Any:
+    from datasets.table import embed_table_storage
+
+    try:
+        return embed_table_storage(table, remote_files=False)
+    except Exception as error:  # a file that is not there, storage that cannot be read
+        raise DataError(
+            f"{name}: a picture cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        ) from None
