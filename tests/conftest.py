@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from fake_server import serve  # noqa: F401 - a fixture of every test
 from server import served  # noqa: F401 - a fixture of every test
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 import paths
 from cwdpo.config import DataSettings, Recipe, load_recipe, parse_recipe, recipe_schema
 from cwdpo.errors import RecipeError
+from cwdpo.judging.base import JUDGES
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.objectives.sft_constrained import SftConstrained
@@ -331,6 +332,22 @@ def test_schema_lists_every_objective_with_its_settings() -> None:
         assert branch["required"] == ["name"]
         assert branch["description"]
     assert by_name["dpo"]["properties"]["beta"]["exclusiveMinimum"] == 0
+
+
+def test_schema_lists_every_judge_with_its_settings() -> None:
+    schema = recipe_schema()
+    field = schema["$defs"]["NegativeSettings"]["properties"]["judge"]
+    assert (field["$ref"], field["default"]) == ("#/$defs/Judge", {"name": "auto"})
+    names, *branches, own = schema["$defs"]["Judge"]["anyOf"]
+    assert names == {"enum": ["auto", "none", *JUDGES.names()]}
+    assert own["properties"]["name"]["pattern"] == r"\.py:"
+    by_name = {b["properties"]["name"]["const"]: b for b in branches}
+    assert set(by_name) == {"auto", "none", *JUDGES.names()}
+    for name in JUDGES.names():
+        assert set(by_name[name]["properties"]) == {"name", *JUDGES.get(name).model_fields}
+        assert by_name[name]["additionalProperties"] is False
+    assert by_name["vlm"]["required"] == ["name", "server"]
+    assert set(by_name["none"]["properties"]) == {"name"}
 
 
 # --- anything at all ------------------------------------------------------------------------------------

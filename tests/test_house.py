@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": BASE,
     "rundir": {"errors", "records"},
     "remote": {*BASE, "rundir"},
-    "negatives": {*BASE, "remote"},
+    "negatives": {*BASE, "remote", "judging.base"},
     "data": BASE,
     "models": {*BASE, "data"},
     "scoring": {*BASE, "data", "objectives", "models"},
@@ -56,13 +56,14 @@ ALLOWED: dict[str, set[str]] = {
         "hints",
         "objectives",
         "negatives",
+        "judging.base",
         "models.settings",
         "worlds",
         "dynamics",
         "curriculum",
     },
     "metrics": {*BASE, "worlds"},
-    "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models", "negatives"},
+    "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
     "trainer": {*BASE, "data", "models", "scoring", "objectives", "rundir"},
     "stage": {*MODELLING, "trainer"},
     "monitor": RUNNING,
@@ -241,6 +242,15 @@ except SystemExit as exit:
     assert not exit.code, exit.code
 """
 
+JUDGED_RECIPES = """
+from cwdpo.config import parse_recipe
+from cwdpo.judging.base import JUDGES
+server = {"base_url": "x", "model": "m"}
+needs = {"metric": {"metric": "bleu4"}, "reward_model": {"path": "x"}, "vlm": {"server": server}}
+for name in ("auto", "none", *JUDGES.names()):
+    parse_recipe({"data": {"path": "x"}, "negatives": {"judge": {"name": name, **needs.get(name, {})}}})
+"""
+
 
 @pytest.mark.parametrize(
     "code",
@@ -249,11 +259,12 @@ except SystemExit as exit:
         "from cwdpo.config import parse_recipe; parse_recipe({'data': {'path': 'x'}, 'stop': ['kl > 1']})",
         "import cwdpo.data.read.reader",
         "import cwdpo.report.render",
+        JUDGED_RECIPES,
         COMMAND.format(arguments=["--help"]),
         COMMAND.format(arguments=["train", "--help"]),
         COMMAND.format(arguments=["recipe", "schema"]),
     ],
-    ids=["package", "config", "read", "render", "help", "train-help", "schema"],
+    ids=["package", "config", "read", "render", "judges", "help", "train-help", "schema"],
 )
 def test_loads_neither_torch_nor_transformers(code: str) -> None:
     probe = (

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
-import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,121 +18,19 @@ from pydantic import ValidationError
 
 from cwdpo import errors
 from cwdpo.errors import MissingPackageError, ServerError
-from cwdpo.judging.verdicts import build_judge
 from cwdpo.negatives.base import NEGATIVES
 from cwdpo.negatives.mix import attach_negatives
-from cwdpo.negatives.settings import JudgeSettings, NegativeSettings, SamplerSettings
+from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.onpolicy.pool import FILE, Pool
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.records import Completion, Example, ImageRef, Message
-from cwdpo.remote import Answer, Ask, Client, ServerSettings
+from cwdpo.remote import Ask, Client, Reply, ServerSettings
 from cwdpo.rundir import RunDir, read_jsonl
+from fake_server import Fake, to
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
 )
-MOST_REQUESTS = 400
-
-
-class Fake(ThreadingHTTPServer):
-    """Answers each question with the question itself; ``trouble`` may do something else first."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, trouble: Callable[[BaseHTTPRequestHandler, int], bool]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.trouble, self.lock, self.stalls = trouble, threading.Lock(), threading.Event()
-        self.seen: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.answered: Counter[str] = Counter()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Fake
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append(body)
-            self.server.keys.add(self.headers["Authorization"])
-            number = len(self.server.seen)
-        if number > MOST_REQUESTS:
-            self.fail(400)
-        elif not self.server.trouble(self, number):
-            text = body["messages"][-1]["content"][-1]["text"]
-            with self.server.lock:
-                self.server.answered[f"{text} {body.get('seed')}"] += 1
-            message = {"role": "assistant", "content": f"re: {text}"}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            self.reply(
-                200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-            )
-
-    def reply(self, status: int, body: Any, **headers: str) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(data)),
-            **headers,
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def fail(self, status: int, **headers: str) -> None:
-        self.reply(status, {"error": {"message": f"no {status}", "type": "t"}}, **headers)
-
-    def drop(self) -> None:
-        """Reset the connection in the middle of an answer."""
-        self.send_response(200)
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b'{"id": "x", "cho')
-        self.wfile.flush()
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-
-    def handle(self) -> None:
-        try:
-            super().handle()
-        except (OSError, ValueError):
-            self.close_connection = True  # dropped on purpose
-
-    def finish(self) -> None:
-        try:
-            super().finish()
-        except (OSError, ValueError):
-            self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Fake]]:
-    running: list[tuple[Fake, threading.Thread]] = []
-
-    def start(trouble: Callable[[Any, int], bool] = lambda handler, number: False) -> Fake:
-        server = Fake(trouble)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        running.append((server, thread))
-        return server
-
-    yield start
-    for server, thread in running:
-        server.stalls.set()
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-def to(server: Fake, **changes: Any) -> ServerSettings:
-    return ServerSettings(base_url=server.url, model="m", **{"timeout": 5.0, **changes})
 
 
 def asks(n: int) -> list[Ask]:
@@ -198,7 +93,7 @@ def test_what_came_before_a_failure_is_kept_and_a_cut_line_is_asked_again(
 def test_equal_requests_are_sent_once_and_images_go_as_data(serve: Callable[..., Fake]) -> None:
     server = serve()
     ask = Ask((Message("user", (None, "what?")),), (ImageRef(data=PIXEL),), max_tokens=7, seed=3)
-    assert Client(to(server)).ask([ask, ask]) == [Answer("re: what?", True)] * 2
+    assert Client(to(server)).ask([ask, ask]) == [Reply("re: what?", True)] * 2
     (body,) = server.seen
     assert body["messages"][0]["content"] == [
         {
@@ -308,45 +203,6 @@ def test_the_pool_through_a_server_resumes_without_asking_again(
     assert sum(server.answered.values()) == 16
 
 
-def test_a_judge_behind_a_server(serve: Callable[..., Fake], tmp_path: Path) -> None:
-    words = {"a cat": "Yes.", "a dog": "No", "a cow": "Hard to say"}
-
-    def answer(handler: Any, number: int) -> bool:
-        text = handler.server.seen[number - 1]["messages"][-1]["content"][-1]["text"]
-        word = next(v for k, v in words.items() if f"Other response: {k}\n" in text)
-        choice = {"index": 0, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"}
-        handler.reply(
-            200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-        )
-        return True
-
-    settings = JudgeSettings(name="llm", server=to(serve(answer), concurrency=1))
-    one = Example("a", (ImageRef(data=PIXEL),), (Message("user", (None, "What?")),), Completion("a kitten"))
-    judge = build_judge(settings, [one], tmp_path / "answers.jsonl")
-    assert judge is not None
-    assert judge([one] * 3, list(words)) == [True, False, None]
-
-
-def test_a_judge_by_references_and_none() -> None:
-    one = Example(
-        "a",
-        (),
-        (Message("user", ("q",)),),
-        Completion("a red dog runs"),
-        references=("one red dog is running",),
-    )
-    judge = build_judge(JudgeSettings(name="references", threshold=0.7), [one])
-    assert judge is not None
-    assert judge([one] * 3, ["a red dog runs", "one red dog is running", "two blue cars"]) == [
-        True,
-        True,
-        False,
-    ]
-    assert build_judge(NegativeSettings().judge, [one]) is None
-    with pytest.raises(errors.DataError, match="references: missing"):
-        build_judge(JudgeSettings(name="references"), [Example("b", (), one.prompt, one.chosen)])
-
-
 def test_a_writer_of_edits_is_asked_once_checked_and_falls_back_to_the_lexicon(
     serve: Callable[..., Fake],
     tmp_path: Path,
@@ -407,3 +263,29 @@ def test_a_writer_of_edits_is_asked_once_checked_and_falls_back_to_the_lexicon(
     assert "2 requests (0 answers are stored)" in caplog.text
     assert made() == [first, second]
     assert len(server.seen) == 2, "answers outlive the run"
+
+
+def test_a_server_sees_the_picture_that_training_sees(tmp_path: Path) -> None:
+    """A JPEG goes as it is; a deep or transparent PNG as the RGB that ImageRef.open gives."""
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from cwdpo.records import ImageRef
+    from cwdpo.remote import data_uri
+
+    def sent(image: Image.Image, name: str) -> tuple[bytes, ImageRef]:
+        image.save(tmp_path / name)
+        ref = ImageRef(path=tmp_path / name)
+        return base64.b64decode(data_uri(ref).partition(",")[2]), ref
+
+    plain, ref = sent(Image.effect_noise((8, 8), 50), "a.jpg")
+    assert plain == ref.encoded()
+    deep = Image.frombytes("I;16", (4, 1), np.array([1000, 1100, 1200, 1300], "<u2").tobytes())
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    for image, name in ((deep, "b.png"), (clear, "c.png")):
+        data, ref = sent(image, name)
+        assert data != ref.encoded()
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(ref.open()))

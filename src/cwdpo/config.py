@@ -17,10 +17,11 @@ from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, RecipeError, nearest
 from cwdpo.hints import belongs
+from cwdpo.judging.base import AUTO, JUDGES, NONE
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
-from cwdpo.registry import Settings, explain
+from cwdpo.registry import Registry, Settings, explain
 from cwdpo.worlds.shapes import ShapesSettings
 
 Spec = dict[str, Any]
@@ -293,7 +294,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node = tree
     for part in parts[:-1]:
         child = node.get(part)
-        if isinstance(child, str) and part == "objective":
+        if isinstance(child, str) and part in ("objective", "judge"):
             child = {"name": child}
         if child is None:
             child = {}
@@ -354,20 +355,43 @@ def _candidates(annotation: Any) -> list[type]:
     return [a for a in options if isinstance(a, type)]
 
 
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, objectives and their settings included, for editors."""
-    schema = Recipe.model_json_schema()
+def _component_schema(
+    registry: Registry[Any], defs: dict[str, Any], bare: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A component in a recipe: its name, or a mapping with its settings.
+
+    Args:
+        registry: the components of one kind.
+        defs: the schema's ``$defs``; sections inside the components are added.
+        bare: further names, without settings.
+    """
     branches = []
-    for name in OBJECTIVES.names():
-        cls = OBJECTIVES.get(name)
+    for name in registry.names():
+        cls = registry.get(name)
         branch = cls.model_json_schema()
+        defs |= branch.pop("$defs", {})
         branch["properties"] = {"name": {"const": name}, **branch.get("properties", {})}
-        branch["required"] = ["name"]
+        branch["required"] = ["name", *branch.get("required", ())]
         branch["description"] = (cls.__doc__ or "").strip()
         branches.append(branch)
+    for name in bare:
+        only = {"type": "object", "properties": {"name": {"const": name}}, "required": ["name"]}
+        branches.append({**only, "additionalProperties": False})
     own = {"type": "object", "properties": {"name": {"pattern": r"\.py:"}}, "required": ["name"]}
-    schema["$defs"]["Objective"] = {"anyOf": [{"enum": OBJECTIVES.names()}, *branches, own]}
-    schema["$defs"]["StageSettings"]["properties"]["objective"] = {"$ref": "#/$defs/Objective"}
+    return {"anyOf": [{"enum": [*bare, *registry.names()]}, *branches, own]}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, objectives, judges and their settings included, for editors."""
+    schema = Recipe.model_json_schema()
+    defs = schema["$defs"]
+    defs["Objective"] = _component_schema(OBJECTIVES, defs)
+    defs["StageSettings"]["properties"]["objective"] = {"$ref": "#/$defs/Objective"}
+    defs["Judge"] = _component_schema(JUDGES, defs, (AUTO, NONE))
+    judge = defs["NegativeSettings"]["properties"]["judge"]
+    defs["NegativeSettings"]["properties"]["judge"] = {
+        "$ref": "#/$defs/Judge", "description": judge["description"], "default": {"name": AUTO},
+    }  # fmt: skip
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "cwdpo recipe"
     return schema

@@ -28,6 +28,16 @@ class ImageRef:
         assert self.path is not None
         return self.path.read_bytes()
 
+    def is_altered(self) -> bool:
+        """Whether opening scales its values or lays it on white (:func:`as_rgb`); only its header is read."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.encoded())) as image:
+                return is_deep(image) or has_alpha(image)
+        except Exception:  # Pillow's plugins raise nearly anything; opening it says what is wrong
+            return False
+
     def open(self) -> Image:
         """The decoded picture in RGB of 8 bits (see :func:`as_rgb`), EXIF rotation applied.
 
@@ -166,7 +176,7 @@ class Sample:
 
     ``ended``: it ended by itself, within the most tokens. ``n_tokens`` counts the end token; a server gives none.
     ``mean_logp`` (nats per token) is under the sampling policy at temperature 1; ``None`` for greedy responses and for
-    servers. ``right`` is the judge's verdict; ``None`` without a judge.
+    servers. ``right``: whether the judge finds it right; ``None``: not known, or no judge.
     """
 
     text: str

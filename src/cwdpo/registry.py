@@ -63,10 +63,19 @@ def shortened(value: Any, limit: int = 120) -> str:
 
 
 class Registry(Generic[C]):
-    """The components of one kind, found in the files of ``package``."""
+    """The components of one kind, found in the files of ``package``.
 
-    def __init__(self, kind: str, package: str, base: type[C]) -> None:
-        self.kind, self.package, self.base = kind, package, base
+    Args:
+        kind: what messages call a component.
+        package: where the files are.
+        base: the class that a component derives from.
+        renamed: old name -> new name; an old name is refused, and the message names the new one.
+    """
+
+    def __init__(
+        self, kind: str, package: str, base: type[C], renamed: Mapping[str, str] | None = None
+    ) -> None:
+        self.kind, self.package, self.base, self.renamed = kind, package, base, dict(renamed or {})
 
     def names(self) -> list[str]:
         """Names of the shipped components, sorted; nothing is imported but the package itself."""
@@ -82,6 +91,8 @@ class Registry(Generic[C]):
         """
         if ".py:" in name:
             return self._from_file(name)
+        if name in self.renamed:
+            raise UnknownComponentError(f"{self.kind} {name!r} is now called {self.renamed[name]!r}")
         if name not in self.names():
             raise UnknownComponentError(
                 f"unknown {self.kind} {name!r}{nearest(name, self.names())}; "

@@ -76,8 +76,8 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A response text, and whether it ended by itself (``stop``) or was cut (``length``)."""
+class Reply:
+    """A server's response text, and whether it ended by itself (``stop``) or was cut (``length``)."""
 
     text: str
     ended: bool
@@ -125,12 +125,12 @@ class Client:
         )
         self._lock = threading.Lock()
         self._next = 0.0
-        self._known: dict[str, Answer] = {}
+        self._known: dict[str, Reply] = {}
         if store is not None:
             rows = read_jsonl(store)
             if not ends_whole(store):  # a kill cut the last line
                 write_text(store, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-            self._known = {row["key"]: Answer(row["text"], row["ended"]) for row in rows}
+            self._known = {row["key"]: Reply(row["text"], row["ended"]) for row in rows}
 
     def estimate(self, asks: Sequence[Ask]) -> Estimate:
         """What :meth:`ask` would send."""
@@ -146,8 +146,8 @@ class Client:
             len(new), len({k for k, _ in self._keyed(asks)}) - len(new), tokens_in, tokens_out, usd
         )
 
-    def ask(self, asks: Sequence[Ask], progress: Callable[[int], None] = lambda n: None) -> list[Answer]:
-        """Answers in the order of ``asks``; equal requests are sent once.
+    def ask(self, asks: Sequence[Ask], progress: Callable[[int], None] = lambda n: None) -> list[Reply]:
+        """Replies in the order of ``asks``; equal requests are sent once.
 
         Args:
             progress: called with the number of new answers.
@@ -199,11 +199,11 @@ class Client:
             **more,
         )
         choice = response.choices[0]
-        answer = Answer((choice.message.content or "").strip(), choice.finish_reason == "stop")
+        reply = Reply((choice.message.content or "").strip(), choice.finish_reason == "stop")
         with self._lock:
-            self._known[key] = answer
+            self._known[key] = reply
             if self.store is not None:
-                row = json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) + "\n"
+                row = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n"
                 self.store.parent.mkdir(parents=True, exist_ok=True)
                 with self.store.open("a", encoding="utf-8") as file:
                     file.write(row)
@@ -251,10 +251,13 @@ def _messages(ask: Ask) -> list[dict[str, Any]]:
 
 
 def data_uri(image: ImageRef) -> str:
-    """The picture as ``data:image/...;base64,...``; other encodings than JPEG, PNG and GIF become PNG."""
+    """The picture as ``data:image/...;base64,...``; other encodings than JPEG, PNG and GIF become PNG.
+
+    So do deep and transparent pictures, which the server would show otherwise than training does.
+    """
     data = image.encoded()
     mime = next((m for start, m in _MIME.items() if data.startswith(start)), None)
-    if mime is None:
+    if mime is None or image.is_altered():
         buffer = io.BytesIO()
         image.open().save(buffer, "PNG")
         data, mime = buffer.getvalue(), "image/png"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cwdpo.dynamics.diagnose import Condition, FindingRule, apply, diagnose_rows, load_rules, verdict
+from cwdpo.dynamics.diagnose import Condition, FindingRule, apply, diagnose_rows, load_rules, to_json
 from cwdpo.dynamics.rules import parse_rule
 from cwdpo.dynamics.series import Series
 from cwdpo.errors import RecipeError, RunDirError
@@ -171,7 +171,7 @@ def test_a_squeezed_run_is_named_from_the_step_where_it_began() -> None:
     assert diagnose_rows(squeezed()[0], metrics("gradient/rejected_share", [0.0] * 50)) == []
     healthy = readings("delta_logp/chosen", {0: 0.0, 10: 0.01}) + readings("kl", {0: 0.0, 10: 0.01})
     assert diagnose_rows(healthy, []) == []
-    assert verdict([]) == {"findings": [], "healthy": True}
+    assert to_json([]) == {"findings": [], "healthy": True}
 
 
 def test_a_drift_that_few_tokens_carry_is_none() -> None:

@@ -191,6 +191,62 @@ def test_runs_are_compared_in_pairs_with_a_page(run: Any, captions: Path, tmp_pa
     assert "<script" not in page
 
 
+MY_JUDGE = """
+from cwdpo.judging.base import ScoringJudge
+
+
+class Brief(ScoringJudge):
+    def score(self, examples, texts):
+        return [-float(len(t)) for t in texts]
+"""
+MY_METRIC = """
+from cwdpo.metrics.base import Metric, mean_of
+
+
+class Letters(Metric):
+    def __call__(self, answers):
+        return [mean_of("letters", answers, [float(len(a.text)) for a in answers])]
+"""
+
+
+def test_judges_and_metrics_are_chosen_by_name_or_by_file(run: Any, captions: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(MY_JUDGE)
+    (tmp_path / "metric.py").write_text(MY_METRIC)
+    metric = f"{tmp_path / 'metric.py'}:Letters"
+    found = evaluated(captions, tmp_path / "one", metrics=[{"name": metric}])
+    rows = read_jsonl(tmp_path / "one" / "responses.jsonl")
+    assert found["numbers"]["letters"]["value"] == pytest.approx(sum(len(r["text"]) for r in rows) / 12)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "evaluation.json").write_text((tmp_path / "one" / "evaluation.json").read_text())
+    lines = [
+        json.dumps(r | {"text": r["text"][: len(r["text"]) // 2 if i < 9 else None]})
+        for i, r in enumerate(rows)
+    ]
+    (tmp_path / "two" / "responses.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def compare(judge: str, out: str) -> Any:
+        return run("compare", tmp_path / "two", tmp_path / "one", "--out", tmp_path / out, "--judge", judge)
+
+    done = compare(f"{tmp_path / 'judge.py'}:Brief", "mine")
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
+    (row,) = summary["wins"]
+    assert (row["judge"], row["win"], row["tie"], row["loss"]) == ("Brief", 0.75, 0.25, 0.0)
+    assert summary["differences"][0]["figures"]["letters"]["value"] < 0
+    assert compare("{name: references, threshold: 0.5}", "references").code == 0
+    assert "by references" in (tmp_path / "references" / "report.html").read_text()
+    assert compare("none", "none").code == 0
+    assert json.loads((tmp_path / "none" / "summary.json").read_text())["wins"] == []
+    for judge, complaint in (
+        ("exact", "judge 'exact' is now called 'world'"),
+        ("wurld", "did you mean 'world'"),
+        ("world,metric", "'world,metric' names 2 components: name one"),
+    ):
+        done = compare(judge, "wrong")
+        assert done.code == 1
+        assert complaint in done.err
+
+
 def test_what_cannot_be_paired_is_refused(captions: Path, tmp_path: Path) -> None:
     evaluated(captions, tmp_path / "a", metrics=[{"name": "length"}])
     evaluated(captions, tmp_path / "b", metrics=[{"name": "length"}], data_options={"limit": 6})

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cwdpo.errors import DataError, MissingPackageError, RecipeError
-from cwdpo.evaluation.paired import holm, paired_difference, verdict
+from cwdpo.evaluation.paired import conclusion, holm, paired_difference
 from cwdpo.evaluation.run import parse_specs
 from cwdpo.metrics import _coco
 from cwdpo.metrics._coco import simple_tokens
@@ -437,9 +437,9 @@ def test_holm_keeps_the_family_wise_error() -> None:
 
 
 def test_words_need_a_corrected_p() -> None:
-    assert verdict({"mean": 0.1}, "higher", 0.01) == "better"
-    assert verdict({"mean": 0.1}, "lower", 0.01) == "worse"
-    assert verdict({"mean": 0.1}, "higher", 0.05) == "no clear difference"
-    assert verdict({"mean": 0.1}, "none", 0.01) == "differs"
-    assert verdict({"mean": 0.1}, "none", None) == "no clear difference"
-    assert verdict({"mean": None}, "higher", None) == "not measured"
+    assert conclusion({"mean": 0.1}, "higher", 0.01) == "better"
+    assert conclusion({"mean": 0.1}, "lower", 0.01) == "worse"
+    assert conclusion({"mean": 0.1}, "higher", 0.05) == "no clear difference"
+    assert conclusion({"mean": 0.1}, "none", 0.01) == "differs"
+    assert conclusion({"mean": 0.1}, "none", None) == "no clear difference"
+    assert conclusion({"mean": None}, "higher", None) == "not measured"

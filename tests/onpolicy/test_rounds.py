@@ -352,7 +352,7 @@ def test_rounds_that_do_not_fit_are_refused() -> None:
         ({"on_policy_fraction": 1.5}, "a number from 0 to 1"),
         ({"on_policy_fraction": [0.1, 0.2], "rounds": 3}, "2 shares for rounds = 3"),
         ({"on_policy_fraction": 1, "easy_cut": -1, "hard_cut": -2}, "easy_cut must be below hard_cut"),
-        ({"on_policy_fraction": 1, "judge": {"name": "llm"}}, "a server belongs to judge.name: llm"),
+        ({"on_policy_fraction": 1, "judge": {"name": "vlm"}}, "judge vlm: server: Field required"),
         (
             {
                 "on_policy_fraction": 1,

@@ -75,19 +75,19 @@ def compare(
     ),
     metrics: Annotated[list[str] | None, typer.Option(help="default: those of the first run")] = None,
     judge: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="exact, metric, reward_model, vlm, or {name: ..., setting: ...}; default: exact, for the world"
+            help="world, references, metric, reward_model, vlm, file.py:Class, or {name: ..., setting: ...}; none: no "
+            "win rates; auto: world where the data is the world's, else none"
         ),
-    ] = None,
+    ] = "auto",
 ) -> None:
     """Compare runs on the same prompts: paired differences, win rates with intervals, and a page."""
     from cwdpo.evaluation import run
     from cwdpo.report.render import write_report
 
-    specs = run.parse_specs([judge]) if judge else []
     summary = run.compare(
-        runs, out, metrics=run.parse_specs(metrics or ()), judge=specs[0] if specs else None, tell=typer.echo
+        runs, out, metrics=run.parse_specs(metrics or ()), judge=run.parse_spec(judge), tell=typer.echo
     )
     for row in summary["differences"]:
         typer.echo(f"{row['ours']} minus {row['theirs']}:")

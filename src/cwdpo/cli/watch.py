@@ -39,13 +39,13 @@ def diagnose(
 ) -> None:
     """Name what is wrong with a run and what to change; exit code 0 healthy, 3 with findings."""
     from cwdpo.dynamics.diagnose import diagnose as look
-    from cwdpo.dynamics.diagnose import verdict
+    from cwdpo.dynamics.diagnose import to_json
     from cwdpo.rundir import RunDir
 
     folder = RunDir.open(run)
     findings = look(folder)
     if as_json:
-        typer.echo(json.dumps(verdict(findings), indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(to_json(findings), indent=1, ensure_ascii=False))
     elif not findings:
         rows = folder.readings()
         where = f"{len(rows)} readings up to step {max((r['step'] for r in rows), default=0)}"

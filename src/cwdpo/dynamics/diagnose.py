@@ -193,6 +193,6 @@ def diagnose(run: RunDir) -> list[Finding]:
     return diagnose_rows(run.readings(), run.metrics())
 
 
-def verdict(findings: Sequence[Finding]) -> dict[str, Any]:
+def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
     """The JSON of a diagnosis: ``{"findings": [...], "healthy": bool}``; any finding makes a run not healthy."""
     return {"findings": [f.to_json() for f in findings], "healthy": not findings}

@@ -47,7 +47,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return out
 
 
-def verdict(difference: dict[str, Any], better: str, p: float | None) -> str:
+def conclusion(difference: dict[str, Any], better: str, p: float | None) -> str:
     """``better`` or ``worse`` where the corrected p-value is below 0.05; never more than the seeds can tell."""
     if difference["mean"] is None:
         return "not measured"

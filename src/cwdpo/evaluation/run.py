@@ -16,14 +16,16 @@ from cwdpo.config import load_recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError, RecipeError, optional_package
-from cwdpo.evaluation.paired import holm, verdict
+from cwdpo.evaluation.paired import conclusion, holm
 from cwdpo.evaluation.responses import collect, read_back, store
-from cwdpo.judging.base import JUDGES, tournament
+from cwdpo.judging.base import AUTO, judge_for
+from cwdpo.judging.compare import tournament
 from cwdpo.metrics.base import METRICS, Answer, Measured, Metric, difference, reliability
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions, write_json
+from cwdpo.worlds.judged import all_judgeable
 
 FILE = "evaluation.json"
 Tell = Callable[[str], None]
@@ -59,9 +61,23 @@ def parse_specs(texts: Sequence[str]) -> list[dict[str, Any]]:
     return specs
 
 
+def parse_spec(text: str) -> dict[str, Any]:
+    """One component from the command line, see :func:`parse_specs`.
+
+    Raises:
+        RecipeError: it is not YAML, or names no component or several.
+    """
+    specs = parse_specs([text])
+    if len(specs) != 1:
+        raise RecipeError(
+            f"{text!r} names {len(specs)} components: name one, or write {{name: ..., setting: ...}}"
+        )
+    return specs[0]
+
+
 def default_metrics(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """What the data allows: the exact judge, multiple choice, or text against references."""
-    if all("scene" in e.extra for e in examples):
+    if all_judgeable(examples):
         names = ["world", "length", "diversity"]
     elif all("options" in e.extra for e in examples):
         names = ["multiple_choice"]
@@ -175,7 +191,7 @@ def compare(
 
     Args:
         metrics: specs; empty means those of the first run.
-        judge: spec of a judge for win rates; ``None`` for the exact one where the data is the world's.
+        judge: spec of a judge for win rates, see :func:`cwdpo.judging.base.judge_for`; ``None`` means ``auto``.
         tell: hears what a judge will cost before it starts.
 
     Raises:
@@ -190,6 +206,7 @@ def compare(
         raise DataError(f"{notes[0]['data']} has changed since the runs answered it: evaluate them again")
     specs = [dict(s) for s in metrics] or notes[0]["metrics"]
     built = [METRICS.build(s) for s in specs]
+    who = judge_for(judge or {"name": AUTO}, examples)
     by_id = {e.id: e for e in examples}
     answers = {name: read_back(folder, by_id) for name, folder in zip(names, folders, strict=True)}
     measured = {name: measure(built, own) for name, own in answers.items()}
@@ -210,13 +227,11 @@ def compare(
             **{f"package {k}": v for k, v in versions().items()},
         },
     }  # fmt: skip
-    if judge is None and all("scene" in e.extra for e in examples):
-        judge = {"name": "exact"}
-    if judge is not None:
+    if who is not None:
         asked = [a.example for a in answers[names[0]]]
         texts = {name: [a.text for a in own] for name, own in answers.items()}
         summary["wins"], summary["strength"] = tournament(
-            names, JUDGES.build(judge), asked, texts, store=out / "judge", tell=tell
+            names, who, asked, texts, store=out / "judge", tell=tell
         )
     write_json(out / "summary.json", summary)
     return summary
@@ -255,7 +270,7 @@ def _differences(names: Sequence[str], measured: Mapping[str, Sequence[Measured]
     for k, figure in enumerate(measured[names[0]]):
         found = [difference(measured[row["ours"]][k], measured[row["theirs"]][k]) for row in rows]
         for row, one, p in zip(rows, found, holm([d["p"] for d in found]), strict=True):
-            word = verdict({"mean": one["value"]}, figure.better, p)
+            word = conclusion({"mean": one["value"]}, figure.better, p)
             row["figures"][figure.name] = {**one, "p_corrected": p, "word": word}
     return rows
 

@@ -1,183 +1,191 @@
-"""Judges of two responses, win rates with intervals, and Bradley-Terry strengths over several methods."""
+"""What a judge is: it scores the responses to a prompt. All uses of a judge derive from its scores.
+
+Wins, ties and losses of two models (:mod:`cwdpo.judging.compare`) and right or wrong of on-policy samples
+(:meth:`Judge.right`) go through :func:`verdict_of`. No torch is imported here.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from cwdpo.errors import optional_package
-from cwdpo.judging.win_rate import TIE, win_rate
+from cwdpo.errors import UnknownComponentError
+from cwdpo.judging.win_rate import TIE
 from cwdpo.records import Example
 from cwdpo.registry import Component, Registry
+from cwdpo.worlds.judged import all_judgeable
 
 Verdict = Literal["win", "tie", "loss", "bad"]
-"""Of the first response against the second; ``bad``: the judge's answer could not be read, which counts as a tie."""
+"""Of the first response against the second; ``bad``: at least one has no score, which counts as a tie."""
+WORTH: dict[Verdict, float] = {"win": 1.0, "tie": 0.5, "bad": 0.5, "loss": 0.0}
+"""What a verdict is worth to the first response."""
+_RIGHT: dict[Verdict, bool | None] = {"win": True, "tie": True, "bad": None, "loss": False}
 
-_WORTH = {"win": 1.0, "tie": 0.5, "bad": 0.5, "loss": 0.0}
-STRENGTH_RESAMPLES = 300
+
+def verdict_of(first: float | None, second: float | None) -> Verdict:
+    """Compare the scores of two responses to one prompt; scores within 1e-9 are a tie.
+
+    >>> verdict_of(1.0, 0.5), verdict_of(0.5, 0.5), verdict_of(0.5, None)
+    ('win', 'tie', 'bad')
+    """
+    if first is None or second is None:
+        return "bad"
+    return "win" if first > second + TIE else "loss" if second > first + TIE else "tie"
 
 
 class Judge(Component):
-    """Says which of two responses to the same prompt is better."""
+    """Scores the responses to a prompt.
 
-    @abstractmethod
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        ours: Sequence[str],
-        theirs: Sequence[str],
-        *,
-        store: Path | None = None,
-    ) -> list[Verdict]:
-        """One verdict per example.
+    A subclass implements :meth:`scores` and then serves both comparisons and on-policy negatives. One that scores
+    each response by itself is shorter as a :class:`ScoringJudge`.
+    """
 
-        Args:
-            store: folder for transcripts and answers that need not be asked for again.
+    @property
+    def needs_whole_set(self) -> bool:
+        """Whether a score depends on the other examples of the call, so that samples cannot be judged in batches."""
+        return False
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Refuse examples that cannot be judged, before anything is generated or paid for.
+
+        Raises:
+            DataError: an example lacks what the judge compares with.
+            MissingPackageError: an optional package is not installed.
         """
 
+    @abstractmethod
+    def scores(
+        self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
+    ) -> list[list[float | None]]:
+        """Score the candidate responses to each prompt.
+
+        Args:
+            examples: B prompts.
+            candidates: [B][n] responses; n may differ between prompts.
+            store: folder for transcripts and for answers that need not be asked for again.
+
+        Returns:
+            [B][n] scores; higher is better. Scores of one prompt compare with one another, those of different
+            prompts need not. ``None``: there is no score, for instance because an answer could not be read.
+        """
+
+    def right(
+        self, examples: Sequence[Example], texts: Sequence[str], *, store: Path | None = None
+    ) -> list[bool | None]:
+        """Whether each response is right; ``None``: not known. By default: it is not worse than the chosen response.
+
+        Args:
+            examples: B prompts.
+            texts: one response to each.
+            store: as in :meth:`scores`.
+        """
+        pairs = [(text, e.chosen.text) for e, text in zip(examples, texts, strict=True)]
+        return [_RIGHT[verdict_of(*pair)] for pair in self.scores(examples, pairs, store=store)]
+
     def estimate(
-        self, examples: Sequence[Example], ours: Sequence[str], theirs: Sequence[str], store: Path | None
+        self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
     ) -> str:
-        """What judging these will cost; empty where it costs nothing."""
-        del examples, ours, theirs, store
+        """What :meth:`scores` will cost, in words; empty where it costs nothing."""
         return ""
 
 
 class ScoringJudge(Judge):
-    """A judge that scores each response by itself; scores within 1e-9 are a tie."""
+    """A judge that scores each response by itself.
+
+    Args:
+        threshold: score from which a response is right; ``None``: from the score of the chosen response.
+    """
+
+    threshold: float | None = Field(
+        None, description="score from which a response is right; null: not worse than the chosen response"
+    )
 
     @abstractmethod
-    def scores(self, examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
-        """One score per response; higher is better."""
+    def score(self, examples: Sequence[Example], texts: Sequence[str]) -> Sequence[float | None]:
+        """One score per response, higher is better; an example occurs once for each of its responses."""
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        ours: Sequence[str],
-        theirs: Sequence[str],
-        *,
-        store: Path | None = None,
-    ) -> list[Verdict]:
-        """Compare the scores of each pair."""
-        del store
-        both = self.scores([*examples, *examples], [*ours, *theirs])
-        n = len(examples)
-        return [
-            "win" if a > b + TIE else "loss" if b > a + TIE else "tie"
-            for a, b in zip(both[:n], both[n:], strict=True)
-        ]
+    def scores(
+        self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
+    ) -> list[list[float | None]]:
+        """[B][n] scores.
 
+        Raises:
+            ValueError: :meth:`score` returned another number of scores than it was given responses.
+        """
+        # One call for all prompts, so that a model can run in full batches.
+        rows = [(e, text) for e, own in zip(examples, candidates, strict=True) for text in own]
+        values = list(self.score([e for e, _ in rows], [text for _, text in rows])) if rows else []
+        if len(values) != len(rows):
+            raise ValueError(f"judge {label_of(self)}: {len(values)} scores for {len(rows)} responses")
+        left = iter(values)
+        return [[next(left) for _ in own] for own in candidates]
 
-JUDGES: Registry[Judge] = Registry("judge", "cwdpo.judging.judges", Judge)
-
-
-def kind_of(example: Example) -> str:
-    """The kind of prompt that an example belongs to: its ``kind`` or ``category``, or what the world asks."""
-    for key in ("kind", "category"):
-        value = example.extra.get(key)
-        if isinstance(value, str) and value:
-            return value
-    if "scene" in example.extra:
-        return "caption" if example.prompt_text.startswith("describe") else "question"
-    return "all"
+    def right(
+        self, examples: Sequence[Example], texts: Sequence[str], *, store: Path | None = None
+    ) -> list[bool | None]:
+        """Whether the score reaches the threshold, or that of the chosen response where there is no threshold."""
+        if self.threshold is None:
+            return super().right(examples, texts, store=store)
+        scores = self.scores(examples, [(text,) for text in texts])
+        return [None if score is None else score >= self.threshold for (score,) in scores]
 
 
-def wins(examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
-    """Win rates with bootstrap intervals over prompts: over ``all`` prompts and, where there are several, by kind.
-
-    Examples with the same id are samples of one prompt.
-    """
-    kinds = [kind_of(e) for e in examples]
-    groups = {"all": list(range(len(examples)))}
-    if len(set(kinds)) > 1:
-        groups |= {k: [i for i, own in enumerate(kinds) if own == k] for k in sorted(set(kinds))}
-    found = {}
-    for name, index in groups.items():
-        by_prompt: dict[str, list[float]] = {}
-        for i in index:
-            by_prompt.setdefault(examples[i].id, []).append(_WORTH[verdicts[i]])
-        rows = _rectangle(list(by_prompt.values()))
-        rate = win_rate(rows, [[0.5] * len(r) for r in rows])
-        bad = sum(verdicts[i] == "bad" for i in index)
-        found[name] = {**asdict(rate), "bad_answers": bad}
-    return found
+JUDGES: Registry[Judge] = Registry(
+    "judge", "cwdpo.judging.judges", Judge, renamed={"exact": "world", "llm": "vlm"}
+)
+AUTO, NONE = "auto", "none"
 
 
-def _rectangle(rows: list[list[float]]) -> list[list[float]]:
-    """Prompts with fewer samples than others are filled up by repeating theirs, which keeps each prompt's mean."""
-    longest = max(map(len, rows))
-    if all(longest % len(r) == 0 for r in rows):
-        return [r * (longest // len(r)) for r in rows]
-    return [[sum(r) / len(r)] for r in rows]
+def label_of(judge: Judge) -> str:
+    """A judge's name in tables: that of its file in the package, or of its class in a file of one's own."""
+    module = type(judge).__module__
+    return module.rpartition(".")[2] if module.startswith(f"{JUDGES.package}.") else type(judge).__name__
 
 
-def strengths(
-    names: Sequence[str], worth: Mapping[tuple[str, str], Sequence[float]], *, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Bradley-Terry log-strengths (choix), mean 0, with bootstrap intervals over prompts.
-
-    Args:
-        names: the methods.
-        worth: for pairs of methods the value of each prompt to the first: 1 win, 0.5 tie, 0 loss; the same prompts in
-            the same order for every pair.
-
-    Returns:
-        Per method ``name``, ``value``, ``low``, ``high``, best first.
-    """
-    choix = optional_package("choix", "Bradley-Terry over several runs", "pip install 'cwdpo[judge]'")
-    n = len(next(iter(worth.values())))
-
-    def fit(index: Any) -> Any:
-        table = np.zeros((len(names), len(names)))
-        for (a, b), values in worth.items():
-            won = float(np.asarray(values)[index].sum())
-            i, j = names.index(a), names.index(b)
-            table[i, j] += won
-            table[j, i] += len(index) - won
-        # A little of everything against everything: who never lost has no finite strength.
-        return choix.ilsr_pairwise_dense(table, alpha=0.01)
-
-    rng = np.random.default_rng(seed)
-    value = fit(np.arange(n))
-    drawn = np.array([fit(rng.integers(0, n, n)) for _ in range(STRENGTH_RESAMPLES)]) if n > 1 else None
-    rows = []
-    for i, name in enumerate(names):
-        low, high = (None, None) if drawn is None else map(float, np.percentile(drawn[:, i], [2.5, 97.5]))
-        rows.append({"name": name, "value": float(value[i]), "low": low, "high": high})
-    return sorted(rows, key=lambda row: -float(row["value"]))
+def _with_name(spec: Any) -> Any:
+    return {"name": spec} if isinstance(spec, str) else spec
 
 
-def tournament(
-    names: Sequence[str],
-    judge: Judge,
-    examples: Sequence[Example],
-    texts: Mapping[str, Sequence[str]],
-    *,
-    store: Path | None = None,
-    tell: Callable[[str], None] = lambda text: None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every pair of methods on the same prompts: win rates, and Bradley-Terry strengths from three methods on.
+def _known(spec: dict[str, Any]) -> dict[str, Any]:
+    name = spec.get("name")
+    if name in (AUTO, NONE):
+        extra = sorted(spec.keys() - {"name"})
+        if extra:
+            raise ValueError(
+                f"judge {name} takes no settings, got {', '.join(extra)}: name the judge they belong to"
+            )
+        return spec
+    try:
+        JUDGES.build(spec)
+    except UnknownComponentError as error:
+        raise ValueError(f"{error} ({AUTO} and {NONE} are allowed too)") from None
+    return spec
+
+
+JudgeSpec = Annotated[dict[str, Any], BeforeValidator(_with_name), AfterValidator(_known)]
+"""``name`` and settings of a judge, checked by the registry; ``auto`` and ``none`` are names without settings."""
+
+
+def judge_for(spec: Mapping[str, Any], examples: Sequence[Example]) -> Judge | None:
+    """The judge that a recipe or a command names; ``None`` for none.
 
     Args:
-        texts: by method one response per example.
-        tell: hears what a judge will cost before it starts.
+        spec: ``name`` and settings. ``auto``: the world's judge where all examples are the world's, else none.
+        examples: those that will be judged.
+
+    Raises:
+        UnknownComponentError: no judge has this name.
+        RecipeError: a setting is unknown or out of range.
+        DataError: an example lacks what the judge needs.
     """
-    pairs = list(combinations(names, 2))
-    for a, b in pairs:
-        cost = judge.estimate(examples, texts[a], texts[b], store)
-        if cost:
-            tell(f"{a} against {b}: {cost}")
-    rows, worth = [], {}
-    label = type(judge).__module__.rpartition(".")[2]
-    for a, b in pairs:
-        verdicts = judge(examples, texts[a], texts[b], store=store)
-        worth[a, b] = [_WORTH[v] for v in verdicts]
-        for kind, found in wins(examples, verdicts).items():
-            rows.append({"ours": a, "theirs": b, "kind": kind, "judge": label, **found})
-    return rows, strengths(names, worth) if len(names) > 2 else []
+    if spec.get("name") == AUTO:
+        spec = {"name": "world" if all_judgeable(examples) else NONE}
+    if spec.get("name") == NONE:
+        return None
+    judge = JUDGES.build(spec)
+    judge.check(examples)
+    return judge

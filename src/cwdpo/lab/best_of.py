@@ -19,8 +19,8 @@ from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
 from cwdpo.rundir import read_jsonl, write_json
-from cwdpo.worlds.judged import judge_captions
-from cwdpo.worlds.shapes import Judgement, Scene, hard
+from cwdpo.worlds.judged import judge_captions, scene_of
+from cwdpo.worlds.shapes import Judgement, hard
 
 SHARES = {"other_prompt": 0.31, "sample": 0.31, "perturbed": 0.38}
 """What stands against chosen: another picture's caption, a worse sample, one wrong word (of the design study)."""
@@ -132,9 +132,9 @@ def _candidates(
 
 
 def _edits(example: Example, chosen: str, rng: random.Random) -> list[Completion]:
-    scene: Any = example.extra["scene"]
+    scene = scene_of(example)
     try:
-        made = [hard(Scene.from_json(scene), chosen, rng) for _ in range(_TRIES)]
+        made = [hard(scene, chosen, rng) for _ in range(_TRIES)]
     except DataError:  # chosen is no sentence, so no word of it can be exchanged
         return []
     return [Completion(c.text, "perturbed", "hard", c.made) for c in made]

@@ -26,7 +26,7 @@ from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage
-from cwdpo.worlds.judged import judge_captions
+from cwdpo.worlds.judged import all_judgeable, judge_captions
 
 SAMPLES = 2
 MAX_NEW_TOKENS = 40
@@ -167,7 +167,7 @@ def evaluate_on_test(
     held = probes.measure(policy.model)
     readings = [r for name in PROBES.names() for r in PROBES.build(name)(held)]
     figures: dict[str, Any] = {r.name: r.value for r in readings}
-    if all("scene" in e.extra for e in test):
+    if all_judgeable(test):
         figures |= captions(policy, encoder, test)
     else:
         figures |= responses(policy, encoder, test, metrics)

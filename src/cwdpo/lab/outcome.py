@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.evaluation.intervals import mean_interval
-from cwdpo.evaluation.paired import holm, paired_difference, verdict
+from cwdpo.evaluation.paired import conclusion, holm, paired_difference
 from cwdpo.lab.grid import CellResult
 from cwdpo.lab.spec import Study, overrides_of
 from cwdpo.lab.summary import FIGURES, win_over_seeds
@@ -167,5 +167,5 @@ def _compare(rows: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> None:
         ]
         corrected = holm([d["p"] for d in found])
         for row, difference, p in zip(others, found, corrected, strict=True):
-            word = verdict(difference, figure["better"], p)
+            word = conclusion(difference, figure["better"], p)
             row["against"][key] = {**difference, "p_corrected": p, "word": word}

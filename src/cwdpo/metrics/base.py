@@ -198,9 +198,11 @@ class Metric(Component):
     """Answers -> numbers, each with its parts by prompt.
 
     ``needs``: ``text`` (a response is generated), ``options`` (their log-likelihoods), ``tokens`` (of chosen).
+    ``needs_whole_set``: a response's number depends on the other answers of the call.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    needs_whole_set: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, answers: Sequence[Answer]) -> list[Measured]:

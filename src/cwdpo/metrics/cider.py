@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from cwdpo.metrics._coco import Tokenizer, scorer, tokenized
 from cwdpo.metrics.base import Answer, Measured, Metric, mean_of
@@ -18,6 +19,7 @@ class Cider(Metric):
         tokenizer: ``simple`` (no Java) or ``ptb`` (pycocoevalcap's own, needs Java).
     """
 
+    needs_whole_set: ClassVar[bool] = True
     tokenizer: Tokenizer = "simple"
 
     def __call__(self, answers: Sequence[Answer]) -> list[Measured]:

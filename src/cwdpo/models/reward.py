@@ -12,11 +12,8 @@ from cwdpo.models.checkpoint import quiet, reason
 from cwdpo.records import Example
 
 
-@torch.no_grad()
-def reward_scores(
-    source: str, examples: Sequence[Example], texts: Sequence[str], *, batch_size: int = 8
-) -> list[float]:
-    """The one logit of each conversation of prompt and response.
+class RewardModel:
+    """A sequence classifier whose one logit is the reward of a conversation.
 
     Args:
         source: folder or hub id with a processor (or a tokenizer, for models that read text only).
@@ -24,35 +21,47 @@ def reward_scores(
     Raises:
         ModelError: it cannot be loaded, or has more than one label.
     """
-    from transformers import AutoModelForSequenceClassification, AutoProcessor
 
-    try:
-        with quiet():
-            model: Any = AutoModelForSequenceClassification.from_pretrained(
-                source, use_safetensors=True
-            ).eval()
-            processor: Any = AutoProcessor.from_pretrained(source)
-    except Exception as error:  # from_pretrained lets out whatever config, weights or a family's code raise
-        raise ModelError(f"reward model {source!r} cannot be loaded: {reason(error)}") from error
-    if model.config.num_labels != 1:
-        raise ModelError(
-            f"reward model {source!r} has {model.config.num_labels} labels: a reward is one number"
-        )
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    scores: list[float] = []
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        rows = [
-            _conversation(processor, e, t)
-            for e, t in zip(part, texts[start : start + batch_size], strict=True)
-        ]
-        inputs: dict[str, Any] = {"text": rows, "padding": True, "return_tensors": "pt"}
-        if processor is not tokenizer:
-            inputs["images"] = [[i.open() for i in e.images] for e in part]
-        scores += model(**processor(**inputs)).logits[:, 0].float().tolist()
-    return scores
+    def __init__(self, source: str) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+        try:
+            with quiet():
+                self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                    source, use_safetensors=True
+                ).eval()
+                self.processor: Any = AutoProcessor.from_pretrained(source)
+        except (
+            Exception
+        ) as error:  # from_pretrained lets out whatever config, weights or a family's code raise
+            raise ModelError(f"reward model {source!r} cannot be loaded: {reason(error)}") from error
+        if self.model.config.num_labels != 1:
+            raise ModelError(
+                f"reward model {source!r} has {self.model.config.num_labels} labels: a reward is one number"
+            )
+        self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
+        # On the left, padding would shift the positions of models that count them from the first column.
+        self.tokenizer.padding_side = "right"
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def rewards(
+        self, examples: Sequence[Example], texts: Sequence[str], *, batch_size: int = 8
+    ) -> list[float]:
+        """The one logit of each conversation of prompt and response, as float32."""
+        rewards: list[float] = []
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            rows = [
+                _conversation(self.processor, e, t)
+                for e, t in zip(part, texts[start : start + batch_size], strict=True)
+            ]
+            inputs: dict[str, Any] = {"text": rows, "padding": True, "return_tensors": "pt"}
+            if self.processor is not self.tokenizer:
+                inputs["images"] = [[i.open() for i in e.images] for e in part]
+            rewards += self.model(**self.processor(**inputs)).logits[:, 0].float().tolist()
+        return rewards
 
 
 def _conversation(processor: Any, example: Example, text: str) -> str:

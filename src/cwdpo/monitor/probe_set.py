@@ -20,6 +20,7 @@ from cwdpo.negatives.base import NEGATIVES, normalised
 from cwdpo.records import Completion, Example, Origin
 from cwdpo.rundir import read_jsonl, write_text
 from cwdpo.stage.stage import Stage
+from cwdpo.worlds.judged import is_judgeable
 from cwdpo.worlds.shapes import paraphrases
 
 FEWEST_PROMPTS = 16
@@ -201,7 +202,7 @@ def _rng(*key: object) -> random.Random:
 def _paraphrase(
     kind: str, example: Example, text: str, references: Sequence[str], rng: random.Random
 ) -> Response | None:
-    if "scene" in example.extra:
+    if is_judgeable(example):
         said = [t for t in paraphrases(text) if normalised(t) != normalised(text)]
         return (
             Response(kind, rng.choice(said), "the world's grammar: the same facts in other words")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cwdpo.judging.base import AUTO, JUDGES, NONE, JudgeSpec
 from cwdpo.negatives.base import NEGATIVES, NegativeSource
 from cwdpo.registry import Settings
 from cwdpo.remote import ServerSettings
@@ -26,24 +27,6 @@ class SamplerSettings(Settings):
         description="write the policy to the run before each round and ask the server for that folder's path "
         "as its model (transformers serve loads it)",
     )
-
-
-class JudgeSettings(Settings):
-    """Which samples are right, and so are no negatives."""
-
-    name: Literal["auto", "none", "world", "references", "llm"] = Field(
-        "auto", description="auto: the world's judge where the data is the world's, else none"
-    )
-    threshold: float = Field(
-        0.6, ge=0, le=1, description="references: chrF++ (0 to 1) from which a sample counts as right"
-    )
-    server: ServerSettings | None = Field(None, description="llm: who judges")
-
-    @model_validator(mode="after")
-    def _has_its_server(self) -> JudgeSettings:
-        if (self.name == "llm") != (self.server is not None):
-            raise ValueError("a server belongs to judge.name: llm, and that needs one")
-        return self
 
 
 WITHOUT_NEGATIVES = (
@@ -82,7 +65,30 @@ class NegativeSettings(Settings):
         False, description="find floor and tau again from each round's samples, where they are auto"
     )
     sampler: SamplerSettings = SamplerSettings()
-    judge: JudgeSettings = JudgeSettings()
+    judge: JudgeSpec = Field(
+        default_factory=lambda: {"name": AUTO},
+        description="name and settings of the judge that says which samples are right, and so are no negatives; auto: "
+        "the world's where the data is the world's, else none",
+    )
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _written_by_an_older_version(cls, spec: Any) -> Any:
+        """Recipes stored in runs had one section for all judges: what it spelled out for others is left out."""
+        if isinstance(spec, dict) and "server" in spec and spec["server"] is None:
+            kept = ("name", "threshold") if spec.get("name") == "references" else ("name",)
+            return {key: spec[key] for key in kept if key in spec}
+        return spec
+
+    @field_validator("judge")
+    @classmethod
+    def _judges_in_batches(cls, spec: dict[str, Any]) -> dict[str, Any]:
+        if spec["name"] not in (AUTO, NONE) and JUDGES.build(spec).needs_whole_set:
+            raise ValueError(
+                f"judge {spec['name']}: its scores depend on the other examples of a call, and samples are judged "
+                "batch by batch: name another judge, or another metric of judge metric"
+            )
+        return spec
 
     @field_validator("mix")
     @classmethod

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
-from cwdpo.judging.verdicts import Judge
+from cwdpo.judging.base import Judge
 from cwdpo.models.sample import by_length
 from cwdpo.onpolicy.sampler import Sampler
 from cwdpo.onpolicy.samples import PromptSamples, texts_to_judge
@@ -111,7 +112,7 @@ class Pool:
         # Of a batch that was stored in part, what is stored counts: it has been judged already.
         rows = [PromptSamples.from_json(self._stored.get(keys[row.id], row.to_json())) for row in rows]
         if self.judge is not None and new:
-            judged = judge_rows(self.judge, [by_id[row.id] for row in new], new)
+            judged = judge_rows(self.judge, [by_id[row.id] for row in new], new, self.run.path)
             fresh = {row.id: row for row in judged}
             rows = [fresh.get(row.id, row) for row in rows]
             new = judged
@@ -125,13 +126,14 @@ class Pool:
 
 
 def judge_rows(
-    judge: Judge, examples: Sequence[Example], rows: Sequence[PromptSamples]
+    judge: Judge, examples: Sequence[Example], rows: Sequence[PromptSamples], store: Path | None = None
 ) -> list[PromptSamples]:
-    """The rows with the judge's verdicts."""
+    """The rows, their samples marked right or wrong by the judge; ``store``: folder of its answers."""
     places = texts_to_judge(rows)
     asked = [examples[i] for i, _ in places]
-    verdicts = dict(zip(places, judge(asked, [rows[i].samples[k].text for i, k in places]), strict=True))
+    right = judge.right(asked, [rows[i].samples[k].text for i, k in places], store=store)
+    known = dict(zip(places, right, strict=True))
     return [
-        replace(row, samples=tuple(replace(s, right=verdicts.get((i, k))) for k, s in enumerate(row.samples)))
+        replace(row, samples=tuple(replace(s, right=known.get((i, k))) for k, s in enumerate(row.samples)))
         for i, row in enumerate(rows)
     ]

@@ -17,7 +17,7 @@ from transformers import set_seed
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import DataError
-from cwdpo.judging.verdicts import build_judge
+from cwdpo.judging.base import judge_for
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings
 from cwdpo.onpolicy.blend import BlendCounts, blend
@@ -107,7 +107,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
-    judge = build_judge(settings.judge, readable, run.path / ANSWERS)
+    judge = judge_for(settings.judge, readable)
     listener.phase(f"sampling {len(readable)} prompts")
     sampler = build_sampler(settings.sampler, policy.model, encoder, run.path / ANSWERS)
     with autocast(policy.model, recipe.train.bf16):

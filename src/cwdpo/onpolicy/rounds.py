@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError
-from cwdpo.judging.verdicts import build_judge
+from cwdpo.judging.base import judge_for
 from cwdpo.monitor.window import added_share
 from cwdpo.negatives.mix import seeded
 from cwdpo.negatives.settings import NegativeSettings
@@ -93,7 +93,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         calibrate(stage, examples)
         self.plan = RoundPlan.of(stage.steps(examples), self.settings.rounds, stage.prompts_per_step)
         self.data = RoundData(self.plan.per_round * self.plan.batch)
-        self._judge = build_judge(self.settings.judge, examples, stage.run.path / ANSWERS)
+        self._judge = judge_for(self.settings.judge, examples)
         self._pool: Pool | None = None
         # Needed even for one round: on resume the policy is no longer the reference.
         self._start = Weights.of(stage.policy.model) if stage.objective.needs_reference else None

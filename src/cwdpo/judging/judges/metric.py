@@ -3,46 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from pydantic import Field, field_validator
 
-from cwdpo.errors import DataError
+from cwdpo.errors import DataError, UnknownComponentError
 from cwdpo.judging.base import ScoringJudge
 from cwdpo.metrics.base import METRICS, Answer
 from cwdpo.records import Example
 
 
-class Metric(ScoringJudge):
-    """The response that a metric finds better wins.
+class MetricJudge(ScoringJudge):
+    """A metric's number for each response, signed so that higher is better.
 
     Args:
-        metric: its name, or a mapping with ``name`` and settings.
-        figure: which of the metric's numbers; default: its first.
+        metric: its name, ``file.py:Class``, or a mapping with ``name`` and settings.
+        figure: which of the metric's numbers; ``None``: its first.
+        threshold: number from which a response is right, its sign turned where lower is better; ``None``: from the
+            number of the chosen response.
     """
 
-    metric: str | dict[str, Any] = "cider"
-    figure: str | None = None
+    metric: str | dict[str, Any] = Field("cider", description="name or {name: ..., setting: ...} of a metric")
+    figure: str | None = Field(None, description="which of the metric's numbers; null: its first")
 
-    def scores(self, examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
-        """The metric's number of each response, signed so that higher is better.
+    @field_validator("metric")
+    @classmethod
+    def _reads_texts(cls, spec: str | dict[str, Any]) -> str | dict[str, Any]:
+        try:
+            metric = METRICS.build(spec)
+        except UnknownComponentError as error:
+            raise ValueError(str(error)) from None
+        if metric.needs - {"text"}:
+            raise ValueError(
+                f"it needs {', '.join(sorted(metric.needs - {'text'}))} of the model; a judge sees texts only: name a "
+                "metric of response texts"
+            )
+        return spec
+
+    @property
+    def needs_whole_set(self) -> bool:
+        """As the metric."""
+        return METRICS.build(self.metric).needs_whole_set
+
+    def score(self, examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
+        """The metric's number for each response.
 
         Raises:
-            DataError: the metric has no such number, or it does not speak about single responses.
+            DataError: the metric has no such number, or has none for a single response.
         """
-        # Numbered, because the two responses to a prompt must not be added up.
-        from dataclasses import replace
-
+        # Numbered, because a metric adds up the responses to one prompt.
         answers = [
             Answer(replace(e, id=f"{i}"), text)
             for i, (e, text) in enumerate(zip(examples, texts, strict=True))
         ]
         measured = METRICS.build(self.metric)(answers)
-        found = (
-            measured[0] if self.figure is None else next((m for m in measured if m.name == self.figure), None)
-        )
-        if found is None or len(found.parts) != len(answers):
+        number = next((m for m in measured if self.figure in (None, m.name)), None)
+        if number is None or len(number.parts) != len(answers):
             known = ", ".join(m.name for m in measured)
             raise DataError(f"judge metric: {self.figure!r} does not judge single responses; known: {known}")
-        values = np.nan_to_num(found.combine(found.parts))
-        return [float(-v if found.better == "lower" else v) for v in values]
+        # 0 of 0, for instance no object named: nothing wrong, nothing right.
+        values = np.nan_to_num(number.combine(number.parts))
+        return [float(-v if number.better == "lower" else v) for v in values]

@@ -1,15 +1,21 @@
-"""A vision-language model behind any OpenAI-compatible server, asked in both orders."""
+"""A vision-language model on any OpenAI-compatible server as a judge.
+
+It compares two responses in both orders, and says yes or no to a single one.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 from pydantic import Field
 
-from cwdpo.judging.base import Judge, Verdict
+from cwdpo.errors import optional_package
+from cwdpo.judging.base import WORTH, Judge, Verdict
 from cwdpo.records import Example, Message
 from cwdpo.remote import Ask, Client, ServerSettings
 from cwdpo.rundir import write_text
@@ -17,6 +23,10 @@ from cwdpo.rundir import write_text
 QUESTION = (
     "You see an image, a request about it, and two responses, A and B. Which response is better: more correct "
     "about what the image shows, without anything that is not there, and more helpful?"
+)
+RIGHT_QUESTION = (
+    "Here is a request about the image, a response that is known to be good, and another response. Is the other "
+    "response fully correct too: does it answer the request, and does it say nothing that the image does not show?"
 )
 _READ = re.compile(r"^\W*(?:response|answer|option)?\W*(A|B|T|TIE|EQUAL|BOTH)\b", re.IGNORECASE)
 
@@ -37,81 +47,139 @@ def read(text: str) -> str | None:
     return word[0].upper() if word.upper() in ("A", "B") else "T"
 
 
-class Vlm(Judge):
-    """Each pair is asked twice, with the responses in either order; who wins once and loses once has tied.
+class VlmJudge(Judge):
+    """A model is asked which of two responses is better, or whether one is right.
 
-    An answer that names neither response nor a tie makes its pair ``bad``. Every answer is stored as it comes, so
-    that a run that was cut off asks only for what is missing; the transcript stands in ``transcript.jsonl``.
+    Scores: each two candidates of a prompt are asked about twice, with either one first; a candidate that wins once
+    and loses once has tied. A candidate's score is its mean over its pairs (win 1, tie 0.5, loss 0). An answer that
+    names neither response nor a tie makes its pair bad, and the pair is left out; with two candidates none is left,
+    so both have no score.
+
+    Right: a question of its own about the response next to the chosen one, answered by yes or no; any other answer
+    is not known.
+
+    Every answer is stored as it comes, so that a run that was cut off asks only for what is missing. Pairs are
+    written to ``transcript.jsonl``.
 
     Args:
         server: where to ask, see :class:`cwdpo.remote.ServerSettings`; ``max_usd`` refuses what costs more.
-        question: what is asked.
+        question: what is asked about two responses.
+        right_question: what is asked about one.
         max_tokens: of an answer.
     """
 
-    server: ServerSettings
-    question: str = QUESTION
-    max_tokens: int = Field(8, gt=0)
+    server: ServerSettings = Field(description="who is asked")
+    question: str = Field(QUESTION, description="what is asked about two responses")
+    right_question: str = Field(RIGHT_QUESTION, description="what is asked about one response")
+    max_tokens: int = Field(8, gt=0, description="of an answer")
 
-    def estimate(
-        self, examples: Sequence[Example], ours: Sequence[str], theirs: Sequence[str], store: Path | None
-    ) -> str:
-        """Requests, tokens and cost before anything is sent."""
-        return str(self._client(store).estimate(self._asks(examples, ours, theirs)))
+    def check(self, examples: Sequence[Example]) -> None:
+        """The client's package must be there.
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        ours: Sequence[str],
-        theirs: Sequence[str],
-        *,
-        store: Path | None = None,
-    ) -> list[Verdict]:
-        """One verdict per example.
+        Raises:
+            MissingPackageError: the ``openai`` package is not installed.
+        """
+        optional_package("openai", "judge vlm", "pip install 'cwdpo[server]'")
+
+    def scores(
+        self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
+    ) -> list[list[float | None]]:
+        """[B][n] mean worth of each candidate against the others, 0 to 1; ``None`` where no pair could be read.
 
         Raises:
             ServerError: the server does not answer, or the estimate is above ``max_usd``.
             MissingPackageError: the ``openai`` package is not installed.
         """
-        asks = self._asks(examples, ours, theirs)
-        answers = self._client(store).ask(asks)
-        n = len(examples)
-        verdicts: list[Verdict] = []
+        pairs = _pairs(examples, candidates)
+        replies = self._client(store).ask(self._asks(examples, candidates))
+        worth: list[list[list[float]]] = [[[] for _ in own] for own in candidates]
         rows = []
-        for i, example in enumerate(examples):
-            first, second = answers[i].text, answers[n + i].text
+        for m, (k, i, j) in enumerate(pairs):
+            first, second = replies[m].text, replies[len(pairs) + m].text
             verdict = decide(first, second)
-            verdicts.append(verdict)
+            if verdict != "bad":
+                worth[k][i].append(WORTH[verdict])
+                worth[k][j].append(1 - WORTH[verdict])
             rows.append(
                 {
-                    "id": example.id, "prompt": example.prompt_text, "ours": ours[i], "theirs": theirs[i],
-                    "ours_first": first, "theirs_first": second, "verdict": verdict,
+                    "id": examples[k].id, "prompt": examples[k].prompt_text, "ours": candidates[k][i],
+                    "theirs": candidates[k][j], "ours_first": first, "theirs_first": second, "verdict": verdict,
                 }
             )  # fmt: skip
         if store is not None:
-            path = store / "transcript.jsonl"
-            old = path.read_text(encoding="utf-8") if path.is_file() else ""
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-            known = set(old.splitlines())  # judged again from stored answers, a pair stands there once
-            write_text(path, old + "".join(f"{line}\n" for line in lines if line not in known))
-        return verdicts
+            _append_new(store / "transcript.jsonl", rows)
+        return [[sum(w) / len(w) if w else None for w in own] for own in worth]
+
+    def right(
+        self, examples: Sequence[Example], texts: Sequence[str], *, store: Path | None = None
+    ) -> list[bool | None]:
+        """Yes, no, or not known.
+
+        Raises:
+            ServerError: the server does not answer, or the estimate is above ``max_usd``.
+            MissingPackageError: the ``openai`` package is not installed.
+        """
+        asks = [
+            self._ask(
+                e,
+                f"{self.right_question}\n\nRequest: {e.prompt_text}\nGood response: {e.chosen.text}\n"
+                f"Other response: {text}\n\nAnswer with one word, yes or no.",
+            )
+            for e, text in zip(examples, texts, strict=True)
+        ]
+        words = [reply.text.strip().strip("*\"'.").lower() for reply in self._client(store).ask(asks)]
+        return [True if w.startswith("yes") else False if w.startswith("no") else None for w in words]
+
+    def estimate(
+        self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
+    ) -> str:
+        """Requests, tokens and cost of :meth:`scores` before anything is sent."""
+        return str(self._client(store).estimate(self._asks(examples, candidates)))
+
+    @cached_property
+    def _clients(self) -> dict[Path | None, Client]:
+        return {}
 
     def _client(self, store: Path | None) -> Client:
-        return Client(self.server, None if store is None else store / "answers.jsonl")
+        # A client reads the stored answers when it is made: one for all calls with the same folder.
+        if store not in self._clients:
+            self._clients[store] = Client(self.server, None if store is None else store / "answers.jsonl")
+        return self._clients[store]
 
-    def _asks(self, examples: Sequence[Example], ours: Sequence[str], theirs: Sequence[str]) -> list[Ask]:
-        orders = ((ours, theirs), (theirs, ours))
+    def _asks(self, examples: Sequence[Example], candidates: Sequence[Sequence[str]]) -> list[Ask]:
+        """The requests of all pairs in one order, then those in the other."""
+        pairs = _pairs(examples, candidates)
+        turned = [(k, j, i) for k, i, j in pairs]
         return [
-            self._ask(e, a, b) for one, other in orders for e, a, b in zip(examples, one, other, strict=True)
+            self._ask(
+                examples[k],
+                f"{self.question}\n\nRequest: {examples[k].prompt_text}\n\nResponse A: {candidates[k][i]}\n\n"
+                f"Response B: {candidates[k][j]}\n\n"
+                "Answer with one letter: A, B, or T if they are equally good.",
+            )
+            for k, i, j in (*pairs, *turned)
         ]
 
-    def _ask(self, example: Example, a: str, b: str) -> Ask:
-        text = (
-            f"{self.question}\n\nRequest: {example.prompt_text}\n\nResponse A: {a}\n\nResponse B: {b}\n\n"
-            "Answer with one letter: A, B, or T if they are equally good."
-        )
+    def _ask(self, example: Example, text: str) -> Ask:
         parts = (*[None] * len(example.images), text)
         return Ask((Message("user", parts),), example.images, max_tokens=self.max_tokens)
+
+
+def _pairs(examples: Sequence[Example], candidates: Sequence[Sequence[str]]) -> list[tuple[int, int, int]]:
+    """(prompt, candidate, candidate) of each two candidates of a prompt."""
+    return [
+        (k, i, j)
+        for k, (_, own) in enumerate(zip(examples, candidates, strict=True))
+        for i, j in combinations(range(len(own)), 2)
+    ]
+
+
+def _append_new(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Append the rows that the file lacks: judged again from stored answers, a pair is listed once."""
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    known = set(old.split("\n"))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_text(path, old + "".join(f"{line}\n" for line in lines if line not in known))
 
 
 def decide(ours_first: str, theirs_first: str) -> Verdict:
