@@ -29,12 +29,15 @@ class ImageRef:
         return self.path.read_bytes()
 
     def is_altered(self) -> bool:
-        """Whether opening scales its values or lays it on white (:func:`as_rgb`); only its header is read."""
+        """Whether opening changes what it shows: scales its values, or lays it on white (:func:`as_rgb`)."""
         from PIL import Image
 
         try:
             with Image.open(io.BytesIO(self.encoded())) as image:
-                return is_deep(image) or has_alpha(image)
+                if is_deep(image) or not has_alpha(image):
+                    return is_deep(image)
+                lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+                return bool(lowest < 255)
         except Exception:  # Pillow's plugins raise nearly anything; opening it says what is wrong
             return False
 
