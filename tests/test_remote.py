@@ -29,7 +29,7 @@ from cwdpo.rundir import RunDir, read_jsonl
 from fake_server import Fake, to
 
 PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP439AAAASBAgCFVE/wAAAAAElFTkSuQmCC"
 )
 
 

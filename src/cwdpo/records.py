@@ -36,8 +36,8 @@ class ImageRef:
             with Image.open(io.BytesIO(self.encoded())) as image:
                 if is_deep(image) or not has_alpha(image):
                     return is_deep(image)
-                lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-                return bool(lowest < 255)
+                least: Any = image.convert("RGBA").getchannel("A").getextrema()[0]
+                return bool(least < 255)
         except Exception:  # Pillow's plugins raise nearly anything; opening it says what is wrong
             return False
 
