@@ -14,7 +14,9 @@ from typing import Any
 from cwdpo.data.media import holds_media, looks_like_a_picture
 from cwdpo.data.problems import RowError, shown
 
-OTHERWISE = "or name it in data.ignore_columns (validate: --ignore) to go on without it"
+OTHERWISE = (
+    "or leave the column out: data.ignore_columns (validate: --ignore) names those that count as absent"
+)
 FOR_JUDGES = frozenset({"scene", "objects", "options", "kind", "category", "provenance"})
 """What metrics, judges and probe sets of the package read from ``Example.extra``."""
 IMAGE_KEYS = ("images", "image", "img_path")

@@ -172,6 +172,16 @@ def test_the_commands_take_it_too(tmp_path: Path, run: Any) -> None:
     assert (failed.code, "did you mean 'least'" in failed.err) == (1, True)
 
 
+def test_evaluation_takes_it_too(tmp_path: Path) -> None:
+    """What ``cwdpo evaluate --format`` hands on."""
+    from cwdpo.evaluation.run import read_data
+
+    own = tmp_path / "mine.py"
+    own.write_text(SCORED)
+    examples = read_data(str(written(tmp_path, ROWS)), {"limit": None, "format": f"{own}:Scored"})
+    assert [e.chosen.text for e in examples] == ["a cat", "a dog"]
+
+
 def test_a_new_format_takes_rows_from_an_old_one_by_asking_for_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,7 +286,8 @@ def test_problem_reads_like_a_place() -> None:
 
 KNOWN_KEYS = (
     "image images prompt chosen rejected messages completion captions negatives gentle id references "
-    "conversations question text rejected_response rejected_messages system"
+    "conversations question text rejected_response rejected_messages system completion completions label videos "
+    "tools margin score_chosen score_rejected history instruction input output image_2 objects img_path weight"
 )
 KEYS = st.sampled_from(KNOWN_KEYS.split())
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -296,9 +297,15 @@ TURNS = st.fixed_dictionaries(
         "role": st.sampled_from(["user", "assistant", "system", "x"]) | LEAVES,
         "content": LEAVES
         | st.lists(
-            st.fixed_dictionaries({"type": st.sampled_from(["image", "text"]), "text": LEAVES}), max_size=2
+            st.fixed_dictionaries(
+                {"type": st.sampled_from(["image", "text", "image_url", "video"]), "text": LEAVES},
+                optional={"image": LEAVES, "image_url": LEAVES, "path": LEAVES, "max_pixels": LEAVES},
+            ),
+            max_size=2,
         ),
         "from": st.sampled_from(["human", "gpt"]),
+        "tool_calls": LEAVES,
+        "weight": LEAVES,
         "value": LEAVES,
         "text": LEAVES,
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -310,3 +311,35 @@ def test_names_of_a_registry(mmpr: Path) -> None:
     (mmpr / "images" / "one" / "a.png").unlink()
     with pytest.raises(DataError, match=r"one\.jsonl:1 \[image\]: there is no file 'MMPR/images/one/a.png'"):
         read_examples(f"{mmpr}/meta.json:one")
+
+
+# --- damage ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "s.tar", "s.tgz", "meta.json"])
+def test_no_damaged_file_raises_anything_but_data_error(tmp_path: Path, mmpr: Path, name: str) -> None:
+    """A hundred seeded mutations each: bytes changed, cut out, put in."""
+    rows = [{**row, "image": "a.png"} for row in ROWS]
+    (tmp_path / "a.png").write_bytes(png("red"))
+    members = {f"{i}.json": json.dumps(row).encode() for i, row in enumerate(ROWS)} | {"1.png": png("red")}
+    if name == "meta.json":
+        path = registry(mmpr)
+    elif name.startswith("s."):
+        path = tar(tmp_path / name, members, "w:gz" if name == "s.tgz" else "w")
+    else:
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(jsonl(rows)))
+    whole = path.read_bytes()
+    draw = random.Random(7)
+    refused = 0
+    for _ in range(100):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            at, size = draw.randrange(len(data)), draw.randint(1, 40)
+            data[at : at + draw.choice((0, size))] = draw.randbytes(draw.choice((0, 1, size)))
+        path.write_bytes(bytes(data))
+        try:
+            read_examples(path, max_bad_fraction=1.0)
+        except DataError:
+            refused += 1
+    assert refused > 20
