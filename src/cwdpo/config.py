@@ -341,13 +341,13 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
 
 def _places(model: type[BaseModel], section: str = "") -> list[str]:
     """Every dotted key of a recipe, sections first."""
-    found = []
+    places = []
     for name, field in model.model_fields.items():
-        found.append(f"{section}{name}")
+        places.append(f"{section}{name}")
         for inner in _candidates(field.annotation):
             if issubclass(inner, BaseModel):
-                found += _places(inner, f"{section}{name}.")
-    return found
+                places += _places(inner, f"{section}{name}.")
+    return places
 
 
 def _candidates(annotation: Any) -> list[type]:

@@ -1,4 +1,4 @@
-"""Where a key belongs that stands in another section of a recipe, or has another name elsewhere."""
+"""Where a misplaced key of a recipe belongs, and what a recipe calls the keys of other tools."""
 
 from __future__ import annotations
 

@@ -33,6 +33,13 @@ _TURN_MEANING = {
     "prefix": "write the whole response: a begun one is not read",
     "refusal": "write the refusal into the content",
 }
+_TOOLS = f"turns of tools do not reach the chat template: {_DROPPED}"
+_ROLES = {
+    **dict.fromkeys(("tool", "function", "observation", "function_call", "ipython", "tool_response"), _TOOLS),
+    "developer": "call it system, if it says how to answer",
+    "human": "call it user", "gpt": "call it assistant", "bot": "call it assistant", "model": "call it assistant",
+}  # fmt: skip
+"""Roles that other tools write -> what to do about them."""
 _PICTURE_KEYS = ("image", "url", "path", "base64", "bytes", "data")
 _BLOCK_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _HARMLESS = ("type", "cache_control", "detail", "index", "id")
@@ -94,7 +101,7 @@ def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
                 "wrong-role",
                 f"{where}.{style.role}",
                 f"{shown(role, 60)}; allowed: {', '.join(roles)}",
-                "rename the role, or drop the row",
+                _ROLES.get(str(role), "rename the role, or drop the row"),
             )
         _refuse_unread(message, where)
         content, where = message.get(style.content), f"{where}.{style.content}"

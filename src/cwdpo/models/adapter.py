@@ -27,54 +27,50 @@ def with_adapter_settings(settings: ModelSettings) -> ModelSettings:
     Raises:
         ModelError: ``lora.r``, ``lora.alpha`` or ``lora.target_modules`` was set to something else.
     """
-    file = Path(settings.path) / "adapter_config.json"
-    if settings.tune != "lora" or not file.is_file():
+    if settings.tune != "lora":
         return settings
     try:
-        written = json.loads(file.read_text(encoding="utf-8"))
+        written = json.loads((Path(settings.path) / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return settings  # loading it says what is wrong
+        return settings  # no adapter, or loading it says what is wrong
     if not isinstance(written, dict):
         return settings
-    found = _found(written)
-    for key, value in found.items():
+    kept = _written(written)
+    for key, value in kept.items():
         if key in settings.lora.model_fields_set and not _same(getattr(settings.lora, key), value):
             raise ModelError(
                 f"model.lora.{key} = {getattr(settings.lora, key)!r}, but the adapter that is trained further "
                 f"({settings.path}) has {value!r}: {REMEDY}"
             )
     if "target_modules" in settings.lora.model_fields_set:
-        found.pop(
-            "target_modules", None
-        )  # as it was asked for: the same, or `all-linear`, which is checked later
-    lora = LoraSettings(**{**settings.lora.model_dump(), **found})
+        # What was asked for stays: it is the same, or `all-linear`, which the loaded model is asked about.
+        kept.pop("target_modules", None)
+    lora = LoraSettings(**{**settings.lora.model_dump(), **kept})
     return settings.model_copy(update={"lora": lora})
 
 
-def _found(written: Mapping[str, Any]) -> dict[str, Any]:
+def _written(written: Mapping[str, Any]) -> dict[str, Any]:
     """What an adapter_config.json says, by our names."""
     named = {"r": written.get("r"), "alpha": written.get("lora_alpha")}
-    found: dict[str, Any] = {
+    kept: dict[str, Any] = {
         key: value
         for key, value in named.items()
         if isinstance(value, int) and not isinstance(value, bool) and value > 0
     }
     targets = written.get("target_modules")
     if isinstance(targets, str):
-        found["target_modules"] = targets
+        kept["target_modules"] = targets
     elif isinstance(targets, list) and all(isinstance(one, str) for one in targets):
-        found["target_modules"] = tuple(sorted(targets))
-    return found
+        kept["target_modules"] = tuple(sorted(targets))
+    return kept
 
 
 def _same(asked: Any, value: Any) -> bool:
     if asked == "all-linear":  # peft stores the names that this stood for; the loaded model is asked
         return True
-    return (
-        set(asked) == set(value)
-        if isinstance(asked, tuple) and isinstance(value, tuple)
-        else bool(asked == value)
-    )
+    if isinstance(asked, tuple) and isinstance(value, tuple):
+        return set(asked) == set(value)
+    return bool(asked == value)
 
 
 def check_targets(model: nn.Module, settings: ModelSettings, excluded: str) -> None:

@@ -253,10 +253,10 @@ class CWDPOTrainer(PreferenceTrainer):
         if rows is None:
             raise DataError("CWDPOTrainer.evaluate: give eval_dataset, here or when the trainer is made")
         if isinstance(rows, Mapping):
-            found: dict[str, float] = {}
+            metrics: dict[str, float] = {}
             for name, one in rows.items():
-                found |= self._evaluated(one, f"{metric_key_prefix}_{name}")
-            return found
+                metrics |= self._evaluated(one, f"{metric_key_prefix}_{name}")
+            return metrics
         return self._evaluated(rows, metric_key_prefix)
 
     def _evaluated(self, rows: Any, prefix: str) -> dict[str, float]:
@@ -269,13 +269,13 @@ class CWDPOTrainer(PreferenceTrainer):
                     "give these rows as eval_dataset when the trainer is made, or give a ref_model"
                 )
             rows = self._encoded(rows, prefix)
-        found = held_out_loss(self, rows, self.args.per_device_eval_batch_size)
-        metrics = {"loss": found.loss, **found.metrics}
+        held_out = held_out_loss(self, rows, self.args.per_device_eval_batch_size)
+        metrics = {"loss": held_out.loss, **held_out.metrics}
         if self._compute_metrics is not None:
-            labels = found.rewards[:, 0].astype("int64") * 0
-            metrics |= self._compute_metrics(EvalPrediction(predictions=found.rewards, label_ids=labels))
+            labels = held_out.rewards[:, 0].astype("int64") * 0
+            metrics |= self._compute_metrics(EvalPrediction(predictions=held_out.rewards, label_ids=labels))
         named = {k if k.startswith(f"{prefix}_") else f"{prefix}_{k}": float(v) for k, v in metrics.items()}
-        named |= speed_metrics(prefix, started, num_samples=found.n)
+        named |= speed_metrics(prefix, started, num_samples=held_out.n)
         self.log(dict(named))
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, named

@@ -102,7 +102,7 @@ def _evaluated(
     several = trainer.accelerator.num_processes > 1
     parts = gather_object([(loss, rewards)]) if several else [(loss, rewards)]
     metrics = sums.flush(trainer.accelerator)
-    ordered = sorted((pair for _, found in parts for pair in found), key=lambda pair: pair[0])
+    ordered = sorted((pair for _, share in parts for pair in share), key=lambda pair: pair[0])
     return HeldOutLoss(
         sum(part for part, _ in parts),
         {name: value for name, value in metrics.items() if not name.startswith(_OF_TRAINING)},

@@ -281,3 +281,19 @@ def test_a_leak_through_a_block_is_found(folder: Path) -> None:
     read(folder, row)
     report = validate(folder / "train.jsonl")
     assert [group.kind for group in report.problems] == ["leak"]
+
+
+@pytest.mark.parametrize(
+    ("role", "remedy"),
+    [
+        ("tool", "turns of tools do not reach the chat template: leave such rows out"),
+        ("observation", "turns of tools do not reach the chat template: leave such rows out"),
+        ("developer", "call it system, if it says how to answer"),
+        ("human", "call it user"),
+        ("narrator", "rename the role, or drop the row"),
+    ],
+)
+def test_a_role_of_another_tool_is_answered(folder: Path, role: str, remedy: str) -> None:
+    row = {"prompt": [turn(USER, "Q"), turn(role, "x"), turn(USER, "R")], **PAIR}
+    (problem,) = read(folder, PAIR | {"prompt": "Q"}, row, max_bad_fraction=1).problems
+    assert (problem.kind, problem.key, problem.remedy) == ("wrong-role", "prompt[1].role", remedy)

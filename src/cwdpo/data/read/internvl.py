@@ -75,11 +75,11 @@ def _registry(file: Path) -> dict[str, Any] | None:
         with file.open("rb") as stream:
             if stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
                 return None
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return None  # reading it as rows says why
-    is_registry = found and all(isinstance(one, dict) and "annotation" in one for one in found.values())
-    return found if is_registry else None
+    is_registry = entries and all(isinstance(one, dict) and "annotation" in one for one in entries.values())
+    return entries if is_registry else None
 
 
 def _opened(

@@ -157,8 +157,8 @@ def _place(row: dict[str, Any], pictures: Mapping[str, Mapping[str, Any]]) -> No
     """Put the pictures into the row: where its JSON names them, else all of them in the order of their names."""
     key = next((k for k in IMAGE_KEYS if present(row.get(k))), None)
     if key is None:
-        found = list(pictures.values())
-        row |= {"image": found[0]} if len(found) == 1 else {"images": found}
+        every = list(pictures.values())
+        row |= {"image": every[0]} if len(every) == 1 else {"images": every}
         return
     values = row[key] if isinstance(row[key], list) else [row[key]]
     if not all(isinstance(value, str) and Path(value).name in pictures for value in values):
