@@ -162,3 +162,15 @@ def test_good_rows_are_written_as_pairs(folder: Path) -> None:
     again = read_examples(folder / "good.jsonl")
     assert again.format == "trl"
     assert said(again) == said(read_examples(file, max_bad_fraction=1))
+
+
+def test_the_command_ignores_a_column_that_it_is_told_to(folder: Path, run: Any) -> None:
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps({**row, "note": "x"}) + "\n" for row in ROWS))
+    assert "format kto" in run("validate", file).out
+    ignored = run("validate", file, "--ignore", "label", "--ignore", "note")
+    assert (ignored.code, "format trl" in ignored.out) == (0, True)
+    assert "columns ignored as asked: label, note" in ignored.out
+    recipe = folder / "r.yaml"
+    recipe.write_text(f"data: {{path: {file}, ignore_columns: label}}\n")
+    assert "columns ignored as asked: label" in run("validate", recipe).out
