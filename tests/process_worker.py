@@ -33,6 +33,7 @@ from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.trainer.guard import Guard
+from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 GLOBAL_BATCH = 8
@@ -176,10 +177,24 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
         trainer.train()
     except CwdpoError as problem:
         error = f"{type(problem).__name__}: {problem}"
+    held: dict[str, Any] = {}
+    if name == "uneven":
+        try:
+            found = held_out_loss(trainer, encoded[:7], 2)
+            held = {
+                "loss": found.loss,
+                "rewards": found.rewards.tolist(),
+                "metrics": found.metrics,
+                "n": found.n,
+            }
+        except CwdpoError as problem:
+            held = {"error": str(problem)}
     whole = trainer.whole_model().state_dict()
     sums = {name: float(value.double().abs().sum()) for name, value in whole.items()}
     wrapped = type(trainer.model_wrapped).__name__
-    return {"logs": logs, "weights": sums, "error": error, "wrapped": wrapped, "skipped": guard.skipped}
+    return {
+        "logs": logs, "weights": sums, "error": error, "wrapped": wrapped, "skipped": guard.skipped, "held_out": held,
+    }  # fmt: skip
 
 
 def shard_on_cpu() -> None:

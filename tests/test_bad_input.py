@@ -258,9 +258,9 @@ BAD_ROWS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
         ("equals the chosen", "a response that differs"),
     ),
     "placeholder-in-text": (
-        {**GOOD, "prompt": "<image>\nQ"},
+        {**GOOD, "prompt": "<|image_pad|>\nQ"},
         "prompt[0].content",
-        ("literal '<image>'", "as blocks"),
+        ("literal '<|image_pad|>'", "as blocks"),
     ),
     "image-count": (
         {**GOOD, "prompt": turn(IMAGE, IMAGE, TEXT)},
@@ -384,7 +384,7 @@ BAD_SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, 
             json.dumps({**GOOD, "question": "Q", "messages": [], "rejected_response": "x"})
         ),
         ("data",),
-        ("match several formats (ms_swift, rlaifv)", "set data.format"),
+        ("match several formats (ms_swift, rlaifv, trl)", "set data.format"),
     ),
     "ambiguous-folder": (
         lambda d: (d / "train.jsonl").rename(d / "x.jsonl") and (d / "y.jsonl").write_text("{}"),

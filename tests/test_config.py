@@ -442,3 +442,61 @@ def test_settings_of_negative_sources_are_checked() -> None:
 def test_a_world_needs_training_and_validation_pictures() -> None:
     with pytest.raises(RecipeError, match="at least 1"):
         parse_recipe({"data": {"world": {"validation": 0}}})
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("train.learning_rate=1e-5", "did you mean stage1.learning_rate or stage2.learning_rate?"),
+        ("learning_rate=1e-5", "did you mean stage1.learning_rate or stage2.learning_rate?"),
+        ("stage2.max_length=3", "did you mean data.max_length?"),
+        ("data.lora=3", "did you mean model.lora?"),
+        ("train.num_train_epochs=1", "its place is taken by stage1.epochs and stage2.epochs"),
+        ("train.per_device_train_batch_size=1", "its place is taken by train.batch_size"),
+        ("stage2.loss_type=ipo", "its place is taken by stage2.objective"),
+        ("model.lora_rank=8", "its place is taken by model.lora.r"),
+        ("model.max_pixels=8", "its place is taken by model.processor_options.max_pixels"),
+        ("train.logging_step=1", "did you mean 'logging_steps'?"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_its_own(override: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"data": {"path": "x"}}, [override])
+    assert str(caught.value) == f"recipe: unknown key {override.partition('=')[0]!r}; {hint}"
+
+
+def test_every_place_that_a_hint_names_is_a_key() -> None:
+    import re
+
+    from cwdpo.hints import FROM_OTHER_TOOLS
+
+    schema = recipe_schema()
+    sections = {"stage1": "StageSettings", "stage2": "StageSettings"}
+    known = set(schema["properties"])
+    for name, part in schema["properties"].items():
+        kind = sections.get(name) or str(part.get("$ref", part)).rpartition("/")[2].rstrip("'}")
+        known |= {f"{name}.{key}" for key in schema["$defs"].get(kind, {}).get("properties", {})}
+    named = {
+        word for text in FROM_OTHER_TOOLS.values() for word in re.findall(r"\b[a-z0-9_]+\.[a-z0-9_]+", text)
+    }
+    assert len(named) > 15
+    assert not {word for word in named if word not in known | {"dataset_info.json"}}
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    overrides = [
+        "train.report_to=wandb",
+        "model.freeze=vision",
+        "stop=kl > 0.04",
+        "data.ignore_columns=label",
+    ]
+    parsed = parse_recipe({"data": {"path": "x"}}, overrides)
+    assert parsed.train.report_to == ("wandb",)
+    assert parsed.model.freeze == ("vision",)
+    assert parsed.stop == ("kl > 0.04",)
+    assert parsed.data.ignore_columns == ("label",)
+    assert parse_recipe(
+        {"data": {"path": "x"}}, ["model.lora.target_modules=all-linear"]
+    ).model.lora.target_modules == ("all-linear")
+    with pytest.raises(RecipeError, match="unknown name 'wandbs'; did you mean 'wandb'"):
+        parse_recipe({"data": {"path": "x"}}, ["train.report_to=wandbs"])

@@ -38,6 +38,7 @@ RUNNING = {*MODELLING, *DYNAMICS, "probes", "judging", "stage", "trainer"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
+    "hints": set(),
     "records": {"errors"},
     "worlds": BASE,
     "objectives": BASE,
@@ -52,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "dynamics": {*BASE, "rundir", "curriculum", "probes"},
     "config": {
         *BASE,
+        "hints",
         "objectives",
         "negatives",
         "judging.base",

@@ -29,7 +29,7 @@ from cwdpo.rundir import RunDir, read_jsonl
 from fake_server import Fake, to
 
 PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP439AAAASBAgCFVE/wAAAAAElFTkSuQmCC"
 )
 
 
@@ -263,3 +263,29 @@ def test_a_writer_of_edits_is_asked_once_checked_and_falls_back_to_the_lexicon(
     assert "2 requests (0 answers are stored)" in caplog.text
     assert made() == [first, second]
     assert len(server.seen) == 2, "answers outlive the run"
+
+
+def test_a_server_sees_the_picture_that_training_sees(tmp_path: Path) -> None:
+    """A JPEG goes as it is; a deep or transparent PNG as the RGB that ImageRef.open gives."""
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from cwdpo.records import ImageRef
+    from cwdpo.remote import data_uri
+
+    def sent(image: Image.Image, name: str) -> tuple[bytes, ImageRef]:
+        image.save(tmp_path / name)
+        ref = ImageRef(path=tmp_path / name)
+        return base64.b64decode(data_uri(ref).partition(",")[2]), ref
+
+    plain, ref = sent(Image.effect_noise((8, 8), 50), "a.jpg")
+    assert plain == ref.encoded()
+    deep = Image.frombytes("I;16", (4, 1), np.array([1000, 1100, 1200, 1300], "<u2").tobytes())
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    for image, name in ((deep, "b.png"), (clear, "c.png")):
+        data, ref = sent(image, name)
+        assert data != ref.encoded()
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(ref.open()))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, RecipeError, nearest
+from cwdpo.hints import belongs
 from cwdpo.judging.base import AUTO, JUDGES, NONE
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
@@ -44,7 +45,11 @@ class DataSettings(Settings):
 
     path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
     world: ShapesSettings | None = Field(None, description="write this embedded world to the run and read it")
-    format: str = "auto"
+    format: str | Spec = Field(
+        "auto",
+        description="auto, a name, file.py:ClassName, or a mapping with name and the format's settings",
+    )
+    ignore_columns: tuple[str, ...] = Field((), description="columns that count as absent, whatever they say")
     image_root: str | None = Field(
         None, description="where image paths start and must stay; default: the data's folder"
     )
@@ -308,6 +313,11 @@ def _explained(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         known = _fields_at(Recipe, [str(p) for p in item["loc"][:-1]])
+        key = str(item["loc"][-1]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden" and (hint := belongs(key, _places(Recipe))):
+            # Of two hints the place of the very same name is the better one.
+            lines.append(f"{where}: unknown key {'.'.join(map(str, item['loc']))!r}{hint}")
+            continue
         single = ValidationError.from_exception_data("recipe", [_line(item)])
         lines.append(explain(single, where, known))
     return "\n".join(lines)
@@ -327,6 +337,17 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
             return {}
         model = inner[0]
     return dict(model.model_fields)
+
+
+def _places(model: type[BaseModel], section: str = "") -> list[str]:
+    """Every dotted key of a recipe, sections first."""
+    places = []
+    for name, field in model.model_fields.items():
+        places.append(f"{section}{name}")
+        for inner in _candidates(field.annotation):
+            if issubclass(inner, BaseModel):
+                places += _places(inner, f"{section}{name}.")
+    return places
 
 
 def _candidates(annotation: Any) -> list[type]:

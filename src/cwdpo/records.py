@@ -28,18 +28,75 @@ class ImageRef:
         assert self.path is not None
         return self.path.read_bytes()
 
+    def is_altered(self) -> bool:
+        """Whether opening changes what it shows: scales its values, or lays it on white (:func:`as_rgb`)."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.encoded())) as image:
+                if is_deep(image) or not has_alpha(image):
+                    return is_deep(image)
+                least: Any = image.convert("RGBA").getchannel("A").getextrema()[0]
+                return bool(least < 255)
+        except Exception:  # Pillow's plugins raise nearly anything; opening it says what is wrong
+            return False
+
     def open(self) -> Image:
-        """The decoded picture in RGB, EXIF rotation applied.
+        """The decoded picture in RGB of 8 bits (see :func:`as_rgb`), EXIF rotation applied.
 
         Raises:
             OSError: the file cannot be read or is not an image (``PIL.UnidentifiedImageError``).
+            ValueError: pixels that are not finite, or a mode that Pillow cannot bring to RGB.
             PIL.Image.DecompressionBombError: more pixels than Pillow's limit allows.
         """
         from PIL import Image, ImageOps
 
         with Image.open(io.BytesIO(self.encoded())) as image:
-            turned: Image.Image = ImageOps.exif_transpose(image)
-            return turned.convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(image))
+
+
+def is_deep(image: Image) -> bool:
+    """Whether a picture has more than 8 bits a channel (Pillow's modes I;16, I and F)."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;")
+
+
+def has_alpha(image: Image) -> bool:
+    """Whether a picture may be transparent somewhere."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def as_rgb(image: Image) -> Image:
+    """A picture in RGB of 8 bits a channel.
+
+    Pillow's own conversion clips deep pictures at 255, which turns most of them white, and shows the hidden colours
+    under transparent pixels. Here a deep picture is scaled linearly from its own darkest and brightest value to 0 and
+    255 (one of a single value becomes 128), and a transparent one is laid on white, as Qwen's and vLLM's code does.
+
+    Raises:
+        ValueError: a value that is not finite, or a mode that Pillow cannot convert.
+    """
+    from PIL import Image
+
+    if is_deep(image):
+        return _scaled(image).convert("RGB")
+    if has_alpha(image):
+        # Pillow knows no direct way from premultiplied grey to RGBA.
+        layer = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled(image: Image) -> Image:
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"a picture of mode {image.mode} with values that are not finite")
+    share = (values - low) / (high - low) if high > low else np.full_like(values, 128 / 255)
+    return Image.fromarray(np.rint(share * 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cwdpo.errors import RecipeError, UnknownComponentError, nearest
 
@@ -25,6 +25,15 @@ class Settings(BaseModel):
     """Base of every settings class: frozen, and a key that nothing reads is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_a_list(cls, values: Any) -> Any:
+        """``report_to: wandb`` means ``[wandb]``, wherever a list of strings is wanted."""
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if field.annotation == tuple[str, ...]}
+        return {k: (v,) if k in lists and isinstance(v, str) else v for k, v in values.items()}
 
 
 class Component(Settings):

@@ -251,10 +251,13 @@ def _messages(ask: Ask) -> list[dict[str, Any]]:
 
 
 def data_uri(image: ImageRef) -> str:
-    """The picture as ``data:image/...;base64,...``; other encodings than JPEG, PNG and GIF become PNG."""
+    """The picture as ``data:image/...;base64,...``; other encodings than JPEG, PNG and GIF become PNG.
+
+    So do deep and transparent pictures, which the server would show otherwise than training does.
+    """
     data = image.encoded()
     mime = next((m for start, m in _MIME.items() if data.startswith(start)), None)
-    if mime is None:
+    if mime is None or image.is_altered():
         buffer = io.BytesIO()
         image.open().save(buffer, "PNG")
         data, mime = buffer.getvalue(), "image/png"

@@ -5,6 +5,7 @@ A run folder explains itself::
     recipe.yaml        the resolved recipe
     environment.json   versions, platform, command
     problems.jsonl     rows that were left out, and why
+    notes.jsonl        what else a reader should know of the data: columns that are not read, altered pictures
     calibration.json   floor and tau, and the mean_logps they came from
     reference/         log-likelihoods of the reference, as its pass goes on
     pool.jsonl         samples of the policy by round, as they are drawn (only with on-policy negatives)
@@ -59,10 +60,13 @@ PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name, sync, rename: a kill leaves the old file or the new one."""
+    """Write through a temporary name, sync, rename: a kill leaves the old file or the new one.
+
+    Half surrogate pairs (a command's argument or a column's name may hold some) are written as ``\\udce4``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -172,8 +176,15 @@ class RunDir:
         """Hold the folder against another start until :meth:`unlock`, or until this process ends, in whatever way.
 
         Raises:
-            RunDirError: another process holds it; the message names it.
+            RunDirError: another process holds it, which the message names; or the folder's name is not UTF-8.
         """
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise RunDirError(
+                f"{self.path}: the name holds bytes that are not UTF-8, and the tokenizer's files cannot be written "
+                "there: choose another --out"
+            ) from None
         self.path.mkdir(parents=True, exist_ok=True)
         file = (self.path / ".lock").open("a+", encoding="utf-8")  # "a": the holder's name is not cut
         try:
@@ -222,7 +233,7 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume and (self.path / "recipe.yaml").exists():
             shutil.rmtree(self.path / "init", ignore_errors=True)
-            stale = ("calibration*.json", "problems.jsonl", "probes-*.jsonl", "stopped-*.json")
+            stale = ("calibration*.json", "problems.jsonl", "notes.jsonl", "probes-*.jsonl", "stopped-*.json")
             for leftover in [path for name in stale for path in self.path.glob(name)]:
                 leftover.unlink(missing_ok=True)
         return self
@@ -260,7 +271,7 @@ class RunDir:
         """Append rows to a JSONL file of the run."""
         if not self.writes:
             return
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -114,6 +114,24 @@ def test_two_processes_take_the_steps_of_one(together, alone, name) -> None:
 
 
 @pytest.mark.slow
+def test_held_out_rows_are_scored_by_shares(together, alone) -> None:
+    """Seven rows on two processes: each pair once, in the order of the rows; a sharded model is refused."""
+    mode, _, results = together
+    one, found = alone["uneven"]["held_out"], [result["uneven"]["held_out"] for result in results]
+    assert found[0] == found[1]
+    if mode == "fsdp2":
+        assert "a sharded model" in found[0]["error"]
+        return
+    two = found[0]
+    assert (one["n"], two["n"], len(two["rewards"])) == (7, 7, len(one["rewards"]))
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert torch.tensor(two["rewards"]).flatten().tolist() == pytest.approx(
+        torch.tensor(one["rewards"]).flatten().tolist(), abs=1e-4
+    )
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_nan_on_one_process_stops_both_and_names_the_row(together, alone, model_folder) -> None:
     _, folder, results = together
     texts = [result["nan"]["error"] for result in results]

@@ -32,7 +32,12 @@ def validate(
     ],
     overrides: Overrides = None,
     as_json: AsJson = False,
-    data_format: Annotated[str | None, typer.Option("--format", help="auto, or the name of a format")] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="auto, the name of a format, or file.py:ClassName")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="a column that counts as absent, as often as you like")
+    ] = None,
     image_root: Annotated[
         Path | None, typer.Option(help="folder that image paths start from; default: the data's own")
     ] = None,
@@ -55,7 +60,9 @@ def validate(
     """
     from cwdpo.models.settings import ModelSettings
 
-    given: dict[str, Any] = {"format": data_format, "image_root": image_root, "max_length": max_length}
+    given: dict[str, Any] = {
+        "format": data_format, "image_root": image_root, "max_length": max_length, "ignore_columns": ignore,
+    }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     settings = None if model is None else ModelSettings(path=model)
     if NAME not in data and Path(data).suffix.lower() in (".yaml", ".yml"):
@@ -95,7 +102,8 @@ def _of_recipe(
         raise RecipeError(f"{path}: data.world is drawn by cwdpo itself; only data.path can be validated")
     how: dict[str, Any] = {
         "format": data.format, "default_prompt": data.default_prompt, "captions_per_image": data.captions_per_image,
-        "max_length": data.max_length, "image_root": None if data.image_root is None else Path(data.image_root),
+        "max_length": data.max_length, "ignore_columns": data.ignore_columns,
+        "image_root": None if data.image_root is None else Path(data.image_root),
         **given,
     }  # fmt: skip
     if settings is None and recipe.model.path != "init":  # that is made later, tokenizer and all

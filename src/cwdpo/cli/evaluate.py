@@ -32,7 +32,9 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="read this many examples only")] = None,
-    data_format: Annotated[str, typer.Option("--format", help="auto, or the name of a format")] = "auto",
+    data_format: Annotated[
+        str, typer.Option("--format", help="auto, the name of a format, or file.py:ClassName")
+    ] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
     lmms_eval: Annotated[
         str | None, typer.Option("--lmms-eval", help="tasks for lmms-eval, with commas")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -51,6 +52,9 @@ def _disk_trouble(error: Exception) -> str | None:
 
 def main() -> None:
     """Entry point: errors that cwdpo raises on purpose, and those of a disk, are printed without a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # paths may hold bytes that are no text in any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except CwdpoError as error:

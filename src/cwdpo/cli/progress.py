@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.cli.watch import in_short
+from cwdpo.data.problems import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -84,6 +85,7 @@ def run_listener() -> Iterator[Listener]:
         yield Listener(
             readings=lambda stage, readings: shown.describe(stage, f"{stage} {in_short(readings)}"),
             phase=shown.say,
+            note=lambda text: shown.say(printable(f"note: {text}")),
             step=lambda stage, done, total: shown.show(stage, done, total, "steps"),
             sampled=lambda round_, done, total: shown.show(f"samples of round {round_}", done, total, "completions"),
         )  # fmt: skip

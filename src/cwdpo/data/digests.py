@@ -45,6 +45,13 @@ class DigestMap:
             self._grow()
         return None
 
+    def put(self, digest: int, value: int) -> int | None:
+        """Store a value in place of any other; the value that it had before, or ``None``."""
+        before = self.add(digest, value)
+        if before is not None:
+            self._values[self._slot(digest)] = value
+        return before
+
     def _slot(self, digest: int) -> int:
         """Where the digest stands, or the free slot where it belongs."""
         keys, last = self._keys, len(self._keys) - 1

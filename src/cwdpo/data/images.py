@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cwdpo.data.digests import DigestMap, digest8
-from cwdpo.data.problems import RowError
+from cwdpo.data.facts import ImageFacts
+from cwdpo.data.media import from_base64, from_data_uri
+from cwdpo.data.problems import RowError, shown
 from cwdpo.errors import DataError
-from cwdpo.records import ImageRef
+from cwdpo.records import ImageRef, as_rgb, has_alpha, is_deep
 
 CheckImages = Literal["none", "exists", "identify", "decode"]
 CHECK_LEVELS: tuple[CheckImages, ...] = ("none", "exists", "identify", "decode")
-IMAGE_FORMS = "a path inside the image folder, {'bytes': ..., 'path': ...}, or a PIL image"
-
+IMAGE_FORMS = (
+    "a path inside the image folder, {'bytes': ..., 'path': ...}, a data URI, base64, bytes, or a PIL image"
+)
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _REMEMBERED = 4096  # resolved paths, and refused files: rows that share pictures stand near each other
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What an image says of itself: size in pixels and colour mode as stored.
-
-    Known only where pixels were decoded: ``turned``, its EXIF tag asks for another orientation, which is
-    applied on reading; ``animated``, it has several frames, of which the first is used.
-    """
-
-    width: int
-    height: int
-    mode: str
-    turned: bool = False
-    animated: bool = False
 
 
 class ImageFolder:
@@ -69,14 +58,16 @@ class ImageFolder:
             RowError: not an image value, outside the folder, missing, unreadable, truncated or too large.
         """
         if isinstance(value, str):
-            return self._from_path(value, key)
+            return self._from_text(value, key)
+        if isinstance(value, bytes):
+            return self._from_bytes(value, key)
         if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
             if value.get("bytes") is not None:
                 return self._from_bytes(value["bytes"], key)
             if isinstance(value.get("path"), str):
-                return self._from_path(value["path"], key)
+                return self._from_text(value["path"], key)
         elif hasattr(value, "save") and hasattr(value, "getbands"):
-            return self._from_bytes(_as_png(value), key)
+            return self._from_bytes(_lossless(value), key)
         raise RowError(
             "wrong-type",
             key,
@@ -84,7 +75,24 @@ class ImageFolder:
             "give each image in one of these forms",
         )
 
+    def _from_text(self, text: str, key: str) -> ImageRef:
+        """A path, or the picture itself as a data URI or in base64."""
+        if text.startswith("data:"):
+            data = from_data_uri(text)
+            if data is None:
+                raise RowError(
+                    "image-unreadable",
+                    key,
+                    f"{shown(text, 60)} is not a data URI of a picture in base64",
+                    "store the encoded picture (JPEG, PNG, ...), or its path",
+                )
+            return self._from_bytes(data, key)
+        inside = from_base64(text)
+        return self._from_path(text, key) if inside is None else self._from_bytes(inside, key)
+
     def _from_bytes(self, data: Any, key: str) -> ImageRef:
+        if isinstance(data, str):
+            data = from_base64(data) or data
         if not isinstance(data, bytes) or not data:
             raise RowError(
                 "image-missing", key, "the image has no bytes", "store the encoded file (JPEG, PNG, ...)"
@@ -113,31 +121,32 @@ class ImageFolder:
 
     def _inside(self, text: str, key: str) -> Path:
         """The real path, which must lie in the root whatever dots and links the text goes through."""
-        if text.startswith(("http://", "https://", "data:")):
+        text = text.removeprefix("file://")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
             raise RowError(
                 "image-url",
                 key,
-                f"{text[:60]!r} is an address; allowed: {IMAGE_FORMS}",
+                f"{shown(text, 60)} is an address; allowed: {IMAGE_FORMS}",
                 "download the images once and name the local files",
             )
         if self.root is None:
             raise RowError(
                 "image-missing",
                 key,
-                f"{text!r} is a path, and rows from the hub have no folder",
+                f"{shown(text)} is a path, and rows from the hub have no folder",
                 "set data.image_root (validate: --image-root) to the folder of the images",
             )
         try:
             path = (self.root / text).resolve()
         except (OSError, ValueError, RuntimeError):
             raise RowError(
-                "image-missing", key, f"{text[:100]!r} cannot be a path", "correct the path"
+                "image-missing", key, f"{shown(text)} cannot be a path", "correct the path"
             ) from None
         if not path.is_relative_to(self.root):
             raise RowError(
                 "image-escapes",
                 key,
-                f"{text!r} leads outside {self.root}; allowed: paths that stay inside it, links followed",
+                f"{shown(text, 200)} leads outside {self.root}; allowed: paths that stay inside it, links followed",
                 "move the images below that folder, or set data.image_root (validate: --image-root) to the "
                 "folder that holds them",
             )
@@ -154,12 +163,12 @@ class ImageFolder:
             raise RowError(
                 "image-missing",
                 key,
-                f"there is no file {text!r} in {self.root}",
+                f"there is no file {shown(text, 200)} in {self.root}",
                 "correct the path, or set data.image_root (validate: --image-root) to the folder that image "
                 "paths start from",
             )
         if self.check != "exists":
-            self._examine(path, key, repr(text))
+            self._examine(path, key, shown(text, 200))
 
     def _examine(self, source: Path | bytes, key: str, name: str) -> None:
         from PIL import Image, ImageOps
@@ -171,12 +180,14 @@ class ImageFolder:
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(stream) as image:
-                    facts = ImageFacts(image.width, image.height, image.mode)
+                    facts = ImageFacts(
+                        image.width, image.height, image.mode, is_deep(image), has_alpha(image)
+                    )
                     if self.check == "decode":  # all that reading it for training will do
                         animated = bool(getattr(image, "is_animated", False))
                         turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
                         facts = replace(facts, turned=turned, animated=animated)
-                        ImageOps.exif_transpose(image).convert("RGB")
+                        as_rgb(ImageOps.exif_transpose(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise RowError(
                 "image-bomb",
@@ -209,12 +220,19 @@ def _remember(known: dict[K, V], key: K, value: V) -> V:
     return value
 
 
-def _as_png(image: Any) -> bytes:
-    """A decoded picture without loss; PNG knows no CMYK, YCbCr, LAB, HSV or float."""
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")
+def _lossless(image: Any) -> bytes:
+    """A decoded picture as bytes, without loss; of modes that neither PNG nor TIFF keeps (CMYK, HSV, ...) as RGB."""
+    if is_deep(image):
+        kind, image = (
+            "TIFF",
+            image.convert("I") if image.mode == "I;16N" else image,
+        )  # which TIFF does not know
+    elif image.mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        kind = "PNG"
+    else:
+        kind, image = "PNG", as_rgb(image)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=kind)
     return buffer.getvalue()
 
 

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 SHOWN_ROWS = 5
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """``repr`` of a value, cut where it is long: a cell may hold a whole picture as text.
+
+    >>> shown("a" * 100, 5)
+    "'aaaaa'... (100 characters)"
+    """
+    if isinstance(value, str | bytes) and len(value) > limit:
+        return f"{value[:limit]!r}... ({len(value)} {'characters' if isinstance(value, str) else 'bytes'})"
+    text = repr(value)
+    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
 
 
 @dataclass(frozen=True)

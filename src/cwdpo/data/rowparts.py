@@ -5,36 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from cwdpo.data.columns import IMAGE_KEYS, present
+from cwdpo.data.completions import completion_of, margins_of, with_margin
 from cwdpo.data.images import ImageFolder
 from cwdpo.data.problems import RowError
-from cwdpo.errors import nearest
-from cwdpo.records import Completion, Example, ImageRef, Message, Origin
-
-# What models write into their input where a picture or film stands; as plain text it would be read as one more.
-PLACEHOLDERS = (
-    "<image>",
-    "<|image|>",
-    "<|image_pad|>",
-    "<video>",
-    "<|video_pad|>",
-    "<|video|>",
-    "<|vision_start|>",
-    "<start_of_image>",
-    "<image_soft_token>",
-    "<fake_token_around_image>",
-    "<IMG_CONTEXT>",
-    "[IMG]",
-)
-_COMPLETION_KEYS = ("text", "kind", "origin", "made")
-IMAGE_KEYS = ("images", "image", "img_path")
-"""A list of pictures, or one picture (``img_path`` in the data of mDPO and VLFeedback)."""
-
-
-def image_key(values: Mapping[str, Any]) -> str | None:
-    """The key under which a row has its pictures; ``None`` for a row without."""
-    return next((key for key in IMAGE_KEYS if values.get(key) is not None), None)
+from cwdpo.data.texts import plain_text, text_list, wrong_type
+from cwdpo.records import Completion, Example, ImageRef, Message
 
 
 @dataclass(frozen=True)
@@ -43,13 +21,16 @@ class ReadOptions:
 
     default_prompt: str = "Describe the image."
     captions_per_image: int = 1
+    ignore: frozenset[str] = frozenset()
+    """Columns that count as absent."""
 
 
 @dataclass
 class Row:
     """One row on its way to an Example. Keys whose value is null count as absent.
 
-    ``dropped`` collects what is wrong with single negatives: those cost the negative, not the row.
+    ``dropped`` collects what is wrong with single negatives: those cost the negative, not the row. ``used`` are the
+    columns that were read, ``pictures`` the row's pictures by their key (``images[0]``).
     """
 
     values: Mapping[str, Any]
@@ -59,6 +40,7 @@ class Row:
     options: ReadOptions
     dropped: list[RowError] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    pictures: dict[str, ImageRef] = field(default_factory=dict)
 
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
@@ -94,10 +76,7 @@ class Row:
             raise RowError(
                 "empty-chosen", "chosen", "the chosen response is empty", "fill it or drop the row"
             )
-        own = self._completions("negatives")
-        described = {completion.text.strip() for _, completion in own}
-        # `negatives` may describe what stands in `rejected` for readers that know only TRL's columns.
-        negatives = [*((k, c) for k, c in rejected if c.text.strip() not in described), *own]
+        negatives = self._negatives(list(rejected))
         gentle = self._completions("gentle")
         if references is None:
             references = self._references()
@@ -112,6 +91,17 @@ class Row:
             where=f"{self.file}:{self.number}",
             extra={k: v for k, v in self.values.items() if k not in self.used and v is not None},
         )
+
+    def _negatives(self, rejected: list[tuple[str, Completion]]) -> list[tuple[str, Completion]]:
+        """The rejected responses and those of ``negatives``, each once, with the margins that scores give."""
+        columns, margins = margins_of(self.values, len(rejected))
+        self.used |= columns
+        margin = {c.text.strip(): m for (_, c), m in zip(rejected, margins, strict=False)}
+        own = self._completions("negatives")
+        described = {completion.text.strip() for _, completion in own}
+        # `negatives` may describe what `rejected` holds for readers that know only TRL's columns.
+        every = [*((key, c) for key, c in rejected if c.text.strip() not in described), *own]
+        return [(key, with_margin(c, margin.get(c.text.strip()))) for key, c in every]
 
     def given_id(self) -> str | None:
         """The row's own ``id``, if it has one."""
@@ -141,7 +131,7 @@ class Row:
         values = self.take(key, allowed)
         if not isinstance(values, list):
             raise wrong_type(key, values, allowed)
-        return [(f"{key}[{i}]", _completion(v, f"{key}[{i}]")) for i, v in enumerate(values)]
+        return [(f"{key}[{i}]", completion_of(v, f"{key}[{i}]")) for i, v in enumerate(values)]
 
     def _usable(self, candidates: Iterable[tuple[str, Completion]], chosen: str) -> tuple[Completion, ...]:
         """The negatives that are neither empty nor the chosen response; the others are reported."""
@@ -170,9 +160,12 @@ class Row:
         return tuple(kept)
 
     def images(self) -> tuple[ImageRef, ...]:
-        """The pictures of ``images`` (a list), ``image`` or ``img_path`` (one); none when all are absent."""
+        """The pictures of ``images`` (a list), ``image`` or ``img_path`` (one, or a list); none when all are absent.
+
+        MMPR's and LLaVA's rows with several pictures give a list under ``image``.
+        """
         self.used |= set(IMAGE_KEYS)
-        given = [key for key in IMAGE_KEYS if self.has(key)]
+        given = [key for key in IMAGE_KEYS if present(self.values.get(key))]
         if len(given) > 1:
             raise RowError(
                 "two-image-keys",
@@ -182,83 +175,23 @@ class Row:
             )
         if not given:
             return ()
-        values = self.values[given[0]]
-        if given[0] != "images":
-            if isinstance(values, list):
-                raise wrong_type(given[0], values, "one image", "call a list of images 'images'")
-            return (self.folder.take(values, given[0]),)
-        if not isinstance(values, list):
+        key, values = given[0], self.values[given[0]]
+        if isinstance(values, list):
+            return tuple(self.take_image(v, f"{key}[{i}]") for i, v in enumerate(values))
+        if key == "images":
             raise wrong_type(
-                "images",
+                key,
                 values,
                 "a list of images",
                 'write "images": [...] for a list, or "image" for one image',
             )
-        return tuple(self.folder.take(v, f"images[{i}]") for i, v in enumerate(values))
+        return (self.take_image(values, key),)
 
+    def take_image(self, value: Any, key: str) -> ImageRef:
+        """One picture of the row; ``key`` says where in the row its value is.
 
-def wrong_type(key: str, value: Any, allowed: str, remedy: str = "") -> RowError:
-    """A value of the wrong type, with what belongs there."""
-    shown = repr(value)[:60]
-    message = f"{type(value).__name__} ({shown}); allowed: {allowed}"
-    return RowError("wrong-type", key, message, remedy or f"make it {allowed}")
-
-
-def plain_text(value: Any, key: str) -> str:
-    """``value`` as a string that a tokenizer can take and that hides no image.
-
-    Raises:
-        RowError: not a string, half a surrogate pair, or a literal image placeholder.
-    """
-    if not isinstance(value, str):
-        raise wrong_type(key, value, "a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(
-            "bad-text", key, "half of a surrogate pair, which no UTF-8 text can hold", "repair the encoding"
-        ) from None
-    found = next((p for p in PLACEHOLDERS if p in value), None)
-    if found is not None:
-        raise RowError(
-            "placeholder-in-text",
-            key,
-            f"the text holds a literal {found!r}, which the model would read as a picture or film",
-            'write the turn as blocks ({"type": "image"}, {"type": "text", "text": ...}), or remove it',
-        )
-    return value
-
-
-def text_list(value: Any, key: str) -> list[str]:
-    """A list of strings, each fit for a tokenizer."""
-    if not isinstance(value, list):
-        raise wrong_type(key, value, "a list of strings")
-    return [plain_text(v, f"{key}[{i}]") for i, v in enumerate(value)]
-
-
-def _completion(value: Any, key: str) -> Completion:
-    if isinstance(value, str):
-        return Completion(plain_text(value, key))
-    if not isinstance(value, dict):
-        raise wrong_type(key, value, "a string or {text, kind, origin, made}")
-    unknown = next((k for k in value if k not in _COMPLETION_KEYS), None)
-    if unknown is not None:
-        raise RowError(
-            "unknown-key",
-            f"{key}.{unknown}",
-            f"unknown key{nearest(unknown, _COMPLETION_KEYS)}; allowed: {', '.join(_COMPLETION_KEYS)}",
-            "rename or remove it; notes of your own belong in 'made'",
-        )
-    origin: Any = value.get("origin") or "dataset"
-    if origin not in get_args(Origin):
-        raise RowError(
-            "unknown-origin",
-            f"{key}.origin",
-            f"{str(origin)[:60]!r}; allowed: {', '.join(get_args(Origin))}",
-            "use one of these",
-        )
-    made = value.get("made") or {}
-    if not isinstance(made, dict):
-        raise wrong_type(f"{key}.made", made, "an object")
-    kind = plain_text(value.get("kind") or "", f"{key}.kind")
-    return Completion(plain_text(value.get("text"), f"{key}.text"), origin=origin, kind=kind, made=made)
+        Raises:
+            RowError: see :meth:`cwdpo.data.images.ImageFolder.take`.
+        """
+        self.pictures[key] = self.folder.take(value, key)
+        return self.pictures[key]

@@ -3,87 +3,238 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cwdpo.data.problems import RowError
-from cwdpo.data.rowparts import plain_text, wrong_type
-from cwdpo.records import Message
+from cwdpo.data.columns import present
+from cwdpo.data.problems import RowError, shown
+from cwdpo.data.rowparts import Row
+from cwdpo.data.texts import IMAGE_TAG, plain_text, split_tags, wrong_type
+from cwdpo.records import ImageRef, Message
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+Part = str | ImageRef | None
+"""Text, a picture that its block carries, or the place of the next picture of ``images``."""
+
+_DROPPED = "leave such rows out"
+# Keys of a turn that change what is said, and what to do instead. Others are of no use to a template and are left.
+_TURN_MEANING = {
+    "tool_calls": f"tool calls are not read: {_DROPPED}",
+    "function_call": f"tool calls are not read: {_DROPPED}",
+    "tool_call_id": f"tool calls are not read: {_DROPPED}",
+    "reasoning_content": "write the reasoning into the content, in the form that your template has for it",
+    "reasoning": "write the reasoning into the content, in the form that your template has for it",
+    "thinking": "write the reasoning into the content, in the form that your template has for it",
+    "images": "put the row's pictures into the column 'images', and mark each place",
+    "videos": f"films are not read: {_DROPPED}",
+    "audio": f"sound is not read: {_DROPPED}",
+    "weight": "turns are not weighted: only the response is trained; remove the key",
+    "loss": "only the response is trained, and whole: remove the key",
+    "train": "only the response is trained, and whole: remove the key",
+    "prefix": "write the whole response: a begun one is not read",
+    "refusal": "write the refusal into the content",
+}
+_TOOLS = f"turns of tools do not reach the chat template: {_DROPPED}"
+_ROLES = {
+    **dict.fromkeys(("tool", "function", "observation", "function_call", "ipython", "tool_response"), _TOOLS),
+    "developer": "call it system, if it says how to answer",
+    "human": "call it user", "gpt": "call it assistant", "bot": "call it assistant", "model": "call it assistant",
+}  # fmt: skip
+"""Roles that other tools write -> what to do about them."""
+_PICTURE_KEYS = ("image", "url", "path", "base64", "bytes", "data")
+_BLOCK_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_HARMLESS = ("type", "cache_control", "detail", "index", "id")
+_BLOCKS = {
+    "text": ("text",),
+    "image": (*_PICTURE_KEYS, "image_url"),
+    "image_url": (*_PICTURE_KEYS, "image_url"),
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a data set spells turns: the keys of role and content, and its names of our roles.
+
+    ``split`` cuts a text into texts and places of pictures (``None``) where the text itself marks them.
+    """
+
+    role: str = "role"
+    content: str = "content"
+    roles: tuple[tuple[str, str], ...] = (("system", "system"), ("user", "user"), ("assistant", "assistant"))
+    split: Callable[[str], Sequence[str | None]] | None = None
+
+
+CHAT = Style()
+TAGGED_CHAT = Style(split=split_tags)
+SHAREGPT = Style(
+    "from", "value", (("system", "system"), ("human", "user"), ("gpt", "assistant")), split=split_tags
+)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn before images are placed; ``plain`` when its content was a bare string."""
+    """A turn before images are placed; ``plain`` when its content was a bare string without a marked place."""
 
     role: str
-    parts: tuple[str | None, ...]
+    parts: tuple[Part, ...]
     plain: bool = True
 
 
-def turns_of(
-    value: Any,
-    key: str,
-    *,
-    fields: tuple[str, str] = ("role", "content"),
-    roles: Mapping[str, str] = ROLES,
-    split: Callable[[str], Sequence[str | None]] | None = None,
-) -> list[Turn]:
+def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
     """Turns from a bare string (one user turn) or from a list of messages.
 
-    ``fields`` name the keys of role and content, ``roles`` maps the roles in use to ours, and ``split`` cuts
-    a bare string into text and images (``None``) for formats that mark images inside the text.
+    Raises:
+        RowError: no turns, an unknown role or block, a key that changes the turn's meaning, or a picture that cannot
+            be used.
     """
+    roles = dict(style.roles)
     if isinstance(value, str):
-        value = [{fields[0]: next(k for k, v in roles.items() if v == "user"), fields[1]: value}]
+        user = next(name for name, ours in roles.items() if ours == "user")
+        value = [{style.role: user, style.content: value}]
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
-        raise wrong_type(key, value, f"a string or a list of {{{fields[0]}, {fields[1]}}}")
+        raise wrong_type(key, value, f"a string or a list of {{{style.role}, {style.content}}}")
     turns = []
     for i, message in enumerate(value):
         where = f"{key}[{i}]"
-        role = message.get(fields[0])
+        role = message.get(style.role)
         if not isinstance(role, str) or role not in roles:
             raise RowError(
                 "wrong-role",
-                f"{where}.{fields[0]}",
-                f"{str(role)[:60]!r}; allowed: {', '.join(roles)}",
-                "rename the role, or drop the row",
+                f"{where}.{style.role}",
+                f"{shown(role, 60)}; allowed: {', '.join(roles)}",
+                _ROLES.get(str(role), "rename the role, or drop the row"),
             )
-        content, where = message.get(fields[1]), f"{where}.{fields[1]}"
+        _refuse_unread(message, where)
+        content, where = message.get(style.content), f"{where}.{style.content}"
         if isinstance(content, list):
-            turns.append(
-                Turn(roles[role], tuple(_block(b, f"{where}[{j}]") for j, b in enumerate(content)), False)
-            )
-        elif split is not None and isinstance(content, str):
-            parts = tuple(p if p is None else plain_text(p, where) for p in split(content))
-            turns.append(Turn(roles[role], parts, None not in parts))
+            blocks = [_block(row, block, f"{where}[{j}]", style) for j, block in enumerate(content)]
+            turns.append(Turn(roles[role], tuple(part for parts in blocks for part in parts), plain=False))
         else:
-            turns.append(Turn(roles[role], (plain_text(content, where),)))
+            parts = _texts(content, where, style)
+            turns.append(Turn(roles[role], parts, plain=None not in parts))
     return turns
 
 
-def _block(block: Any, key: str) -> str | None:
+def sharegpt(row: Row, value: Any, key: str) -> list[Turn]:
+    """Turns with ``from``/``value``, or with ``role``/``content`` where the data set renames them."""
+    renamed = isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
+    return turns_of(row, value, key, TAGGED_CHAT if renamed else SHAREGPT)
+
+
+def _refuse_unread(message: Mapping[str, Any], where: str) -> None:
+    for name in sorted(message.keys() & _TURN_MEANING.keys()):
+        value, remedy = message[name], _TURN_MEANING[name]
+        # False, 0 and 1 are what tables write for "nothing special", but for loss and weight 0 is special.
+        usual = value in (True, 1) if name in ("weight", "loss", "train") else value is False
+        if present(value) and not usual:
+            raise RowError(
+                "turn-not-read",
+                f"{where}.{name}",
+                f"{shown(value, 60)}: a key that changes what the turn means and is not read",
+                remedy,
+            )
+
+
+def _texts(value: Any, key: str, style: Style) -> tuple[str | None, ...]:
+    if style.split is None or not isinstance(value, str):
+        return (plain_text(value, key),)
+    return tuple(part if part is None else plain_text(part, key) for part in style.split(value))
+
+
+def _block(row: Row, block: Any, key: str, style: Style) -> tuple[Part, ...]:
+    """The parts that a content block stands for: texts, or one picture."""
     if not isinstance(block, dict):
         raise wrong_type(key, block, 'a block such as {"type": "text", "text": ...}')
-    if block.get("type") == "text":
-        return plain_text(block.get("text"), f"{key}.text")
-    if block.get("type") != "image":
+    kind = block.get("type")
+    if not isinstance(kind, str) or kind not in _BLOCKS:
         raise RowError(
             "unknown-block",
             f"{key}.type",
-            f"{str(block.get('type'))[:60]!r}; allowed: text, image",
-            "leave other media out",
+            f"{shown(kind, 60)}; allowed: {', '.join(_BLOCKS)}",
+            "films, sound and tools are not read: leave such rows out",
         )
-    carried = next((k for k in ("image", "url", "path", "base64") if block.get(k) is not None), None)
-    if carried is not None:
+    for name, value in block.items():
+        if present(value) and name not in (*_BLOCKS[kind], *_HARMLESS):
+            remedy = "set model.processor_options instead" if name in _BLOCK_SETTINGS else "remove the key"
+            raise RowError(
+                "unknown-key", f"{key}.{name}", f"a block of type {kind!r} is read without it", remedy
+            )
+    if kind == "text":
+        return _texts(block.get("text"), f"{key}.text", style)
+    return (_picture(row, block, key),)
+
+
+def _picture(row: Row, block: Mapping[str, Any], key: str) -> ImageRef | None:
+    """The picture that a block carries, or ``None`` for a bare block, which is the place of one of ``images``."""
+    carried = [name for name in (*_PICTURE_KEYS, "image_url") if present(block.get(name))]
+    if len(carried) > 1:
         raise RowError(
-            "image-in-block",
-            f"{key}.{carried}",
-            "the block carries its own picture; allowed: a bare {'type': 'image'}",
-            "move the pictures, in order, to the row's 'images'",
+            "two-image-keys", f"{key}.{carried[0]}", f"{' and '.join(carried)} are both set", "keep one"
         )
-    return None
+    if not carried:
+        if block["type"] == "image_url":
+            raise RowError("missing-key", f"{key}.image_url", "the block names no picture", "give it one")
+        return None
+    name = carried[0]
+    value, where = block[name], f"{key}.{name}"
+    if name == "image_url" and isinstance(value, dict):
+        value, where = value.get("url"), f"{where}.url"
+    return row.take_image(value, where)
+
+
+def asked(row: Row, key: str, n_images: int) -> Turn:
+    """A question that is a bare string in the column ``key``; ``<image>`` in it marks a place where the counts agree.
+
+    Raises:
+        RowError: no text, or as many tags as the row has no pictures.
+    """
+    text = row.take(key, "a string")
+    style = TAGGED_CHAT if tags_agree(text, n_images, key) else CHAT
+    return (
+        turns_of(row, text, key, style)[0]
+        if isinstance(text, str)
+        else Turn("user", (plain_text(text, key),))
+    )
+
+
+def tags_agree(value: Any, n_images: int, key: str) -> bool:
+    """Whether the texts of a prompt mark its pictures by ``<image>``.
+
+    Raises:
+        RowError: the prompt has tags and the row has pictures, but not as many.
+    """
+    n = _tags(value)
+    if n and n_images and n != n_images:
+        raise RowError(
+            "image-count",
+            key,
+            f"the text marks {n} places with {IMAGE_TAG!r}, the row has {n_images} images; allowed: equal numbers",
+            "write one tag for each image, or none, or give one image for each tag",
+        )
+    return n > 0 and n == n_images
+
+
+def _tags(value: Any) -> int:
+    if isinstance(value, str):
+        return value.count(IMAGE_TAG)
+    if isinstance(value, list):
+        return sum(_tags(one) for one in value)
+    if isinstance(value, dict):
+        return _tags(value.get("content")) + _tags(value.get("text") if value.get("type") == "text" else None)
+    return 0
+
+
+def answer(row: Row, value: Any, key: str, prompt: Sequence[Turn] = ()) -> str:
+    """A response given as a string, as one turn, or as a list of turns that ends in it.
+
+    Turns are ``{role, content}`` or ``{from, value}``; a list may repeat the prompt's turns before the reply.
+    """
+    if isinstance(value, str):
+        return plain_text(value, key)
+    allowed = "a string, one turn ({role, content} or {from, value}), or a list of turns"
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise wrong_type(key, value, allowed)
+    return reply_of(sharegpt(row, turns, key), key, prompt)
 
 
 def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
@@ -104,7 +255,7 @@ def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
         raise RowError(
             "wrong-role", key, "does not end in an assistant turn; allowed: one", "end it in the response"
         )
-    texts = [part for part in turns[-1].parts if part is not None]
+    texts = [part for part in turns[-1].parts if isinstance(part, str)]
     if len(texts) < len(turns[-1].parts):
         raise RowError(
             "image-in-response", key, "the response holds an image; allowed: text only", "remove it"
@@ -112,13 +263,25 @@ def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
     return "\n".join(texts)
 
 
+def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """The turns with the column ``system`` in front, unless they begin with a system turn."""
+    row.used.add("system")
+    text = plain_text(row.take("system", "a string"), "system") if row.has("system") else ""
+    return turns if not text or (turns and turns[0].role == "system") else [Turn("system", (text,)), *turns]
+
+
 def place_images(
-    turns: Sequence[Turn], n_images: int, key: str, *, in_front: bool = True
-) -> tuple[Message, ...]:
-    """The prompt, with as many image places as there are images.
+    turns: Sequence[Turn], images: Sequence[ImageRef], key: str, *, in_front: bool = True
+) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
+    """The prompt, and its pictures in the order of their places.
 
     A first user turn given as a bare string gets the images in front of its text when nothing marks their
     place (``in_front``). Empty text parts are left out.
+
+    Args:
+        turns: the prompt's turns. A place is ``None`` for the next of ``images``, or a picture of its own.
+        images: the pictures of the row's image column.
+        key: the column of the prompt, for messages.
 
     Raises:
         RowError: the counts differ, the prompt is empty, or it does not end in a user turn.
@@ -131,19 +294,31 @@ def place_images(
             "end it in the question",
         )
     placed = list(turns)
-    marked = sum(turn.parts.count(None) for turn in placed)
+    places = [part for turn in placed for part in turn.parts if not isinstance(part, str)]
     first = next(i for i, turn in enumerate(placed) if turn.role == "user")
-    if marked == 0 and n_images and in_front and placed[first].plain:
-        placed[first] = Turn("user", (None,) * n_images + placed[first].parts)
-        marked = n_images
-    if marked != n_images:
+    if not places and images and in_front and placed[first].plain:
+        places = [None] * len(images)
+        placed[first] = replace(placed[first], parts=(*places, *placed[first].parts))
+    marked = places.count(None)
+    if marked != len(images):
         raise RowError(
             "image-count",
             key,
-            f"the prompt marks {marked} image places, the row has {n_images} images; allowed: equal numbers",
+            f"the prompt marks {marked} image places, the row has {len(images)} images; allowed: equal numbers",
             "mark one place for each image, or give one image for each place",
         )
-    messages = tuple(Message(t.role, tuple(p for p in t.parts if p is None or p.strip())) for t in placed)
+    messages = tuple(
+        Message(
+            t.role,
+            tuple(p if isinstance(p, str) else None for p in t.parts if p is None or (p != "" and _said(p))),
+        )
+        for t in placed
+    )
     if not messages[-1].parts:
         raise RowError("empty-prompt", key, "the last user turn is empty", "fill it or drop the row")
-    return messages
+    waiting = iter(images)
+    return messages, tuple(next(waiting) if place is None else place for place in places)
+
+
+def _said(part: Part) -> bool:
+    return not isinstance(part, str) or bool(part.strip())

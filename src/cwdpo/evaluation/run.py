@@ -22,7 +22,7 @@ from cwdpo.judging.base import AUTO, judge_for
 from cwdpo.judging.compare import tournament
 from cwdpo.metrics.base import METRICS, Answer, Measured, Metric, difference, reliability
 from cwdpo.models.load import load_policy
-from cwdpo.models.settings import ModelSettings
+from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions, write_json
 from cwdpo.worlds.judged import all_judgeable
@@ -36,7 +36,9 @@ def model_settings(source: str) -> ModelSettings:
     folder = Path(source)
     if (folder / "recipe.yaml").is_file() and (folder / "model").is_dir():
         recipe = load_recipe(folder / "recipe.yaml")
-        return recipe.model.model_copy(update={"path": str(folder / "model"), "freeze": ()})
+        # The adapter is as it is; what the recipe asked of it was asked of its training.
+        changes = {"path": str(folder / "model"), "freeze": (), "lora": LoraSettings()}
+        return recipe.model.model_copy(update=changes)
     return ModelSettings(path=source)
 
 

@@ -109,7 +109,9 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         save_model(policy, job.folder / "model", run)
         return {}
     data = job.recipe.data
-    test = read_examples(job.test, default_prompt=data.default_prompt, format=data.format).examples
+    test = read_examples(
+        job.test, default_prompt=data.default_prompt, format=data.format, ignore_columns=data.ignore_columns
+    ).examples
     held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
     probes = ProbeSet(held, policy.model)  # remembers the start of stage 2, its reference
     trace: list[dict[str, Any]] = []

@@ -98,6 +98,11 @@ def adapter_base(source: str, revision: str | None) -> str | None:
     hint = f"set base_model_name_or_path in {config} to the checkpoint that the adapter was trained on"
     if not isinstance(base, str) or not base:
         raise ModelError(f"model.path {source!r}: the adapter names no base; {hint}")
+    if not Path(base).is_dir() and (near := _near(base, Path(source))) is not None:
+        raise ModelError(
+            f"model.path {source!r}: its base {base!r} is a relative path, and there is no such folder in "
+            f"{Path.cwd()}; there is one at {near}: if that is it, {hint}"
+        )
     try:
         check_folder(base)
     except ModelError as error:
@@ -105,6 +110,16 @@ def adapter_base(source: str, revision: str | None) -> str | None:
     if (Path(base) / "adapter_config.json").is_file() or _is_hub_adapter(base, None):
         raise ModelError(f"model.path {source!r}: its base {base!r} is an adapter itself; {hint}")
     return base
+
+
+def _near(base: str, adapter: Path) -> Path | None:
+    """A folder of that relative path from the adapter's folder or one above it: a guess for a message, never used."""
+    try:
+        return next(
+            (one / base for one in (adapter, *adapter.resolve().parents) if (one / base).is_dir()), None
+        )
+    except (OSError, ValueError):
+        return None
 
 
 def _is_hub_adapter(name: str, revision: str | None) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import ModelError
+from cwdpo.models.adapter import check_targets, set_dropout, with_adapter_settings
 from cwdpo.models.checkpoint import adapter_base, check_folder, check_loaded, quiet, reason, with_adapter
 from cwdpo.models.parts import PARTS
 
@@ -43,17 +45,25 @@ def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bo
 
     Raises:
         ModelError: the folder is missing or incomplete, holds no safetensors, or cannot be loaded;
-            nothing in it matches ``freeze`` or ``lora.target_modules``, or it cannot be scored as asked.
+            nothing in it matches ``freeze`` or ``lora.target_modules``, it cannot be scored as asked, or an adapter
+            that is trained further has another rank, alpha or targets than was asked for.
     """
+    settings = with_adapter_settings(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source)
     base = adapter_base(source, settings.revision)
     processor = load_processor(source, settings)
     model = _load_model(base or source, settings)
+    further = base is not None and settings.tune == "lora"
+    asked = settings
     if base is not None:
-        model = with_adapter(model, source, merged=settings.tune == "full")
+        model = with_adapter(model, source, merged=not further)
         settings = settings.model_copy(update={"tune": "full"})  # it has its adapter
     policy = adopt(Policy(model, processor, source), settings, peft_config=peft_config, dropout=dropout)
+    if further:
+        check_targets(policy.model, asked, _excluded(asked))
+        if not dropout:
+            set_dropout(policy.model, asked.lora.dropout)
     if not policy.trainable():
         raise ModelError(f"model.freeze {list(settings.freeze)} leaves nothing to train")
     return policy
@@ -148,7 +158,8 @@ def _load_model(source: str, settings: ModelSettings) -> Any:
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
-                source,
+                # An adapter remembers this name: a relative path would be another place from another folder.
+                os.path.abspath(source) if Path(source).is_dir() else source,
                 revision=settings.revision,
                 dtype=training_dtype(settings),
                 attn_implementation=settings.attention,
@@ -194,6 +205,11 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
             parameter.requires_grad_(False)
         frozen += len(matched)
     return frozen
+
+
+def _excluded(settings: ModelSettings) -> str:
+    """A pattern of the parts that are frozen by name; empty for none."""
+    return "|".join(PARTS.get(p, re.escape(p)) for p in settings.freeze)
 
 
 def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:

@@ -19,6 +19,7 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import DataError
 from cwdpo.judging.base import judge_for
 from cwdpo.models.load import load_policy
+from cwdpo.models.settings import LoraSettings
 from cwdpo.onpolicy.blend import BlendCounts, blend
 from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
@@ -48,7 +49,10 @@ def sampling_recipe(recipe: Recipe, model: str | None) -> Recipe:
     alone = {"enabled": False}
     return recipe.model_copy(
         update={
-            "model": recipe.model if model is None else recipe.model.model_copy(update={"path": model}),
+            # Of an adapter its own settings hold.
+            "model": recipe.model
+            if model is None
+            else recipe.model.model_copy(update={"path": model, "lora": LoraSettings()}),
             "stage1": recipe.stage1.model_copy(update=alone),
             "stage2": recipe.stage2.model_copy(update={"enabled": True}),
             "negatives": negatives.model_copy(update={"on_policy_fraction": fraction, "rounds": 1}),
@@ -93,7 +97,10 @@ def make_preferences(
 
 def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     listener.phase("reading data")
-    examples = prepare_data(recipe, run).stage2
+    splits = prepare_data(recipe, run)
+    examples = splits.stage2
+    for note in splits.notes:
+        listener.note(note)
     set_seed(recipe.seed)
     listener.phase("loading the model")
     policy = load_policy(recipe.model)

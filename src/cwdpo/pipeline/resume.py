@@ -60,6 +60,7 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, accept_changes: bool) -> N
     if resume:
         run.recover()
         run.drop_stages("problems.jsonl", {"read", "negatives"})
+        run.drop_stages("notes.jsonl", {"read"})
     if changed:
         keep_old(run, changed)
     write_text(path, text)

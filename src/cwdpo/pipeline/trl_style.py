@@ -1,36 +1,57 @@
-"""``CWDPOTrainer``: the stage-2 trainer with TRL's argument names, for TRL's vision-preference data sets."""
+"""``CWDPOTrainer``: the stage-2 trainer with TRL's argument names, for TRL's vision-preference data sets.
+
+docs/from_trl.md has two scripts side by side, and what differs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer_utils import speed_metrics
 
 from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings, TrainSettings
-from cwdpo.data.encode.encoder import Encoder
-from cwdpo.data.read.reader import read_examples
-from cwdpo.data.read.rows import rows_source
-from cwdpo.errors import DataError
-from cwdpo.models.load import Policy, adopt, load_policy
+from cwdpo.data.encode.encoder import EncodedExample, Encoder
+from cwdpo.errors import DataError, RecipeError
+from cwdpo.models.load import Policy, adopt, load_policy, load_processor
 from cwdpo.models.settings import ModelSettings
 from cwdpo.models.shared_attention import Scoring
 from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.pipeline.trl_data import EvalRows, Rows, evaluation_rows, examples_of, is_stream, training_rows
+from cwdpo.pipeline.trl_names import (
+    model_settings,
+    refuse_arguments,
+    refuse_unused,
+    takes_trl_names,
+)
 from cwdpo.rundir import RunDir
-from cwdpo.stage.prepare import check_scoring, prepare
+from cwdpo.stage.environment import check_environment
+from cwdpo.stage.prepare import check_scoring, encode, prepare, with_reference_values
 from cwdpo.stage.stage import Stage
+from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
-Rows = Iterable[Mapping[str, Any]]
+FOLDER = "_cwdpo"
+"""Of ``output_dir``: what the preparation stores. Names with an underscore are not pushed to the hub."""
 
 
+@takes_trl_names
 @dataclass
 class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
     """transformers' arguments plus the objective's, by TRL's names where TRL has them.
 
+    ``learning_rate`` and ``logging_steps`` have TRL's defaults. An argument of TRL's DPOConfig that has another name
+    here, or nothing to do, is refused with what takes its place; so is one of transformers that would be ignored.
+
     Args:
+        model_init_kwargs: as in TRL, for a model given by its name: ``revision``, ``dtype``, ``attn_implementation``,
+            ``trust_remote_code``.
+        trust_remote_code: run code that the checkpoint brings.
         beta: inverse temperature, per nat.
         max_length: most tokens of prompt plus completion; longer examples are left out, never truncated.
         objective: name of an objective, or ``file.py:ClassName``.
@@ -44,6 +65,10 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
         max_tokens_per_batch: micro-batches by tokens instead of by rows.
     """
 
+    learning_rate: float = field(default=1e-6)
+    logging_steps: float = field(default=10)
+    model_init_kwargs: dict[str, Any] | None = field(default=None)
+    trust_remote_code: bool = field(default=False)
     beta: float = field(default=0.1)
     max_length: int | None = field(default=None)
     objective: str = field(default="cw_dpo")
@@ -55,6 +80,15 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
     scoring: Scoring = field(default="auto")
     vision_cache_gb: float = field(default=1.0)
     max_tokens_per_batch: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored.
+
+        Raises:
+            RecipeError: an argument that cannot be honoured.
+        """
+        refuse_unused(self)
+        super().__post_init__()
 
     def objective_spec(self) -> dict[str, Any]:
         """The objective as a recipe names it; ``beta`` is passed if it has one."""
@@ -69,15 +103,17 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
             path: of the model; ``None`` for one that is loaded already.
             lora: whether adapters are trained, so that the base keeps its own dtype.
         """
+        model = ModelSettings(
+            path=path or "embedded",
+            tune="lora" if lora else "full",
+            device="cpu" if self.use_cpu else "auto",
+            scoring=self.scoring,
+            vision_cache_gb=self.vision_cache_gb,
+            trust_remote_code=self.trust_remote_code,
+        )
         return Recipe(
             seed=self.seed,
-            model=ModelSettings(
-                path=path or "embedded",
-                tune="lora" if lora else "full",
-                device="cpu" if self.use_cpu else "auto",
-                scoring=self.scoring,
-                vision_cache_gb=self.vision_cache_gb,
-            ),
+            model=model_settings(model, self.model_init_kwargs),
             data=DataSettings(
                 path="train_dataset", max_length=self.max_length, max_bad_fraction=self.max_bad_fraction
             ),
@@ -93,25 +129,41 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
         )
 
 
+class TrlArguments(TypedDict, total=False):
+    """The rest of the trainer's arguments, by TRL's names."""
+
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    callbacks: Sequence[TrainerCallback] | None
+    optimizers: tuple[Any, Any]
+    peft_config: Any
+
+
 class CWDPOTrainer(PreferenceTrainer):
-    """Drop-in for ``trl.DPOTrainer`` on vision-preference data.
+    """Drop-in for ``trl.DPOTrainer`` on vision-preference data; the arguments are TRL's, in its order.
 
     The reference is the model as it is handed over (or ``ref_model``): its log-probabilities are computed once here,
-    and floor and tau are calibrated from its own samples. What could not be used, the calibration and the reference's
-    values are written to ``args.output_dir``.
+    also for ``eval_dataset``, and floor and tau are calibrated from its own samples. What could not be used, the
+    calibration and the reference's values are written to ``_cwdpo`` in ``args.output_dir``.
 
     Args:
-        model: a model, or the path or hub id of one.
+        model: a model (a PeftModel too), or the path or hub id of one.
         ref_model: another reference; default: the model itself, before it trains.
         args: the configuration.
-        train_dataset: rows in TRL's vision-preference format (a ``datasets.Dataset`` or a list of dicts).
-        processing_class: the processor; loaded from ``model`` if that is a path.
-        peft_config: a configuration of peft to wrap the model with.
-        callbacks: further callbacks.
+        data_collator: refused: batches are made here.
+        train_dataset: rows in TRL's vision-preference format: a ``datasets.Dataset``, a DatasetDict with ``train``, a
+            list of dicts, or a stream (``IterableDataset``), of which as many rows are read as ``args.max_steps``
+            take.
+        eval_dataset: the same, or a dict of sets: ``eval_loss``, ``eval_rewards/margins``, ... or, of a dict,
+            ``eval_NAME_loss``.
+        processing_class: the processor; default: the one that belongs to the model's name.
+        more: ``compute_metrics`` gets an ``EvalPrediction`` whose ``predictions`` are the implicit rewards [P, 2] of
+            chosen and rejected of each pair and whose ``label_ids`` are 0, the chosen one; ``callbacks``;
+            ``optimizers``; ``peft_config``, to wrap the model with.
 
     Raises:
         DataError: too many rows are unusable, or none is left.
         ModelError: the model cannot be loaded, wrapped or scored.
+        RecipeError: an argument of TRL's that has another name here, or that cannot be honoured.
     """
 
     def __init__(
@@ -119,38 +171,144 @@ class CWDPOTrainer(PreferenceTrainer):
         model: str | PreTrainedModel,
         ref_model: PreTrainedModel | None = None,
         args: CWDPOConfig | None = None,
-        train_dataset: Rows | None = None,
+        data_collator: Any = None,
+        train_dataset: Rows | Mapping[str, Rows] | None = None,
+        eval_dataset: EvalRows | None = None,
         processing_class: Any = None,
-        peft_config: Any = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        **more: Unpack[TrlArguments],
     ) -> None:
         args = args or CWDPOConfig()
-        if train_dataset is None:
-            raise DataError("CWDPOTrainer: train_dataset is missing: give rows in TRL's preference format")
+        unknown = {k: v for k, v in more.items() if k not in TrlArguments.__annotations__}
+        refuse_arguments({**unknown, **({} if data_collator is None else {"data_collator": data_collator})})
+        check_environment(args.bf16, "bf16")
+        if ref_model is not None and ref_model is model:
+            raise RecipeError("CWDPOTrainer: ref_model is the model itself, which trains: leave it out")
+        held_out = evaluation_rows(eval_dataset)
+        rows = training_rows(train_dataset, has_eval=bool(held_out))
+        peft_config = more.get("peft_config")
         recipe = args.as_recipe(model if isinstance(model, str) else None, lora=peft_config is not None)
         policy = _policy(model, processing_class, recipe.model, args, peft_config)
-        source = rows_source(train_dataset, "train_dataset")
-        examples = read_examples(source, max_bad_fraction=args.max_bad_fraction).examples
-        run = RunDir(args.output_dir, writes=PartialState().is_main_process)
-        encoder = Encoder(policy.processor, args.max_length)
-        stage = Stage("stage2", recipe, policy, encoder, run, examples)
+        stage = _stage(
+            args,
+            recipe,
+            policy,
+            examples_of(rows, "train_dataset", args.max_bad_fraction, _limit(rows, args)),
+        )
         if ref_model is not None:
             stage.reference_model = adopt(
                 Policy(ref_model, policy.processor, "ref_model"),
                 recipe.model.model_copy(update={"tune": "full"}),
             ).model
         with stage.autocast():
-            check_scoring(policy.model, encoder, examples, args.scoring)
+            check_scoring(policy.model, stage.encoder, stage.examples, args.scoring)
+        train = prepare(stage)
+        self._stage, self._compute_metrics = stage, more.get("compute_metrics")
+        evaluated = {name: self._encoded(one, name) for name, one in held_out.items()}
         super().__init__(
             policy.model,
             args,
             stage.in_force,
-            prepare(stage),
+            train,
             processing_class=policy.processor,
-            callbacks=callbacks,
-            options=TrainerOptions(max_tokens_per_batch=args.max_tokens_per_batch),
+            callbacks=more.get("callbacks") or (),
+            options=TrainerOptions(
+                max_tokens_per_batch=args.max_tokens_per_batch,
+                eval_dataset=evaluated.get("", evaluated or None),
+                optimizers=more.get("optimizers") or (None, None),
+            ),
         )
         stage.trainer = self
+
+    def _encoded(self, rows: Rows, name: str) -> list[EncodedExample]:
+        """Rows to evaluate on, with the reference's values."""
+        stage, args = self._stage, self._stage.recipe.data
+        where = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        examples = examples_of(rows, where, args.max_bad_fraction)
+        return with_reference_values(stage, encode(stage, examples, f"/{where}"))
+
+    def evaluate(
+        self,
+        eval_dataset: EvalRows | str | Sequence[EncodedExample] | None = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and metrics on held-out rows, logged and returned under ``eval_*``.
+
+        Args:
+            eval_dataset: rows, a dict of sets, or the name of a set that the trainer was made with; default: all of
+                those.
+            ignore_keys: nothing to ignore: no logits are kept.
+            metric_key_prefix: before each name.
+
+        Raises:
+            RecipeError: rows that the trainer was not made with, once it has trained: its reference is gone.
+            DataError: there is nothing to evaluate on.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            sets = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
+            if rows not in sets:
+                raise DataError(f"eval_dataset: no set {rows!r}; known: {', '.join(sets) or 'none'}")
+            return self._evaluated(sets[rows], f"{metric_key_prefix}_{rows}")
+        if rows is None:
+            raise DataError("CWDPOTrainer.evaluate: give eval_dataset, here or when the trainer is made")
+        if isinstance(rows, Mapping):
+            metrics: dict[str, float] = {}
+            for name, one in rows.items():
+                metrics |= self._evaluated(one, f"{metric_key_prefix}_{name}")
+            return metrics
+        return self._evaluated(rows, metric_key_prefix)
+
+    def _evaluated(self, rows: Any, prefix: str) -> dict[str, float]:
+        started = time.time()
+        if not (isinstance(rows, list) and rows and isinstance(rows[0], EncodedExample)):
+            trained = self.state.global_step > 0 and self._stage.reference_model is None
+            if trained and self.objective.needs_reference:
+                raise RecipeError(
+                    "CWDPOTrainer.evaluate: the policy has trained, and its reference was the policy before that: "
+                    "give these rows as eval_dataset when the trainer is made, or give a ref_model"
+                )
+            rows = self._encoded(rows, prefix)
+        held_out = held_out_loss(self, rows, self.args.per_device_eval_batch_size)
+        metrics = {"loss": held_out.loss, **held_out.metrics}
+        if self._compute_metrics is not None:
+            labels = held_out.rewards[:, 0].astype("int64") * 0
+            metrics |= self._compute_metrics(EvalPrediction(predictions=held_out.rewards, label_ids=labels))
+        named = {k if k.startswith(f"{prefix}_") else f"{prefix}_{k}": float(v) for k, v in metrics.items()}
+        named |= speed_metrics(prefix, started, num_samples=held_out.n)
+        self.log(dict(named))
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, named
+        )
+        return named
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered.
+
+        Raises:
+            RecipeError: always, with what to use.
+        """
+        del args, kwargs
+        raise RecipeError(
+            "CWDPOTrainer.predict: pairs are scored by evaluate(); responses are written and measured by "
+            "`cwdpo evaluate MODEL DATA`"
+        )
+
+
+def _limit(rows: Rows, args: CWDPOConfig) -> int | None:
+    """How many examples are read of a stream; ``None`` for rows that have an end."""
+    if not is_stream(rows):
+        return None
+    if args.max_steps <= 0:
+        raise DataError("train_dataset is a stream, which nobody knows the length of: set max_steps")
+    return int(args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _stage(args: CWDPOConfig, recipe: Recipe, policy: Policy, examples: Sequence[Any]) -> Stage:
+    run = RunDir(Path(args.output_dir) / FOLDER, writes=PartialState().is_main_process)
+    if run.writes:
+        run.path.mkdir(parents=True, exist_ok=True)
+    return Stage("stage2", recipe, policy, Encoder(policy.processor, args.max_length), run, examples)
 
 
 def _policy(
@@ -159,8 +317,25 @@ def _policy(
     """The policy through the one loader, with the processor that was given or that belongs to it."""
     dropout = not args.disable_dropout
     if isinstance(model, str):
+        if peft_config is not None and (Path(model) / "adapter_config.json").is_file():
+            raise RecipeError(
+                f"peft_config: {model} is an adapter already, which is trained further: leave peft_config out, or give "
+                "its base as model"
+            )
         policy = load_policy(settings, peft_config=peft_config, dropout=dropout)
         return policy if processor is None else replace(policy, processor=processor)
+    if args.model_init_kwargs:
+        raise RecipeError(
+            "model_init_kwargs: the model is loaded already: leave them out, or give its name as model"
+        )
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise RecipeError("peft_config: the model has an adapter already: leave peft_config out")
     if processor is None:
-        raise DataError("CWDPOTrainer: processing_class is missing: give the model's processor")
+        name = str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or "")
+        if not name:
+            raise DataError(
+                "CWDPOTrainer: processing_class is missing, and the model has no name that says which: give the "
+                "model's processor"
+            )
+        processor = load_processor(name, settings.model_copy(update={"path": name}))
     return adopt(Policy(model, processor, "model"), settings, peft_config=peft_config, dropout=dropout)

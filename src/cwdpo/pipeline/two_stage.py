@@ -10,6 +10,7 @@ from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.load import load_weights
 from cwdpo.pipeline.finish import evaluate_policy
 from cwdpo.pipeline.resume import start_run
@@ -18,6 +19,7 @@ from cwdpo.records import Example
 from cwdpo.report.model_card import write_model_card
 from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir
+from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.prepare import check_scoring
@@ -49,6 +51,8 @@ def train_two_stage(
         CwdpoError: bad recipe, data or model; a folder that already holds a run; a non-finite loss.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    check_environment(recipe.train.bf16)
+    recipe = recipe.model_copy(update={"model": with_adapter_settings(recipe.model)})
     listener = listener or Listener()
     state = PartialState(cpu=recipe.model.device == "cpu")
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
@@ -64,6 +68,8 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
     listener.phase("reading data")
     with state.main_process_first():  # it writes the world and the small model that the others read
         splits = prepare_data(recipe, run)
+        for note in (*_notes(recipe), *splits.notes):
+            listener.note(note)
         set_seed(recipe.seed)
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
@@ -87,6 +93,19 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
         write_model_card(run.path)
         write_report(run.path)
     state.wait_for_everyone()
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    """What a user should know of settings that are honoured and rarely meant."""
+    model, notes = recipe.model, []
+    if model.tune == "full" and model.dtype in ("bfloat16", "float16"):
+        bits = 8 if model.dtype == "bfloat16" else 11
+        notes.append(
+            f"model.dtype = {model.dtype} with full fine-tuning: an update below 1/{2**bits} of a weight rounds away, "
+            "and at the learning rates of fine-tuning most are; dtype: auto trains float32 weights, and train.bf16 "
+            "keeps the computation in bfloat16"
+        )
+    return notes
 
 
 def _run_stages(first: Stage, second: Stage) -> None:

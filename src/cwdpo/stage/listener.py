@@ -15,6 +15,7 @@ class Listener:
 
     Attributes:
         phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
+        note: called with a text that the user should see once (columns that are not read, no held-out data, ...).
         step: called with (stage, step, steps) after every optimizer step.
         sampled: called with (round, completions done, completions) while a round's negatives are sampled.
         measured: called with (stage, step, policy) after every held-out measurement.
@@ -22,6 +23,7 @@ class Listener:
     """
 
     phase: Callable[[str], None] = field(default=lambda text: None)
+    note: Callable[[str], None] = field(default=lambda text: None)
     step: Callable[[str, int, int], None] = field(default=lambda stage, step, steps: None)
     sampled: Callable[[int, int, int], None] = field(default=lambda round_, done, total: None)
     measured: Callable[[str, int, Any], None] = field(default=lambda stage, step, model: None)

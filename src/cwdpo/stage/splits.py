@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cwdpo.config import Recipe
+from cwdpo.data.problems import printable
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.split import split_by_image
 from cwdpo.errors import DataError
@@ -18,11 +19,12 @@ from cwdpo.rundir import RunDir
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples by use; no picture stands in two of them."""
+    """Examples by use; no picture is in two of them. ``notes`` are lines for the user about how they were read."""
 
     stage1: list[Example]
     stage2: list[Example]
     validation: list[Example]
+    notes: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -48,6 +50,8 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         path, validation_path = str(written["train"]), str(written["validation"])
     assert path is not None
 
+    notes: list[str] = []
+
     def read(source: str) -> list[Example]:
         result = read_examples(
             source,
@@ -57,10 +61,12 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
             default_prompt=data.default_prompt,
             captions_per_image=data.captions_per_image,
             limit=data.limit,
+            ignore_columns=data.ignore_columns,
         )
         if result.problems:
-            rows = ({"stage": "read", "problem": str(p)} for p in result.problems)
+            rows = ({"stage": "read", "problem": printable(str(p))} for p in result.problems)
             run.append("problems.jsonl", rows)
+        notes.extend(result.notes)
         return result.examples
 
     train = read(path)
@@ -70,6 +76,10 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         train, validation = parts["train"], parts["validation"]
     else:
         validation = read(validation_path)
+    if not validation:
+        notes.append(_without_validation(recipe))
+    if notes:
+        run.append("notes.jsonl", ({"stage": "read", "note": note} for note in notes))
     stage1 = stage1_share(recipe)
     parts = split_by_image(train, {"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
     stage2 = parts["stage2"]
@@ -79,6 +89,15 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         with_negatives(parts["stage1"], recipe, run, need=False),
         stage2,
         with_negatives(validation, recipe, run, need=False),
+        tuple(notes),
+    )
+
+
+def _without_validation(recipe: Recipe) -> str:
+    data = recipe.data
+    return (
+        f"{data.path}: data.validation_fraction = {data.validation_fraction:g} of its pictures is none: there are no "
+        "probes, no stop rules and no evaluation; name held-out data by data.validation_path, or raise the fraction"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cwdpo.rundir import discard, replace_folder, sync_tree
@@ -54,6 +55,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
         self._writing = aside
         try:
             super()._save_checkpoint(model, trial)
+            self._name_best(aside / name, folder / name)
             self.add_to_checkpoint(aside / name)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
@@ -67,16 +69,36 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             replace_folder(aside / name, folder / name)
             aside.rmdir()
             self._delete_old(folder / name)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(folder / name))
         self.accelerator.wait_for_everyone()
 
+    def _name_best(self, written: Path, final: Path) -> None:
+        """The best checkpoint under the name that it will have, in the stored state too."""
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push once the checkpoint has its name: transformers pushes while it is being written."""
+        if self._writing is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _delete_old(self, newest: Path) -> None:
-        """Keep ``save_total_limit`` checkpoints by time of writing; the newest stays whatever the clock says."""
+        """Keep ``save_total_limit`` checkpoints by time of writing.
+
+        The newest stays whatever the clock says, and the best one where it is loaded at the end.
+        """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        others = [p for p in newest.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p != newest and p.is_dir()]
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        kept = {newest, Path(best)} if best else {newest}
+        others = [p for p in newest.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p not in kept and p.is_dir()]
+        limit = max(limit, len(kept))
         others.sort(key=_written_at)
-        for old in others[: max(len(others) - (limit - 1), 0)]:
+        for old in others[: max(len(others) - (limit - len(kept)), 0)]:
             discard(old)
 
 

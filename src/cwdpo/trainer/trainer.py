@@ -42,6 +42,8 @@ class TrainerOptions:
         guard: stops before non-finite updates; the default has no spike rule.
         on_log: called with every row of metrics, on the main process.
         select: filters each micro-batch before token counts are taken (a curriculum); default: identity.
+        eval_dataset: what transformers evaluates on when ``eval_strategy`` asks for it.
+        optimizers: an optimizer and its schedule in place of those that ``args`` describe.
         before_checkpoint, add_to_checkpoint: see :class:`cwdpo.trainer.checkpoints.CompleteCheckpoints`.
     """
 
@@ -51,6 +53,8 @@ class TrainerOptions:
     guard: Guard | None = None
     on_log: Callable[[Mapping[str, Any]], None] = field(default=lambda row: None)
     select: Callable[[PromptBatch], PromptBatch] = field(default=lambda batch: batch)
+    eval_dataset: Any = None
+    optimizers: tuple[Any, Any] = (None, None)
     before_checkpoint: Callable[[], None] = field(default=lambda: None)
     add_to_checkpoint: Callable[[Path], None] = field(default=lambda folder: None)
 
@@ -102,6 +106,8 @@ class PreferenceTrainer(CompleteCheckpoints):
             model=model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=self.options.eval_dataset,
+            optimizers=self.options.optimizers,
             data_collator=Collator(),
             processing_class=processing_class,
             callbacks=[self.guard, self.memory, *callbacks],  # the guard stops before anything is measured
@@ -280,6 +286,10 @@ class PreferenceTrainer(CompleteCheckpoints):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint as :meth:`_load_from_checkpoint` does: transformers would load none of its names."""
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def report(self, readings: Mapping[str, float]) -> None:
         """Hand held-out readings to the trackers of ``report_to``, and to nothing else."""

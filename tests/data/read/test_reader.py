@@ -60,7 +60,7 @@ BAD_ROWS: list[tuple[str, str, Any, str]] = [  # kind, key, row, part of the mes
     ("missing-key", "prompt", {"chosen": "A", "rejected": "B"}, "no 'prompt'"),
     ("missing-key", "prompt", {"completion": "A"}, "'prompt' is missing"),
     ("wrong-type", "images", {**GOOD, "images": "good.png"}, "allowed: a list of images"),
-    ("wrong-type", "image", {**GOOD, "image": ["good.png"]}, "allowed: one image"),
+    ("wrong-type", "image", {**GOOD, "image": 3}, "int where an image"),
     ("wrong-type", "images[0]", {**GOOD, "images": [3]}, "int where an image belongs"),
     ("wrong-type", "images[1]", {**GOOD, "images": ["good.png", None]}, "NoneType where an image"),
     ("wrong-type", "image", {**GOOD, "image": {"bytes": None, "path": None}}, "dict where an image"),
@@ -93,7 +93,7 @@ BAD_ROWS: list[tuple[str, str, Any, str]] = [  # kind, key, row, part of the mes
     ("placeholder-in-text", "prompt[0].content", {**GOOD, "prompt": "<image>\nQ"}, "literal '<image>'"),
     ("placeholder-in-text", "rejected", {**GOOD, "rejected": "<|image_pad|>"}, "literal '<|image_pad|>'"),
     ("bad-text", "chosen", '{"prompt": "Q", "chosen": "\\ud800", "rejected": "B"}', "surrogate"),
-    ("wrong-type", "chosen", {**GOOD, "chosen": 3}, "allowed: a string or a list"),
+    ("wrong-type", "chosen", {**GOOD, "chosen": 3}, "allowed: a string, one turn"),
     ("wrong-type", "rejected", {**GOOD, "rejected": 3}, "allowed: a string, a list of messages"),
     ("wrong-type", "rejected[1]", {**GOOD, "rejected": ["B", 3]}, "allowed"),
     ("wrong-type", "id", {**GOOD, "id": 1.5}, "allowed: a string or a whole number"),
@@ -120,10 +120,10 @@ BAD_ROWS: list[tuple[str, str, Any, str]] = [  # kind, key, row, part of the mes
         "text, image",
     ),
     (
-        "image-in-block",
+        "image-missing",
         "prompt[0].content[0].url",
         {**GOOD, "prompt": [turn([{"type": "image", "url": "a.png"}])]},
-        "carries its own picture",
+        "no file 'a.png'",
     ),
     ("image-in-response", "chosen", {**GOOD, "chosen": [turn([{"type": "image"}], BOT)]}, "text only"),
 ]
@@ -286,7 +286,8 @@ def test_problem_reads_like_a_place() -> None:
 
 KNOWN_KEYS = (
     "image images prompt chosen rejected messages completion captions negatives gentle id references "
-    "conversations question text rejected_response rejected_messages system"
+    "conversations question text rejected_response rejected_messages system completion completions label videos "
+    "tools margin score_chosen score_rejected history instruction input output image_2 objects img_path weight"
 )
 KEYS = st.sampled_from(KNOWN_KEYS.split())
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -296,9 +297,15 @@ TURNS = st.fixed_dictionaries(
         "role": st.sampled_from(["user", "assistant", "system", "x"]) | LEAVES,
         "content": LEAVES
         | st.lists(
-            st.fixed_dictionaries({"type": st.sampled_from(["image", "text"]), "text": LEAVES}), max_size=2
+            st.fixed_dictionaries(
+                {"type": st.sampled_from(["image", "text", "image_url", "video"]), "text": LEAVES},
+                optional={"image": LEAVES, "image_url": LEAVES, "path": LEAVES, "max_pixels": LEAVES},
+            ),
+            max_size=2,
         ),
         "from": st.sampled_from(["human", "gpt"]),
+        "tool_calls": LEAVES,
+        "weight": LEAVES,
         "value": LEAVES,
         "text": LEAVES,
     },
@@ -315,7 +322,7 @@ LINES = st.lists(ROWS | VALUES.map(lambda v: json.dumps(v).encode()) | st.binary
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
-@given(lines=LINES, format=st.sampled_from(["auto", *FORMATS]))
+@given(lines=LINES, format=st.sampled_from(["auto", *FORMATS.names()]))
 def test_no_file_makes_the_reader_raise_anything_but_data_error(lines: list[bytes], format: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "train.jsonl"

@@ -93,7 +93,8 @@ def test_json_and_text_say_the_same(report: ValidationReport) -> None:
     data = json.loads(report.to_json())
     assert (data["rows"], data["bad"], data["negatives_per_prompt"]["hard"]) == (8, 3, {"0": 5, "2": 1})
     assert data["images"] == {
-        "n": 3, "width": [10, 40], "height": [30, 50], "modes": {"L": 2, "RGB": 1}, "turned": 0, "animated": 0,
+        "n": 3, "width": [10, 40], "height": [30, 50], "modes": {"L": 2, "RGB": 1}, "deep": 0, "alpha": 0, "turned": 0,
+        "animated": 0,
     }  # fmt: skip
     assert {group["kind"] for group in data["problems"]} == {group.kind for group in report.problems}
     text = report.to_text()
@@ -235,8 +236,8 @@ def test_turned_and_animated_pictures_are_told(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     report = validate(tmp_path)
     assert (report.images.n, report.images.turned, report.images.animated) == (3, 1, 1)
-    assert "1 with an EXIF orientation" in report.to_text()
-    assert "1 animated" in report.to_text()
+    assert "1 of 3 pictures with an EXIF orientation" in report.to_text()
+    assert "1 of 3 pictures animated" in report.to_text()
 
 
 def test_progress_is_told_and_rows_are_counted(tmp_path: Path) -> None:

@@ -1,126 +1,160 @@
-"""The table of formats. To add one, write ``parse(row) -> list[Example]`` in a file and list it here."""
+"""What a data format is, and which format a set of columns belongs to.
+
+A format is one file of this folder with one class; nothing else lists it. One outside the package is named
+``path/to/file.py:ClassName`` in ``data.format``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from cwdpo.data.formats.captions import parse_captions
-from cwdpo.data.formats.peers import parse_llamafactory, parse_ms_swift, parse_povid, parse_rlaifv
-from cwdpo.data.formats.trl import parse_trl
-from cwdpo.data.formats.vlfeedback import parse_vlfeedback
+from cwdpo.data.read.source import RawRow
 from cwdpo.data.rowparts import Row
-from cwdpo.errors import DataError, nearest
+from cwdpo.errors import DataError
 from cwdpo.records import Example
+from cwdpo.registry import Component, Registry
+
+Spec = str | Mapping[str, Any]
+"""``auto``, a name, ``file.py:ClassName``, or a mapping with ``name`` and the format's settings."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns by which a format is known: those that must be there, and those that speak for another format."""
+    """Columns by which a format is known: those that must be there, and those that must not."""
 
     need: frozenset[str]
     without: frozenset[str]
+
+    @classmethod
+    def of(cls, words: str) -> Columns:
+        """From one entry of :attr:`Format.columns`.
+
+        >>> Columns.of("messages chosen !prompt").without
+        frozenset({'prompt'})
+        """
+        need = frozenset(w for w in words.split() if not w.startswith("!"))
+        return cls(need, frozenset(w[1:] for w in words.split() if w.startswith("!")))
 
     def match(self, columns: Set[str]) -> bool:
         """Whether these columns can be this format."""
         return self.need <= columns and not self.without & columns
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(Component, ABC):
     """One way to write an example as a row.
 
-    ``columns`` lists the sets of columns of which one must be there. ``parse`` raises RowError for a row that cannot
-    be used.
+    Class attributes:
+        columns: the sets of columns by which the format is known, as words; one set is enough. ``!column`` must not
+            be there. A set that holds another format's wins over it (:func:`find_format`), so a new format never
+            needs a change in an old one.
+        examples: rows of this format that give one example or more, for tests and readers; a picture is ``a.png``.
+        reads: columns of :data:`cwdpo.data.columns.MEANING` that :meth:`parse` understands. Any other column of that
+            table is refused before a row is parsed.
     """
 
-    name: str
-    parse: Callable[[Row], list[Example]]
-    columns: tuple[Columns, ...]
+    columns: ClassVar[tuple[str, ...]]
+    examples: ClassVar[tuple[Mapping[str, Any], ...]]
+    reads: ClassVar[frozenset[str]] = frozenset()
 
-    def matched(self, columns: Set[str]) -> frozenset[str]:
-        """The largest set of columns by which these are known as this format; empty where they are not."""
-        found = [one.need for one in self.columns if one.match(columns)]
-        return max(found, key=len, default=frozenset())
+    def joined(self, rows: Iterator[RawRow], notes: list[str]) -> Iterator[RawRow]:
+        """The rows as :meth:`parse` takes them. A format whose examples take several rows joins these here.
 
+        Args:
+            rows: the rows of the source; the value of one that cannot be read is a RowError, to be passed on.
+            notes: for a line that says what was joined, once all rows are read.
+        """
+        del notes
+        return rows
 
-def _format(name: str, parse: Callable[[Row], list[Example]], *groups: str) -> tuple[str, Format]:
-    """A format and its groups of columns; ``!column`` in a group is one that must not be there."""
-    columns = []
-    for words in (group.split() for group in groups):
-        need = frozenset(w for w in words if not w.startswith("!"))
-        columns.append(Columns(need, frozenset(w[1:] for w in words if w.startswith("!"))))
-    return name, Format(name, parse, tuple(columns))
+    @abstractmethod
+    def parse(self, row: Row) -> list[Example]:
+        """The examples of one row, built with :meth:`cwdpo.data.rowparts.Row.example`.
 
+        Raises:
+            RowError: the row cannot be used; it is left out and counted.
+        """
 
-_NOT_TRL = "!conversations !question !rejected_response !rejected_messages"
-_NOT_POVID = "!rejected_conversations !contrastive_conversations"
+    @property
+    def name(self) -> str:
+        """The file's name for a shipped format, the class's for a user's own."""
+        package, _, module = type(self).__module__.rpartition(".")
+        return module if package == FORMATS.package else type(self).__name__
 
-FORMATS: dict[str, Format] = dict(
-    (
-        _format(
-            "trl", parse_trl,
-            *(f"{group} {_NOT_TRL}" for group in ("chosen rejected", "prompt chosen", "prompt completion", "messages")),
-        ),
-        _format("captions", parse_captions, "image captions"),
-        _format(
-            "llamafactory", parse_llamafactory,
-            f"conversations {_NOT_POVID}",
-            *(f"{one} !prompt" for one in ("messages chosen", "messages chosen rejected")),
-            *(f"{one} !prompt" for one in ("instruction", "instruction chosen rejected")),
-        ),
-        _format("ms_swift", parse_ms_swift, "messages rejected_response", "messages rejected_messages"),
-        _format("povid", parse_povid, *(f"conversations {key}" for key in _NOT_POVID.replace("!", "").split())),
-        _format("vlfeedback", parse_vlfeedback, "prompt completions"),
-        _format("rlaifv", parse_rlaifv, "image question chosen rejected !captions", "image text !captions"),
-    )
-)  # fmt: skip
+    @classmethod
+    def signatures(cls) -> tuple[Columns, ...]:
+        """:attr:`columns`, parsed."""
+        return tuple(Columns.of(words) for words in cls.columns)
+
+    @classmethod
+    def matched(cls, columns: Set[str]) -> list[frozenset[str]]:
+        """Every set of columns by which these are known as this format; empty where they are not."""
+        return [one.need for one in cls.signatures() if one.match(columns)]
 
 
-def find_format(name: str, columns: Set[str], where: str) -> Format:
-    """The format called ``name``; for ``auto`` the only one that the columns match, or that asks for more than others.
+FORMATS: Registry[Format] = Registry("data format", "cwdpo.data.formats", Format)
+
+
+def find_format(spec: Spec, columns: Set[str], where: str) -> Format:
+    """The format that ``spec`` names; for ``auto`` the one that the columns belong to.
+
+    Of several formats that know the columns, one gives way to another if each set by which it knows them is part of
+    a larger set of the other: ``chosen rejected`` (TRL) gives way to ``messages chosen rejected`` (LLaMA-Factory).
 
     Raises:
-        DataError: an unknown name, or columns that match no format or several.
+        UnknownComponentError: no such format, file or class.
+        RecipeError: a setting of the format that does not exist.
+        DataError: columns that match no format, or several of which none gives way.
     """
-    if name != "auto":
-        if name not in FORMATS:
-            raise DataError(
-                f"unknown data format {name!r}{nearest(name, FORMATS)}; allowed: auto, {', '.join(FORMATS)}"
-            )
-        return FORMATS[name]
-    known_by = {form.name: form.matched(columns) for form in FORMATS.values()}
+    if spec != "auto":
+        return FORMATS.build(spec)
+    known = {name: FORMATS.get(name).matched(columns) for name in FORMATS.names()}
     matching = [
-        form
-        for form in FORMATS.values()
-        if known_by[form.name] and not any(known_by[form.name] < other for other in known_by.values())
+        name
+        for name, sets in known.items()
+        if sets and not any(_gives_way(sets, other) for other in known.values())
     ]
     if len(matching) == 1:
-        return matching[0]
+        return FORMATS.build(matching[0])
     seen = ", ".join(sorted(columns)) or "none"
     if matching:
-        names = ", ".join(form.name for form in matching)
         raise DataError(
-            f"{where}: the columns ({seen}) match several formats ({names}); set data.format to one"
+            f"{where}: the columns ({seen[:500]}) match several formats ({', '.join(matching)}); set data.format to one"
         )
-    known = "; ".join(
-        f"{form.name}: {' or '.join('+'.join(sorted(one.need)) for one in form.columns)}"
-        for form in FORMATS.values()
+    allowed = "; ".join(
+        f"{name}: {' or '.join('+'.join(sorted(one.need)) for one in FORMATS.get(name).signatures())}"
+        for name in FORMATS.names()
     )
     raise DataError(
-        f"{where}: the columns ({seen[:500]}) match no known format{_nearest(columns)}; allowed: {known}. "
-        "Rename the columns, or set data.format to have each row's problem named"
+        f"{where}: the columns ({seen[:500]}) match no known format{_nearest(columns)}; allowed: {allowed}. "
+        "Rename the columns, set data.format to have each row's problem named, or write a format of your own "
+        "(data.format: file.py:ClassName)"
     )
+
+
+def _gives_way(sets: list[frozenset[str]], other: list[frozenset[str]]) -> bool:
+    return bool(other) and all(any(one < larger for larger in other) for one in sets)
 
 
 def _nearest(columns: Set[str]) -> str:
-    """The format of which most is there, and what it lacks or what speaks against it."""
-    groups = [(form.name, one) for form in FORMATS.values() for one in form.columns if one.need & columns]
+    """What would have to be added or taken away for each of the formats of which most is there."""
+    groups = [
+        (name, one)
+        for name in FORMATS.names()
+        for one in FORMATS.get(name).signatures()
+        if one.need & columns
+    ]
     if not groups:
         return ""
-    name, best = max(groups, key=lambda g: len(g[1].need & columns) - len(g[1].need - columns))
-    lacks = ", ".join(repr(c) for c in sorted(best.need - columns))
-    against = ", ".join(repr(c) for c in sorted(best.without & columns))
-    told = [f"without {lacks}"] if lacks else []
-    told += [f"with {against}, which it must not have"] if against else []
-    return f"; nearest is {name}, {' and '.join(told)}" if told else ""
+    near = [len(one.need & columns) - len(one.need - columns) for _, one in groups]
+    told = []
+    for (name, one), score in zip(groups, near, strict=True):
+        lacks = [repr(column) for column in sorted(one.need - columns)]
+        against = [repr(column) for column in sorted(one.without & columns)]
+        if score == max(near) and (lacks or against):
+            changes = [f"with {' and '.join(lacks)}"] if lacks else []
+            changes += [f"without {' and '.join(against)}"] if against else []
+            told.append(f"{name} {' and '.join(changes)}")
+    return f"; it would be {', '.join(told)}" if told else ""

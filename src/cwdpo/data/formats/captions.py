@@ -5,35 +5,56 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, ClassVar
 
+from cwdpo.data.columns import present
+from cwdpo.data.formats.base import Format
 from cwdpo.data.problems import RowError
-from cwdpo.data.rowparts import Row, plain_text, text_list
+from cwdpo.data.rowparts import Row
+from cwdpo.data.texts import plain_text, text_list
 from cwdpo.records import Example, Message
 
 
-def parse_captions(row: Row) -> list[Example]:
+class Captions(Format):
     """``{"image": ..., "captions": [str, ...]}``: one example for each of ``captions_per_image`` captions.
 
     Which captions become chosen is drawn by a hash of the id, so it does not hang on the order of rows, and
     asking for more captions keeps the ones drawn before. All captions are references.
     """
-    row.take("image", "one image")
-    images = row.images()
-    captions = text_list(row.take("captions", "a list of strings"), "captions")
-    if not captions or not all(caption.strip() for caption in captions):
-        raise RowError(
-            "empty-chosen",
-            "captions",
-            "no caption, or an empty one; allowed: one or more with text",
-            "fill or remove the empty captions",
+
+    columns = ("image captions",)
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {
+            "image": "a.png",
+            "captions": ["a cat on a red mat", "a cat sits on a mat"],
+        },
+    )
+
+    def parse(self, row: Row) -> list[Example]:
+        """``data.captions_per_image`` examples a row, fewer where there are fewer captions."""
+        if not present(row.values.get("image")):
+            raise RowError(
+                "missing-key", "image", "there is no picture; allowed: one", "add 'image', or drop the row"
+            )
+        images = row.images()
+        captions = text_list(row.take("captions", "a list of strings"), "captions")
+        if not captions or not all(caption.strip() for caption in captions):
+            raise RowError(
+                "empty-chosen",
+                "captions",
+                "no caption, or an empty one; allowed: one or more with text",
+                "fill or remove the empty captions",
+            )
+        stem = _picture_name(row)
+        draw = sorted(
+            range(len(captions)), key=lambda i: blake2b(f"{stem}#{i}".encode(), digest_size=8).digest()
         )
-    stem = _picture_name(row)
-    draw = sorted(range(len(captions)), key=lambda i: blake2b(f"{stem}#{i}".encode(), digest_size=8).digest())
-    prompt = (Message("user", (None, plain_text(row.options.default_prompt, "data.default_prompt"))),)
-    return [
-        row.example(prompt, images, captions[i], references=tuple(captions), example_id=f"{stem}#{rank}")
-        for rank, i in enumerate(draw[: row.options.captions_per_image])
-    ]
+        question = plain_text(row.options.default_prompt, "data.default_prompt")
+        prompt = (Message("user", (*[None] * len(images), question)),)
+        return [
+            row.example(prompt, images, captions[i], references=tuple(captions), example_id=f"{stem}#{rank}")
+            for rank, i in enumerate(draw[: row.options.captions_per_image])
+        ]
 
 
 def _picture_name(row: Row) -> str:

@@ -3,47 +3,70 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from cwdpo.data.formats.base import Format
 from cwdpo.data.problems import RowError
-from cwdpo.data.rowparts import Row, plain_text, wrong_type
-from cwdpo.data.turns import Turn, place_images
+from cwdpo.data.rowparts import Row
+from cwdpo.data.texts import plain_text, wrong_type
+from cwdpo.data.turns import asked, place_images
 from cwdpo.records import Completion, Example
 
 _ALLOWED = "a list of {annotations, model, response}"
 
 
-def parse_vlfeedback(row: Row) -> list[Example]:
+class VlFeedback(Format):
     """``prompt``, ``img_path`` (or ``image``) and ``completions[{annotations: {aspect: {Rating}}, model, response}]``.
 
     Chosen is the response with the best mean rating over the aspects that have one, the first of several; every
     response with a lower one is a negative, the model that wrote it and its rating in ``made``. Ratings that are no
     number do not count, nor do responses without any.
     """
-    images = row.images()
-    question = plain_text(row.take("prompt", "a string"), "prompt")
-    rated = [
-        r for i, one in enumerate(_completions(row)) if (r := _rated(one, f"completions[{i}]")) is not None
-    ]
-    if len(rated) < 2:
-        raise RowError(
-            "no-rating",
-            "completions",
-            f"{len(rated)} with a rating; allowed: two or more",
-            "rate them, or drop the row",
-        )
-    best = max(rated, key=lambda one: one[0])
-    rejected = [
-        (key, Completion(text, made={"model": model, "rating": rating}))
-        for rating, text, model, key in rated
-        if rating < best[0]
-    ]
-    if not rejected:
-        raise RowError(
-            "no-preference", "completions", "all are rated alike; allowed: one that is better", "drop the row"
-        )
-    prompt = place_images([Turn("user", (question,))], len(images), "prompt")
-    return [row.example(prompt, images, best[1], rejected)]
+
+    columns = ("prompt completions",)
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {
+            "img_path": "a.png",
+            "prompt": "What is it?",
+            "completions": [
+                {"annotations": {"Helpfulness": {"Rating": "5"}}, "model": "m1", "response": "a cat"},
+                {"annotations": {"Helpfulness": {"Rating": "2"}}, "model": "m2", "response": "a dog"},
+            ],
+        },
+    )
+
+    def parse(self, row: Row) -> list[Example]:
+        """One example a row."""
+        images = row.images()
+        turn = asked(row, "prompt", len(images))
+        rated = [
+            r
+            for i, one in enumerate(_completions(row))
+            if (r := _rated(one, f"completions[{i}]")) is not None
+        ]
+        if len(rated) < 2:
+            raise RowError(
+                "no-rating",
+                "completions",
+                f"{len(rated)} with a rating; allowed: two or more",
+                "rate them, or drop the row",
+            )
+        best = max(rated, key=lambda one: one[0])
+        rejected = [
+            (key, Completion(text, made={"model": model, "rating": rating}))
+            for rating, text, model, key in rated
+            if rating < best[0]
+        ]
+        if not rejected:
+            raise RowError(
+                "no-preference",
+                "completions",
+                "all are rated alike; allowed: one that is better",
+                "drop the row",
+            )
+        prompt, placed = place_images([turn], images, "prompt")
+        return [row.example(prompt, placed, best[1], rejected)]
 
 
 def _completions(row: Row) -> list[Any]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
 
 from cwdpo.data.digests import DigestMap, FirstPlaces, digest8
+from cwdpo.data.facts import ImageStats
+from cwdpo.data.formats.base import Spec
 from cwdpo.data.images import CheckImages, ImageFolder
 from cwdpo.data.problems import SHOWN_ROWS, Problem, ProblemLog, RowError
-from cwdpo.data.read.reader import ParsedRow, parse_rows
-from cwdpo.data.read.rows import Source, held_out_beside, open_source
+from cwdpo.data.read.parse import ParsedRow, ParsedRows
+from cwdpo.data.read.rows import held_out_beside, open_source
+from cwdpo.data.read.source import Source
 from cwdpo.data.rowparts import ReadOptions, Row
 from cwdpo.data.validate.fix import good_rows
 from cwdpo.data.validate.lengths import LengthCounter, word_counter
-from cwdpo.data.validate.report import ImageStats, LengthStats, ValidationReport
-from cwdpo.errors import DataError
+from cwdpo.data.validate.report import LengthStats, ValidationReport
+from cwdpo.errors import CwdpoError, DataError
 from cwdpo.records import Example, ImageRef
 
 __all__ = ["ValidationReport", "validate"]
@@ -29,10 +32,11 @@ _PROGRESS_ROWS = 500
 def validate(
     path: str | Path | Source,
     *,
-    format: str = "auto",
+    format: Spec = "auto",
     image_root: Path | None = None,
     default_prompt: str = "Describe the image.",
     captions_per_image: int = 1,
+    ignore_columns: Collection[str] = (),
     check_images: CheckImages = "decode",
     against: Sequence[str | Path] = (),
     lengths: LengthCounter | None = None,
@@ -45,7 +49,7 @@ def validate(
     Streaming: memory grows by some 150 bytes per row, for digests of ids, texts and pictures.
 
     Args:
-        path: what to read; this and the next five as for :func:`cwdpo.data.read.reader.read_examples`.
+        path: what to read; this and the next six as for :func:`cwdpo.data.read.reader.read_examples`.
         image_root: where image paths start from; also those of ``against``.
         against: sets that may not share a picture with this one, besides the validation and test files next
             to a ``train`` file. Rows whose picture stands there, by its bytes, are bad.
@@ -65,11 +69,31 @@ def validate(
     counter = lengths or word_counter()
     stats = ImageStats()
     folder = ImageFolder(image_root or source.folder, check_images, stats.add)
-    form, parsed = parse_rows(source, format, folder, ReadOptions(default_prompt, captions_per_image))
+    options = ReadOptions(default_prompt, captions_per_image, frozenset(ignore_columns))
+    parsed = ParsedRows(source, format, folder, options)
     report = ValidationReport(
-        source.name, form.name, images=stats, lengths=LengthStats(counter.unit, max_length=max_length)
+        source.name,
+        parsed.format.name,
+        images=stats,
+        lengths=LengthStats(counter.unit, max_length=max_length),
     )
-    checks = _Checks(report, counter, check_images, others, image_root)
+    by_content = check_images in ("identify", "decode")
+    checks = _Checks(report, counter, _Others(others, format, image_root, options), by_content)
+    _check_rows(parsed, checks, report, fix, progress)
+    report.unread, report.notes = parsed.unread, parsed.notes()
+    report.good = report.rows - report.bad
+    report.fixed = str(fix) if fix is not None and report.good else None
+    return report
+
+
+def _check_rows(
+    parsed: ParsedRows,
+    checks: _Checks,
+    report: ValidationReport,
+    fix: Path | None,
+    progress: Callable[[int], None],
+) -> None:
+    """Count every row and its problems into the report; write the good ones to ``fix``."""
     log = ProblemLog()
     with good_rows(fix) if fix is not None else nullcontext() as writer:
         for row in parsed:
@@ -78,14 +102,11 @@ def validate(
             for problem in problems:
                 log.add(problem)
             if writer is not None and not problems:
-                writer.write(row.raw, row.examples[0].images)
+                writer.write(row.raw, row.pictures)
             if report.rows % _PROGRESS_ROWS == 0:
                 progress(report.rows)
     progress(report.rows)
-    report.good = report.rows - report.bad
     report.problems = log.groups()
-    report.fixed = str(fix) if fix is not None and report.good else None
-    return report
 
 
 class _Checks:
@@ -95,20 +116,20 @@ class _Checks:
         self,
         report: ValidationReport,
         counter: LengthCounter,
-        check_images: CheckImages,
-        others: Sequence[Source],
-        image_root: Path | None,
+        others: _Others,
+        by_content: bool,
     ) -> None:
         self._stats, self._counter = report.lengths, counter
-        pictures = _Pictures(by_content=check_images in ("identify", "decode"))
-        self._leaks = _Leaks(report, pictures, others, image_root)
+        pictures = _Pictures(by_content=by_content)
+        self._leaks = _Leaks(report, pictures, others)
         self._repeats = _Repeats(report, pictures)
 
     def problems(self, row: ParsedRow) -> list[Problem]:
         """What reading found, and what these checks find."""
         found = []
         for example in row.examples:
-            found.append(self._repeats.add(example, row))
+            if not row.raw.again:  # a repetition that the data asks for is no mistake
+                found.append(self._repeats.add(example, row))
             found.append(self._leaks.find(example))
             found.append(_measure(self._stats, self._counter, example))
         more = [error.at(row.raw.file, row.raw.number) for error in found if error is not None]
@@ -218,27 +239,47 @@ class _Repeats:
         )
 
 
-class _Leaks:
-    """Finds pictures that stand in another set too."""
+class _Others:
+    """Other sets, and how their pictures are read."""
 
     def __init__(
-        self,
-        report: ValidationReport,
-        pictures: _Pictures,
-        others: Sequence[Source],
-        image_root: Path | None,
+        self, sources: Sequence[Source], format: Spec, image_root: Path | None, options: ReadOptions
     ) -> None:
+        self.sources, self._format = sources, format
+        self._image_root, self._options = image_root, options
+
+    def images(self, source: Source) -> Iterator[tuple[ImageRef, str, int]]:
+        """Every picture of a set that is there; what is wrong with its rows is for its own validation to say."""
+        folder = ImageFolder(self._image_root or source.folder, "exists")
+        try:
+            rows = iter(ParsedRows(source, self._format, folder, self._options))
+        except CwdpoError:  # rows that nobody trains on need no format: their image columns are read
+            for raw in source.rows():
+                if isinstance(raw.value, dict):
+                    row = Row(raw.value, raw.file, raw.number, folder, self._options)
+                    with suppress(RowError):
+                        row.images()
+                    yield from ((image, raw.file, raw.number) for image in row.pictures.values())
+            return
+        for parsed in rows:
+            yield from ((image, parsed.raw.file, parsed.raw.number) for image in parsed.pictures.values())
+
+
+class _Leaks:
+    """Finds pictures that are in another set too."""
+
+    def __init__(self, report: ValidationReport, pictures: _Pictures, others: _Others) -> None:
         self._pictures = pictures
         self._elsewhere = FirstPlaces()
-        for other in others:
+        for other in others.sources:
             before = len(self._elsewhere)
-            for image, file, row in _images_of(other, image_root):
+            for image, file, row in others.images(other):
                 with suppress(DataError):  # an unreadable picture is for its own validation to name
                     self._elsewhere.add(pictures.of(image), file, row)
             report.against[other.name] = len(self._elsewhere) - before
 
     def find(self, example: Example) -> RowError | None:
-        """The problem when a picture of the example stands elsewhere."""
+        """The problem when a picture of the example is in another set."""
         for i, image in enumerate(example.images):
             other = self._elsewhere.find(self._pictures.of(image))
             if other is not None:
@@ -249,16 +290,3 @@ class _Leaks:
                     "take it out of one of the sets, or leave out data.validation_path: then the split is by picture",
                 )
         return None
-
-
-def _images_of(source: Source, image_root: Path | None) -> Iterator[tuple[ImageRef, str, int]]:
-    """Every picture of a set that is there; what is wrong with its rows is for its own validation to say."""
-    folder = ImageFolder(image_root or source.folder, "exists")
-    for raw in source.rows():
-        if isinstance(raw.value, RowError):
-            continue
-        try:
-            images = Row(raw.value, raw.file, raw.number, folder, ReadOptions()).images()
-        except RowError:
-            continue
-        yield from ((image, raw.file, raw.number) for image in images)

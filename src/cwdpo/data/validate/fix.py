@@ -12,8 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cwdpo.data.read.rows import LINES, RawRow
-from cwdpo.data.rowparts import image_key
+from cwdpo.data.read.files import LINES
+from cwdpo.data.read.source import RawRow
 from cwdpo.errors import DataError
 from cwdpo.records import ImageRef
 
@@ -66,33 +66,38 @@ class GoodRows:
         self._file, self._folder, self._images = file, folder, images
         self.count = 0
 
-    def write(self, raw: RawRow, images: tuple[ImageRef, ...]) -> None:
-        """Write one row; ``images`` are its pictures in their order.
+    def write(self, raw: RawRow, pictures: Mapping[str, ImageRef]) -> None:
+        """Write one row; ``pictures`` are those that it was read with, by their key (``images[0]``).
 
         Raises:
             OSError: the disk refuses.
         """
         assert isinstance(raw.value, dict)
-        row = self._with_paths(raw.value, images)
-        line = raw.line if row is raw.value and raw.line is not None else _as_json(row)
+        row = {key: self._placed(value, key, pictures) for key, value in raw.value.items()}
+        same = all(new is old for new, old in zip(row.values(), raw.value.values(), strict=True))
+        line = raw.line if same and raw.line is not None else _as_json(row)
         self._file.write(line + b"\n")
         self.count += 1
 
-    def _with_paths(self, row: dict[str, Any], images: tuple[ImageRef, ...]) -> dict[str, Any]:
-        """The row itself where every path leads to its picture from the new file too; else a copy."""
-        key = image_key(row) or "image"
-        values = row[key] if key == "images" else [row.get(key)]
-        placed = [self._placed(value, image) for value, image in zip(values, images, strict=False)]
-        if all(new is old for new, old in zip(placed, values, strict=False)):
-            return row
-        return {**row, key: placed if key == "images" else placed[0]}
+    def _placed(self, value: Any, key: str, pictures: Mapping[str, ImageRef]) -> Any:
+        """The value with its pictures named as the new file needs it; the value itself where none changes."""
+        if key in pictures:
+            return self._named(value, pictures[key])
+        if isinstance(value, list):
+            placed = [self._placed(one, f"{key}[{i}]", pictures) for i, one in enumerate(value)]
+            return value if all(new is old for new, old in zip(placed, value, strict=True)) else placed
+        if isinstance(value, dict):
+            made = {name: self._placed(one, f"{key}.{name}", pictures) for name, one in value.items()}
+            return value if all(made[name] is one for name, one in value.items()) else made
+        return value
 
-    def _placed(self, value: Any, image: ImageRef) -> Any:
+    def _named(self, value: Any, image: ImageRef) -> Any:
         named = value.get("path") if isinstance(value, Mapping) else value
         text = named if isinstance(named, str) else ""
         if image.path is None:
-            return self._stored(image, Path(text).suffix)
-        if (self._folder / text).resolve() == image.path:
+            # A picture that came as text (a data URI, base64) can stay where it is.
+            return value if text and text is value else self._stored(image, Path(text).suffix)
+        if (self._folder / text.removeprefix("file://")).resolve() == image.path:
             return value
         if image.path.is_relative_to(self._folder):
             return image.path.relative_to(self._folder).as_posix()

@@ -7,64 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from cwdpo.data.images import ImageFacts
+from cwdpo.data.facts import ImageStats, counted, ordered
 from cwdpo.data.problems import ProblemGroup, join_groups, printable
 
 _EDGES = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # lower edges, in words or tokens
-
-
-@dataclass
-class ImageStats:
-    """Sizes in pixels and stored colour modes of the images whose header was read, each file once.
-
-    ``turned`` counts those with an EXIF orientation, which reading applies; ``animated`` those with several
-    frames, of which the first is used.
-    """
-
-    n: int = 0
-    width: tuple[int, int] | None = None
-    height: tuple[int, int] | None = None
-    modes: Counter[str] = field(default_factory=Counter)
-    turned: int = 0
-    animated: int = 0
-
-    def add(self, facts: ImageFacts) -> None:
-        """Count one image."""
-        self.n += 1
-        self.modes[facts.mode] += 1
-        self.width = _widen(self.width, facts.width)
-        self.height = _widen(self.height, facts.height)
-        self.turned += facts.turned
-        self.animated += facts.animated
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; modes are ordered by name."""
-        return {
-            "n": self.n,
-            "width": self.width,
-            "height": self.height,
-            "modes": _ordered(self.modes),
-            "turned": self.turned,
-            "animated": self.animated,
-        }
-
-    def lines(self) -> list[str]:
-        """The same as text; nothing when no image was read."""
-        if self.width is None or self.height is None:
-            return []
-        (w0, w1), (h0, h1) = self.width, self.height
-        lines = [
-            f"images read: {self.n}; {w0} to {w1} wide, {h0} to {h1} high (pixels); {_counts(self.modes)}"
-        ]
-        if self.turned:
-            lines.append(f"    {self.turned} with an EXIF orientation, which is applied")
-        if self.animated:
-            lines.append(f"    {self.animated} animated, of which the first frame is used")
-        return lines
-
-
-def _widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
-    return (value, value) if span is None else (min(span[0], value), max(span[1], value))
 
 
 @dataclass
@@ -123,7 +69,8 @@ class ValidationReport:
     """What a data set holds. Histograms map a value (or a bucket of lengths) to a count of examples.
 
     ``bad`` counts rows with at least one problem, ``good`` the others; ``columns`` counts the rows in which
-    each column is not null. ``negatives_per_prompt`` maps a kind (``all`` for every kind together,
+    each column is not null, ``unread`` those in which it says something that the format does not read; ``notes`` are
+    further lines for a reader. ``negatives_per_prompt`` maps a kind (``all`` for every kind together,
     ``unnamed`` for none) to {number of negatives: examples}. ``duplicates`` counts the examples whose images,
     prompt and chosen response equal those of an earlier one (several negatives may be written so; where the
     negatives are equal too, the row is a problem); ``first_duplicates`` names the first pairs. ``against``
@@ -138,6 +85,8 @@ class ValidationReport:
     bad: int = 0
     examples: int = 0
     columns: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
     negatives_per_prompt: dict[str, Counter[int]] = field(default_factory=dict)
     gentle_per_prompt: Counter[int] = field(default_factory=Counter)
     images_per_row: Counter[int] = field(default_factory=Counter)
@@ -164,10 +113,12 @@ class ValidationReport:
             "bad": self.bad,
             "bad_fraction": self.bad_fraction,
             "examples": self.examples,
-            "columns": _ordered(self.columns),
-            "negatives_per_prompt": {k: _ordered(v) for k, v in sorted(self.negatives_per_prompt.items())},
-            "gentle_per_prompt": _ordered(self.gentle_per_prompt),
-            "images_per_row": _ordered(self.images_per_row),
+            "columns": ordered(self.columns),
+            "unread": ordered(self.unread),
+            "notes": self.notes,
+            "negatives_per_prompt": {k: ordered(v) for k, v in sorted(self.negatives_per_prompt.items())},
+            "gentle_per_prompt": ordered(self.gentle_per_prompt),
+            "images_per_row": ordered(self.images_per_row),
             "images": self.images.to_dict(),
             "lengths": self.lengths.to_dict(),
             "duplicates": self.duplicates,
@@ -187,13 +138,14 @@ class ValidationReport:
         lines = [
             f"{self.path}: format {self.format}",
             f"rows {self.rows}: {self.good} good, {self.bad} bad{share}; {self.examples} examples",
-            f"columns: {_counts(self.columns)}",
-            f"images per example: {_counts(self.images_per_row)}",
+            f"columns: {counted(self.columns)}",
+            *self.notes,
+            f"images per example: {counted(self.images_per_row)}",
             *self.images.lines(),
         ]
         for kind, counts in sorted(self.negatives_per_prompt.items()):
-            lines.append(f"negatives per example, {kind}: {_counts(counts)}")
-        lines.append(f"gentle negatives per example: {_counts(self.gentle_per_prompt)}")
+            lines.append(f"negatives per example, {kind}: {counted(counts)}")
+        lines.append(f"gentle negatives per example: {counted(self.gentle_per_prompt)}")
         lines += self.lengths.lines()
         lines.append(f"the same images, prompt and chosen again: {self.duplicates}")
         lines += [f"    {again} repeats {first}" for first, again in self.first_duplicates]
@@ -202,14 +154,6 @@ class ValidationReport:
         if self.fixed is not None:
             lines.append(f"good rows: {self.good} in {self.fixed}")
         return printable("\n".join(lines))
-
-
-def _ordered(counts: Counter[Any]) -> dict[str, int]:
-    return {str(key): counts[key] for key in sorted(counts)}
-
-
-def _counts(counts: Counter[Any]) -> str:
-    return ", ".join(f"{key}: {n}" for key, n in _ordered(counts).items()) or "none"
 
 
 def _shown(counts: Counter[str]) -> str:

@@ -1,0 +1,94 @@
+"""Negatives of a row: our own columns ``negatives`` and ``gentle``, and the scores that some data sets bring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+from cwdpo.data.problems import RowError, shown
+from cwdpo.data.texts import plain_text, wrong_type
+from cwdpo.errors import nearest
+from cwdpo.records import Completion, Origin
+
+_COMPLETION_KEYS = ("text", "kind", "origin", "made")
+_SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"), ("chosen_reward", "rejected_reward"),
+)  # fmt: skip
+_MARGINS = ("margin", "reward_margin")
+
+
+def completion_of(value: Any, key: str) -> Completion:
+    """One negative: a string, or ``{text, kind, origin, made}``."""
+    if isinstance(value, str):
+        return Completion(plain_text(value, key))
+    if not isinstance(value, dict):
+        raise wrong_type(key, value, "a string or {text, kind, origin, made}")
+    unknown = next((k for k in value if k not in _COMPLETION_KEYS), None)
+    if unknown is not None:
+        raise RowError(
+            "unknown-key",
+            f"{key}.{unknown}",
+            f"unknown key{nearest(unknown, _COMPLETION_KEYS)}; allowed: {', '.join(_COMPLETION_KEYS)}",
+            "rename or remove it; notes of your own belong in 'made'",
+        )
+    origin: Any = value.get("origin") or "dataset"
+    if origin not in get_args(Origin):
+        raise RowError(
+            "unknown-origin",
+            f"{key}.origin",
+            f"{shown(origin, 60)}; allowed: {', '.join(get_args(Origin))}",
+            "use one of these",
+        )
+    made = value.get("made") or {}
+    if not isinstance(made, dict):
+        raise wrong_type(f"{key}.made", made, "an object")
+    kind = plain_text(value.get("kind") or "", f"{key}.kind")
+    return Completion(plain_text(value.get("text"), f"{key}.text"), origin=origin, kind=kind, made=made)
+
+
+def margins_of(values: Mapping[str, Any], n: int) -> tuple[frozenset[str], list[float]]:
+    """Reward margins of a row's ``n`` rejected responses, and the columns that say them; both empty where none does.
+
+    A margin is the score of chosen minus that of rejected (``score_chosen``, ``score_rejected`` and their other
+    spellings), or ``margin`` itself, which TRL's reward trainer reads. With several rejected responses the scores of
+    rejected are a list of as many.
+
+    Raises:
+        RowError: two sources of margins, one score of the two, or something that is no finite number.
+    """
+    pairs = [pair for pair in _SCORES if any(values.get(key) is not None for key in pair)]
+    single = [key for key in _MARGINS if values.get(key) is not None]
+    if not n or not (pairs or single):
+        return frozenset(), []
+    if len(pairs) + len(single) > 1:
+        keys = [*(key for pair in pairs for key in pair), *single]
+        raise RowError(
+            "two-margins", keys[0], f"{', '.join(keys)} all say how much better chosen is", "keep one of them"
+        )
+    if single:
+        return frozenset(single), _numbers(values[single[0]], single[0], n)
+    good, bad = pairs[0]
+    for key, other in ((good, bad), (bad, good)):
+        if values.get(key) is None:
+            raise RowError("missing-key", key, f"{other!r} is set, {key!r} is not", "give both, or neither")
+    best = _numbers(values[good], good, 1)[0]
+    return frozenset((good, bad)), [best - score for score in _numbers(values[bad], bad, n)]
+
+
+def with_margin(completion: Completion, margin: float | None) -> Completion:
+    """The response with its margin as ``made.reward_margin``, unless it brings one."""
+    if margin is None or "reward_margin" in completion.made:
+        return completion
+    return replace(completion, made={**completion.made, "reward_margin": margin})
+
+
+def _numbers(value: Any, key: str, n: int) -> list[float]:
+    values = value if isinstance(value, list) else [value]
+    if len(values) == n and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        numbers = [float(v) for v in values]
+        if all(math.isfinite(v) for v in numbers):
+            return numbers
+    raise wrong_type(key, value, "a finite number" if n == 1 else f"a list of {n} finite numbers")

@@ -1,0 +1,100 @@
+"""What the pictures of a set are: sizes, modes, and what reading does to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What an image says of itself: size in pixels and colour mode as stored.
+
+    ``deep``: more than 8 bits a channel, which reading scales; ``alpha``: transparent, which reading lays on white
+    (:func:`cwdpo.records.as_rgb`). Known only where pixels were decoded: ``turned``, its EXIF tag asks for another
+    orientation, which is applied on reading; ``animated``, it has several frames, of which the first is used.
+    """
+
+    width: int
+    height: int
+    mode: str
+    deep: bool = False
+    alpha: bool = False
+    turned: bool = False
+    animated: bool = False
+
+
+@dataclass
+class ImageStats:
+    """Sizes in pixels and stored colour modes of the images whose header was read, each file once.
+
+    The other counts are those of :class:`ImageFacts`.
+    """
+
+    n: int = 0
+    width: tuple[int, int] | None = None
+    height: tuple[int, int] | None = None
+    modes: Counter[str] = field(default_factory=Counter)
+    deep: int = 0
+    alpha: int = 0
+    turned: int = 0
+    animated: int = 0
+
+    def add(self, facts: ImageFacts) -> None:
+        """Count one image."""
+        self.n += 1
+        self.modes[facts.mode] += 1
+        self.width = _widen(self.width, facts.width)
+        self.height = _widen(self.height, facts.height)
+        self.deep += facts.deep
+        self.alpha += facts.alpha
+        self.turned += facts.turned
+        self.animated += facts.animated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; modes are ordered by name."""
+        return {
+            "n": self.n,
+            "width": self.width,
+            "height": self.height,
+            "modes": ordered(self.modes),
+            "deep": self.deep,
+            "alpha": self.alpha,
+            "turned": self.turned,
+            "animated": self.animated,
+        }
+
+    def notes(self) -> list[str]:
+        """What reading does to some of them."""
+        told = (
+            (self.deep, "with more than 8 bits a channel, each scaled from its own range to 0 to 255"),
+            (self.alpha, "with an alpha channel, laid on white"),
+            (self.turned, "with an EXIF orientation, which is applied"),
+            (self.animated, "animated, of which the first frame is used"),
+        )
+        return [f"{n} of {self.n} pictures {what}" for n, what in told if n]
+
+    def lines(self) -> list[str]:
+        """The same as text; nothing when no image was read."""
+        if self.width is None or self.height is None:
+            return []
+        (w0, w1), (h0, h1) = self.width, self.height
+        return [
+            f"images read: {self.n}; {w0} to {w1} wide, {h0} to {h1} high (pixels); {counted(self.modes)}",
+            *(f"    {note}" for note in self.notes()),
+        ]
+
+
+def _widen(span: tuple[int, int] | None, value: int) -> tuple[int, int]:
+    return (value, value) if span is None else (min(span[0], value), max(span[1], value))
+
+
+def ordered(counts: Counter[Any]) -> dict[str, int]:
+    """Counts by name, sorted."""
+    return {str(key): counts[key] for key in sorted(counts)}
+
+
+def counted(counts: Counter[Any]) -> str:
+    """Counts as text: ``a: 3, b: 1``."""
+    return ", ".join(f"{key}: {n}" for key, n in ordered(counts).items()) or "none"

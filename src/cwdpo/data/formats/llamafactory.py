@@ -1,0 +1,114 @@
+"""LLaMA-Factory's rows: sharegpt, its OpenAI spelling, and alpaca."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from cwdpo.data.columns import present
+from cwdpo.data.formats.base import Format
+from cwdpo.data.problems import RowError
+from cwdpo.data.rowparts import Row
+from cwdpo.data.texts import plain_text, split_tags, wrong_type
+from cwdpo.data.turns import Turn, answer, place_images, reply_of, sharegpt, with_system
+from cwdpo.records import Completion, Example
+
+_TURNS = "a list of {from, value} or of {role, content}"
+
+
+class LlamaFactory(Format):
+    """Sharegpt, its OpenAI spelling, or alpaca; each with ``chosen`` and ``rejected``, or as SFT data without.
+
+    Sharegpt: ``conversations[{from, value}]`` (or ``messages[{role, content}]``), answers as one such turn each; the
+    last turn is chosen where there is no ``chosen`` (LLaVA's SFT form). Alpaca: ``instruction`` and ``input``, joined
+    by a line break, after the pairs of ``history``; answers are strings; ``output`` is chosen where there is no
+    ``chosen``. ``<image>`` marks each picture of ``images`` in the text.
+    """
+
+    columns = (
+        "conversations",
+        "conversations chosen rejected",
+        "messages chosen !prompt",
+        "messages chosen rejected !prompt",
+        "instruction !prompt",
+        "instruction chosen rejected !prompt",
+    )
+    reads = frozenset({"system", "history"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {
+            "images": ["a.png"],
+            "conversations": [{"from": "human", "value": "<image>What is it?"}],
+            "chosen": {"from": "gpt", "value": "a cat"},
+            "rejected": {"from": "gpt", "value": "a dog"},
+        },
+    )
+
+    def parse(self, row: Row) -> list[Example]:
+        """One example a row."""
+        images = row.images()
+        row.used.add("rejected")
+        given = [key for key in ("instruction", "conversations", "messages") if row.has(key)]
+        if len(given) > 1:
+            raise RowError(
+                "two-prompts",
+                given[0],
+                f"both {given[0]!r} and {given[1]!r} are set; allowed: one",
+                "keep one",
+            )
+        key = given[0] if given else "conversations"
+        if key == "instruction":
+            turns = [*_history(row), Turn("user", _instruction(row))]
+        else:
+            _refuse_history(row)
+            turns = sharegpt(row, row.take(key, _TURNS), key)
+        turns = with_system(row, turns)
+        if row.has("chosen"):
+            chosen = answer(row, row.take("chosen", "a string or one turn"), "chosen")
+        elif key == "instruction":
+            chosen = plain_text(
+                row.take("output", "'chosen' and 'rejected', or a string in 'output'"), "output"
+            )
+        else:
+            chosen, turns = reply_of(turns, key, turns[:-1]), turns[:-1]
+        rejected = []
+        if row.has("chosen") or row.has("rejected"):
+            text = answer(row, row.take("rejected", "a string or one turn"), "rejected")
+            rejected = [("rejected", Completion(text))]
+        prompt, placed = place_images(turns, images, key, in_front=False)
+        return [row.example(prompt, placed, chosen, rejected)]
+
+
+def _instruction(row: Row) -> tuple[str | None, ...]:
+    row.used.add("input")
+    texts = [row.take("instruction", "a string"), row.values["input"] if row.has("input") else ""]
+    for key, text in zip(("instruction", "input"), texts, strict=True):
+        if not isinstance(text, str):
+            raise wrong_type(key, text, "a string")
+    parts = split_tags("\n".join(text for text in texts if text))
+    return tuple(part if part is None else plain_text(part, "instruction") for part in parts)
+
+
+def _refuse_history(row: Row) -> None:
+    """LLaMA-Factory reads the column in alpaca rows only."""
+    if present(row.values.get("history")):
+        raise RowError(
+            "column-not-read",
+            "history",
+            "earlier turns beside a conversation; allowed: with 'instruction' only",
+            "put them into the conversation",
+        )
+
+
+def _history(row: Row) -> list[Turn]:
+    """Earlier questions and answers, as pairs of strings."""
+    pairs = row.values["history"] if row.has("history") else []
+    row.used.add("history")
+    if not isinstance(pairs, list):
+        raise wrong_type("history", pairs, "a list of [question, answer]")
+    turns = []
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+            raise wrong_type(f"history[{i}]", pair, "[question, answer], two strings")
+        parts = [p if p is None else plain_text(p, f"history[{i}]") for p in split_tags(pair[0])]
+        turns += [Turn("user", tuple(parts)), Turn("assistant", (plain_text(pair[1], f"history[{i}]"),))]
+    return turns

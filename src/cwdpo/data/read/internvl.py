@@ -1,0 +1,157 @@
+"""InternVL's registry of data sets (``meta.json`` of MMPR): where each lies, and how often its rows are taken."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from cwdpo.data.columns import IMAGE_KEYS
+from cwdpo.data.problems import shown
+from cwdpo.data.read.source import RawRow, Source
+from cwdpo.errors import DataError, nearest
+
+_NAMED = re.compile(r"(?P<file>.+\.json):(?P<name>[^/\\]+)", re.DOTALL)
+_KNOWN = ("root", "annotation", "repeat_time", "length", "data_augment")
+_UNREAD = {
+    "max_dynamic_patch": "tiles are the processor's: set model.processor_options",
+    "min_dynamic_patch": "tiles are the processor's: set model.processor_options",
+    "dynamic_image_size": "tiles are the processor's: set model.processor_options",
+    "conversation_template": "the checkpoint's own chat template is used; remove the key",
+}
+_MOST_BYTES = 64 << 20  # of a registry; a .json list of rows is told from one by its first character
+
+
+@dataclass(frozen=True)
+class _Set:
+    """One data set of a registry: its rows, the folder of its pictures from the registry's base, and its share."""
+
+    name: str
+    source: Source
+    root: str
+    times: float
+
+
+def registry_source(path: str, open_file: Callable[[Path], Source]) -> Source | None:
+    """The data sets of ``META.json``, or one as ``META.json:NAME``, one after the other; ``None`` for any other path.
+
+    A registry is an object of objects with ``annotation``. ``root`` and ``annotation`` are looked for in the folder
+    of the file, then in the one above it, as MMPR's releases need it; both must stay inside. Of ``repeat_time`` a
+    whole number takes each row so often, and a share below 1 takes a row where a hash of its place says so, so that
+    the same rows are taken each time.
+
+    Raises:
+        DataError: no such entry, a place outside the folder, or a key that cannot be honoured.
+    """
+    named = _NAMED.fullmatch(path)
+    file = Path(named["file"] if named else path)
+    entries = _registry(file)
+    if entries is None:
+        return None
+    names = list(entries)
+    if named is not None:
+        names = [named["name"]]
+        if names[0] not in entries:
+            known = ", ".join(list(entries)[:20])
+            raise DataError(f"{file}: no data set {names[0]!r}{nearest(names[0], entries)}; known: {known}")
+    base, sets = _opened(file, {name: entries[name] for name in names}, open_file)
+
+    def rows() -> Iterator[RawRow]:
+        for one in sets:
+            yield from _taken(one)
+
+    return Source(path, base, rows)
+
+
+def _registry(file: Path) -> dict[str, Any] | None:
+    """The entries of a registry, or ``None`` where the file is none."""
+    try:
+        if not file.is_file() or file.suffix.lower() != ".json" or file.stat().st_size > _MOST_BYTES:
+            return None
+        with file.open("rb") as stream:
+            if stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
+                return None
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None  # reading it as rows says why
+    is_registry = entries and all(isinstance(one, dict) and "annotation" in one for one in entries.values())
+    return entries if is_registry else None
+
+
+def _opened(
+    file: Path, entries: Mapping[str, Mapping[str, Any]], open_file: Callable[[Path], Source]
+) -> tuple[Path, list[_Set]]:
+    """The folder that the entries' paths start from, and their data sets."""
+    first = next(iter(entries.values()))["annotation"]
+    folders = [file.parent.resolve(), file.parent.resolve().parent]
+    base = next((one for one in folders if isinstance(first, str) and (one / first).is_file()), None)
+    if base is None:
+        raise DataError(
+            f"{file}: annotation = {shown(first, 200)}: there is no such file in {folders[0]} or {folders[1]}; "
+            "correct it, or move the registry"
+        )
+    return base, [_entry(file, name, base, entry, open_file) for name, entry in entries.items()]
+
+
+def _entry(
+    file: Path, name: str, base: Path, entry: Mapping[str, Any], open_file: Callable[[Path], Source]
+) -> _Set:
+    where = f"{file}: {name}"
+    for key in entry:
+        if key in _UNREAD:
+            raise DataError(f"{where}: {key} = {shown(entry[key])}: {_UNREAD[key]}")
+        if key not in _KNOWN:
+            raise DataError(f"{where}: unknown key {key!r}{nearest(key, _KNOWN)}; known: {', '.join(_KNOWN)}")
+    if entry.get("data_augment"):
+        raise DataError(f"{where}: data_augment = true: pictures are not altered; set it to false")
+    times = entry.get("repeat_time", 1)
+    number = float(times) if isinstance(times, int | float) and not isinstance(times, bool) else -1.0
+    if not (0 < number < 1 or (number >= 1 and number.is_integer())):
+        raise DataError(
+            f"{where}: repeat_time = {shown(times)}; allowed: a whole number from 1, or a share between 0 and 1"
+        )
+    root = entry.get("root") or ""
+    for key, value in (("annotation", entry["annotation"]), ("root", root)):
+        if not isinstance(value, str) or not (base / value).resolve().is_relative_to(base):
+            raise DataError(f"{where}: {key} = {shown(value)}: leads outside {base}; move the data below it")
+    annotation = base / entry["annotation"]
+    if not annotation.is_file():
+        raise DataError(
+            f"{where}: annotation = {entry['annotation']!r}: there is no {annotation}; correct it"
+        )
+    return _Set(name, open_file(annotation), root, number)
+
+
+def _taken(one: _Set) -> Iterator[RawRow]:
+    """The rows of a set, its pictures' paths from the registry's base, as often as its share says."""
+    for time in range(max(1, int(one.times))):
+        for raw in one.source.rows():
+            if one.times < 1 and not _drawn(raw, one.times):
+                continue
+            if not isinstance(raw.value, dict):
+                yield raw
+                continue
+            value = dict(raw.value)
+            for key in IMAGE_KEYS:
+                if key in value:
+                    value[key] = _below(one.root, value[key])
+            # Ids are unique within an annotation file only.
+            value["id"] = f"{one.name}#{raw.number}" + (f"@{time + 1}" if time else "")
+            yield replace(raw, value=value, line=None, again=time > 0)
+
+
+def _below(root: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_below(root, one) for one in value]
+    if not (isinstance(value, str) and value and root) or value.startswith(("/", "data:")) or "://" in value:
+        return value
+    return f"{root.rstrip('/')}/{value}"
+
+
+def _drawn(raw: RawRow, share: float) -> bool:
+    digest = blake2b(f"{Path(raw.file).name}:{raw.number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
