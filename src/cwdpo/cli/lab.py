@@ -128,13 +128,12 @@ def best_of(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a preference set whose chosen responses are only better: the best of n samples by a noisy judge."""
-    from cwdpo.data.encode.encoder import Encoder
     from cwdpo.lab.best_of import write_best_of
     from cwdpo.models.load import load_policy
     from cwdpo.models.settings import ModelSettings
 
     policy = load_policy(ModelSettings(path=model))
-    made = write_best_of(policy, Encoder(policy.processor), data, out, seed=seed, n=n, noise=noise)
+    made = write_best_of(policy, policy.encoder(), data, out, seed=seed, n=n, noise=noise)
     typer.echo(
         f"{made['rows']} rows ({made['left_out']} left out); chosen is right in every fact in "
         f"{made['chosen_right']:.3f}, mean score {made['chosen_score']:.3f}\n{out / 'train.jsonl'}"

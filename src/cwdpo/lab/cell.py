@@ -101,7 +101,7 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
     """One stage of training (none for ``base``), then the figures on the test set (none for ``stage1``)."""
     splits = None if job.stage == "base" else prepare_data(job.recipe, run)
     policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
-    encoder = Encoder(policy.processor, job.recipe.data.max_length, job.recipe.data.cache_gb)
+    encoder = policy.encoder(job.recipe.data.max_length, job.recipe.data.cache_gb)
     listener = Listener(step=on_step)
     if job.stage == "stage1":
         assert splits is not None
@@ -158,7 +158,7 @@ def sample_best(job: CellJob) -> dict[str, Any]:
 
     policy = load_policy(job.recipe.model)
     source, out = Path(str(job.recipe.data.path)), job.folder / "data"
-    return write_best_of(policy, Encoder(policy.processor), source, out, seed=job.recipe.seed, **job.options)
+    return write_best_of(policy, policy.encoder(), source, out, seed=job.recipe.seed, **job.options)
 
 
 def estimate_margins(job: CellJob) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.config import Recipe
-from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import DataError
 from cwdpo.judging.base import judge_for
 from cwdpo.models.load import load_policy
@@ -104,7 +103,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     set_seed(recipe.seed)
     listener.phase("loading the model")
     policy = load_policy(recipe.model)
-    encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
+    encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
     judge = judge_for(settings.judge, readable)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch
+from cwdpo.models.families.base import Family
 from cwdpo.models.inputs import device_of, padded
+from cwdpo.models.shared_attention import model_family
 from cwdpo.models.vision_cache import vision_inputs
 from cwdpo.objectives.base import TokenStat
 from cwdpo.scoring.token_logp import HeadRequest, TokenScores, score_rows
@@ -20,7 +22,7 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
 
     Returns:
         ``input_ids`` and ``attention_mask`` [N, longest], the family's per-token rows of the same shape
-        (zero on completions) and image inputs; and the request for M = sum of completion lengths tokens.
+        and image inputs; and the request for M = sum of completion lengths tokens.
     """
     device = device_of(model)
     prompts = [batch.prompts[i] for i in batch.completion_prompt.tolist()]
@@ -29,12 +31,9 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
         "input_ids": padded(rows, device),
         "attention_mask": padded([[1] * len(r) for r in rows], device),
     }
-    longest = inputs["input_ids"].shape[1]
-    for name in sorted({n for p in prompts for n in p.per_token}):
-        inputs[name] = padded(
-            [p.per_token.get(name, [0] * len(p.input_ids)) for p in prompts], device, longest
-        )
-    inputs |= vision_inputs(model, prompts, device)
+    longest, family = inputs["input_ids"].shape[1], model_family(model) or Family()
+    inputs |= {name: rows.to(device) for name, rows in family.token_rows(prompts, longest).items()}
+    inputs |= family.fit(vision_inputs(model, prompts, device), prompts, longest)
     where = [
         (row, len(p.input_ids) - 1 + t, token)
         for row, (p, c) in enumerate(zip(prompts, batch.completions, strict=True))

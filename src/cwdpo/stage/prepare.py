@@ -12,25 +12,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from cwdpo.data.encode.collate import collate
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
-from cwdpo.errors import DataError, ModelError
+from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.errors import DataError
 from cwdpo.models.sample import sample
-from cwdpo.models.shared_attention import Scoring, shares_prefix, use_scoring
 from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
-from cwdpo.scoring import plain
-from cwdpo.scoring.score import score
 from cwdpo.stage.reference import stored_reference_pass
 from cwdpo.stage.stage import Stage
 
 logger = logging.getLogger("cwdpo")
-MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
-"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 up."""
 
 
 def prepare(stage: Stage) -> list[EncodedExample]:
@@ -150,35 +143,3 @@ def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float
         )
     mean_logps = [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
     return list(broadcast_object_list([mean_logps])[0])
-
-
-@torch.no_grad()
-def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
-    """Compare shared-prefix with plain scoring on one prompt before anything relies on it.
-
-    Families are known by their type, and what a release of transformers does with it may change. Where the two
-    differ, ``auto`` falls back to plain rows, with a line in the log.
-
-    Raises:
-        ModelError: they differ, and ``model.scoring`` is ``shared_prefix``.
-    """
-    if not shares_prefix(model):
-        return
-    encoded = encoder.encode_all(encoder.readable(examples, 1), "rejected", require_negative=False)[0]
-    if not encoded:
-        return  # encode() reports what is wrong with the data
-    batch = collate(encoded)
-    was_training = model.training
-    model.eval()
-    wanted, ours = plain.score(model, batch).logp, score(model, batch).logp
-    model.train(was_training)
-    rounded = wanted.dtype != torch.float32 or torch.is_autocast_enabled(wanted.device.type)
-    rounded = rounded or next(model.parameters()).dtype != torch.float32
-    difference = float((ours - wanted).abs().mean())
-    if not bool(wanted.isfinite().all()) or difference <= (MOST_ROUNDED if rounded else MOST_EXACT):
-        return
-    problem = f"it gives other log-probabilities than plain scoring here (by {difference:.2g} nats per token)"
-    if scoring == "shared_prefix":
-        raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
-    logger.warning("scoring is plain, one full sequence per completion: %s", problem)
-    use_scoring(model, "plain")
