@@ -57,7 +57,8 @@ def calibrate(mean_logps: Sequence[float]) -> tuple[float, float]:
 
     if len(mean_logps) < 2:
         raise RecipeError(
-            f"cooling cannot be calibrated from {len(mean_logps)} sample(s), it needs two: give floor and tau as numbers"
+            f"cooling cannot be calibrated from {len(mean_logps)} sample(s), it needs two: "
+            "give floor and tau as numbers"
         )
     low, median = np.quantile(np.asarray(mean_logps, dtype=float), [0.1, 0.5])
     return float(low), max(MIN_TAU, float(median - low))

@@ -177,7 +177,7 @@ def _bytes(numbers: Sequence[int]) -> bytes:
 
 @torch.no_grad()
 def reference_digest(model: nn.Module, *, bf16: bool = False) -> str:
-    """A digest of the reference model: all weights and their dtypes, attention kernel, row layout, transformers version.
+    """A digest of the reference model: weights and their dtypes, attention kernel, row layout, transformers version.
 
     An untrained LoRA adapter (all ``lora_B`` are zero) does not change the model's output. It is left out of the
     digest, so that runs with other seeds find the values of the same base model.
