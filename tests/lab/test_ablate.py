@@ -20,7 +20,7 @@ from cwdpo.errors import DataError, RecipeError
 from cwdpo.lab import grid
 from cwdpo.lab.ablate import ablate, at_edge, sweep
 from cwdpo.lab.grid import CellResult, run_grid
-from cwdpo.lab.outcome import outcome
+from cwdpo.lab.outcome import figures_of, outcome
 from cwdpo.lab.plan import Plan, asked, plan, read_tree
 from cwdpo.lab.spec import (
     RECIPE,
@@ -198,6 +198,22 @@ def test_the_test_pictures_are_not_those_of_a_sweep(tmp_path: Path) -> None:
     assert pictures["tuned"]
     assert not pictures["tuned"] & pictures["final"]
     assert tuned.cells["dpo-seed100"].recipe.data.path != final.cells["dpo-seed0"].recipe.data.path
+
+
+def test_a_study_may_have_pictures_seeds_and_decodings_of_its_own(tmp_path: Path) -> None:
+    spec = study(first_seed=20, held_out_seed=1234, decodings={"temperatures": [0.85], "same_entropy": True})
+    wanted = asked(spec, range(20, 22), {})
+    assert [one.key for one in wanted] == ["cw_dpo-seed20", "cw_dpo-seed21", "dpo-seed20", "dpo-seed21"]
+    fresh = plan(tmp_path, read_tree(RECIPE), spec, wanted, split="test", test=None)
+    usual = planned(study(), tmp_path)
+    rows = [next(iter(p.cells.values())).test.read_text() for p in (fresh, usual)]
+    assert rows[0] != rows[1], "other test pictures, in a folder of their own"
+    assert {job.decodings for job in fresh.cells.values()} == {spec.decodings}
+    assert [f.key for f in figures_of(spec, {}) if "@" in f.key] == [
+        f"{figure}@{name}"
+        for name in ("0.85", "entropy")
+        for figure in ("judge_score", "sampled_correct", "ill_formed")
+    ] + ["temperature@entropy"]  # fmt: skip
 
 
 def test_other_data_needs_a_test_set(tmp_path: Path) -> None:

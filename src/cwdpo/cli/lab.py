@@ -44,7 +44,12 @@ def demo(
 def ablate(
     study: Study,
     recipe: Recipe = None,
-    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 to N-1, the same for every variant")] = 5,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="how many seeds, the same for every variant (from 0 on, or from the study's first)"
+        ),
+    ] = 5,
     jobs: Jobs = 2,
     out: Annotated[Path | None, typer.Option(help="folder; default runs/<study>")] = None,
     tuned: Annotated[

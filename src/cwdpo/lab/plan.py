@@ -14,7 +14,7 @@ from cwdpo.config import Recipe, parse_recipe
 from cwdpo.errors import DataError
 from cwdpo.lab.cell import CellJob, StageOfCell
 from cwdpo.lab.spec import BestOf, Study, Variant, overrides_of
-from cwdpo.lab.worlds import WorldFiles, write_world
+from cwdpo.lab.worlds import HELD_OUT_SEED, WorldFiles, write_world
 from cwdpo.negatives.settings import NegativeSettings
 
 BASE = "base"
@@ -98,8 +98,9 @@ def plan(
         recipe = parse_recipe(tree, [*study.common, f"seed={first.seed}"], where=f"study {study.name}")
         recipe, held = sources.with_data(recipe, first.seed)
         planned.cells[BASE] = CellJob(
-            BASE, recipe.model_copy(update={"name": BASE}), out / "cells" / BASE, held, "base", study.metrics
-        )
+            BASE, recipe.model_copy(update={"name": BASE}), out / "cells" / BASE, held, "base", study.metrics,
+            decodings=study.decodings,
+        )  # fmt: skip
     for one in sorted(wanted, key=lambda one: study.variants[one.variant].margins_from is not None):
         variant = study.variants[one.variant]
         recipe = parse_recipe(tree, [*one.overrides, f"seed={one.seed}"], where=f"variant {one.variant}")
@@ -112,7 +113,16 @@ def _add(planned: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study
     """The cell of a variant, with the first stage and the margins that it starts from, where they are not there yet."""
     stage: StageOfCell = "stage2" if recipe.stage2.enabled else "base"
     options = {"trace": True} if study.analysis else {}
-    cell = CellJob(one.key, recipe, out / "cells" / one.key, test, stage, study.metrics, options)
+    cell = CellJob(
+        one.key,
+        recipe,
+        out / "cells" / one.key,
+        test,
+        stage,
+        study.metrics,
+        options,
+        decodings=study.decodings,
+    )
     if recipe.stage1.enabled:
         neutral = _first_stage(recipe)
         key = "stage1-" + _digest(neutral.to_yaml())
@@ -183,13 +193,15 @@ class _Sources:
                     "out, or take a recipe with data.world"
                 )
             return recipe, held
-        own = self.study.validation
-        key = _digest(data.world.model_dump_json() + ("" if own == "shared" else own))
+        own, fresh = self.study.validation, self.study.held_out_seed
+        marks = ("" if own == "shared" else own) + ("" if fresh == HELD_OUT_SEED else f"held-out {fresh}")
+        key = _digest(data.world.model_dump_json() + marks)
         name = f"{key}-{self.split}-{seed}-{rejected}"
         if name not in self._worlds:
             self._worlds[name] = write_world(
-                self.out / "data" / key, data.world, seed, self.split, validation=own, rejected=rejected
-            )
+                self.out / "data" / key, data.world, seed, self.split,
+                validation=own, rejected=rejected, held_out_seed=fresh,
+            )  # fmt: skip
         files = self._worlds[name]
         update = {"world": None, "path": str(files.train), "validation_path": str(files.validation)}
         recipe = recipe.model_copy(update={"data": data.model_copy(update=update)})

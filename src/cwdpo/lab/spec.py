@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cwdpo.errors import RecipeError, nearest
-from cwdpo.lab.worlds import Rejected, Validation
+from cwdpo.lab.worlds import HELD_OUT_SEED, Rejected, Validation
 from cwdpo.registry import Settings, explain
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
@@ -28,6 +28,22 @@ class BestOf(Settings):
 
     n: int = Field(8, ge=2)
     noise: float = Field(0.3, ge=0, le=1)
+
+
+class Decodings(Settings):
+    """Temperatures at which the test captions are written too, besides greedy and temperature 1.
+
+    ``same_entropy``: also at the temperature at which a variant's samples have the entropy per token that the
+    reference's have at temperature 1.
+    """
+
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    same_entropy: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the figures of each end in, behind ``@``."""
+        return (*(f"{t:g}" for t in self.temperatures), *(["entropy"] if self.same_entropy else []))
 
 
 class Variant(Settings):
@@ -82,6 +98,9 @@ class Study(Settings):
         data: chosen responses are sampled and compared by a noisy judge instead.
         validation: which held-out pictures the probes of a training look at.
         test: test set for data that is not the embedded world's.
+        held_out_seed: seed of the embedded world's test and validation pictures.
+        first_seed: the first of the seeds that every variant runs.
+        decodings: further temperatures at which the test captions are written and judged.
         score: weights of figures; their sum is what a sweep chooses by, and a figure of the tables.
         metrics: read where the data has no exact judge.
         analysis: judge the policy at every measurement, and draw from these trajectories what the diagnosis finds
@@ -101,6 +120,9 @@ class Study(Settings):
     data: BestOf | None = None
     validation: Validation = "shared"
     test: str | None = None
+    held_out_seed: int = HELD_OUT_SEED
+    first_seed: int = Field(0, ge=0)
+    decodings: Decodings | None = None
     variants: Mapping[str, Variant]
     score: Annotated[Mapping[str, float], Field(min_length=1)] = {
         "sampled_correct": 1.0,

@@ -48,7 +48,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant minus its rival, paired by seed: t interval, paired t test, and what the corrected p allows to say."""
+    """A variant minus its rival, paired by seed: t interval, paired t test, and what the corrected p allows to say.
+
+    ``two_way``: the interval over seeds and test pictures, for figures that are means over pictures.
+    """
 
     mean: float | None
     low: float | None
@@ -57,6 +60,7 @@ class Difference:
     p: float | None
     p_corrected: float | None
     word: str
+    two_way: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
