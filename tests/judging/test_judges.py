@@ -104,7 +104,7 @@ def test_a_metric_says_right_by_its_threshold_or_against_chosen() -> None:
 @pytest.mark.parametrize(
     ("metric", "complaint"),
     [
-        ("token_ece", "it needs tokens of the model; but a judge gets texts only"),
+        ("token_ece", "it needs tokens of the model, but a judge gets texts only"),
         ("multiple_choice", "it needs options of the model"),
         ("lenght", "unknown metric 'lenght'; did you mean 'length'"),
         ({"name": "chair", "synonims": "x"}, "unknown key 'synonims'; did you mean 'synonyms'"),
