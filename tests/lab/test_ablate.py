@@ -21,7 +21,7 @@ from cwdpo.lab import grid
 from cwdpo.lab.ablate import ablate, at_edge, sweep
 from cwdpo.lab.grid import CellResult, run_grid
 from cwdpo.lab.outcome import outcome
-from cwdpo.lab.plan import Plan, asked, plan, read_tree
+from cwdpo.lab.plan import Plan, asked, checked_tree, plan
 from cwdpo.lab.spec import (
     RECIPE,
     Study,
@@ -73,7 +73,7 @@ def test_every_shipped_study_fits_the_recipe(name: str) -> None:
     spec = load_study(name)
     assert spec.name == name
     assert spec.question
-    tree = read_tree(RECIPE)
+    tree = checked_tree(RECIPE)
     whole, chosen = spec.expanded({}), settings_for(spec, None)
     for row in whole.variants:
         overrides = overrides_of(whole, row, chosen)
@@ -102,7 +102,7 @@ def test_the_issue_s_studies_are_shipped() -> None:
         sizes = {len(v.settings()) for v in spec.variants.values()}
         assert sizes == {8}, "every method has the same budget"
         named = {
-            parse_recipe(read_tree(RECIPE), overrides_of(spec, v, {})).stage2.objective["name"]
+            parse_recipe(checked_tree(RECIPE), overrides_of(spec, v, {})).stage2.objective["name"]
             for v in spec.variants
         }
         assert wanted <= named
@@ -154,7 +154,7 @@ def test_a_choice_at_the_edge_of_its_grid_is_said() -> None:
 
 
 def planned(spec: Study, out: Path, seeds: int = 1) -> Any:
-    return plan(out, read_tree(RECIPE), spec, asked(spec, range(seeds), {}), split="test", test=None)
+    return plan(out, checked_tree(RECIPE), spec, asked(spec, range(seeds), {}), split="test", test=None)
 
 
 def test_equal_first_stages_are_run_once(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_shipped_studies_share_their_first_stages(name: str, first: int, tmp_pat
 def test_the_test_pictures_are_not_those_of_a_sweep(tmp_path: Path) -> None:
     spec = study()
     wanted = asked(spec, [100], {})
-    tuned = plan(tmp_path, read_tree(RECIPE), spec, wanted, split="validation", test=None)
+    tuned = plan(tmp_path, checked_tree(RECIPE), spec, wanted, split="validation", test=None)
     final = planned(spec, tmp_path)
     pictures = {
         name: {json.loads(line)["id"] for line in next(iter(p.cells.values())).test.read_text().splitlines()}

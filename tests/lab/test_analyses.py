@@ -14,7 +14,7 @@ from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.errors import CwdpoError, DataError
 from cwdpo.lab import findings, stopping
 from cwdpo.lab.ablate import ablate
-from cwdpo.lab.plan import Plan, asked, plan, read_tree
+from cwdpo.lab.plan import Plan, asked, checked_tree, plan
 from cwdpo.lab.spec import RECIPE, Study, Variant, load_study, settings_for
 from cwdpo.lab.trace import Traced, damage_step, halves
 
@@ -32,7 +32,7 @@ def tiny(name: str, *only: str) -> Study:
 
 def planned(study: Study, out: Path, seeds: int = 1) -> Plan:
     chosen = settings_for(study, None)
-    return plan(out, read_tree(RECIPE), study, asked(study, range(seeds), chosen), split="test", test=None)
+    return plan(out, checked_tree(RECIPE), study, asked(study, range(seeds), chosen), split="test", test=None)
 
 
 def run_of(key: str, trace: list[tuple[int, float]] | None = None, **variant: Any) -> Traced:

@@ -14,12 +14,13 @@ from typing import Any
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_json
 from cwdpo.lab.rows import store_rows
 from cwdpo.lab.worlds import MAX_NEW_TOKENS
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
-from cwdpo.rundir import read_jsonl, write_json
 from cwdpo.worlds.judged import judge_captions, scene_of
 from cwdpo.worlds.shapes import Judgement, hard
 

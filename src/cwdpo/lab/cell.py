@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
+from cwdpo.files.writing import write_json, write_text
 from cwdpo.lab.worlds import MAX_NEW_TOKENS
 from cwdpo.metrics.base import METRICS, Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
@@ -23,7 +24,7 @@ from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, versions, write_json, write_text
+from cwdpo.rundir import RunDir, versions
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data

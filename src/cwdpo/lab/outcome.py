@@ -13,6 +13,7 @@ from typing import Any
 from cwdpo.data.read.reader import read_examples
 from cwdpo.evaluation.intervals import mean_interval
 from cwdpo.evaluation.paired import conclusion, holm, paired_difference
+from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.win_rate import win_rate
 from cwdpo.lab.cell import SAMPLES
 from cwdpo.lab.grid import CellResult
@@ -31,7 +32,7 @@ from cwdpo.report.summary import (
     Row,
     Summary,
 )
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from cwdpo.worlds.judged import all_judgeable, judge_captions
 
 WORLD_FIGURES = (

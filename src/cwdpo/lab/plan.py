@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cwdpo.config import Recipe, parse_recipe
+from cwdpo.config import Recipe, load_recipe, parse_recipe, read_tree
 from cwdpo.errors import DataError
 from cwdpo.lab.cell import CellJob, StageOfCell
 from cwdpo.lab.spec import BestOf, Study, Variant, overrides_of
@@ -57,12 +55,10 @@ class Asked:
     teacher: str | None = None
 
 
-def read_tree(path: Path) -> dict[str, Any]:
+def checked_tree(path: Path) -> dict[str, Any]:
     """The recipe's tree, checked by parsing it once."""
-    from cwdpo.config import load_recipe
-
     load_recipe(path)
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return read_tree(path)
 
 
 def asked(study: Study, seeds: Sequence[int], chosen: Mapping[str, Sequence[str]]) -> list[Asked]:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cwdpo.errors import RecipeError, nearest
+from cwdpo.errors import FileError, RecipeError, nearest
+from cwdpo.files.yamlfile import read_yaml
 from cwdpo.lab.worlds import Rejected, Validation
 from cwdpo.registry import Settings, explain
 
@@ -257,9 +258,9 @@ def _tree(source: str | Path) -> tuple[dict[str, Any], str]:
             f"no study {str(source)!r}{nearest(str(source), shipped())}: give a file, or one of {', '.join(shipped())}"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+        tree = read_yaml(path)
+    except FileError as error:
+        raise RecipeError(str(error)) from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: a study is a mapping, got {type(tree).__name__}")
     return tree, where
@@ -278,9 +279,9 @@ def load_chosen(path: Path) -> dict[str, tuple[str, ...]]:
         RecipeError: not a file that ``cwdpo sweep`` writes.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
         return {str(name): _listed(chosen) for name, chosen in tree["chosen"].items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (FileError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{path}: not the chosen.yaml of a sweep ({type(error).__name__}: {error})"
         ) from None
