@@ -23,11 +23,14 @@ _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 class BestOf(Settings):
     """Chosen responses that are only better: the best of ``n`` samples by a judge that errs.
 
-    ``noise`` is the share of samples whose score is drawn at random instead.
+    ``noise`` is the share of samples whose score is drawn at random instead. ``worse`` says who finds that a rejected
+    response is worse than chosen: ``truth``, the exact judge, so that no label is wrong; or ``judge``, the same noisy
+    one, so that some are.
     """
 
     n: int = Field(8, ge=2)
     noise: float = Field(0.3, ge=0, le=1)
+    worse: Literal["truth", "judge"] = "truth"
 
 
 class Decodings(Settings):
@@ -59,6 +62,7 @@ class Variant(Settings):
         cell: row and column in a panel of scores.
         more_seeds: as many seeds beyond those asked for.
         rejected: what takes the place of each rejected caption of the embedded world.
+        flipped: share of the training pairs whose chosen and rejected change places.
         provokes: findings of the diagnosis of which the run must raise one; none for a healthy run.
     """
 
@@ -72,6 +76,7 @@ class Variant(Settings):
     cell: tuple[str, str] | None = None
     more_seeds: int = Field(0, ge=0)
     rejected: Rejected | None = None
+    flipped: float = Field(0.0, ge=0, le=1)
     provokes: tuple[str, ...] = ()
 
     def settings(self) -> list[tuple[str, ...]]:

@@ -127,10 +127,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """Variants in rows and columns, by name; ``None`` where a method was not run at a setting."""
+    """Variants in rows and columns, by name; ``None`` where a method was not run at a setting.
+
+    Where the columns are three numbers or more, ``slopes`` are the least-squares slopes of the score over them by row,
+    fitted seed by seed, and ``slope_differences`` their differences to the row of the variant ``full``.
+    """
 
     columns: tuple[str, ...]
     rows: dict[str, tuple[str | None, ...]]
+    slopes: dict[str, Mean] = field(default_factory=dict)
+    slope_differences: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
