@@ -112,7 +112,7 @@ def test_scenarios_provoke_what_there_are_rules_for_and_enough_of_it(tmp_path: P
 def test_rewritten_captions_are_of_the_embedded_world(tmp_path: Path) -> None:
     study = Study.model_validate({"name": "s", "full": "a", "variants": {"a": {"rejected": "long"}}})
     with pytest.raises(
-        DataError, match="study s: 'rejected' and 'validation: own' are of the embedded world"
+        DataError, match="study s: 'rejected', 'flipped' and 'validation: own' are of the embedded world"
     ):
         plan(
             tmp_path,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cwdpo.errors import DataError, MissingPackageError, RecipeError
-from cwdpo.evaluation.paired import conclusion, holm, paired_difference
+from cwdpo.evaluation.paired import conclusion, holm, paired_difference, two_way_interval
 from cwdpo.evaluation.run import parse_specs
 from cwdpo.metrics import _coco
 from cwdpo.metrics._coco import simple_tokens
@@ -426,6 +426,19 @@ def test_different_prompts_are_not_paired() -> None:
 
 
 # --- differences over seeds -----------------------------------------------------------------------------
+
+
+def test_a_two_way_interval_holds_for_other_seeds_and_other_pictures() -> None:
+    """Its variance is that of seeds plus that of pictures: exact where every cell is the sum of two effects."""
+    rng = np.random.default_rng(3)
+    seeds, pictures = rng.normal(0, 0.3, 12), rng.normal(0, 1.0, 200)
+    differences = 0.1 + seeds[:, None] + pictures[None]
+    low, high = two_way_interval([*differences, None], [*np.zeros((12, 200)), [0.0] * 200], resamples=4000)
+    half = 1.96 * math.sqrt(seeds.var() / 12 + pictures.var() / 200)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.06)
+    assert (high + low) / 2 == pytest.approx(differences.mean(), abs=0.02)
+    assert two_way_interval([[1.0, 1.0]], [[0.5, 0.5]]) == (0.5, 0.5)
+    assert two_way_interval([None], [[1.0]]) is None
 
 
 def test_paired_difference_equals_scipys_paired_t_test() -> None:

@@ -41,15 +41,15 @@ def test_a_rule_is_read(text: str, reading: str, comparison: str, threshold: flo
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("__import__('os').system('x') < 1", "is no rule"),
-        ("kl", "is no rule"),
-        ("kl == 1", "is no rule"),
-        ("kl < 1 < 2", "is no rule"),
+        ("__import__('os').system('x') < 1", "is not a rule"),
+        ("kl", "is not a rule"),
+        ("kl == 1", "is not a rule"),
+        ("kl < 1 < 2", "is not a rule"),
         ("kll < 1", "did you mean 'kl'"),
         ("delta_logp/ < 1", "no reading"),
-        ("kl < nan", "no finite number"),
-        ("kl < inf", "no finite number"),
-        ("kl < x", "no finite number"),
+        ("kl < nan", "not a finite number"),
+        ("kl < inf", "not a finite number"),
+        ("kl < x", "not a finite number"),
     ],
 )
 def test_what_is_no_rule_is_refused_in_the_recipe(text: str, said: str) -> None:

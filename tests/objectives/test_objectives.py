@@ -501,7 +501,7 @@ def test_permuted_cooling_deals_the_weights_of_the_step_to_other_pairs() -> None
         weights = CwDpo(**settings, cooling="permuted")(moved).per_pair["cooling/weight"]
         orders.add(tuple(weights.argsort().tolist()))
     assert len(orders) == 6, "every order of three pairs comes up"
-    with pytest.raises(RecipeError, match="permuted deals weights among the pairs of one forward pass"):
+    with pytest.raises(RecipeError, match="permuted shuffles the weights within one forward pass"):
         CwDpo(**settings, cooling="permuted")(make(totals=step()))
 
 

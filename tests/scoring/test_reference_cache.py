@@ -96,7 +96,7 @@ def test_a_changed_byte_is_refused_or_costs_values_but_never_gives_wrong_ones(tm
             assert found.items() <= true.items(), place
     assert refused > len(data) / 2
     path.write_bytes(data.replace(value(3)[0], b"x" * 16))
-    with pytest.raises(ReferenceCacheError, match=rf"{path}: damaged .*behind the first 2 .*delete the file"):
+    with pytest.raises(ReferenceCacheError, match=rf"{path}: damaged .*after the first 2 .*delete the file"):
         ReferenceCache(tmp_path)
 
 

@@ -49,7 +49,7 @@ def ablate(
     settings = _settings(study, chosen)
     if study.panel:
         study, chosen = study.expanded(chosen), {}
-    numbers = list(range(seeds))
+    numbers = list(range(study.first_seed, study.first_seed + seeds))
     run = _started(out)
     try:
         planned = plan(
@@ -114,7 +114,7 @@ def sweep(
             f"study {study.name}: every variant with a grid needs the same number of points, or the comparison is not "
             f"fair; got {sizes or 'no grid'}"
         )
-    study = study.model_copy(update={"base": False, "analysis": None})  # points are scored, nothing else
+    study = study.model_copy(update={"base": False, "analysis": None, "decodings": None})  # only scored
     run = _started(out)
     tried: dict[str, list[_Tried]] = {name: [_Tried(p) for p in points] for name, points in grids.items()}
     try:

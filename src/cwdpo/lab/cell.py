@@ -15,11 +15,11 @@ from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.files.writing import write_json, write_text
-from cwdpo.lab.worlds import MAX_NEW_TOKENS
+from cwdpo.lab.captions import captions, draw, judged, sampled_entropy
+from cwdpo.lab.spec import BestOf, Decodings
 from cwdpo.metrics.base import METRICS, Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
-from cwdpo.models.sample import sample
 from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.probes.base import PROBES, HeldOut
@@ -29,17 +29,14 @@ from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data
 from cwdpo.stage.stage import Stage, StageName
-from cwdpo.worlds.judged import all_judgeable, judge_captions, summary
+from cwdpo.worlds.judged import all_judgeable
 
-SAMPLES = 2
-"""Captions at temperature 1 of every test picture, besides the greedy one."""
-EVALUATION_BATCH = 100
 TEST_PROBES = 96
-SEED = 1000
-"""Of the first of those captions; one more for each further."""
+STEADY_FROM = 20
+"""Steps left out of ``grad_norm_tail``: the warm-up and what follows at once."""
 
 OnStep = Callable[[str, int, int], None]
-StageOfCell = Literal["stage1", "stage2", "base", "best_of", "margins"]
+StageOfCell = Literal["stage1", "stage2", "base", "best_of", "flipped", "margins"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +45,12 @@ class CellJob:
 
     Attributes:
         stage: ``stage1`` (the first stage that several cells start from), ``stage2`` (one variant), ``base`` (an
-            evaluation of the model that the recipe names), ``best_of`` (a preference set is sampled), ``margins``
-            (reward margins are estimated).
+            evaluation of the model that the recipe names), ``best_of`` (a preference set is sampled), ``flipped`` (a
+            share of its pairs is exchanged), ``margins`` (reward margins are estimated).
         metrics: read where the data has no exact judge.
         options: of a stage: ``trace`` (judge the policy at every measurement), ``keep_model`` (store it), and the
-            settings of ``best_of`` and ``margins``.
+            settings of ``best_of``, ``flipped`` and ``margins``.
+        decodings: further temperatures at which captions of the test pictures are written.
         first: folder of the first stage that the cell starts from, where it has one.
     """
 
@@ -64,6 +62,7 @@ class CellJob:
     metrics: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     first: Path | None = None
+    decodings: Decodings | None = None
 
     @property
     def result(self) -> Path:
@@ -89,6 +88,8 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
     write_json(job.folder / "fingerprint.json", mark)
     if job.stage == "best_of":
         figures = sample_best(job)
+    elif job.stage == "flipped":
+        figures = flip(job)
     elif job.stage == "margins":
         figures = estimate_margins(job)
     else:
@@ -120,11 +121,18 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         listener.measured = lambda stage, step, model: trace.append(
             {"stage": stage, "step": step, **judged(model, encoder, test)}
         )
+    entropy = None
+    if job.decodings is not None and job.decodings.same_entropy:
+        entropy = sampled_entropy(policy.model, encoder, test, 1.0)  # of the reference
     if splits is not None:
         train(job, policy, encoder, splits, run, listener)
         if job.options.get("keep_model"):  # another cell reads its rewards
             save_model(policy, job.folder / "model", run)
-    figures = evaluate_on_test(policy, encoder, test, probes, run, job.metrics)
+    figures = held_out_figures(policy, test[0], probes, run)
+    if all_judgeable(test):
+        figures |= captions(policy.model, encoder, test, job.decodings, entropy)
+    else:
+        figures |= responses(policy, encoder, test, job.metrics)
     return {**figures, "trace": trace} if trace else figures
 
 
@@ -137,29 +145,22 @@ def train(
     run_stage(Stage(stage, job.recipe, policy, encoder, run, examples, splits.validation, listener))
 
 
-def draw(
-    model: Any, encoder: Encoder, examples: Sequence[Example], temperature: float = 1.0, seed: int = 0
-) -> list[str]:
-    """One response to each example."""
-    made = sample(
-        model, encoder, examples, temperature=temperature, max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=EVALUATION_BATCH, seed=seed,
-    )  # fmt: skip
-    return [s.text for s in made]
-
-
-def judged(model: Any, encoder: Encoder, test: Sequence[Example]) -> dict[str, float]:
-    """A caption of every test picture at temperature 1, judged exactly: ``score``, ``all_correct``, ``ill_formed``."""
-    return summary(judge_captions(test, draw(model, encoder, test, seed=SEED)))
-
-
 def sample_best(job: CellJob) -> dict[str, Any]:
     """A preference set whose chosen responses are only better, sampled from the cell's starting model."""
     from cwdpo.lab.best_of import write_best_of
 
     policy = load_policy(job.recipe.model)
     source, out = Path(str(job.recipe.data.path)), job.folder / "data"
-    return write_best_of(policy, Encoder(policy.processor), source, out, seed=job.recipe.seed, **job.options)
+    settings = BestOf.model_validate(job.options)
+    return write_best_of(policy, Encoder(policy.processor), source, out, settings, seed=job.recipe.seed)
+
+
+def flip(job: CellJob) -> dict[str, Any]:
+    """The training rows with a share of the pairs exchanged."""
+    from cwdpo.lab.flipped import write_flipped
+
+    source, out = Path(str(job.recipe.data.path)), job.folder / "data"
+    return write_flipped(source, out, share=float(job.options["share"]), seed=job.recipe.seed)
 
 
 def estimate_margins(job: CellJob) -> dict[str, Any]:
@@ -194,32 +195,23 @@ def fingerprint(job: CellJob) -> dict[str, str]:
         "test": digest(job.test),
         "stage": job.stage,
         "metrics": " ".join(job.metrics),
+        "decodings": job.decodings.model_dump_json() if job.decodings else "",
         "options": json.dumps(dict(job.options), sort_keys=True)
         + (weights(str(job.options["policy"])) if "policy" in job.options else ""),
         "cwdpo": versions()["cwdpo"],
     }
 
 
-def evaluate_on_test(
-    policy: Policy,
-    encoder: Encoder,
-    test: Sequence[Example],
-    probes: ProbeSet,
-    run: RunDir,
-    metrics: Sequence[str] = (),
-) -> dict[str, Any]:
-    """All figures of a policy; ``probes`` holds its reference."""
+def held_out_figures(policy: Policy, example: Example, probes: ProbeSet, run: RunDir) -> dict[str, Any]:
+    """What the probes read of a policy, and how its run went; ``probes`` holds its reference."""
     held = probes.measure(policy.model)
     readings = [r for name in PROBES.names() for r in PROBES.build(name)(held)]
     figures: dict[str, Any] = {r.name: r.value for r in readings}
-    if all_judgeable(test):
-        figures |= captions(policy, encoder, test)
-    else:
-        figures |= responses(policy, encoder, test, metrics)
-    figures["reliability"] = reliability_of(held, test[0])
+    figures["reliability"] = reliability_of(held, example)
     figures["n_tokens"] = int(held.top1.numel())
-    norms = [row["grad_norm"] for row in run.metrics() if "grad_norm" in row]
-    figures["grad_norm_cv"] = spread(norms)
+    norms = [(row["step"], row["grad_norm"]) for row in run.metrics() if "grad_norm" in row]
+    figures["grad_norm_cv"] = spread([norm for _, norm in norms])
+    figures["grad_norm_tail"] = tail([norm for step, norm in norms if step > STEADY_FROM])
     figures["steps_to_95"] = steps_to_share(run.readings(), 0.95)
     return figures
 
@@ -228,22 +220,6 @@ def reliability_of(held: HeldOut, example: Example) -> list[dict[str, float]]:
     """Bins of the top-1 confidence over all M held-out chosen tokens, whichever prompt they belong to."""
     top1, correct = tuple(held.top1.tolist()), tuple(bool(c) for c in held.correct.tolist())
     return reliability(TokenEce()([Answer(example, top1=top1, correct=correct)])[0])
-
-
-def captions(policy: Policy, encoder: Encoder, test: Sequence[Example]) -> dict[str, Any]:
-    """Greedy and temperature-1 captions of every test picture, judged."""
-    greedy = draw(policy.model, encoder, test, temperature=0.0)
-    right = [j.all_correct for j in judge_captions(test, greedy)]
-    sampled = [judge_captions(test, draw(policy.model, encoder, test, seed=SEED + k)) for k in range(SAMPLES)]
-    everything = summary([j for one in sampled for j in one])
-    return {
-        "greedy_correct": sum(right) / len(right),
-        "sampled_correct": everything["all_correct"],
-        "ill_formed": everything["ill_formed"],
-        "judge_score": everything["score"],
-        "scores": [[round(one[i].score, 4) for one in sampled] for i in range(len(test))],
-        "greedy": greedy,
-    }
 
 
 def responses(
@@ -262,6 +238,16 @@ def spread(values: Sequence[float]) -> float | None:
 
     known = np.asarray(values, dtype=float)
     return float(known.std() / known.mean()) if len(known) > 1 and known.mean() > 0 else None
+
+
+def tail(values: Sequence[float]) -> float | None:
+    """95th percentile over median; ``None`` for fewer than two values. One spike of many moves it little."""
+    import numpy as np
+
+    if len(values) < 2:
+        return None
+    middle, high = np.quantile(np.asarray(values, dtype=float), [0.5, 0.95])
+    return float(high / middle) if middle > 0 else None
 
 
 def steps_to_share(readings: Sequence[dict[str, Any]], share: float) -> int | None:

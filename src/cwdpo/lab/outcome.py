@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cwdpo.data.read.reader import read_examples
 from cwdpo.evaluation.intervals import mean_interval
-from cwdpo.evaluation.paired import conclusion, holm, paired_difference
+from cwdpo.evaluation.paired import conclusion, holm, paired_difference, two_way_interval
 from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.win_rate import win_rate
-from cwdpo.lab.cell import SAMPLES
+from cwdpo.lab.captions import SAMPLES
 from cwdpo.lab.grid import CellResult
+from cwdpo.lab.panel import panel_of
 from cwdpo.lab.plan import BASE, Plan
-from cwdpo.lab.spec import Study, overrides_of
+from cwdpo.lab.spec import Decodings, Study, overrides_of
 from cwdpo.report.summary import (
     Bin,
     Caption,
@@ -26,7 +27,6 @@ from cwdpo.report.summary import (
     Difference,
     Figure,
     Mean,
-    Panel,
     Picture,
     Point,
     Row,
@@ -52,6 +52,7 @@ WORLD_FIGURES = (
     Figure("delta_logp/easy", "Δ easy", "none", 3, "the same for captions of another picture"),
     Figure("delta_logp/shuffled", "Δ shuffled", "none", 3, "the same for shuffled words"),
     Figure("grad_norm_cv", "grad-norm CV", "lower", 2, "standard deviation over mean of the gradient norms", True),
+    Figure("grad_norm_tail", "grad-norm p95/median", "lower", 2, "of the gradient norms after step 20"),
     Figure("steps_to_95", "steps to 95%", "none", 0, "first measured step with 95% of the best held-out margin", True),
 )  # fmt: skip
 CURVES = (
@@ -72,6 +73,8 @@ GALLERY = 6
 BINS = 15
 Cells = Mapping[str, Sequence[CellResult | None]]
 """Cells of each variant by seed; ``None`` at a seed that the variant was not asked to run."""
+Pictures = Callable[[str, str], Sequence[Sequence[float] | None]]
+"""(variant, figure) -> its values by seed and test picture."""
 
 
 def outcome(
@@ -94,7 +97,8 @@ def outcome(
         for name, keys in ((name, [f"{name}-seed{seed}" for seed in every]) for name in study.variants)
     }
     figures = figures_of(study, cells)
-    rows = [_Results(out, study, every, cells).row(name, figures, chosen) for name in study.variants]
+    read = _Results(out, study, every, cells)
+    rows = [read.row(name, figures, chosen) for name in study.variants]
     base = _scored(study, results[BASE]).figures if BASE in results else {}
     failed = {key: str(r.error) for key, r in sorted(results.items()) if r.status == "failed"}
     return Summary(
@@ -103,8 +107,8 @@ def outcome(
         full=study.full,
         seeds=tuple(every),
         figures=figures,
-        variants=compared(rows, figures),
-        panel=panel_of(study),
+        variants=compared(rows, figures, read.pictures),
+        panel=panel_of(study, rows),
         shared={key: error for key, error in failed.items() if key not in asked},
         base={
             f.key: _mean([base[f.key]])
@@ -118,6 +122,7 @@ def outcome(
             "cells": f"{len(results)} cells, {_hours(out, results):.2f} hours of one process each",
             "captions": f"one greedy and {SAMPLES} at temperature 1 of every test picture",
             "intervals": "t interval over seeds; win rate: percentile bootstrap by prompt, samples of all seeds",
+            "two-way intervals": "percentile bootstrap over seeds and test pictures",
             "p-values": "paired t test over seeds, Holm-corrected within a figure",
             "probes": _probe_cost(out, results),
         },
@@ -132,24 +137,43 @@ def figures_of(study: Study, cells: Cells) -> tuple[Figure, ...]:
     scored = (score,) if any("score" in f for f in measured) else ()
     if not measured or any("judge_score" in f for f in measured):
         wins = f"win rate vs {study.label(study.reference)}"
-        return (*scored, *(replace(f, label=wins) if f.key == "win_rate" else f for f in WORLD_FIGURES))
+        world = (replace(f, label=wins) if f.key == "win_rate" else f for f in WORLD_FIGURES)
+        return (*scored, *world, *_decoded(study.decodings))
     from cwdpo.metrics.base import describe
 
     keys = [k for k, v in measured[0].items() if (isinstance(v, int | float) or v is None) and k != "score"]
     return (*scored, *(Figure(**describe(key), main=True) for key in keys))
 
 
-def panel_of(study: Study) -> Panel | None:
-    """Rows and columns of the variants that have a cell in the panel."""
-    placed = {v.cell: name for name, v in study.variants.items() if v.cell}
-    if not placed:
-        return None
-    rows, columns = (tuple(dict.fromkeys(cell[side] for cell in placed)) for side in (0, 1))
-    return Panel(columns, {row: tuple(placed.get((row, column)) for column in columns) for row in rows})
+def _decoded(decodings: Decodings | None) -> Iterator[Figure]:
+    """The columns of the further decodings."""
+    if decodings is None:
+        return
+    yield Figure("greedy_score", "judge score, greedy", "higher", 3, "F1 of stated facts")
+    for name in decodings.names:
+        where = "same entropy" if name == "entropy" else f"T={name}"
+        yield Figure(f"judge_score@{name}", f"judge score, {where}", "higher", 3, "F1 of stated facts")
+        yield Figure(
+            f"sampled_correct@{name}", f"all correct, {where}", "higher", 3, "captions right in every fact"
+        )
+        yield Figure(
+            f"ill_formed@{name}", f"ill-formed, {where}", "lower", 3, "captions that are no sentence"
+        )
+    if decodings.same_entropy:
+        help_ = (
+            "temperature at which the samples have the entropy per token of the reference's at temperature 1"
+        )
+        yield Figure("temperature@entropy", "T of the same entropy", "none", 3, help_)
 
 
-def compared(rows: Sequence[Row], figures: Sequence[Figure]) -> tuple[Row, ...]:
-    """The rows with ``against`` filled: each variant minus its rival, seed by seed."""
+def compared(
+    rows: Sequence[Row], figures: Sequence[Figure], pictures: Pictures = lambda name, key: []
+) -> tuple[Row, ...]:
+    """The rows with ``against`` filled: each variant minus its rival, seed by seed.
+
+    Args:
+        pictures: a figure of a variant by seed and test picture, for the two-way intervals.
+    """
     named = {row.name: row.figures for row in rows}
     against: dict[str, dict[str, Difference]] = defaultdict(dict)
     others = [(row, named[row.rival]) for row in rows if row.rival]
@@ -161,7 +185,8 @@ def compared(rows: Sequence[Row], figures: Sequence[Figure]) -> tuple[Row, ...]:
         corrected = holm([d["p"] for d in differences])
         for (row, _), difference, p in zip(others, differences, corrected, strict=True):
             word = conclusion(difference, figure.better, p)
-            against[row.name][figure.key] = Difference(**difference, p_corrected=p, word=word)
+            both = two_way_interval(pictures(row.name, figure.key), pictures(str(row.rival), figure.key))
+            against[row.name][figure.key] = Difference(**difference, p_corrected=p, word=word, two_way=both)
     return tuple(replace(row, against=against[row.name]) for row in rows)
 
 
@@ -224,6 +249,10 @@ class _Results:
         if key == "win_rate":
             return win_over_seeds(self.values(name, "scores"), self.values(self.study.reference, "scores"))
         return _mean(self.values(name, key))
+
+    def pictures(self, name: str, key: str) -> list[Sequence[float] | None]:
+        """A figure of each seed by test picture; ``None`` where it is not known so."""
+        return [own.get(key) if own else None for own in self.values(name, "pictures")]
 
     def values(self, name: str, key: str) -> list[Any]:
         """A figure of each seed; ``None`` where there is none."""

@@ -12,7 +12,7 @@ from cwdpo.config import Recipe, load_recipe, parse_recipe, read_tree
 from cwdpo.errors import DataError
 from cwdpo.lab.cell import CellJob, StageOfCell
 from cwdpo.lab.spec import BestOf, Study, Variant, overrides_of
-from cwdpo.lab.worlds import WorldFiles, write_world
+from cwdpo.lab.worlds import HELD_OUT_SEED, WorldFiles, write_world
 from cwdpo.negatives.settings import NegativeSettings
 
 BASE = "base"
@@ -28,6 +28,7 @@ class Plan:
     """Waves of cells; the key of each (variant, seed)."""
 
     data: dict[str, CellJob] = field(default_factory=dict)
+    flipped: dict[str, CellJob] = field(default_factory=dict)
     stage1: dict[str, CellJob] = field(default_factory=dict)
     cells: dict[str, CellJob] = field(default_factory=dict)
     margins: dict[str, CellJob] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Plan:
     @property
     def waves(self) -> list[list[CellJob]]:
         """What can run at once, in order."""
-        parts = (self.data, self.stage1, self.cells, self.margins, self.late)
+        parts = (self.data, self.flipped, self.stage1, self.cells, self.margins, self.late)
         return [list(part.values()) for part in parts if part]
 
 
@@ -94,8 +95,9 @@ def plan(
         recipe = parse_recipe(tree, [*study.common, f"seed={first.seed}"], where=f"study {study.name}")
         recipe, held = sources.with_data(recipe, first.seed)
         planned.cells[BASE] = CellJob(
-            BASE, recipe.model_copy(update={"name": BASE}), out / "cells" / BASE, held, "base", study.metrics
-        )
+            BASE, recipe.model_copy(update={"name": BASE}), out / "cells" / BASE, held, "base", study.metrics,
+            decodings=study.decodings,
+        )  # fmt: skip
     for one in sorted(wanted, key=lambda one: study.variants[one.variant].margins_from is not None):
         variant = study.variants[one.variant]
         recipe = parse_recipe(tree, [*one.overrides, f"seed={one.seed}"], where=f"variant {one.variant}")
@@ -108,7 +110,16 @@ def _add(planned: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study
     """The cell of a variant, with the first stage and the margins that it starts from, where they are not there yet."""
     stage: StageOfCell = "stage2" if recipe.stage2.enabled else "base"
     options = {"trace": True} if study.analysis else {}
-    cell = CellJob(one.key, recipe, out / "cells" / one.key, test, stage, study.metrics, options)
+    cell = CellJob(
+        one.key,
+        recipe,
+        out / "cells" / one.key,
+        test,
+        stage,
+        study.metrics,
+        options,
+        decodings=study.decodings,
+    )
     if recipe.stage1.enabled:
         neutral = _first_stage(recipe)
         key = "stage1-" + _digest(neutral.to_yaml())
@@ -173,40 +184,57 @@ class _Sources:
                     "a study needs a test set that nothing is tuned on: give --test FILE, or 'test:' in the study; "
                     "only the embedded world (data.world) brings its own"
                 )
-            if rejected or self.study.validation == "own":
+            if rejected or self.study.validation == "own" or (variant and variant.flipped):
                 raise DataError(
-                    f"study {self.study.name}: 'rejected' and 'validation: own' are of the embedded world: leave them "
-                    "out, or take a recipe with data.world"
+                    f"study {self.study.name}: 'rejected', 'flipped' and 'validation: own' are of the embedded world: "
+                    "leave them out, or take a recipe with data.world"
                 )
             return recipe, held
-        own = self.study.validation
-        key = _digest(data.world.model_dump_json() + ("" if own == "shared" else own))
+        own, fresh = self.study.validation, self.study.held_out_seed
+        marks = ("" if own == "shared" else own) + ("" if fresh == HELD_OUT_SEED else f"held-out {fresh}")
+        key = _digest(data.world.model_dump_json() + marks)
         name = f"{key}-{self.split}-{seed}-{rejected}"
         if name not in self._worlds:
             self._worlds[name] = write_world(
-                self.out / "data" / key, data.world, seed, self.split, validation=own, rejected=rejected
-            )
+                self.out / "data" / key, data.world, seed, self.split,
+                validation=own, rejected=rejected, held_out_seed=fresh,
+            )  # fmt: skip
         files = self._worlds[name]
         update = {"world": None, "path": str(files.train), "validation_path": str(files.validation)}
         recipe = recipe.model_copy(update={"data": data.model_copy(update=update)})
         if self.study.data is not None:
             recipe = self._sampled(recipe, seed, self.study.data, files.test)
+        if variant is not None and variant.flipped:
+            recipe = self._flipped(recipe, seed, variant.flipped, files.test)
         return recipe, held or files.test
 
     def _sampled(self, recipe: Recipe, seed: int, settings: BestOf, test: Path) -> Recipe:
+        """The recipe on a preference set that a cell samples first."""
         key = f"data-{_digest(settings.model_dump_json() + str(recipe.data.path) + recipe.model.path)}-seed{seed}"
-        folder = self.out / "cells" / key
-        if key not in self.planned.data:
-            plain = parse_recipe(
-                {
-                    "name": key, "seed": seed, "data": {"path": recipe.data.path},
-                    "model": {"path": recipe.model.path, "device": recipe.model.device},
-                }
-            )  # fmt: skip
-            self.planned.data[key] = CellJob(
-                key, plain, folder, test, "best_of", self.study.metrics, settings.model_dump()
-            )
-        data = recipe.data.model_copy(update={"path": str(folder / "data" / "train.jsonl")})
+        job = CellJob(
+            key, self._plain(key, recipe, seed), self.out / "cells" / key, test, "best_of", self.study.metrics,
+            settings.model_dump(),
+        )  # fmt: skip
+        return self._read_from(recipe, self.planned.data.setdefault(key, job))
+
+    def _flipped(self, recipe: Recipe, seed: int, share: float, test: Path) -> Recipe:
+        """The recipe on rows of which a cell exchanges a share first."""
+        key = f"flipped-{_digest(f'{share}{recipe.data.path}')}-seed{seed}"
+        job = CellJob(
+            key, self._plain(key, recipe, seed), self.out / "cells" / key, test, "flipped", self.study.metrics,
+            {"share": share},
+        )  # fmt: skip
+        return self._read_from(recipe, self.planned.flipped.setdefault(key, job))
+
+    @staticmethod
+    def _plain(key: str, recipe: Recipe, seed: int) -> Recipe:
+        """What a cell that makes data needs of a recipe; equal for all variants."""
+        model = {"path": recipe.model.path, "device": recipe.model.device}
+        return parse_recipe({"name": key, "seed": seed, "data": {"path": recipe.data.path}, "model": model})
+
+    @staticmethod
+    def _read_from(recipe: Recipe, job: CellJob) -> Recipe:
+        data = recipe.data.model_copy(update={"path": str(job.folder / "data" / "train.jsonl")})
         return recipe.model_copy(update={"data": data})
 
 

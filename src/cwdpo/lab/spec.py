@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cwdpo.errors import FileError, RecipeError, nearest
 from cwdpo.files.yamlfile import read_yaml
-from cwdpo.lab.worlds import Rejected, Validation
+from cwdpo.lab.worlds import HELD_OUT_SEED, Rejected, Validation
 from cwdpo.registry import Settings, explain
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
@@ -24,11 +24,30 @@ _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 class BestOf(Settings):
     """Chosen responses that are only better: the best of ``n`` samples by a judge that errs.
 
-    ``noise`` is the share of samples whose score is drawn at random instead.
+    ``noise`` is the share of samples whose score is drawn at random instead. ``worse`` says who finds that a rejected
+    response is worse than chosen: ``truth``, the exact judge, so that no label is wrong; or ``judge``, the same noisy
+    one, so that some are.
     """
 
     n: int = Field(8, ge=2)
     noise: float = Field(0.3, ge=0, le=1)
+    worse: Literal["truth", "judge"] = "truth"
+
+
+class Decodings(Settings):
+    """Temperatures at which the test captions are written too, besides greedy and temperature 1.
+
+    ``same_entropy``: also at the temperature at which a variant's samples have the entropy per token that the
+    reference's have at temperature 1.
+    """
+
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    same_entropy: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the figures of each end in, behind ``@``."""
+        return (*(f"{t:g}" for t in self.temperatures), *(["entropy"] if self.same_entropy else []))
 
 
 class Variant(Settings):
@@ -44,6 +63,7 @@ class Variant(Settings):
         cell: row and column in a panel of scores.
         more_seeds: as many seeds beyond those asked for.
         rejected: what takes the place of each rejected caption of the embedded world.
+        flipped: share of the training pairs whose chosen and rejected change places.
         provokes: findings of the diagnosis of which the run must raise one; none for a healthy run.
     """
 
@@ -57,6 +77,7 @@ class Variant(Settings):
     cell: tuple[str, str] | None = None
     more_seeds: int = Field(0, ge=0)
     rejected: Rejected | None = None
+    flipped: float = Field(0.0, ge=0, le=1)
     provokes: tuple[str, ...] = ()
 
     def settings(self) -> list[tuple[str, ...]]:
@@ -83,6 +104,9 @@ class Study(Settings):
         data: chosen responses are sampled and compared by a noisy judge instead.
         validation: which held-out pictures the probes of a training look at.
         test: test set for data that is not the embedded world's.
+        held_out_seed: seed of the embedded world's test and validation pictures.
+        first_seed: the first of the seeds that every variant runs.
+        decodings: further temperatures at which the test captions are written and judged.
         score: weights of figures; their sum is what a sweep chooses by, and a figure of the tables.
         metrics: read where the data has no exact judge.
         analysis: judge the policy at every measurement, and draw from these trajectories what the diagnosis finds
@@ -102,6 +126,9 @@ class Study(Settings):
     data: BestOf | None = None
     validation: Validation = "shared"
     test: str | None = None
+    held_out_seed: int = HELD_OUT_SEED
+    first_seed: int = Field(0, ge=0)
+    decodings: Decodings | None = None
     variants: Mapping[str, Variant]
     score: Annotated[Mapping[str, float], Field(min_length=1)] = {
         "sampled_correct": 1.0,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cwdpo.report.summary import Difference, Figure, Mean, Summary
 
 COLUMNS = (
     "variant", "label", "figure", "better", "n", "failed", "mean", "low", "high",
-    "against", "difference", "difference_low", "difference_high", "p", "p_corrected", "verdict",
+    "against", "difference", "difference_low", "difference_high", "two_way_low", "two_way_high",
+    "p", "p_corrected", "verdict",
 )  # fmt: skip
 
 
@@ -52,13 +53,52 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
         f"p-values are corrected (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
     )
     made.append(Table(note, ["variant", *(f.head for f in differing)], differences))
+    if not main:
+        made += _two_way(summary)
     if summary.panel:
         scores = [
             [label, *("-" if name is None else number(summary.row(name).figures.get("score"), 3) for name in row)]
             for label, row in summary.panel.rows.items()
         ]  # fmt: skip
         made.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
+        made += slopes(summary)
     return made
+
+
+def slopes(summary: Summary) -> list[Table]:
+    """How fast the score falls or rises over the columns of a panel of numbers, where there is one."""
+    panel = summary.panel
+    if panel is None or not panel.slopes:
+        return []
+    figure = Figure("slope", "slope", "none", 3)
+    rows = [
+        [label, number(slope, 3), difference(panel.slope_differences[label], figure) if label in
+         panel.slope_differences else "-"]
+        for label, slope in panel.slopes.items()
+    ]  # fmt: skip
+    reference = next(label for label in panel.slopes if label not in panel.slope_differences)
+    note = f"Slope of the score over the columns, by seed; p-values are corrected (Holm) for {len(rows) - 1}."
+    return [Table(note, ["", "slope", f"minus {reference}"], rows)]
+
+
+def _two_way(summary: Summary) -> list[Table]:
+    """The same differences with intervals over seeds and pictures, for figures that have them."""
+    known = [
+        f for f in summary.differing if any(r.against[f.key].two_way is not None for r in summary.compared)
+    ]
+    rows = []
+    for r in summary.compared:
+        cells = []
+        for f in known:
+            one = r.against[f.key]
+            low, high = one.two_way or (None, None)
+            cells.append(difference(replace(one, low=low, high=high, p_corrected=None), f))
+        rows.append([f"{r.label} {summary.minus(r)}".strip(), *cells])
+    note = (
+        "The same differences with 95% intervals over seeds and test pictures (bootstrap): what other pictures would "
+        "show, too."
+    )
+    return [Table(note, ["variant", *(f.head for f in known)], rows)] if known and rows else []
 
 
 def markdown(summary: Summary) -> str:
@@ -117,6 +157,8 @@ def to_csv(summary: Summary) -> str:
                     "difference": one.mean, "difference_low": one.low, "difference_high": one.high, "p": one.p,
                     "p_corrected": one.p_corrected, "verdict": one.word,
                 }  # fmt: skip
+                if one.two_way is not None:
+                    line |= {"two_way_low": one.two_way[0], "two_way_high": one.two_way[1]}
             writer.writerow(line)
     return text.getvalue()
 

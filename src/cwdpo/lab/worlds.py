@@ -15,7 +15,8 @@ from cwdpo.worlds.shapes import ShapesSettings, materialise, paraphrases
 
 MAX_NEW_TOKENS = 40
 """Longest sampled caption of the world."""
-TEST_WORLD_SEED = 777
+HELD_OUT_SEED = 777
+"""Of the test and validation pictures, unless a study names another."""
 HELD_OUT_NEGATIVES = 4
 
 Validation = Literal["shared", "own"]
@@ -40,6 +41,7 @@ def write_world(
     *,
     validation: Validation = "shared",
     rejected: Rejected | None = None,
+    held_out_seed: int = HELD_OUT_SEED,
 ) -> WorldFiles:
     """Write training rows of a seed, and held-out rows with every kind of negative.
 
@@ -50,6 +52,7 @@ def write_world(
         split: what counts as the test set: ``test``, or ``validation`` for tuning.
         validation: which pictures the training's own probes look at.
         rejected: a rewriting of the rejected captions in training and validation rows.
+        held_out_seed: seed of the held-out pictures.
 
     Raises:
         DataError: the world has no validation pictures, or none of ``split``.
@@ -58,7 +61,7 @@ def write_world(
         if not getattr(world, name):
             raise DataError(f"data.world.{name} is 0: a comparison needs held-out pictures there")
     held_out = {
-        "seed": TEST_WORLD_SEED,
+        "seed": held_out_seed,
         "train": 0,
         "negatives_per_prompt": HELD_OUT_NEGATIVES,
         "shares": dict.fromkeys(world.shares, 1.0),

@@ -48,7 +48,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant minus its rival, paired by seed: t interval, paired t test, and what the corrected p allows to say."""
+    """A variant minus its rival, paired by seed: t interval, paired t test, and what the corrected p allows to say.
+
+    ``two_way``: the interval over seeds and test pictures, for figures that are means over pictures.
+    """
 
     mean: float | None
     low: float | None
@@ -57,6 +60,7 @@ class Difference:
     p: float | None
     p_corrected: float | None
     word: str
+    two_way: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """Variants in rows and columns, by name; ``None`` where a method was not run at a setting."""
+    """Variants in rows and columns, by name; ``None`` where a method was not run at a setting.
+
+    Where the columns are three numbers or more, ``slopes`` are the least-squares slopes of the score over them by row,
+    fitted seed by seed, and ``slope_differences`` their differences to the row of the variant ``full``.
+    """
 
     columns: tuple[str, ...]
     rows: dict[str, tuple[str | None, ...]]
+    slopes: dict[str, Mean] = field(default_factory=dict)
+    slope_differences: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
