@@ -20,7 +20,7 @@ from paths import ROOT
 PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "records", "registry"}
+BASE = {"errors", "files", "records", "registry"}
 MODELLING = {
     *BASE,
     "worlds",
@@ -37,12 +37,14 @@ DYNAMICS = {"dynamics", "curriculum"}
 RUNNING = {*MODELLING, *DYNAMICS, "probes", "judging", "stage", "trainer"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "registry": {"errors"},
+    "registry": {"errors", "files"},
+    "files": {"errors"},
     "hints": set(),
+    "overrides": {"errors", "files"},
     "records": {"errors"},
     "worlds": BASE,
     "objectives": BASE,
-    "rundir": {"errors", "records"},
+    "rundir": {"errors", "files", "records"},
     "remote": {*BASE, "rundir"},
     "negatives": {*BASE, "remote", "judging.base"},
     "data": BASE,
@@ -55,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         "hints",
         "objectives",
+        "overrides",
         "negatives",
         "judging.base",
         "models.settings",
@@ -62,17 +65,18 @@ ALLOWED: dict[str, set[str]] = {
         "dynamics",
         "curriculum",
     },
+    "schema": {"config", "judging.base", "objectives", "registry"},
     "metrics": {*BASE, "worlds"},
     "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
     "trainer": {*BASE, "data", "models", "scoring", "objectives", "rundir"},
     "stage": {*MODELLING, "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
-    "report": {"rundir", "errors", "records", "dynamics"},
+    "report": {"rundir", "errors", "files", "records", "dynamics"},
     "pipeline": {*RUNNING, "monitor", "onpolicy", "report.render", "report.model_card"},
     "evaluation": {*MODELLING, "metrics", "judging"},
     "lab": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report"},
-    "cli": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report", "lab"},
+    "cli": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report", "lab", "schema"},
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
@@ -90,7 +94,7 @@ HEAVY_USERS = (
 )
 WITHOUT_TORCH = {
     *BASE, *DYNAMICS, "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics", "judging",
-    "report", "cli",
+    "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

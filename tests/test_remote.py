@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from cwdpo import errors
 from cwdpo.errors import MissingPackageError, ServerError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.negatives.base import NEGATIVES
 from cwdpo.negatives.mix import attach_negatives
 from cwdpo.negatives.settings import SamplerSettings
@@ -25,7 +26,7 @@ from cwdpo.onpolicy.pool import FILE, Pool
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.records import Completion, Example, ImageRef, Message
 from cwdpo.remote import Ask, Client, Reply, ServerSettings
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from fake_server import Fake, to
 
 PIXEL = base64.b64decode(

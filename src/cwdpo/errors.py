@@ -30,6 +30,10 @@ class RunDirError(CwdpoError, FileExistsError):
     """A run folder that is missing, in use, or would be overwritten."""
 
 
+class FileError(CwdpoError, ValueError):
+    """A file that cannot be read, or is not what its name says; or a link where a plain file belongs."""
+
+
 class ReferenceCacheError(CwdpoError, ValueError):
     """Stored reference values that are damaged, or that differ from what the reference model gives now."""
 

@@ -14,11 +14,12 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cwdpo.errors import RecipeError, UnknownComponentError, nearest
+from cwdpo.files.yamlfile import as_number
 
 
 class Settings(BaseModel):
@@ -28,12 +29,21 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_for_a_list(cls, values: Any) -> Any:
-        """Accept a single string for a list of strings: ``report_to: wandb`` means ``[wandb]``."""
+    def _as_meant(cls, values: Any) -> Any:
+        """Accept ``report_to: wandb`` for ``[wandb]``, and ``steps: 1e3``, which is a text in YAML, for the number."""
         if not isinstance(values, dict):
             return values
-        lists = {name for name, field in cls.model_fields.items() if field.annotation == tuple[str, ...]}
-        return {k: (v,) if k in lists and isinstance(v, str) else v for k, v in values.items()}
+        return {key: cls._meant(key, value) for key, value in values.items()}
+
+    @classmethod
+    def _meant(cls, key: Any, value: Any) -> Any:
+        field = cls.model_fields.get(key) if isinstance(value, str) else None
+        if field is None:
+            return value
+        if field.annotation == tuple[str, ...]:
+            return (value,)
+        kinds = set(get_args(field.annotation)) or {field.annotation}
+        return as_number(value) if kinds <= {int, float, type(None)} else value
 
 
 class Component(Settings):

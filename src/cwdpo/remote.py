@@ -23,9 +23,10 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from cwdpo.errors import ServerError, optional_package
+from cwdpo.files.reading import ends_whole, read_jsonl
+from cwdpo.files.writing import write_text
 from cwdpo.records import ImageRef, Message
 from cwdpo.registry import Settings
-from cwdpo.rundir import ends_whole, read_jsonl, write_text
 
 _MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif"}
 _LETTERS_PER_TOKEN = 4

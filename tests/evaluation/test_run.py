@@ -13,8 +13,8 @@ import pytest
 
 from cwdpo.errors import DataError, MissingPackageError, RunDirError
 from cwdpo.evaluation import run as evaluation
+from cwdpo.files.reading import read_jsonl
 from cwdpo.metrics.base import METRICS
-from cwdpo.rundir import read_jsonl
 
 
 def evaluated(world: Path, out: Path, model: str = "embedded", **options: Any) -> dict[str, Any]:

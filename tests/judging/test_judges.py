@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from cwdpo.errors import DataError, MissingPackageError, ModelError, RecipeError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.base import JUDGES
 from cwdpo.judging.compare import verdicts
 from cwdpo.records import Completion, Example, ImageRef, Message
-from cwdpo.rundir import read_jsonl
 from cwdpo.worlds.shapes import Scene
 from cwdpo.worlds.shapes import judge as judge_text
 from fake_server import Fake, says, to

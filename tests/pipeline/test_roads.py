@@ -12,9 +12,9 @@ import pytest
 from cwdpo.config import parse_recipe
 from cwdpo.dynamics.settings import TYPES
 from cwdpo.errors import DataError, RecipeError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.two_stage import train_two_stage
-from cwdpo.rundir import read_jsonl
 from cwdpo.worlds.shapes import ShapesSettings, materialise
 
 ROADS = {"once": {}, "rounds": {"on_policy_fraction": 0.5, "rounds": 2, "sampler": {"max_new_tokens": 40}}}

@@ -11,11 +11,12 @@ import pytest
 
 from cwdpo.config import parse_recipe
 from cwdpo.errors import ModelError, RecipeError, RunDirError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.pipeline.two_stage import train_two_stage
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
 

@@ -391,7 +391,7 @@ def test_any_missing_file_is_said_to_be_missing(tmp_path: Path, how: str) -> Non
     for part in ("Model not recorded", "Samples: not recorded", "Versions: not recorded", "Tau not recorded"):
         assert part in words
     assert ("could not be read" in words) == (how == "broken")
-    assert ("calibration.json is not JSON" in words) == (how == "broken")
+    assert ("calibration.json: is not JSON" in words) == (how == "broken")
 
 
 def test_one_missing_file_leaves_the_rest(tmp_path: Path, run_folder: Path) -> None:

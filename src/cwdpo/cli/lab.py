@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -130,19 +130,26 @@ def best_of(
     ] = "embedded",
     n: Annotated[int, typer.Option(min=2, help="samples per prompt")] = 8,
     noise: Annotated[float, typer.Option(min=0, max=1, help="share of samples whose score is random")] = 0.3,
+    worse: Annotated[
+        Literal["truth", "judge"],
+        typer.Option(help="who finds that rejected is worse: 'truth', or the noisy 'judge'"),
+    ] = "truth",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a preference set whose chosen responses are only better: the best of n samples by a noisy judge."""
     from cwdpo.data.encode.encoder import Encoder
     from cwdpo.lab.best_of import write_best_of
+    from cwdpo.lab.spec import BestOf
     from cwdpo.models.load import load_policy
     from cwdpo.models.settings import ModelSettings
 
+    settings = BestOf(n=n, noise=noise, worse=worse)
     policy = load_policy(ModelSettings(path=model))
-    made = write_best_of(policy, Encoder(policy.processor), data, out, seed=seed, n=n, noise=noise)
+    made = write_best_of(policy, Encoder(policy.processor), data, out, settings, seed=seed)
     typer.echo(
         f"{made['rows']} rows ({made['left_out']} left out); chosen is right in every fact in "
-        f"{made['chosen_right']:.3f}, mean score {made['chosen_score']:.3f}\n{out / 'train.jsonl'}"
+        f"{made['chosen_right']:.3f}, mean score {made['chosen_score']:.3f}; wrong labels "
+        f"{made['wrong_labels']:.3f}\n{out / 'train.jsonl'}"
     )
 
 

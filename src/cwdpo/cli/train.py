@@ -96,7 +96,7 @@ def init_model(
 
 def recipe_schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from cwdpo.config import recipe_schema as schema
+    from cwdpo.schema import recipe_schema as schema
 
     typer.echo(json.dumps(schema(), indent=1))
 

@@ -13,12 +13,13 @@ import torch
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_text
 from cwdpo.metrics.base import Answer
 from cwdpo.metrics.multiple_choice import spelled
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
-from cwdpo.rundir import read_jsonl, write_text
 from cwdpo.scoring.score import score
 
 FILE = "responses.jsonl"

@@ -10,21 +10,21 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cwdpo.config import load_recipe
+from cwdpo.config import stored_model
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
-from cwdpo.errors import CwdpoError, DataError, RecipeError, optional_package
+from cwdpo.errors import CwdpoError, DataError, FileError, RecipeError, optional_package
 from cwdpo.evaluation.paired import conclusion, holm
 from cwdpo.evaluation.responses import collect, read_back, store
+from cwdpo.files.writing import write_json
+from cwdpo.files.yamlfile import parse_yaml
 from cwdpo.judging.base import AUTO, judge_for
 from cwdpo.judging.compare import tournament
 from cwdpo.metrics.base import METRICS, Answer, Measured, Metric, difference, reliability
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, versions, write_json
+from cwdpo.rundir import RunDir, versions
 from cwdpo.worlds.judged import all_judgeable
 
 FILE = "evaluation.json"
@@ -35,10 +35,10 @@ def model_settings(source: str) -> ModelSettings:
     """How to load a model: the final model of a run folder, with the run's settings; or any folder or hub id."""
     folder = Path(source)
     if (folder / "recipe.yaml").is_file() and (folder / "model").is_dir():
-        recipe = load_recipe(folder / "recipe.yaml")
+        stored = stored_model(folder / "recipe.yaml")
         # The recipe's settings for freezing and LoRA are for training; a trained adapter has its own.
         changes = {"path": str(folder / "model"), "freeze": (), "lora": LoraSettings()}
-        return recipe.model.model_copy(update=changes)
+        return stored.model_copy(update=changes)
     return ModelSettings(path=source)
 
 
@@ -52,10 +52,9 @@ def parse_specs(texts: Sequence[str]) -> list[dict[str, Any]]:
     for text in texts:
         if text.lstrip().startswith("{"):
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"{text!r} is not YAML: {error}") from None
-            specs.append(dict(value))
+                specs.append(dict(parse_yaml(text, repr(text))))
+            except FileError as error:
+                raise RecipeError(str(error)) from None
         else:
             specs += [{"name": name.strip()} for name in text.split(",") if name.strip()]
     return specs

@@ -9,16 +9,17 @@ from typing import Any
 import yaml
 
 from cwdpo.errors import CwdpoError, RecipeError
+from cwdpo.files.writing import write_json, write_text
 from cwdpo.lab import findings, stopping
 from cwdpo.lab.grid import Bar, CellResult, no_bar, run_grid
 from cwdpo.lab.outcome import outcome
-from cwdpo.lab.plan import Asked, Plan, asked, plan, read_tree
+from cwdpo.lab.plan import Asked, Plan, asked, checked_tree, plan
 from cwdpo.lab.spec import Study, Variant, overrides_of
 from cwdpo.lab.tables import markdown, to_csv
 from cwdpo.lab.trace import Traced
 from cwdpo.report.render import write_report
 from cwdpo.report.summary import Summary
-from cwdpo.rundir import RunDir, write_json, write_text
+from cwdpo.rundir import RunDir
 
 TUNING_SEED = 100
 """First seed of a sweep; its pictures and orders are no study's."""
@@ -51,7 +52,9 @@ def ablate(
     numbers = list(range(study.first_seed, study.first_seed + seeds))
     run = _started(out)
     try:
-        planned = plan(out, read_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test)
+        planned = plan(
+            out, checked_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test
+        )
         results = _run(planned, jobs, bar)
         summary = outcome(out, study, numbers, planned, results, chosen)
         summary.provenance["settings"] = settings
@@ -115,7 +118,7 @@ def sweep(
     run = _started(out)
     tried: dict[str, list[_Tried]] = {name: [_Tried(p) for p in points] for name, points in grids.items()}
     try:
-        tree = read_tree(recipe)
+        tree = checked_tree(recipe)
         wanted = [(name, i) for name, points in grids.items() for i in range(len(points))]
         for seed in (TUNING_SEED, TUNING_SEED + 1):
             cells = _points(study, tried, wanted, seed)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
+from cwdpo.files.writing import write_json, write_text
 from cwdpo.lab.captions import captions, draw, judged, sampled_entropy
-from cwdpo.lab.spec import Decodings
+from cwdpo.lab.spec import BestOf, Decodings
 from cwdpo.metrics.base import METRICS, Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
@@ -23,7 +24,7 @@ from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, versions, write_json, write_text
+from cwdpo.rundir import RunDir, versions
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data
@@ -35,7 +36,7 @@ STEADY_FROM = 20
 """Steps left out of ``grad_norm_tail``: the warm-up and what follows at once."""
 
 OnStep = Callable[[str, int, int], None]
-StageOfCell = Literal["stage1", "stage2", "base", "best_of", "margins"]
+StageOfCell = Literal["stage1", "stage2", "base", "best_of", "flipped", "margins"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class CellJob:
 
     Attributes:
         stage: ``stage1`` (the first stage that several cells start from), ``stage2`` (one variant), ``base`` (an
-            evaluation of the model that the recipe names), ``best_of`` (a preference set is sampled), ``margins``
-            (reward margins are estimated).
+            evaluation of the model that the recipe names), ``best_of`` (a preference set is sampled), ``flipped`` (a
+            share of its pairs is exchanged), ``margins`` (reward margins are estimated).
         metrics: read where the data has no exact judge.
         options: of a stage: ``trace`` (judge the policy at every measurement), ``keep_model`` (store it), and the
-            settings of ``best_of`` and ``margins``.
+            settings of ``best_of``, ``flipped`` and ``margins``.
         decodings: further temperatures at which captions of the test pictures are written.
         first: folder of the first stage that the cell starts from, where it has one.
     """
@@ -87,6 +88,8 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
     write_json(job.folder / "fingerprint.json", mark)
     if job.stage == "best_of":
         figures = sample_best(job)
+    elif job.stage == "flipped":
+        figures = flip(job)
     elif job.stage == "margins":
         figures = estimate_margins(job)
     else:
@@ -148,7 +151,16 @@ def sample_best(job: CellJob) -> dict[str, Any]:
 
     policy = load_policy(job.recipe.model)
     source, out = Path(str(job.recipe.data.path)), job.folder / "data"
-    return write_best_of(policy, Encoder(policy.processor), source, out, seed=job.recipe.seed, **job.options)
+    settings = BestOf.model_validate(job.options)
+    return write_best_of(policy, Encoder(policy.processor), source, out, settings, seed=job.recipe.seed)
+
+
+def flip(job: CellJob) -> dict[str, Any]:
+    """The training rows with a share of the pairs exchanged."""
+    from cwdpo.lab.flipped import write_flipped
+
+    source, out = Path(str(job.recipe.data.path)), job.folder / "data"
+    return write_flipped(source, out, share=float(job.options["share"]), seed=job.recipe.seed)
 
 
 def estimate_margins(job: CellJob) -> dict[str, Any]:

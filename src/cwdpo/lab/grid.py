@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
+from cwdpo.files.writing import write_text
 from cwdpo.lab.cell import CellJob, run_cell
-from cwdpo.rundir import write_text
 
 Tick = tuple[str, str, int, int]
 """(cell key, stage, step, steps)."""

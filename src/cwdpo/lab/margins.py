@@ -12,10 +12,10 @@ from typing import Any
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.lab.rows import store_rows
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import ModelSettings
-from cwdpo.rundir import read_jsonl
 from cwdpo.scoring.pairs import reference_pass
 
 

@@ -13,9 +13,11 @@ from typing import Any
 from cwdpo.data.read.reader import read_examples
 from cwdpo.evaluation.intervals import mean_interval
 from cwdpo.evaluation.paired import conclusion, holm, paired_difference, two_way_interval
+from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.win_rate import win_rate
 from cwdpo.lab.captions import SAMPLES
 from cwdpo.lab.grid import CellResult
+from cwdpo.lab.panel import panel_of
 from cwdpo.lab.plan import BASE, Plan
 from cwdpo.lab.spec import Decodings, Study, overrides_of
 from cwdpo.report.summary import (
@@ -25,13 +27,12 @@ from cwdpo.report.summary import (
     Difference,
     Figure,
     Mean,
-    Panel,
     Picture,
     Point,
     Row,
     Summary,
 )
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from cwdpo.worlds.judged import all_judgeable, judge_captions
 
 WORLD_FIGURES = (
@@ -107,7 +108,7 @@ def outcome(
         seeds=tuple(every),
         figures=figures,
         variants=compared(rows, figures, read.pictures),
-        panel=panel_of(study),
+        panel=panel_of(study, rows),
         shared={key: error for key, error in failed.items() if key not in asked},
         base={
             f.key: _mean([base[f.key]])
@@ -163,15 +164,6 @@ def _decoded(decodings: Decodings | None) -> Iterator[Figure]:
             "temperature at which the samples have the entropy per token of the reference's at temperature 1"
         )
         yield Figure("temperature@entropy", "T of the same entropy", "none", 3, help_)
-
-
-def panel_of(study: Study) -> Panel | None:
-    """Rows and columns of the variants that have a cell in the panel."""
-    placed = {v.cell: name for name, v in study.variants.items() if v.cell}
-    if not placed:
-        return None
-    rows, columns = (tuple(dict.fromkeys(cell[side] for cell in placed)) for side in (0, 1))
-    return Panel(columns, {row: tuple(placed.get((row, column)) for column in columns) for row in rows})
 
 
 def compared(

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cwdpo.config import Recipe, parse_recipe
+from cwdpo.config import Recipe, load_recipe, parse_recipe, read_tree
 from cwdpo.errors import DataError
 from cwdpo.lab.cell import CellJob, StageOfCell
 from cwdpo.lab.spec import BestOf, Study, Variant, overrides_of
@@ -30,6 +28,7 @@ class Plan:
     """Waves of cells; the key of each (variant, seed)."""
 
     data: dict[str, CellJob] = field(default_factory=dict)
+    flipped: dict[str, CellJob] = field(default_factory=dict)
     stage1: dict[str, CellJob] = field(default_factory=dict)
     cells: dict[str, CellJob] = field(default_factory=dict)
     margins: dict[str, CellJob] = field(default_factory=dict)
@@ -42,7 +41,7 @@ class Plan:
     @property
     def waves(self) -> list[list[CellJob]]:
         """What can run at once, in order."""
-        parts = (self.data, self.stage1, self.cells, self.margins, self.late)
+        parts = (self.data, self.flipped, self.stage1, self.cells, self.margins, self.late)
         return [list(part.values()) for part in parts if part]
 
 
@@ -57,12 +56,10 @@ class Asked:
     teacher: str | None = None
 
 
-def read_tree(path: Path) -> dict[str, Any]:
+def checked_tree(path: Path) -> dict[str, Any]:
     """The recipe's tree, checked by parsing it once."""
-    from cwdpo.config import load_recipe
-
     load_recipe(path)
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return read_tree(path)
 
 
 def asked(study: Study, seeds: Sequence[int], chosen: Mapping[str, Sequence[str]]) -> list[Asked]:
@@ -187,10 +184,10 @@ class _Sources:
                     "a study needs a test set that nothing is tuned on: give --test FILE, or 'test:' in the study; "
                     "only the embedded world (data.world) brings its own"
                 )
-            if rejected or self.study.validation == "own":
+            if rejected or self.study.validation == "own" or (variant and variant.flipped):
                 raise DataError(
-                    f"study {self.study.name}: 'rejected' and 'validation: own' are of the embedded world: leave them "
-                    "out, or take a recipe with data.world"
+                    f"study {self.study.name}: 'rejected', 'flipped' and 'validation: own' are of the embedded world: "
+                    "leave them out, or take a recipe with data.world"
                 )
             return recipe, held
         own, fresh = self.study.validation, self.study.held_out_seed
@@ -207,22 +204,37 @@ class _Sources:
         recipe = recipe.model_copy(update={"data": data.model_copy(update=update)})
         if self.study.data is not None:
             recipe = self._sampled(recipe, seed, self.study.data, files.test)
+        if variant is not None and variant.flipped:
+            recipe = self._flipped(recipe, seed, variant.flipped, files.test)
         return recipe, held or files.test
 
     def _sampled(self, recipe: Recipe, seed: int, settings: BestOf, test: Path) -> Recipe:
+        """The recipe on a preference set that a cell samples first."""
         key = f"data-{_digest(settings.model_dump_json() + str(recipe.data.path) + recipe.model.path)}-seed{seed}"
-        folder = self.out / "cells" / key
-        if key not in self.planned.data:
-            plain = parse_recipe(
-                {
-                    "name": key, "seed": seed, "data": {"path": recipe.data.path},
-                    "model": {"path": recipe.model.path, "device": recipe.model.device},
-                }
-            )  # fmt: skip
-            self.planned.data[key] = CellJob(
-                key, plain, folder, test, "best_of", self.study.metrics, settings.model_dump()
-            )
-        data = recipe.data.model_copy(update={"path": str(folder / "data" / "train.jsonl")})
+        job = CellJob(
+            key, self._plain(key, recipe, seed), self.out / "cells" / key, test, "best_of", self.study.metrics,
+            settings.model_dump(),
+        )  # fmt: skip
+        return self._read_from(recipe, self.planned.data.setdefault(key, job))
+
+    def _flipped(self, recipe: Recipe, seed: int, share: float, test: Path) -> Recipe:
+        """The recipe on rows of which a cell exchanges a share first."""
+        key = f"flipped-{_digest(f'{share}{recipe.data.path}')}-seed{seed}"
+        job = CellJob(
+            key, self._plain(key, recipe, seed), self.out / "cells" / key, test, "flipped", self.study.metrics,
+            {"share": share},
+        )  # fmt: skip
+        return self._read_from(recipe, self.planned.flipped.setdefault(key, job))
+
+    @staticmethod
+    def _plain(key: str, recipe: Recipe, seed: int) -> Recipe:
+        """What a cell that makes data needs of a recipe; equal for all variants."""
+        model = {"path": recipe.model.path, "device": recipe.model.device}
+        return parse_recipe({"name": key, "seed": seed, "data": {"path": recipe.data.path}, "model": model})
+
+    @staticmethod
+    def _read_from(recipe: Recipe, job: CellJob) -> Recipe:
+        data = recipe.data.model_copy(update={"path": str(job.folder / "data" / "train.jsonl")})
         return recipe.model_copy(update={"data": data})
 
 

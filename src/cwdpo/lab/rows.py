@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cwdpo.rundir import write_text
+from cwdpo.files.writing import write_text
 
 
 def store_rows(root: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cwdpo.errors import RecipeError, nearest
+from cwdpo.errors import FileError, RecipeError, nearest
+from cwdpo.files.yamlfile import read_yaml
 from cwdpo.lab.worlds import HELD_OUT_SEED, Rejected, Validation
 from cwdpo.registry import Settings, explain
 
@@ -23,11 +24,14 @@ _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 class BestOf(Settings):
     """Chosen responses that are only better: the best of ``n`` samples by a judge that errs.
 
-    ``noise`` is the share of samples whose score is drawn at random instead.
+    ``noise`` is the share of samples whose score is drawn at random instead. ``worse`` says who finds that a rejected
+    response is worse than chosen: ``truth``, the exact judge, so that no label is wrong; or ``judge``, the same noisy
+    one, so that some are.
     """
 
     n: int = Field(8, ge=2)
     noise: float = Field(0.3, ge=0, le=1)
+    worse: Literal["truth", "judge"] = "truth"
 
 
 class Decodings(Settings):
@@ -59,6 +63,7 @@ class Variant(Settings):
         cell: row and column in a panel of scores.
         more_seeds: as many seeds beyond those asked for.
         rejected: what takes the place of each rejected caption of the embedded world.
+        flipped: share of the training pairs whose chosen and rejected change places.
         provokes: findings of the diagnosis of which the run must raise one; none for a healthy run.
     """
 
@@ -72,6 +77,7 @@ class Variant(Settings):
     cell: tuple[str, str] | None = None
     more_seeds: int = Field(0, ge=0)
     rejected: Rejected | None = None
+    flipped: float = Field(0.0, ge=0, le=1)
     provokes: tuple[str, ...] = ()
 
     def settings(self) -> list[tuple[str, ...]]:
@@ -279,9 +285,9 @@ def _tree(source: str | Path) -> tuple[dict[str, Any], str]:
             f"no study {str(source)!r}{nearest(str(source), shipped())}: give a file, or one of {', '.join(shipped())}"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+        tree = read_yaml(path)
+    except FileError as error:
+        raise RecipeError(str(error)) from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: a study is a mapping, got {type(tree).__name__}")
     return tree, where
@@ -300,9 +306,9 @@ def load_chosen(path: Path) -> dict[str, tuple[str, ...]]:
         RecipeError: not a file that ``cwdpo sweep`` writes.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
         return {str(name): _listed(chosen) for name, chosen in tree["chosen"].items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (FileError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{path}: not the chosen.yaml of a sweep ({type(error).__name__}: {error})"
         ) from None

@@ -61,7 +61,24 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
             for label, row in summary.panel.rows.items()
         ]  # fmt: skip
         made.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
+        made += slopes(summary)
     return made
+
+
+def slopes(summary: Summary) -> list[Table]:
+    """How fast the score falls or rises over the columns of a panel of numbers, where there is one."""
+    panel = summary.panel
+    if panel is None or not panel.slopes:
+        return []
+    figure = Figure("slope", "slope", "none", 3)
+    rows = [
+        [label, number(slope, 3), difference(panel.slope_differences[label], figure) if label in
+         panel.slope_differences else "-"]
+        for label, slope in panel.slopes.items()
+    ]  # fmt: skip
+    reference = next(label for label in panel.slopes if label not in panel.slope_differences)
+    note = f"Slope of the score over the columns, by seed; p-values are corrected (Holm) for {len(rows) - 1}."
+    return [Table(note, ["", "slope", f"minus {reference}"], rows)]
 
 
 def _two_way(summary: Summary) -> list[Table]:

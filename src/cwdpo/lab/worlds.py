@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cwdpo.errors import DataError
-from cwdpo.rundir import read_jsonl, write_text
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_text
 from cwdpo.worlds.shapes import ShapesSettings, materialise, paraphrases
 
 MAX_NEW_TOKENS = 40

@@ -15,10 +15,11 @@ from accelerate.utils import broadcast_object_list
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder
 from cwdpo.dynamics.settings import ProbeSettings
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_text
 from cwdpo.monitor.responses import Response, read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import NEGATIVES, normalised
 from cwdpo.records import Completion, Example, Origin
-from cwdpo.rundir import read_jsonl, write_text
 from cwdpo.stage.stage import Stage
 from cwdpo.worlds.judged import is_judgeable
 from cwdpo.worlds.shapes import paraphrases

@@ -12,10 +12,11 @@ from transformers.trainer_callback import ExportableState
 from cwdpo.curriculum.base import CURRICULA, Curriculum, Hardness, Plan, next_round
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.files.reading import read_jsonl
 from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import calibrate
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 
 FILE = "curriculum.jsonl"
 

@@ -15,12 +15,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.base import Judge
 from cwdpo.models.sample import by_length
 from cwdpo.onpolicy.sampler import Sampler
 from cwdpo.onpolicy.samples import PromptSamples, texts_to_judge
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 
 FILE = "pool.jsonl"
 _NOT_SAMPLING = ("name", "evaluation", "probes")

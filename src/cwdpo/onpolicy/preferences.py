@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import set_seed
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import DataError
+from cwdpo.files.writing import replacing, write_text
 from cwdpo.judging.base import judge_for
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings
@@ -25,7 +25,7 @@ from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
 from cwdpo.onpolicy.samples import sort_samples
 from cwdpo.records import Example, ImageRef, Message
-from cwdpo.rundir import RunDir, write_text
+from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import autocast
@@ -184,9 +184,8 @@ def _copy(image: ImageRef, folder: Path) -> str:
     path = folder / (hashlib.blake2b(data, digest_size=12).hexdigest() + ending)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     return path.name
 
 
@@ -205,6 +204,5 @@ def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     table = datasets.Dataset.from_list(plain).cast_column(
         "images", datasets.List(datasets.Image(decode=False))
     )
-    temporary = out.with_name(f".{out.name}.tmp")
-    table.to_parquet(temporary)
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        table.to_parquet(temporary)

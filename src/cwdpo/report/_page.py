@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
-from cwdpo.errors import RunDirError
+from cwdpo.errors import FileError
+from cwdpo.files.reading import parse_json, read_bytes, read_jsonl
+from cwdpo.files.yamlfile import parse_yaml
 from cwdpo.report._text import finite
 from cwdpo.report.figures import Line, colour, dash, line_chart
-from cwdpo.rundir import read_jsonl
 
 
 class Folder:
@@ -30,32 +29,39 @@ class Folder:
     def text(self, name: str) -> str:
         """A file's text."""
         path = self.path / name
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        try:
+            return read_bytes(path).decode(errors="replace") if path.is_file() else ""
+        except FileError as error:
+            self._note(name, error)
+            return ""
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object."""
         text = self.text(name)
         try:
-            return mapping(json.loads(text)) if text.strip() else {}
-        except json.JSONDecodeError as error:
-            self.troubles.append(f"{name} is not JSON ({error}); what it holds is missing below.")
+            return mapping(parse_json(text, name)) if text.strip() else {}
+        except FileError as error:
+            self._note(name, error)
             return {}
 
     def yaml(self, name: str) -> dict[str, Any]:
         """A YAML mapping."""
         try:
-            return mapping(yaml.safe_load(self.text(name)))
-        except yaml.YAMLError:
-            self.troubles.append(f"{name} is not YAML; what it holds is missing below.")
+            return mapping(parse_yaml(self.text(name), name))
+        except FileError as error:
+            self._note(name, error)
             return {}
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The objects of a JSONL file."""
         try:
-            return [row for row in read_jsonl(self.path / name) if isinstance(row, dict)]
-        except (RunDirError, UnicodeDecodeError) as error:
-            self.troubles.append(f"{name} could not be read ({error}); what it holds is missing below.")
+            return read_jsonl(self.path / name)
+        except FileError as error:
+            self._note(name, error)
             return []
+
+    def _note(self, name: str, error: FileError) -> None:
+        self.troubles.append(f"{name} could not be read ({error}); what it holds is missing below.")
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def _tables(summary: Summary) -> list[Table]:
         score = next((f for f in summary.figures if f.key == "score"), None)
         if score is not None:
             tables.insert(0, _scores(summary, summary.panel, score))
+        if summary.panel.slopes:
+            tables.insert(1, _slopes_of_scores(summary.panel))
     return tables
 
 
@@ -96,6 +98,21 @@ def _scores(summary: Summary, places: Places, score: Figure) -> Table:
 
     rows = [(label, "", [entry(name) for name in names]) for label, names in places.rows.items()]
     return Table("panel", "Scores", score.help, [(column, "") for column in places.columns], rows)
+
+
+def _slopes_of_scores(places: Places) -> Table:
+    """The slope of the score over the columns, by row, and its difference to the full variant's row."""
+    rows = []
+    for label, slope in places.slopes.items():
+        entries = [mean_entry(slope.mean, slope.low, slope.high, 3)]
+        d = places.slope_differences.get(label)
+        entries.append(
+            Entry("–") if d is None else difference_entry(d.mean, d.low, d.high, d.p_corrected, d.word, 3)
+        )
+        rows.append((label, "", entries))
+    reference = next(label for label in places.slopes if label not in places.slope_differences)
+    note = "Least squares over the columns, fitted seed by seed, with 95% intervals over seeds."
+    return Table("slopes-of-scores", "Slopes", note, [("slope", ""), (f"minus {reference}", "")], rows)
 
 
 def _mean(value: Mean | None, figure: Figure) -> Entry:

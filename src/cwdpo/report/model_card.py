@@ -9,9 +9,9 @@ from typing import Any, Literal
 import yaml
 
 from cwdpo.dynamics.diagnose import diagnose_rows
+from cwdpo.files.writing import write_text
 from cwdpo.report._page import Folder, mapping
 from cwdpo.report._text import finite, number, plain, visible
-from cwdpo.rundir import write_text
 
 Form = Literal["full", "adapter", "merged"]
 """What lies beside the card: a whole model, a peft adapter, or a base with its adapter merged in."""

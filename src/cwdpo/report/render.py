@@ -13,13 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cwdpo.errors import RunDirError
+from cwdpo.files.writing import write_text
 from cwdpo.report._page import Folder
 from cwdpo.report._run import run_page
 from cwdpo.report._study import study_page
 from cwdpo.report._tables import comparison_page
 from cwdpo.report._text import MISSING, shortened, visible
 from cwdpo.report.summary import read_summary
-from cwdpo.rundir import write_text
 
 _HERE = Path(__file__).parent
 

@@ -5,7 +5,6 @@ Every number keeps its values per seed, so that variants can be compared on the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,8 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from cwdpo.errors import RunDirError
-from cwdpo.rundir import write_json
+from cwdpo.files.reading import read_object
+from cwdpo.files.writing import write_json
 
 FILE = "summary.json"
 
@@ -127,10 +127,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """Variants in rows and columns, by name; ``None`` where a method was not run at a setting."""
+    """Variants in rows and columns, by name; ``None`` where a method was not run at a setting.
+
+    Where the columns are three numbers or more, ``slopes`` are the least-squares slopes of the score over them by row,
+    fitted seed by seed, and ``slope_differences`` their differences to the row of the variant ``full``.
+    """
 
     columns: tuple[str, ...]
     rows: dict[str, tuple[str | None, ...]]
+    slopes: dict[str, Mean] = field(default_factory=dict)
+    slope_differences: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ def read_summary(folder: Path) -> Summary:
         RunDirError: the file is not such a summary; the key is named.
     """
     try:
-        return TypeAdapter(Summary).validate_python(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        return TypeAdapter(Summary).validate_python(read_object(folder / FILE))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from transformers import set_seed
 
 from cwdpo.config import Recipe
+from cwdpo.files.writing import new_folder
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.tiny import init_model
-from cwdpo.rundir import RunDir, replace_folder, sync_tree
+from cwdpo.rundir import RunDir
 from cwdpo.stage.splits import Splits
 
 
@@ -20,10 +20,8 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
         return load_policy(recipe.model)
     folder = run.path / "init"
     if not folder.exists():
-        temporary = folder.with_name(".init.tmp")
-        init_model(temporary, splits.texts, recipe.model.init)
-        sync_tree(temporary)
-        replace_folder(temporary, folder)
+        with new_folder(folder) as temporary:
+            init_model(temporary, splits.texts, recipe.model.init)
         # Creating the model used random numbers; a run that finds the folder uses none. Set the seed again, so that a
         # new adapter starts with the same weights in both cases.
         set_seed(recipe.seed)
@@ -34,9 +32,6 @@ def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     """Write the model (or its adapter) and the processor; the folder gets its name only when it is complete."""
     if not run.writes:
         return
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    policy.model.save_pretrained(temporary)  # type: ignore[operator]
-    policy.processor.save_pretrained(temporary)
-    sync_tree(temporary)
-    replace_folder(temporary, folder)
+    with new_folder(folder) as temporary:
+        policy.model.save_pretrained(temporary)  # type: ignore[operator]
+        policy.processor.save_pretrained(temporary)

@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import NonFiniteError
+from cwdpo.files.writing import write_json
 from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
-from cwdpo.rundir import write_json
 
 Found = Literal["loss", "gradient", "parameter"]
 FILE = "nonfinite.json"

@@ -15,10 +15,10 @@ from pathlib import Path
 from pydantic import Field
 
 from cwdpo.errors import optional_package
+from cwdpo.files.writing import write_text
 from cwdpo.judging.base import WORTH, Judge, Verdict
 from cwdpo.records import Example, Message
 from cwdpo.remote import Ask, Client, ServerSettings
-from cwdpo.rundir import write_text
 
 QUESTION = (
     "You see an image, a request about it, and two responses, A and B. Which response is better: more correct "
