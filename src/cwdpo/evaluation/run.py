@@ -125,10 +125,7 @@ def evaluate(
         metrics: specs of the metrics; empty means :func:`default_metrics`.
         data_options: options of ``read_examples`` (``format``, ``limit``, ...).
         temperature, samples: of the responses; intervals count several samples of a prompt as one prompt.
-        max_new_tokens: largest number of tokens in a response.
-        batch_size: prompts per forward pass.
-        seed: of the sampler.
-        progress: called with (part, done, total).
+        max_new_tokens, batch_size, seed, progress: see :func:`cwdpo.evaluation.responses.collect`.
 
     Returns:
         The content of ``evaluation.json``: value, interval and n of each number.
@@ -202,9 +199,6 @@ def compare(
         metrics: specs of the metrics; empty means those of the first run.
         judge: spec of the judge for win rates, see :func:`cwdpo.judging.base.judge_for`; ``None`` means ``auto``.
         tell: called with an estimate of the judge's cost before it starts.
-
-    Returns:
-        The content of ``summary.json``.
 
     Raises:
         DataError: a run was not evaluated, or was evaluated on other data or with other decoding settings.

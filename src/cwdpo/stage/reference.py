@@ -51,8 +51,7 @@ def stored_reference_pass(
         The examples with reference values (nats), in the same order.
 
     Raises:
-        NonFiniteError: a value is not finite.
-        ReferenceCacheError: a stored value is damaged, or differs from what the reference model gives now.
+        NonFiniteError, ReferenceCacheError: a value is not finite; a stored value is damaged or no longer right.
     """
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
