@@ -214,7 +214,7 @@ def _curves(summary: Summary, legend: Sequence[Legend], names: Iterator[str]) ->
     for key in recorded:
         if key not in {name for name, *_ in CURVES} and not key.startswith((DELTA, WEIGHT)):
             add(more, key, key, "")
-    note = "Held-out readings of stage 2 unless a panel names another; mean over seeds, with its 95% interval as a band."
+    note = "Held-out readings of stage 2 unless a panel names another; mean over seeds; the band is its 95% interval."
     return (
         [Charts("curves", "Learning curves", note, legend, panels.found, more.found)] if panels.found else []
     )
