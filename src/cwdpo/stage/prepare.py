@@ -1,7 +1,6 @@
-"""From examples to rows that a stage can train on: encode, score with the reference, filter, calibrate.
+"""Turns examples into encoded examples that a stage can train on: encode, score with the reference, filter, calibrate.
 
-Every road to a first step goes through here: a stage on fixed negatives, each round of a stage on sampled ones, and
-the front for users of TRL.
+Stages with fixed negatives, each round of a stage with sampled negatives, and ``CWDPOTrainer`` all use these functions.
 """
 
 from __future__ import annotations
@@ -32,11 +31,14 @@ logger = logging.getLogger("cwdpo")
 NEGATIVES = 1000
 """How many values stand for the negatives of a stage, where its objective calibrates on them."""
 MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
-"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 up."""
+"""Largest mean difference between the two row layouts, in nats per token, in fp32 and in bf16.
+
+The known errors make a difference of at least 0.2.
+"""
 
 
 def prepare(stage: Stage) -> list[EncodedExample]:
-    """Rows of a stage whose negatives are fixed, and its objective calibrated.
+    """Encode the examples of a stage with fixed negatives, and calibrate its objective.
 
     Raises:
         DataError: too many examples cannot be used, or none is left.
@@ -50,11 +52,13 @@ def prepare(stage: Stage) -> list[EncodedExample]:
 def encode(
     stage: Stage, examples: Sequence[Example], part: str = "", *, need_negative: bool | None = None
 ) -> list[EncodedExample]:
-    """Encode examples; what cannot be used goes to ``problems.jsonl``.
+    """Encode examples; those that cannot be used are listed in ``problems.jsonl``.
 
     Args:
-        part: of the stage, for ``problems.jsonl``.
-        need_negative: leave out examples without a negative; default: as the objective needs.
+        stage: the stage.
+        examples: the examples to encode.
+        part: name of the part of the stage, for ``problems.jsonl``.
+        need_negative: leave out examples without a negative; default: if the objective needs negatives.
 
     Raises:
         DataError: more than ``data.max_bad_fraction`` of them cannot be used, or none is left.
@@ -63,7 +67,7 @@ def encode(
     if not examples:
         raise DataError(
             "no example is left to train on: the data has no row for this stage with "
-            f"{'a negative' if needed else 'a response'}; look at data.stage1_fraction and negatives"
+            f"{'a negative' if needed else 'a response'}; check data.stage1_fraction and negatives"
         )
     encoded, problems = stage.encoder.encode_all(examples, stage.negatives, require_negative=needed)
     fraction = stage.recipe.data.max_bad_fraction
@@ -80,10 +84,12 @@ def encode(
 def with_reference_values(
     stage: Stage, encoded: Sequence[EncodedExample], model: nn.Module | None = None
 ) -> list[EncodedExample]:
-    """Rows with the reference's sums; unchanged if the objective uses none.
+    """Add the reference model's log-likelihoods; if the objective uses no reference, the examples are unchanged.
 
     Args:
-        model: the reference; default: the stage's, which is the policy before it trains.
+        stage: the stage.
+        encoded: the examples.
+        model: the reference model; default: the stage's, which is the policy before training.
     """
     if not stage.objective.needs_reference:
         return list(encoded)
@@ -98,10 +104,10 @@ def with_reference_values(
 
 
 def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """Leave out negatives that the objective filters, and prompts that lose all of theirs.
+    """Leave out the negatives that the objective filters, and the prompts that lose all their negatives.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no pair is left.
     """
     kept = []
     for example in examples:
@@ -124,9 +130,9 @@ def calibrate(
     *,
     sampled_share: float = 0.0,
 ) -> list[float]:
-    """Replace the ``auto`` settings of the objective in force, from samples of the reference.
+    """Calibrate the ``auto`` settings of the current objective with samples of the reference model.
 
-    The values, and the mean_logps that they come from, are stored in the run folder. A resumed run uses those.
+    The settings and the mean_logps of the samples are stored in the run folder; a resumed run uses the stored ones.
 
     Args:
         prompts: what the reference answers.
@@ -169,14 +175,14 @@ def negative_mean_logps(
 
 
 def calibration_row(objective: Objective, mean_logps: Sequence[float]) -> dict[str, float]:
-    """The settings that calibration may find, and the number of samples."""
+    """The calibrated settings and the number of samples, as a row to store."""
     return {**{name: getattr(objective, name) for name in objective.calibrates}, "n": len(mean_logps)}
 
 
 def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float]:
-    """mean_logp (nats per token) of samples that the reference draws for prompts drawn by the recipe's seed.
+    """mean_logp (nats per token) of samples of the reference model, for prompts chosen with the recipe's seed.
 
-    All processes must cool alike to the last bit, so those of the first process count.
+    All processes use the values of the first one, so that floor and tau are the same to the last bit.
     """
     settings, seed = stage.recipe.calibration, stage.recipe.seed
     reference = stage.reference_model or stage.policy.model
@@ -192,19 +198,25 @@ def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float
 
 @torch.no_grad()
 def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
-    """Compare shared-prefix with plain scoring on one prompt before anything relies on it.
+    """Compare shared-prefix scoring with plain scoring on one prompt, before shared-prefix scoring is used.
 
-    Families are known by their type, and what a release of transformers does with it may change. Where the two
-    differ, ``auto`` falls back to plain rows, with a line in the log.
+    The row layout of a model family is chosen by its model type, but another release of transformers may change what
+    the model does. If the results differ, ``auto`` switches to plain rows and logs a warning.
+
+    Args:
+        model: the policy.
+        encoder: of the policy.
+        examples: the first readable one is used.
+        scoring: ``model.scoring`` of the recipe.
 
     Raises:
-        ModelError: they differ, and ``model.scoring`` is ``shared_prefix``.
+        ModelError: the results differ, and ``model.scoring`` is ``shared_prefix``.
     """
     if not shares_prefix(model):
         return
     encoded = encoder.encode_all(encoder.readable(examples, 1), "rejected", require_negative=False)[0]
     if not encoded:
-        return  # encode() reports what is wrong with the data
+        return  # encode() reports the problems of the data
     batch = collate(encoded)
     was_training = model.training
     model.eval()
@@ -215,7 +227,7 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     difference = float((ours - wanted).abs().mean())
     if not bool(wanted.isfinite().all()) or difference <= (MOST_ROUNDED if rounded else MOST_EXACT):
         return
-    problem = f"it gives other log-probabilities than plain scoring here (by {difference:.2g} nats per token)"
+    problem = f"its log-probabilities differ from those of plain scoring (by {difference:.2g} nats per token)"
     if scoring == "shared_prefix":
         raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
     logger.warning("scoring is plain, one full sequence per completion: %s", problem)
