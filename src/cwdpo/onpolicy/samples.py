@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cwdpo.data.texts import placeholder_in
 from cwdpo.negatives.base import known_true, normalised
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.records import Completion, Example, Sample
@@ -63,8 +64,8 @@ def sort_samples(example: Example, drawn: PromptSamples, settings: NegativeSetti
     """Negatives and right responses among an example's samples; everything else is counted by its reason.
 
     Reasons: ``empty``, ``cut`` (did not end), ``degenerate`` (repeats itself), ``equal`` (to chosen or a
-    reference; case and white space aside), ``double`` (of an earlier sample), ``right`` (by the judge), ``easy`` and
-    ``hard`` (outside the cuts).
+    reference; case and white space aside), ``double`` (of an earlier sample), ``placeholder`` (holds what a model reads
+    as a picture), ``right`` (by the judge), ``easy`` and ``hard`` (outside the cuts).
     """
     true, seen = known_true(example), set[str]()
     dropped: Counter[str] = Counter()
@@ -93,6 +94,8 @@ def _useless(sample: Sample, settings: NegativeSettings, true: frozenset[str], s
         return "empty"
     if not sample.ended and not settings.sampler.keep_cut:
         return "cut"
+    if placeholder_in(sample.text) is not None:
+        return "placeholder"
     if degenerate(sample.text):
         return "degenerate"
     if text in true:
