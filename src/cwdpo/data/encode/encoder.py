@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cwdpo.data.encode.span import differing_span
-from cwdpo.data.texts import placeholder_in
 from cwdpo.errors import DataError
 from cwdpo.records import Completion, Example, Origin
 
@@ -184,12 +183,6 @@ class Encoder:
         Raises:
             DataError: nothing is left to train on.
         """
-        placeholder = placeholder_in(text)
-        if placeholder is not None:  # a server's answer may hold anything
-            raise DataError(
-                f"{example.where or example.id}: a response holds a literal {placeholder!r}, which the model would "
-                "read as a picture, film or sound: remove it"
-            )
         prompt = self.prompt_text(example)
         whole = self._render(example, text)
         # Some templates render a finished turn differently from an open one: then the response stands bare.
