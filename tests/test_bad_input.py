@@ -606,7 +606,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str
         ("model/generation_config.json: is nested deeper than 60",),
     ),
     "endless-image-tokens": (
-        lambda m: edit_json(m / "processor_config.json", num_additional_image_tokens=10**7),
+        lambda m: edited(m / "processor_config.json", num_additional_image_tokens=10**7),
         (),
         ("its processor's num_additional_image_tokens is 10000000; allowed: 0 to 65536",),
     ),

@@ -92,7 +92,11 @@ def check_processor(processor: Any, source: str) -> None:
     Raises:
         ModelError: the setting.
     """
-    for part in (processor, getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)):
+    for part in (
+        processor,
+        getattr(processor, "image_processor", None),
+        getattr(processor, "tokenizer", None),
+    ):
         for name in ("num_additional_image_tokens", "image_seq_length", "image_seq_len", "num_image_tokens"):
             value = getattr(part, name, 0)
             if isinstance(value, int | float) and not 0 <= value <= MOST_IMAGE_TOKENS:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import ModelError
 from cwdpo.models.adapter import check_targets, set_dropout, with_adapter_settings
-from cwdpo.models.checkpoint import adapter_base, check_folder, check_loaded, check_processor, quiet, reason, with_adapter
+from cwdpo.models.checkpoint import (
+    adapter_base,
+    check_folder,
+    check_loaded,
+    check_processor,
+    quiet,
+    reason,
+    with_adapter,
+)
 from cwdpo.models.parts import PARTS
 
 if TYPE_CHECKING:
