@@ -256,7 +256,7 @@ def test_flipped_rows_by_hand(world_folder: Path, tmp_path: Path) -> None:
 
 def test_other_data_needs_a_test_set(tmp_path: Path) -> None:
     tree = {"data": {"path": "rows.jsonl"}}
-    with pytest.raises(DataError, match="a study needs a test set that nothing is tuned on"):
+    with pytest.raises(DataError, match="a study needs a test set that is not used for tuning"):
         plan(tmp_path, tree, study(common=()), asked(study(common=()), [0], {}), split="test", test=None)
 
 
@@ -401,12 +401,12 @@ def test_what_a_study_cannot_say() -> None:
     for changes, said in (
         (
             {"panel": True, "variants": {"a": {"grid": grid}, "b": {"grid": grid, "against": "a"}}},
-            "not in a panel",
+            "not allowed in a panel",
         ),
-        ({"variants": {"cw_dpo": {}, "b": {"against": "b"}}}, "against: another variant"),
+        ({"variants": {"cw_dpo": {}, "b": {"against": "b"}}}, "against: must be another variant"),
         (
             {"variants": {"cw_dpo": {"cell": ["r", "c"]}, "b": {"cell": ["r", "c"]}}},
-            "is another variant's too",
+            "another variant has the same cell",
         ),
         ({"score": {}}, "at least 1"),
         ({"wins_against": "stf"}, "no variant 'stf'"),
@@ -415,7 +415,7 @@ def test_what_a_study_cannot_say() -> None:
         with pytest.raises(ValueError, match=said):
             study(**changes)
     panel = study(panel=True, full="cw", variants={"cw_dpo": {"grid": grid}})
-    with pytest.raises(RecipeError, match=r"'cw' is no point of the panel.*known: cw_dpo-1.0e-05"):
+    with pytest.raises(RecipeError, match=r"'cw' is not a point of the panel.*known: cw_dpo-1.0e-05"):
         panel.expanded({})
     odd = study(panel=True, full="a-_x__y_", variants={"a": {"grid": {"k": [["x", "y"]]}}})
     assert list(odd.expanded({}).variants) == ["a-_x__y_"]
@@ -432,7 +432,7 @@ def test_a_factor_multiplies_what_was_set_last() -> None:
     ]
     for common, said in (
         ((), "no override sets 'stage2.learning_rate'"),
-        (("stage2.learning_rate=x",), "no number"),
+        (("stage2.learning_rate=x",), "is not a number"),
     ):
         with pytest.raises(RecipeError, match=said):
             overrides_of(spec.model_copy(update={"common": common}), "hot", {})
@@ -449,7 +449,7 @@ def test_variants_of_another_study(tmp_path: Path) -> None:
         True
     }
     file.write_text("name: s\nfull: cw_dpo\nvariants_of: learning_rates\n")
-    with pytest.raises(RecipeError, match="the study learning_rates has no variants of its own"):
+    with pytest.raises(RecipeError, match="the study learning_rates does not list variants itself"):
         load_study(file)
 
 
@@ -462,7 +462,9 @@ def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:
     mix = load_study("mix")
     assert overrides_of(mix, "cw_dpo_75", chosen)[-1] == "stage2.learning_rate=2e-4"
     assert overrides_of(mix, "dpo_75", chosen)[-1] == "stage2.learning_rate=5e-5"
-    with pytest.raises(RecipeError, match=r"settings are of ipo; the study small takes those of cw_dpo, dpo"):
+    with pytest.raises(
+        RecipeError, match=r"settings are for ipo, but the study small uses those of cw_dpo, dpo"
+    ):
         ablate(RECIPE, study(), tmp_path / "out", seeds=1, jobs=1, chosen={"ipo": ("x=1",)})
 
 
@@ -582,7 +584,7 @@ def test_a_small_sweep_chooses_on_validation(tmp_path: Path) -> None:
         "dpo": ["stage2.learning_rate=1.0e-05"],
     }
     assert load_chosen(tmp_path / "out" / "chosen.yaml")["dpo"] == ("stage2.learning_rate=1.0e-05",)
-    with pytest.raises(RecipeError, match="needs the same number of points"):
+    with pytest.raises(RecipeError, match="must have the same number of points"):
         sweep(RECIPE, study(), tmp_path / "other", finalists=1, jobs=1)
 
 

@@ -238,7 +238,7 @@ def test_the_first_measurement_can_be_what_is_gone_back_to(to_the_end, tmp_path)
 
 def test_weights_of_another_model_are_refused(model, tmp_path: Path) -> None:
     Weights({"x": torch.zeros(1)}).save(tmp_path / "healthy-0.safetensors")
-    with pytest.raises(ModelError, match="other parameters than are trained"):
+    with pytest.raises(ModelError, match="other parameters than those trained"):
         Weights.load(tmp_path / "healthy-0.safetensors", model)
     (tmp_path / "cut.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match="cannot be read"):

@@ -396,7 +396,7 @@ def test_round_data_fills_up_from_the_first() -> None:
 def test_a_round_without_any_negative_says_why(tmp_path: Path) -> None:
     negatives = {"on_policy_fraction": 1.0, "rounds": 1, "sampler": {"max_new_tokens": 2}}
     data = {"world": {**TREE["data"]["world"], "questions": 0.0}}
-    with pytest.raises(DataError, match=r"no negative for any of \d+ prompts.*'cut'"):
+    with pytest.raises(DataError, match=r"none of \d+ prompts has a negative.*'cut'"):
         train(tmp_path / "run", negatives=negatives, data=data)
 
 

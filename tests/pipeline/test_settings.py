@@ -170,7 +170,7 @@ def test_a_trained_adapter_names_its_base_by_a_whole_path(
         ("ACCELERATE_MIXED_PRECISION", "fp16", False, "train.bf16 is the only mixed precision here"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", True, "contradicts train.bf16 = true"),
         ("ACCELERATE_MIXED_PRECISION", "FP8", True, "contradicts"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", False, "compiled models are not scored"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", False, "compiled models cannot be scored"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", False, "Megatron-LM is not used"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", False, "parallelism are not used"),
     ],

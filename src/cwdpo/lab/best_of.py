@@ -1,7 +1,7 @@
-"""A preference set whose chosen responses are only better, not right: the best of n samples by a judge that errs.
+"""A preference set in which chosen is only better, not right: the best of n samples according to a noisy judge.
 
-What real preference data is like: nobody wrote the right answer, several answers of a policy were compared, and
-the comparison was sometimes wrong. Rows are written in TRL's columns with this project's own, the seed recorded.
+Real preference data is like this: nobody wrote the right answer; several answers of a policy were compared, and some
+comparisons were wrong. Rows have TRL's columns and those of this project, and the seed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from cwdpo.worlds.judged import judge_captions, scene_of
 from cwdpo.worlds.shapes import Judgement, hard
 
 SHARES = {"other_prompt": 0.31, "sample": 0.31, "perturbed": 0.38}
-"""What stands against chosen: another picture's caption, a worse sample, one wrong word (of the design study)."""
+"""Shares of the kinds of rejected responses: another image's caption, a worse sample, one wrong word."""
 _TRIES = 20
 
 
 class _Pair(NamedTuple):
-    """A row that was made, and the true judgements of its chosen and rejected responses."""
+    """A new row, and the true judgements of its chosen and rejected responses."""
 
     row: dict[str, Any]
     chosen: Judgement
@@ -41,29 +41,30 @@ class _Pair(NamedTuple):
 def write_best_of(
     policy: Policy, encoder: Encoder, source: Path, out: Path, settings: BestOf, *, seed: int
 ) -> dict[str, Any]:
-    """Sample responses to every prompt, choose by a noisy judge, and write ``out/train.jsonl``.
+    """Sample responses to every prompt, choose the best with a noisy judge, and write ``out/train.jsonl``.
 
-    Rows for which nothing worse than chosen is found are left out.
+    Rows for which no response worse than chosen is found are left out.
 
     Args:
-        policy: what is sampled, at temperature 1.
-        source: a JSONL file of the embedded world; its pictures are copied next to the new rows.
-        out: folder to write.
-        settings: samples per prompt, the judge's noise, and who finds that rejected is worse.
+        policy: the model to sample, at temperature 1.
+        encoder: of the policy.
+        source: a JSONL file of the embedded world; its images are copied next to the new rows.
+        out: folder to write to.
+        settings: number of samples, the judge's noise, and how a rejected response is found to be worse.
         seed: of samples, noise and choice of negatives.
 
     Returns:
-        ``rows``, ``left_out``; of the chosen responses ``chosen_right`` (share) and ``chosen_score`` (mean);
-        ``wrong_labels``, the share of pairs whose rejected response is truly better than chosen.
+        ``rows``, ``left_out``; ``chosen_right`` and ``chosen_score``: share of right chosen responses and their mean
+        score; ``wrong_labels``: share of pairs whose rejected response is truly better than chosen.
 
     Raises:
-        DataError: the rows are not the embedded world's.
+        DataError: the rows are not from the embedded world.
     """
     rows = read_jsonl(source)
     examples = read_examples(source).examples
     if len(rows) != len(examples):
         raise DataError(
-            f"{source}: {len(examples)} of {len(rows)} rows can be used; look at `cwdpo validate {source}`"
+            f"{source}: only {len(examples)} of {len(rows)} rows can be used; see `cwdpo validate {source}`"
         )
     n = settings.n
     repeated = [e for e in examples for _ in range(n)]
@@ -80,7 +81,7 @@ def write_best_of(
     made = [pair for pair in pairs if pair is not None]
     if not made:
         raise DataError(
-            f"{source}: no sampled response is better than any other: nothing can be learned from them"
+            f"{source}: for no prompt is a response worse than the chosen one: there is no pair to write"
         )
     how = {**settings.model_dump(), "seed": seed}
     store_rows(source.parent, out, [{**p.row, "best_of": {**how, **p.row["best_of"]}} for p in made])
@@ -103,7 +104,7 @@ def _pair(
     settings: BestOf,
     rng: random.Random,
 ) -> _Pair | None:
-    """The row with what the noisy judge prefers as chosen; ``None`` where nothing is worse."""
+    """The row whose chosen response is the sample that the noisy judge prefers; ``None`` if no response is worse."""
 
     def noisy(mark: Judgement) -> float:
         return rng.random() if rng.random() < settings.noise else mark.score
@@ -116,7 +117,7 @@ def _pair(
     if settings.worse == "truth":
         found = _worse(example, text, own, others, rng, lambda text, j: j.score < mark.score)
     else:
-        # A sample keeps the score that it was chosen by; anything else is looked at now, by the same judge.
+        # A sample keeps the noisy score that it already has; other responses are scored now, by the same noisy judge.
         known = {text: score for (text, _), score in zip(own, seen, strict=True)}
         found = _worse(example, text, own, others, rng, lambda t, j: known.get(t, noisy(j)) < seen[best])
     if found is None:
@@ -138,7 +139,7 @@ def _worse(
     rng: random.Random,
     is_worse: Callable[[str, Judgement], bool],
 ) -> tuple[Completion, Judgement] | None:
-    """A response that is worse than chosen, and its judgement; kinds are tried in an order drawn by their shares."""
+    """A response that is worse than chosen, and its judgement; the kind to try first is drawn by the shares."""
     kinds = list(SHARES)
     drawn = rng.choices(kinds, list(SHARES.values()))[0]
     for kind in (drawn, *(k for k in kinds if k != drawn)):
@@ -165,7 +166,7 @@ def _edits(example: Example, chosen: str, rng: random.Random) -> list[Completion
     scene = scene_of(example)
     try:
         made = [hard(scene, chosen, rng) for _ in range(_TRIES)]
-    except DataError:  # chosen is no sentence, so no word of it can be exchanged
+    except DataError:  # chosen is not a sentence of the world, so no word of it can be exchanged
         return []
     return [Completion(c.text, "perturbed", "hard", c.made) for c in made]
 

@@ -1,4 +1,4 @@
-"""Wrong labels on purpose: a share of the pairs of a data set with chosen and rejected exchanged."""
+"""Label noise: exchanges chosen and rejected in a share of the pairs of a data set."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from cwdpo.files.reading import read_jsonl
 from cwdpo.lab.rows import store_rows
 
 KIND = "flipped"
-"""Kind of a negative that was the chosen response, so that weights and probes show it apart."""
+"""Kind of a negative that was the chosen response, so that weights and readings show it separately."""
 
 
 def write_flipped(source: Path, out: Path, *, share: float, seed: int) -> dict[str, Any]:
-    """Write the rows of a JSONL file of the embedded world with a share of them flipped, to ``out/train.jsonl``.
+    """Write the rows of a JSONL file of the embedded world to ``out/train.jsonl``, with a share of them flipped.
 
-    A flipped row has its first negative as chosen, and its chosen response as the only negative, of kind
-    :data:`KIND`. Which rows are flipped grows with the share: those of 0.1 are among those of 0.2.
+    In a flipped row the first negative becomes chosen, and the chosen response becomes the only negative, of kind
+    :data:`KIND`. A larger share flips the rows of a smaller one and more.
 
     Returns:
-        ``rows`` and ``flipped``, how many.
+        ``rows`` and ``flipped``: the number of rows, and of flipped rows.
 
     Raises:
-        DataError: a row without a negative of its own.
+        DataError: a row to flip has no negative.
     """
     rows = read_jsonl(source)
     made = []
@@ -34,9 +34,7 @@ def write_flipped(source: Path, out: Path, *, share: float, seed: int) -> dict[s
             made.append(row)
             continue
         if not row.get("negatives"):
-            raise DataError(
-                f"{source}, row {number}: negatives: none, so that chosen has nothing to change places with"
-            )
+            raise DataError(f"{source}, row {number}: negatives: there is none to exchange chosen with")
         made.append(_flipped(row))
         flipped += 1
     store_rows(source.parent, out, made)

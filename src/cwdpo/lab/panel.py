@@ -1,4 +1,4 @@
-"""Scores in rows and columns, and their slope where the columns are numbers."""
+"""A panel of scores in rows and columns, and the slopes of the rows if the columns are numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cwdpo.report.summary import Difference, Mean, Panel, Row
 
 
 def panel_of(study: Study, rows: Sequence[Row]) -> Panel | None:
-    """The variants that have a cell in the panel, with the slopes of their scores where the columns are numbers."""
+    """The panel of the variants that have a cell in it, with slopes if the columns are numbers; else ``None``."""
     placed = {v.cell: name for name, v in study.variants.items() if v.cell}
     if not placed:
         return None
@@ -22,7 +22,7 @@ def panel_of(study: Study, rows: Sequence[Row]) -> Panel | None:
 
 
 def _with_slopes(panel: Panel, rows: Sequence[Row], full: str) -> Panel:
-    """The slopes of the score over three columns or more, and their differences to the row that ``full`` is in."""
+    """Add the slopes of the rows, and their differences to the row with the variant ``full``, for three columns on."""
     try:
         columns = [float(column) for column in panel.columns]
     except ValueError:
@@ -47,13 +47,13 @@ def _with_slopes(panel: Panel, rows: Sequence[Row], full: str) -> Panel:
 
 
 def _by_seed(scores: Sequence[Mean | None]) -> list[list[float | None]]:
-    """The scores of a row of the panel, seed by seed."""
+    """The scores of a row of the panel, for each seed."""
     n = max((len(s.per_seed) for s in scores if s), default=0)
     return [[s.per_seed[i] if s else None for s in scores] for i in range(n)]
 
 
 def _slope(columns: Sequence[float], values: Sequence[float | None]) -> float | None:
-    """Least-squares slope through the values that there are; ``None`` for fewer than three."""
+    """Least-squares slope through the values that are not ``None``; ``None`` for fewer than three."""
     import numpy as np
 
     known = [(x, y) for x, y in zip(columns, values, strict=True) if y is not None]

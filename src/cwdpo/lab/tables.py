@@ -1,4 +1,4 @@
-"""A study's tables in markdown, CSV and the terminal. What differs from run to run (times, paths) stays out of them."""
+"""A study's tables in markdown, CSV and for the terminal; without times and paths, which differ between runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Table:
-    """A note on what stands below it, and rows of text under heads."""
+    """A table: a note to show above it, column heads, and rows of text."""
 
     note: str
     heads: Sequence[str]
@@ -26,11 +26,12 @@ class Table:
 
 
 def tables(summary: Summary, *, main: bool = False) -> list[Table]:
-    """Means, paired differences, and a panel of scores where variants have places in one.
+    """Tables of means, of paired differences and, if the study has one, of the panel of scores.
 
     Args:
-        main: for a terminal, where there is little room: main figures, of the differences those with a better
-            direction; intervals stand below, p-values only as marks.
+        summary: of the study.
+        main: for a terminal, where space is limited: only main figures, and only differences of figures with a better
+            direction; intervals are below the values, p-values are marks.
     """
     figures = [f for f in summary.figures if f.main or not main]
     base = [["starting model", *(number(summary.base.get(f.key), f.digits) for f in figures)]]
@@ -49,7 +50,7 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
         for r in summary.compared
     ]  # fmt: skip
     note = (
-        f"Difference to {summary.row(summary.full).label} or to what is named, paired by seed, with its 95% interval. "
+        f"Difference to {summary.row(summary.full).label} or the named variant, paired by seed, with its 95% interval. "
         f"p-values are corrected (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
     )
     made.append(Table(note, ["variant", *(f.head for f in differing)], differences))
@@ -66,7 +67,7 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
 
 
 def slopes(summary: Summary) -> list[Table]:
-    """How fast the score falls or rises over the columns of a panel of numbers, where there is one."""
+    """The slopes of the score over the columns of a panel whose columns are numbers, if there is one."""
     panel = summary.panel
     if panel is None or not panel.slopes:
         return []
@@ -82,7 +83,7 @@ def slopes(summary: Summary) -> list[Table]:
 
 
 def _two_way(summary: Summary) -> list[Table]:
-    """The same differences with intervals over seeds and pictures, for figures that have them."""
+    """The same differences with intervals over seeds and images, for figures that have them."""
     known = [
         f for f in summary.differing if any(r.against[f.key].two_way is not None for r in summary.compared)
     ]
@@ -95,14 +96,14 @@ def _two_way(summary: Summary) -> list[Table]:
             cells.append(difference(replace(one, low=low, high=high, p_corrected=None), f))
         rows.append([f"{r.label} {summary.minus(r)}".strip(), *cells])
     note = (
-        "The same differences with 95% intervals over seeds and test pictures (bootstrap): what other pictures would "
-        "show, too."
+        "The same differences with 95% intervals over seeds and test images (bootstrap): they also cover the choice "
+        "of test images."
     )
     return [Table(note, ["variant", *(f.head for f in known)], rows)] if known and rows else []
 
 
 def markdown(summary: Summary) -> str:
-    """All tables, each number with its interval."""
+    """All tables as markdown, each number with its interval."""
     lines = [f"## {summary.title}", ""]
     lines += [summary.question, ""] if summary.question else []
     for table in tables(summary):
@@ -140,7 +141,7 @@ def show(summary: Summary) -> None:
 
 
 def to_csv(summary: Summary) -> str:
-    """One line per variant and figure, in full precision; an empty field is a missing value."""
+    """One line per variant and figure, with full precision; a missing value is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -173,7 +174,7 @@ def number(value: Mean | None, digits: int) -> str:
 
 
 def difference(one: Difference, figure: Figure, *, short: bool = False) -> str:
-    """A paired difference with its interval, its corrected p-value, and a mark where that is below 0.05."""
+    """A paired difference with its interval, its corrected p-value, and a mark if that is below 0.05."""
     if one.mean is None:
         return "-"
     digits, p = figure.digits, one.p_corrected
