@@ -595,6 +595,21 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str
         (),
         ("neither config.json nor adapter_config.json",),
     ),
+    "deep-config": (
+        lambda m: (m / "config.json").write_text('{"a":' * 100_000),
+        (),
+        ("model/config.json: is not JSON (nested too deep)", "fetch the checkpoint again"),
+    ),
+    "deep-generation-config": (
+        lambda m: (m / "generation_config.json").write_text("[" * 80 + "]" * 80),
+        (),
+        ("model/generation_config.json: is nested deeper than 60",),
+    ),
+    "endless-image-tokens": (
+        lambda m: edited(m / "processor_config.json", num_additional_image_tokens=10**7),
+        (),
+        ("its processor's num_additional_image_tokens is 10000000; allowed: 0 to 65536",),
+    ),
     "broken-config": (lambda m: (m / "config.json").write_text("{"), (), ("model/config.json: is not JSON",)),
     "wrong-value-in-config": (
         lambda m: edited(m / "config.json", image_seq_length="many"),

@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "worlds": BASE,
     "objectives": BASE,
     "rundir": {"errors", "files", "records"},
-    "remote": {*BASE, "rundir"},
+    "connection": set(),
+    "remote": {*BASE, "connection"},
     "negatives": {*BASE, "remote", "judging.base"},
     "data": BASE,
     "models": {*BASE, "data"},
@@ -93,8 +94,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics", "judging",
-    "overrides", "report", "schema", "cli",
+    *BASE, *DYNAMICS, "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics",
+    "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

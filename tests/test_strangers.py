@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from cwdpo.config import code_names, load_recipe, parse_recipe, stored_model
-from cwdpo.errors import RecipeError
+from cwdpo.data.images import CHECK_LEVELS
+from cwdpo.data.read.reader import read_examples
+from cwdpo.data.read.rows import open_source
+from cwdpo.errors import DataError, RecipeError
 from cwdpo.evaluation.run import model_settings
 from cwdpo.pipeline.resume import recipe_changes
+from cwdpo.records import ImageRef
+from cwdpo.report._text import picture_uri
 
 Run = Callable[..., Any]
 EVIL = "from pathlib import Path\nPath({mark!r}).write_text('it ran')\nclass X: ...\n"
@@ -160,3 +170,91 @@ def test_a_run_folder_that_is_itself_a_link_is_the_users_own_choice(
     (tmp_path / "other").symlink_to(plain)
     assert run("report", tmp_path / "other").code == 0
     assert (plain / "report.html").is_file()
+
+
+# --- pictures -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.eps", "a.jpg"])
+def test_a_postscript_file_starts_no_ghostscript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Pillow would hand it to ``gs``, whatever the file is called."""
+    mark = tmp_path / "bin" / "ran"
+    (tmp_path / "bin").mkdir()
+    gs = tmp_path / "bin" / "gs"
+    gs.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\ntouch {mark}\nexit 1\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / name).write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    row = {"image": name, "prompt": "Q", "chosen": "a", "rejected": "b"}
+    (data / "t.jsonl").write_text(json.dumps(row) + "\n")
+    for check in CHECK_LEVELS[2:]:
+        with pytest.raises(DataError, match="is not an image that"):
+            read_examples(data / "t.jsonl", check_images=check)
+    ref = ImageRef(path=data / name)
+    with pytest.raises(OSError, match="cannot identify image file"):
+        ref.open()
+    assert not ref.is_altered()
+    assert picture_uri(str(data / name), tmp_path) is None
+    with Image.open(data / name) as image, pytest.raises(subprocess.CalledProcessError):  # else
+        image.load()
+    assert mark.exists()
+
+
+def test_the_usual_formats_are_read(tmp_path: Path) -> None:
+    picture = Image.effect_noise((16, 16), 60).convert("RGB")
+    for name in ("jpg", "png", "gif", "webp", "bmp", "tiff", "ppm", "jp2", "avif", "ico", "tga"):
+        picture.save(tmp_path / f"a.{name}")
+        assert ImageRef(path=tmp_path / f"a.{name}").open().size == (16, 16), name
+
+
+# --- data sets ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["saved", "parquet"])
+@pytest.mark.parametrize("depth", ["column", "list", "blocks"])
+def test_no_feature_at_any_depth_opens_a_file_or_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: str, store: str
+) -> None:
+    import datasets
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    places = [str(tmp_path / "outside.png"), "http://127.0.0.1:9/x.png"]
+    image = datasets.Image()
+    features: Any = {"column": image, "list": [image], "blocks": [{"content": [{"image": image}]}]}[depth]
+    (tmp_path / "data").mkdir()
+    cells = [{"bytes": None, "path": p} for p in places]
+    values: Any = {
+        "column": cells, "list": [[c] for c in cells], "blocks": [[{"content": [{"image": c}]}] for c in cells],
+    }[depth]  # fmt: skip
+    text = datasets.Value("string")
+    made = datasets.Dataset.from_dict(
+        {"x": values, "prompt": ["Q", "Q"], "chosen": ["a", "b"], "rejected": ["c", "d"]},
+        features=datasets.Features({"x": features, "prompt": text, "chosen": text, "rejected": text}),
+    )
+    where = tmp_path / "data" / ("s" if store == "saved" else "s.parquet")
+    # Saving would read the pictures and put them inside; a stranger's tool need not.
+    monkeypatch.setattr("datasets.arrow_dataset.xgetsize", lambda *_, **__: 1)
+    monkeypatch.setattr("datasets.arrow_writer.embed_table_storage", lambda table, **_: table)
+    made.save_to_disk(where) if store == "saved" else pq.write_table(made.data.table, where)
+    opened: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("open", "socket.connect", "socket.getaddrinfo"):
+            opened.append(f"{event} {arguments}")
+
+    watching = True
+    sys.addaudithook(watch)
+    try:
+        rows = [raw.value for raw in open_source(where).rows()]
+    finally:
+        watching = False
+    assert len(rows) == 2
+    assert not [o for o in opened if "outside.png" in o or "127.0.0.1" in o or "socket" in o]
+    assert places[0] in json.dumps(rows[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,7 @@ class ImageRef:
         from PIL import Image
 
         try:
-            with Image.open(io.BytesIO(self.encoded())) as image:
+            with Image.open(io.BytesIO(self.encoded()), formats=image_formats()) as image:
                 if is_deep(image) or not has_alpha(image):
                     return is_deep(image)
                 least: Any = image.convert("RGBA").getchannel("A").getextrema()[0]
@@ -51,8 +52,23 @@ class ImageRef:
         """
         from PIL import Image, ImageOps
 
-        with Image.open(io.BytesIO(self.encoded())) as image:
+        with Image.open(io.BytesIO(self.encoded()), formats=image_formats()) as image:
             return as_rgb(ImageOps.exif_transpose(image))
+
+
+FORMATS = (
+    "JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO", "TGA",
+)  # fmt: skip
+"""Pictures that are read. Pillow knows more: an EPS, for one, would be handed to Ghostscript, whatever it is called."""
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that this Pillow can read, for ``Image.open(..., formats=...)``."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def is_deep(image: Image) -> bool:

@@ -261,7 +261,7 @@ def test_the_page_says_it_at_the_top(folder) -> None:
 
 def test_watch_serves_the_run_as_it_grows_and_nothing_else(folder) -> None:
     before = sorted(p.name for p in folder.rglob("*"))
-    with serve(folder, 0, 7) as server:
+    with serve(folder, 0, 7, rest=0) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -205,14 +205,21 @@ class Objective(Component):
         """Whether a setting of ``calibrates`` is still ``auto``."""
         return any(getattr(self, name) == "auto" for name in self.calibrates)
 
-    def calibrated(self, mean_logps: Sequence[float]) -> Self:
+    @property
+    def calibrates_on_negatives(self) -> bool:
+        """Whether :meth:`calibrated` also needs the negatives that the stage trains on."""
+        return False
+
+    def calibrated(self, mean_logps: Sequence[float], negatives: Sequence[float] = ()) -> Self:
         """The same objective with its ``auto`` settings replaced by numbers.
 
         Args:
             mean_logps: mean_logp of samples of the reference model, in nats per token. With
                 ``negatives.recalibrate`` this is called again in each round, with samples of the current policy.
+            negatives: with ``calibrates_on_negatives``: mean_logp of negatives of the stage under the reference model,
+                in nats per token; else empty.
         """
-        del mean_logps
+        del mean_logps, negatives
         return self
 
     def probe_scale(self) -> Scale:

@@ -64,6 +64,32 @@ def calibrate(mean_logps: Sequence[float]) -> tuple[float, float]:
     return float(low), max(MIN_TAU, float(median - low))
 
 
+def floor_for_weight(target: float, mean_logps: Sequence[float], tau: float) -> float:
+    """The floor (nats per token) at which the mean of ``sigmoid((mean_logp - floor) / tau)`` is ``target``.
+
+    The mean weight falls as the floor rises, so that there is exactly one such floor; bisection finds it.
+
+    Args:
+        target: the mean weight, between 0 and 1.
+        mean_logps: mean_logp of the negatives, nats per token; at least one.
+        tau: nats per token.
+
+    >>> round(floor_for_weight(0.5, [-3.0, -1.0], tau=0.5), 6)
+    -2.0
+    """
+    import numpy as np
+
+    values = np.asarray(mean_logps, dtype=float)
+    # A single negative with this weight has its floor at mean_logp - tau * log(target / (1 - target)).
+    offset = tau * float(np.log(target / (1 - target)))
+    low, high = float(values.min()) - offset, float(values.max()) - offset
+    for _ in range(100):
+        middle = (low + high) / 2
+        weight = float((1 / (1 + np.exp(np.clip((middle - values) / tau, -700, 700)))).mean())
+        low, high = (middle, high) if weight > target else (low, middle)
+    return (low + high) / 2
+
+
 class CwDpo(Objective):
     """``L = mean -log sigmoid(beta * (chosen_shift - w * rejected_shift)) + sft_weight * mean NLL(chosen)``.
 
@@ -74,6 +100,9 @@ class CwDpo(Objective):
             the mean of the step's adaptive weights. The last two keep the size of the weights, but a weight no longer
             depends on its own negative.
         floor, tau: in nats per token; ``auto`` calibrates them before stage 2, see :func:`calibrate`.
+        target_weight: with ``floor: auto``: the floor is set so that the mean weight over the negatives of the run is
+            this when stage 2 begins, instead of the percentile of :func:`calibrate`. It makes the strength of the
+            cooling comparable between models and data sets.
         constant_weight: w when ``cooling`` is ``constant``; 1 is vanilla DPO.
         weight_gradient: ``detach`` treats w as a constant. ``through`` differentiates it, which makes a negative
             *more* likely once ``rejected_shift / n_tokens < -tau / (1 - w)``.
@@ -88,6 +117,7 @@ class CwDpo(Objective):
     cooling: Literal["adaptive", "constant", "permuted", "matched"] = "adaptive"
     floor: float | Literal["auto"] = "auto"
     tau: float | Literal["auto"] = "auto"
+    target_weight: float | None = Field(None, gt=0, lt=1)
     constant_weight: float = Field(1.0, ge=0, le=1)
     weight_gradient: Literal["detach", "through"] = "detach"
     filter_below: float | None = None
@@ -100,6 +130,16 @@ class CwDpo(Objective):
             raise ValueError(f"tau must be greater than 0 nats per token, got {self.tau}")
         return self
 
+    @model_validator(mode="after")
+    def _one_floor(self) -> CwDpo:
+        if self.target_weight is None:
+            return self
+        if self.cooling == "constant":
+            raise ValueError("target_weight sets the floor of an adaptive weight: here set constant_weight")
+        if self.floor != "auto":
+            raise ValueError("target_weight sets the floor: leave out one of the two")
+        return self
+
     @property
     def needs_calibration(self) -> bool:
         """Whether floor or tau is still ``auto``; a constant weight needs neither."""
@@ -110,13 +150,25 @@ class CwDpo(Objective):
         """Whether the weight of a pair depends on the other pairs of the step."""
         return self.cooling in ("permuted", "matched")
 
-    def calibrated(self, mean_logps: Sequence[float]) -> Self:
+    @property
+    def calibrates_on_negatives(self) -> bool:
+        """Whether the floor follows from ``target_weight``."""
+        return self.target_weight is not None and self.needs_calibration
+
+    def calibrated(self, mean_logps: Sequence[float], negatives: Sequence[float] = ()) -> Self:
         """Replace ``auto`` by the values of :func:`calibrate`; a floor or tau given as a number is kept.
 
+        With ``target_weight`` the floor is that of :func:`floor_for_weight` over the negatives.
+
         Raises:
-            RecipeError: fewer than two samples.
+            RecipeError: fewer than two samples; ``target_weight`` without negatives.
         """
         values = dict(zip(self.calibrates, calibrate(mean_logps), strict=True))
+        if self.calibrates_on_negatives and self.target_weight is not None:
+            if not negatives:
+                raise RecipeError("cw_dpo: target_weight: there is no negative to set the floor by")
+            tau = values["tau"] if self.tau == "auto" else self.tau
+            values["floor"] = floor_for_weight(self.target_weight, negatives, tau)
         return self.model_copy(update={k: v for k, v in values.items() if getattr(self, k) == "auto"})
 
     def probe_scale(self) -> Scale:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.errors import DataError
+from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
 from cwdpo.monitor.window import added_share
 from cwdpo.negatives.mix import seeded
@@ -33,6 +33,7 @@ from cwdpo.stage.prepare import (
     calibration_row,
     encode,
     keep_negatives,
+    negative_mean_logps,
     with_reference_values,
 )
 from cwdpo.stage.stage import Stage
@@ -90,7 +91,8 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 "stage 2 has two rows with the same id, but rounds store samples by id: give each row its own id"
             )
         self._auto = stage.objective.needs_calibration
-        calibrate(stage, examples)
+        self._on_negatives = stage.objective.calibrates_on_negatives
+        self._calibrate(examples)
         self.plan = RoundPlan.of(stage.steps(examples), self.settings.rounds, stage.prompts_per_step)
         self.data = RoundData(self.plan.per_round * self.plan.batch)
         self._judge = judge_for(self.settings.judge, examples)
@@ -124,6 +126,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             )
         self._calibrate_again(drawn, round_)
         by_id = {row.id: row for row in self._prepared(blended, round_)}
+        self._calibrate_on_negatives(list(by_id.values()), round_)
         rows = [by_id[i] for i in order if i in by_id]
         self.data.fill(rows)
         self._record(round_, order, blended, rows, counts)
@@ -156,6 +159,40 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 model.save_pretrained(folder)
                 self.stage.policy.processor.save_pretrained(folder)
         return build_sampler(self.settings.sampler, model, self.stage.encoder, run.path / ANSWERS, served)
+
+    def _calibrate(self, examples: Sequence[Example]) -> None:
+        """Calibrate the objective before the first round.
+
+        Its negatives do not exist yet. An objective that calibrates on negatives takes those of the data and its own
+        samples until :meth:`_calibrate_on_negatives`; probes and curriculum need a floor before.
+
+        Raises:
+            RecipeError: it would have to be calibrated on negatives again in every round.
+        """
+        if self._on_negatives and self.settings.recalibrate:
+            raise RecipeError(
+                "negatives.recalibrate: the objective sets its floor by the negatives of the first round "
+                "(target_weight): leave out one of the two"
+            )
+        own = [row for row in self.dataset_rows if row.negatives]
+        self._mean_logps = calibrate(
+            self.stage,
+            examples,
+            lambda: with_reference_values(self.stage, own) if own else [],
+            sampled_share=self.settings.fraction(0),
+        )
+
+    def _calibrate_on_negatives(self, rows: Sequence[EncodedExample], round_: int) -> None:
+        """Calibrate again on the negatives that the first round has; later rounds keep this."""
+        if not self._on_negatives:
+            return
+        self._on_negatives = False
+        run, name = self.stage.run, "calibration-round0.json"
+        negatives = run.json(name)["negatives"] if round_ else negative_mean_logps(rows)
+        objective = self.stage.settings.build().calibrated(self._mean_logps, negatives)
+        self.stage.in_force.objective = objective
+        if not round_:
+            run.write_json(name, {**calibration_row(objective, self._mean_logps), "negatives": negatives})
 
     def _calibrate_again(self, drawn: dict[str, PromptSamples], round_: int) -> None:
         """Calibrate the objective with the round's samples, except in round 0, whose samples are the reference's."""

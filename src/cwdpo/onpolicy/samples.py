@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cwdpo.data.texts import placeholder_in
 from cwdpo.negatives.base import known_true, normalised
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.records import Completion, Example, Sample
@@ -63,7 +64,8 @@ def sort_samples(example: Example, drawn: PromptSamples, settings: NegativeSetti
     """Sort an example's samples into negatives and right responses; count the dropped ones by reason.
 
     Reasons: ``empty``; ``cut`` (did not end); ``degenerate`` (repeats itself); ``equal`` (to chosen or a reference,
-    ignoring case and white space); ``double`` (equal to an earlier sample); ``right`` (according to the judge);
+    ignoring case and white space); ``double`` (equal to an earlier sample);
+    ``placeholder`` (holds what a model reads as a picture); ``right`` (according to the judge);
     ``easy`` and ``hard`` (mean_logp outside ``easy_cut`` and ``hard_cut``).
     """
     true, seen = known_true(example), set[str]()
@@ -93,6 +95,8 @@ def _useless(sample: Sample, settings: NegativeSettings, true: frozenset[str], s
         return "empty"
     if not sample.ended and not settings.sampler.keep_cut:
         return "cut"
+    if placeholder_in(sample.text) is not None:
+        return "placeholder"
     if degenerate(sample.text):
         return "degenerate"
     if text in true:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from cwdpo.stage.reference import stored_reference_pass
 from cwdpo.stage.stage import Stage
 
 logger = logging.getLogger("cwdpo")
+NEGATIVES = 1000
+"""How many values stand for the negatives of a stage, where its objective calibrates on them."""
 MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
 """Largest mean difference between the two row layouts, in nats per token, in fp32 and in bf16.
 
@@ -43,7 +45,7 @@ def prepare(stage: Stage) -> list[EncodedExample]:
     """
     rows = keep_negatives(stage.objective, with_reference_values(stage, encode(stage, stage.examples)))
     kept = {row.id for row in rows}
-    calibrate(stage, [e for e in stage.examples if e.id in kept])
+    calibrate(stage, [e for e in stage.examples if e.id in kept], lambda: rows)
     return rows
 
 
@@ -121,19 +123,55 @@ def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> 
     return kept
 
 
-def calibrate(stage: Stage, prompts: Sequence[Example]) -> None:
+def calibrate(
+    stage: Stage,
+    prompts: Sequence[Example],
+    rows: Callable[[], Sequence[EncodedExample]] = tuple,
+    *,
+    sampled_share: float = 0.0,
+) -> list[float]:
     """Calibrate the ``auto`` settings of the current objective with samples of the reference model.
 
     The settings and the mean_logps of the samples are stored in the run folder; a resumed run uses the stored ones.
+
+    Args:
+        prompts: what the reference answers.
+        rows: gives rows with reference values; called if the objective calibrates on its negatives.
+        sampled_share: share of the negatives that will be samples of the policy instead of negatives of ``rows``.
+
+    Returns:
+        The mean_logps of the samples, nats per token; empty if the objective needs no calibration.
     """
     if not stage.objective.needs_calibration:
-        return
+        return []
     name = "calibration.json" if stage.name == "stage2" else f"calibration-{stage.name}.json"
-    stored = stage.run.json(name).get("mean_logps") if stage.resume else None
-    mean_logps = stored or reference_mean_logps(stage, prompts)
-    stage.in_force.objective = stage.objective.calibrated(mean_logps)
-    if not stored:
-        stage.run.write_json(name, {**calibration_row(stage.objective, mean_logps), "mean_logps": mean_logps})
+    stored = stage.run.json(name) if stage.resume else {}
+    mean_logps: list[float] = stored.get("mean_logps") or reference_mean_logps(stage, prompts)
+    negatives: list[float] = stored.get("negatives", [])
+    if stage.objective.calibrates_on_negatives and not negatives:
+        negatives = negative_mean_logps(rows(), mean_logps, sampled_share)
+    given = (mean_logps, negatives) if negatives else (mean_logps,)
+    stage.in_force.objective = stage.objective.calibrated(*given)
+    if not stored.get("mean_logps"):
+        row = {**calibration_row(stage.objective, mean_logps), "mean_logps": mean_logps}
+        stage.run.write_json(name, row | ({"negatives": negatives} if negatives else {}))
+    return mean_logps
+
+
+def negative_mean_logps(
+    rows: Sequence[EncodedExample], samples: Sequence[float] = (), sampled_share: float = 0.0
+) -> list[float]:
+    """:data:`NEGATIVES` mean_logps (nats per token) that stand for the negatives of a stage under the reference.
+
+    They are evenly spaced quantiles of the rows' negatives and of the samples, in the proportion of the two.
+    """
+    import numpy as np
+
+    own = [c.reference_mean_logp for row in rows for c in row.negatives if c.reference_mean_logp is not None]
+    drawn = round(NEGATIVES * sampled_share) if own else NEGATIVES * bool(samples)
+    parts = ((own, (NEGATIVES - drawn) * bool(own)), (samples, drawn))
+    found = [np.quantile(values, (np.arange(n) + 0.5) / n) for values, n in parts if n]
+    return [round(float(v), 6) for part in found for v in part]
 
 
 def calibration_row(objective: Objective, mean_logps: Sequence[float]) -> dict[str, float]:
