@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cwdpo.errors import DataError, MissingPackageError, RecipeError
-from cwdpo.evaluation.paired import conclusion, holm, paired_difference
+from cwdpo.evaluation.paired import conclusion, holm, paired_difference, two_way_interval
 from cwdpo.evaluation.run import parse_specs
 from cwdpo.metrics import _coco
 from cwdpo.metrics._coco import simple_tokens
@@ -270,7 +270,7 @@ def test_letters_are_scored_where_chosen_is_a_letter() -> None:
     assert spelled(Answer(example(0, "B", options=OPTIONS))) == ["A", "B", "C"]
     assert spelled(Answer(example(0, "(B)", options=OPTIONS))) == ["(A)", "(B)", "(C)"]
     assert spelled(Answer(example(0, "a dog", options=OPTIONS))) == OPTIONS
-    with pytest.raises(DataError, match=r"chosen: 'a cow' is none of the options"):
+    with pytest.raises(DataError, match=r"chosen: 'a cow' is neither one of the options"):
         values("multiple_choice", [Answer(example(0, "a cow", options=OPTIONS), "", (0, 0, 0), (1, 1, 1))])
     with pytest.raises(DataError, match="options: a list of at least two texts"):
         values("multiple_choice", [Answer(example(0, "a cow"), "")])
@@ -421,11 +421,24 @@ def test_false_alarms_are_as_rare_as_they_should_be() -> None:
 def test_different_prompts_are_not_paired() -> None:
     a = mean_of("x", [Answer(example(i), "") for i in range(3)], [1.0, 2.0, 3.0])
     b = mean_of("x", [Answer(example(i), "") for i in range(4)], [1.0, 2.0, 3.0, 4.0])
-    with pytest.raises(DataError, match=r"x: the two sides answer different prompts \(3 and 4\)"):
+    with pytest.raises(DataError, match=r"x: the two runs answer different prompts \(3 and 4\)"):
         difference(a, b)
 
 
 # --- differences over seeds -----------------------------------------------------------------------------
+
+
+def test_a_two_way_interval_holds_for_other_seeds_and_other_pictures() -> None:
+    """Its variance is that of seeds plus that of pictures: exact where every cell is the sum of two effects."""
+    rng = np.random.default_rng(3)
+    seeds, pictures = rng.normal(0, 0.3, 12), rng.normal(0, 1.0, 200)
+    differences = 0.1 + seeds[:, None] + pictures[None]
+    low, high = two_way_interval([*differences, None], [*np.zeros((12, 200)), [0.0] * 200], resamples=4000)
+    half = 1.96 * math.sqrt(seeds.var() / 12 + pictures.var() / 200)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.06)
+    assert (high + low) / 2 == pytest.approx(differences.mean(), abs=0.02)
+    assert two_way_interval([[1.0, 1.0]], [[0.5, 0.5]]) == (0.5, 0.5)
+    assert two_way_interval([None], [[1.0]]) is None
 
 
 def test_paired_difference_equals_scipys_paired_t_test() -> None:

@@ -1,4 +1,4 @@
-"""One cell of a study: a variant and a seed -> figures on the test split."""
+"""One cell of a study: trains a variant with a seed and computes its figures on the test set."""
 
 from __future__ import annotations
 
@@ -14,45 +14,48 @@ from typing import Any, Literal
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
-from cwdpo.lab.worlds import MAX_NEW_TOKENS
+from cwdpo.files.writing import write_json, write_text
+from cwdpo.lab.captions import captions, draw, judged, sampled_entropy
+from cwdpo.lab.spec import BestOf, Decodings
 from cwdpo.metrics.base import METRICS, Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
-from cwdpo.models.sample import sample
 from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, versions, write_json, write_text
+from cwdpo.rundir import RunDir, versions
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data
 from cwdpo.stage.stage import Stage, StageName
-from cwdpo.worlds.judged import all_judgeable, judge_captions, summary
+from cwdpo.worlds.judged import all_judgeable
 
-SAMPLES = 2
-"""Captions at temperature 1 of every test picture, besides the greedy one."""
-EVALUATION_BATCH = 100
 TEST_PROBES = 96
-SEED = 1000
-"""Of the first of those captions; one more for each further."""
+STEADY_FROM = 20
+"""``grad_norm_tail`` leaves out the steps up to this one: the warm-up and the first steps after it."""
 
 OnStep = Callable[[str, int, int], None]
-StageOfCell = Literal["stage1", "stage2", "base", "best_of", "margins"]
+StageOfCell = Literal["stage1", "stage2", "base", "best_of", "flipped", "margins"]
 
 
 @dataclass(frozen=True)
 class CellJob:
-    """What a worker needs to run one cell, or what several cells share.
+    """Everything that a worker process needs to run one cell, or a job whose result several cells use.
 
     Attributes:
-        stage: ``stage1`` (the first stage that several cells start from), ``stage2`` (one variant), ``base`` (an
-            evaluation of the model that the recipe names), ``best_of`` (a preference set is sampled), ``margins``
-            (reward margins are estimated).
-        metrics: read where the data has no exact judge.
-        options: of a stage: ``trace`` (judge the policy at every measurement), ``keep_model`` (store it), and the
-            settings of ``best_of`` and ``margins``.
-        first: folder of the first stage that the cell starts from, where it has one.
+        key: unique name of the cell.
+        recipe: the recipe to train.
+        folder: the cell's run folder.
+        test: the test set.
+        stage: ``stage1`` (a first stage that several cells start from), ``stage2`` (one variant), ``base`` (evaluate
+            the recipe's model without training), ``best_of`` (sample a preference set), ``flipped`` (exchange chosen
+            and rejected in some pairs), ``margins`` (estimate reward margins).
+        metrics: metrics for data that is not from the embedded world.
+        options: ``trace`` (judge the policy at every measurement), ``keep_model`` (store the model), or the settings
+            of ``best_of``, ``flipped`` and ``margins``.
+        first: folder of the first stage that the cell starts from, if any.
+        decodings: further temperatures for the captions of the test images.
     """
 
     key: str
@@ -63,21 +66,22 @@ class CellJob:
     metrics: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     first: Path | None = None
+    decodings: Decodings | None = None
 
     @property
     def result(self) -> Path:
-        """Where the cell's figures go."""
+        """The file with the cell's figures."""
         return self.folder / "figures.json"
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the cell takes, where the recipe counts them (and not epochs)."""
+        """Number of optimizer steps of the cell; 0 if it does not train or the recipe sets epochs."""
         stage = {"stage1": self.recipe.stage1, "stage2": self.recipe.stage2}.get(self.stage)
         return (stage.steps or 0) if stage else 0
 
 
 def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
-    """Run a cell and store its figures; a finished cell with the same recipe is not run again."""
+    """Run a cell and store its figures; a finished cell with the same fingerprint is not run again."""
     run = RunDir(job.folder)
     mark = fingerprint(job)
     if job.result.is_file() and run.json("fingerprint.json") == mark:
@@ -88,6 +92,8 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
     write_json(job.folder / "fingerprint.json", mark)
     if job.stage == "best_of":
         figures = sample_best(job)
+    elif job.stage == "flipped":
+        figures = flip(job)
     elif job.stage == "margins":
         figures = estimate_margins(job)
     else:
@@ -98,7 +104,7 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
 
 
 def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, Any]:
-    """One stage of training (none for ``base``), then the figures on the test set (none for ``stage1``)."""
+    """Train one stage (not for ``base``), then compute the figures on the test set (not for ``stage1``)."""
     splits = None if job.stage == "base" else prepare_data(job.recipe, run)
     policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
     encoder = policy.encoder(job.recipe.data.max_length, job.recipe.data.cache_gb)
@@ -113,56 +119,58 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         job.test, default_prompt=data.default_prompt, format=data.format, ignore_columns=data.ignore_columns
     ).examples
     held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
-    probes = ProbeSet(held, policy.model)  # remembers the start of stage 2, its reference
+    probes = ProbeSet(
+        held, policy.model
+    )  # keeps the scores at the start of stage 2, that is of the reference
     trace: list[dict[str, Any]] = []
     if job.options.get("trace"):
         listener.measured = lambda stage, step, model: trace.append(
             {"stage": stage, "step": step, **judged(model, encoder, test)}
         )
+    entropy = None
+    if job.decodings is not None and job.decodings.same_entropy:
+        entropy = sampled_entropy(policy.model, encoder, test, 1.0)  # of the reference
     if splits is not None:
         train(job, policy, encoder, splits, run, listener)
-        if job.options.get("keep_model"):  # another cell reads its rewards
+        if job.options.get("keep_model"):  # another cell computes reward margins with it
             save_model(policy, job.folder / "model", run)
-    figures = evaluate_on_test(policy, encoder, test, probes, run, job.metrics)
+    figures = held_out_figures(policy, test[0], probes, run)
+    if all_judgeable(test):
+        figures |= captions(policy.model, encoder, test, job.decodings, entropy)
+    else:
+        figures |= responses(policy, encoder, test, job.metrics)
     return {**figures, "trace": trace} if trace else figures
 
 
 def train(
     job: CellJob, policy: Policy, encoder: Encoder, splits: Splits, run: RunDir, listener: Listener
 ) -> None:
-    """Run the cell's stage. The one place where the laboratory trains."""
+    """Train the cell's stage; all training of the laboratory goes through this function."""
     stage: StageName = "stage1" if job.stage == "stage1" else "stage2"
     examples = splits.stage1 if stage == "stage1" else splits.stage2
     run_stage(Stage(stage, job.recipe, policy, encoder, run, examples, splits.validation, listener))
 
 
-def draw(
-    model: Any, encoder: Encoder, examples: Sequence[Example], temperature: float = 1.0, seed: int = 0
-) -> list[str]:
-    """One response to each example."""
-    made = sample(
-        model, encoder, examples, temperature=temperature, max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=EVALUATION_BATCH, seed=seed,
-    )  # fmt: skip
-    return [s.text for s in made]
-
-
-def judged(model: Any, encoder: Encoder, test: Sequence[Example]) -> dict[str, float]:
-    """A caption of every test picture at temperature 1, judged exactly: ``score``, ``all_correct``, ``ill_formed``."""
-    return summary(judge_captions(test, draw(model, encoder, test, seed=SEED)))
-
-
 def sample_best(job: CellJob) -> dict[str, Any]:
-    """A preference set whose chosen responses are only better, sampled from the cell's starting model."""
+    """Write a preference set with samples of the cell's starting model, see :mod:`cwdpo.lab.best_of`."""
     from cwdpo.lab.best_of import write_best_of
 
     policy = load_policy(job.recipe.model)
     source, out = Path(str(job.recipe.data.path)), job.folder / "data"
-    return write_best_of(policy, policy.encoder(), source, out, seed=job.recipe.seed, **job.options)
+    settings = BestOf.model_validate(job.options)
+    return write_best_of(policy, policy.encoder(), source, out, settings, seed=job.recipe.seed)
+
+
+def flip(job: CellJob) -> dict[str, Any]:
+    """Write the training rows with chosen and rejected exchanged in some pairs, see :mod:`cwdpo.lab.flipped`."""
+    from cwdpo.lab.flipped import write_flipped
+
+    source, out = Path(str(job.recipe.data.path)), job.folder / "data"
+    return write_flipped(source, out, share=float(job.options["share"]), seed=job.recipe.seed)
 
 
 def estimate_margins(job: CellJob) -> dict[str, Any]:
-    """The training rows with the reward margins that a finished DPO cell implies."""
+    """Write the training rows with reward margins from the policy of a finished DPO cell."""
     from cwdpo.lab.margins import write_margins
 
     return write_margins(
@@ -173,7 +181,7 @@ def estimate_margins(job: CellJob) -> dict[str, Any]:
 
 
 def fingerprint(job: CellJob) -> dict[str, str]:
-    """What a cell's figures depend on: recipe, starting weights, training and test rows, version."""
+    """Digests of everything that a cell's figures depend on: recipe, starting weights, rows, options, version."""
 
     def digest(path: Path) -> str:
         if not path.is_file():
@@ -193,62 +201,37 @@ def fingerprint(job: CellJob) -> dict[str, str]:
         "test": digest(job.test),
         "stage": job.stage,
         "metrics": " ".join(job.metrics),
+        "decodings": job.decodings.model_dump_json() if job.decodings else "",
         "options": json.dumps(dict(job.options), sort_keys=True)
         + (weights(str(job.options["policy"])) if "policy" in job.options else ""),
         "cwdpo": versions()["cwdpo"],
     }
 
 
-def evaluate_on_test(
-    policy: Policy,
-    encoder: Encoder,
-    test: Sequence[Example],
-    probes: ProbeSet,
-    run: RunDir,
-    metrics: Sequence[str] = (),
-) -> dict[str, Any]:
-    """All figures of a policy; ``probes`` holds its reference."""
+def held_out_figures(policy: Policy, example: Example, probes: ProbeSet, run: RunDir) -> dict[str, Any]:
+    """The probes' readings of a policy, compared with the start of stage 2, and figures of the training run."""
     held = probes.measure(policy.model)
     readings = [r for name in PROBES.names() for r in PROBES.build(name)(held)]
     figures: dict[str, Any] = {r.name: r.value for r in readings}
-    if all_judgeable(test):
-        figures |= captions(policy, encoder, test)
-    else:
-        figures |= responses(policy, encoder, test, metrics)
-    figures["reliability"] = reliability_of(held, test[0])
+    figures["reliability"] = reliability_of(held, example)
     figures["n_tokens"] = int(held.top1.numel())
-    norms = [row["grad_norm"] for row in run.metrics() if "grad_norm" in row]
-    figures["grad_norm_cv"] = spread(norms)
+    norms = [(row["step"], row["grad_norm"]) for row in run.metrics() if "grad_norm" in row]
+    figures["grad_norm_cv"] = spread([norm for _, norm in norms])
+    figures["grad_norm_tail"] = tail([norm for step, norm in norms if step > STEADY_FROM])
     figures["steps_to_95"] = steps_to_share(run.readings(), 0.95)
     return figures
 
 
 def reliability_of(held: HeldOut, example: Example) -> list[dict[str, float]]:
-    """Bins of the top-1 confidence over all M held-out chosen tokens, whichever prompt they belong to."""
+    """The reliability diagram of the top-1 probability over the M held-out chosen tokens of all prompts together."""
     top1, correct = tuple(held.top1.tolist()), tuple(bool(c) for c in held.correct.tolist())
     return reliability(TokenEce()([Answer(example, top1=top1, correct=correct)])[0])
-
-
-def captions(policy: Policy, encoder: Encoder, test: Sequence[Example]) -> dict[str, Any]:
-    """Greedy and temperature-1 captions of every test picture, judged."""
-    greedy = draw(policy.model, encoder, test, temperature=0.0)
-    right = [j.all_correct for j in judge_captions(test, greedy)]
-    sampled = [judge_captions(test, draw(policy.model, encoder, test, seed=SEED + k)) for k in range(SAMPLES)]
-    everything = summary([j for one in sampled for j in one])
-    return {
-        "greedy_correct": sum(right) / len(right),
-        "sampled_correct": everything["all_correct"],
-        "ill_formed": everything["ill_formed"],
-        "judge_score": everything["score"],
-        "scores": [[round(one[i].score, 4) for one in sampled] for i in range(len(test))],
-        "greedy": greedy,
-    }
 
 
 def responses(
     policy: Policy, encoder: Encoder, test: Sequence[Example], metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """Greedy responses to every test prompt and what the named metrics say of them."""
+    """Greedy responses to all test prompts, and their values by the named metrics."""
     greedy = draw(policy.model, encoder, test, temperature=0.0)
     answers = [Answer(e, text) for e, text in zip(test, greedy, strict=True)]
     measured = [m for name in metrics for m in METRICS.build(name)(answers)]
@@ -256,15 +239,25 @@ def responses(
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Coefficient of variation: standard deviation over mean; ``None`` for fewer than two values."""
+    """Coefficient of variation: standard deviation divided by mean; ``None`` for fewer than two values."""
     import numpy as np
 
     known = np.asarray(values, dtype=float)
     return float(known.std() / known.mean()) if len(known) > 1 and known.mean() > 0 else None
 
 
+def tail(values: Sequence[float]) -> float | None:
+    """95th percentile divided by median, robust to single spikes; ``None`` for fewer than two values."""
+    import numpy as np
+
+    if len(values) < 2:
+        return None
+    middle, high = np.quantile(np.asarray(values, dtype=float), [0.5, 0.95])
+    return float(high / middle) if middle > 0 else None
+
+
 def steps_to_share(readings: Sequence[dict[str, Any]], share: float) -> int | None:
-    """First probed step whose held-out margin reaches a share of the best; ``None`` without a positive one."""
+    """First measured step whose held-out margin is at least a share of the best one; ``None`` if none is positive."""
     margins = [(r["step"], r["value"]) for r in readings if r["name"] == "margin" and r["value"] is not None]
     best = max((value for _, value in margins), default=0.0)
     return next((step for step, value in margins if best > 0 and value >= share * best), None)

@@ -1,23 +1,24 @@
-"""A study's tables in markdown, CSV and the terminal. What differs from run to run (times, paths) stays out of them."""
+"""A study's tables in markdown, CSV and for the terminal; without times and paths, which differ between runs."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cwdpo.report.summary import Difference, Figure, Mean, Summary
 
 COLUMNS = (
     "variant", "label", "figure", "better", "n", "failed", "mean", "low", "high",
-    "against", "difference", "difference_low", "difference_high", "p", "p_corrected", "verdict",
+    "against", "difference", "difference_low", "difference_high", "two_way_low", "two_way_high",
+    "p", "p_corrected", "verdict",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Table:
-    """A note on what stands below it, and rows of text under heads."""
+    """A table: a note to show above it, column heads, and rows of text."""
 
     note: str
     heads: Sequence[str]
@@ -25,11 +26,12 @@ class Table:
 
 
 def tables(summary: Summary, *, main: bool = False) -> list[Table]:
-    """Means, paired differences, and a panel of scores where variants have places in one.
+    """Tables of means, of paired differences and, if the study has one, of the panel of scores.
 
     Args:
-        main: for a terminal, where there is little room: main figures, of the differences those with a better
-            direction; intervals stand below, p-values only as marks.
+        summary: of the study.
+        main: for a terminal, where space is limited: only main figures, and only differences of figures with a better
+            direction; intervals are below the values, p-values are marks.
     """
     figures = [f for f in summary.figures if f.main or not main]
     base = [["starting model", *(number(summary.base.get(f.key), f.digits) for f in figures)]]
@@ -48,21 +50,60 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
         for r in summary.compared
     ]  # fmt: skip
     note = (
-        f"Difference to {summary.row(summary.full).label} or to what is named, paired by seed, with its 95% interval. "
+        f"Difference to {summary.row(summary.full).label} or the named variant, paired by seed, with its 95% interval. "
         f"p-values are corrected (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
     )
     made.append(Table(note, ["variant", *(f.head for f in differing)], differences))
+    if not main:
+        made += _two_way(summary)
     if summary.panel:
         scores = [
             [label, *("-" if name is None else number(summary.row(name).figures.get("score"), 3) for name in row)]
             for label, row in summary.panel.rows.items()
         ]  # fmt: skip
         made.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
+        made += slopes(summary)
     return made
 
 
+def slopes(summary: Summary) -> list[Table]:
+    """The slopes of the score over the columns of a panel whose columns are numbers, if there is one."""
+    panel = summary.panel
+    if panel is None or not panel.slopes:
+        return []
+    figure = Figure("slope", "slope", "none", 3)
+    rows = [
+        [label, number(slope, 3), difference(panel.slope_differences[label], figure) if label in
+         panel.slope_differences else "-"]
+        for label, slope in panel.slopes.items()
+    ]  # fmt: skip
+    reference = next(label for label in panel.slopes if label not in panel.slope_differences)
+    note = f"Slope of the score over the columns, by seed; p-values are corrected (Holm) for {len(rows) - 1}."
+    return [Table(note, ["", "slope", f"minus {reference}"], rows)]
+
+
+def _two_way(summary: Summary) -> list[Table]:
+    """The same differences with intervals over seeds and images, for figures that have them."""
+    known = [
+        f for f in summary.differing if any(r.against[f.key].two_way is not None for r in summary.compared)
+    ]
+    rows = []
+    for r in summary.compared:
+        cells = []
+        for f in known:
+            one = r.against[f.key]
+            low, high = one.two_way or (None, None)
+            cells.append(difference(replace(one, low=low, high=high, p_corrected=None), f))
+        rows.append([f"{r.label} {summary.minus(r)}".strip(), *cells])
+    note = (
+        "The same differences with 95% intervals over seeds and test images (bootstrap): they also cover the choice "
+        "of test images."
+    )
+    return [Table(note, ["variant", *(f.head for f in known)], rows)] if known and rows else []
+
+
 def markdown(summary: Summary) -> str:
-    """All tables, each number with its interval."""
+    """All tables as markdown, each number with its interval."""
     lines = [f"## {summary.title}", ""]
     lines += [summary.question, ""] if summary.question else []
     for table in tables(summary):
@@ -100,7 +141,7 @@ def show(summary: Summary) -> None:
 
 
 def to_csv(summary: Summary) -> str:
-    """One line per variant and figure, in full precision; an empty field is a missing value."""
+    """One line per variant and figure, with full precision; a missing value is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -117,6 +158,8 @@ def to_csv(summary: Summary) -> str:
                     "difference": one.mean, "difference_low": one.low, "difference_high": one.high, "p": one.p,
                     "p_corrected": one.p_corrected, "verdict": one.word,
                 }  # fmt: skip
+                if one.two_way is not None:
+                    line |= {"two_way_low": one.two_way[0], "two_way_high": one.two_way[1]}
             writer.writerow(line)
     return text.getvalue()
 
@@ -131,7 +174,7 @@ def number(value: Mean | None, digits: int) -> str:
 
 
 def difference(one: Difference, figure: Figure, *, short: bool = False) -> str:
-    """A paired difference with its interval, its corrected p-value, and a mark where that is below 0.05."""
+    """A paired difference with its interval, its corrected p-value, and a mark if that is below 0.05."""
     if one.mean is None:
         return "-"
     digits, p = figure.digits, one.p_corrected

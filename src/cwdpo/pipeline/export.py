@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from cwdpo.config import load_recipe
+from cwdpo.config import stored_model
 from cwdpo.errors import RunDirError
+from cwdpo.files.reading import read_object
+from cwdpo.files.writing import copy_folder, new_folder, write_text
 from cwdpo.models.load import load_policy
 from cwdpo.report.model_card import Form, model_card
-from cwdpo.rundir import RunDir, replace_folder, sync_tree, write_text
+from cwdpo.rundir import RunDir
 
 CARD = "README.md"
 
@@ -39,27 +39,21 @@ def export(run: Path, out: Path, *, merge: bool, dtype: str | None = None) -> Pa
         raise RunDirError(f"{run}: no final model yet: finish the run with cwdpo train --resume")
     if out.exists() and any(out.iterdir()):
         raise RunDirError(f"{out} is not empty: choose another --out, or remove it first")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     adapter = (model / "adapter_config.json").is_file()
-    if adapter and merge:
-        _write_merged(folder, model, temporary, dtype)
-    else:
-        shutil.copytree(model, temporary)
-    form: Form = "full" if not adapter else "merged" if merge else "adapter"
-    write_text(temporary / CARD, model_card(folder.path, form))
-    sync_tree(temporary)
-    if out.exists():
-        out.rmdir()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(temporary, out)
+    with new_folder(out) as temporary:
+        if adapter and merge:
+            _write_merged(folder, model, temporary, dtype)
+        else:
+            copy_folder(model, temporary)
+        form: Form = "full" if not adapter else "merged" if merge else "adapter"
+        write_text(temporary / CARD, model_card(folder.path, form))
     return out
 
 
 def _write_merged(folder: RunDir, model: Path, out: Path, dtype: str | None) -> None:
     import torch
 
-    settings = load_recipe(folder.path / "recipe.yaml").model.model_copy(
+    settings = stored_model(folder.path / "recipe.yaml").model_copy(
         update={"path": str(model), "tune": "full", "dtype": "float32", "device": "cpu", "freeze": ()}
     )
     policy = load_policy(settings)
@@ -73,8 +67,6 @@ def _dtype_of_base(adapter: Path) -> str:
     """The dtype that the adapter's base is stored in."""
     from transformers import AutoConfig
 
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
-        "base_model_name_or_path"
-    ]
+    base = read_object(adapter / "adapter_config.json")["base_model_name_or_path"]
     found = AutoConfig.from_pretrained(base).dtype
     return str(found or "float32").removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Plain scoring: one full sequence per completion, right-padded. The oracle of every faster path."""
+"""Plain scoring: one full sequence per completion, right-padded. Tests compare every faster layout with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cwdpo.scoring.token_logp import HeadRequest, TokenScores, score_rows
 
 
 def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadRequest]:
-    """Model inputs of one full sequence per completion, and where its completion tokens are predicted.
+    """Model inputs with one full sequence per completion, and the positions that predict completion tokens.
 
     Returns:
         ``input_ids`` and ``attention_mask`` [N, longest], the family's per-token rows of the same shape
@@ -50,5 +50,5 @@ def score(
     stats: Iterable[str | TokenStat] = (),
     whole: Tensor | None = None,
 ) -> TokenScores:
-    """:func:`cwdpo.scoring.score.score` in plain rows, even if the model is switched to shared-prefix rows."""
+    """:func:`cwdpo.scoring.score.score` with plain rows, even if the model is in shared-prefix mode."""
     return score_rows(model, batch, lay_out, stats, whole)

@@ -62,7 +62,7 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
             f"generation by {difference:.2g} nats per token, so that another loss than asked for would be trained; "
             f"known: {', '.join(family_names())}"
         )
-    problem = f"it gives other log-probabilities than plain scoring here (by {difference:.2g} nats per token)"
+    problem = f"its log-probabilities differ from those of plain scoring (by {difference:.2g} nats per token)"
     if scoring == "shared_prefix":
         raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
     logger.warning("scoring is plain, one full sequence per completion: %s", problem)

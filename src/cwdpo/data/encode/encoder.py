@@ -130,6 +130,14 @@ class Encoder:
         self._free_bytes = cache_gb * 2**30
         self._texts: dict[tuple[Any, ...], str] = {}
 
+    def forget(self) -> None:
+        """Let go of the prompts and pictures that are kept."""
+        self._free_bytes += sum(
+            t.numel() * t.element_size() for i in self._images.values() for t in i.values()
+        )
+        for kept in (self._prompts, self._images, self._texts):
+            kept.clear()
+
     @property
     def end_ids(self) -> frozenset[int]:
         """Ids at which a response ends; see :attr:`cwdpo.data.encode.template.ChatTemplate.stops`."""

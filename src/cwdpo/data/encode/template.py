@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from cwdpo.data.encode.render import Renderer
 from cwdpo.errors import DataError, ModelError
 from cwdpo.records import Example, Message
 
@@ -73,6 +74,7 @@ class ChatTemplate:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.checkpoint = checkpoint or CheckpointTokens()
+        self._renderer = Renderer(processor)
         self._styles: dict[str, Style | str] = {}
 
     @property
@@ -170,7 +172,7 @@ class ChatTemplate:
             printed = (
                 self._chat(_turns("user", "assistant", "user"), generation=True) if self.is_there else ""
             )
-        except Exception:  # rows that the template refuses are reported one by one
+        except DataError:  # rows that the template refuses are reported one by one
             printed = ""
         ids |= set(self._ids(printed)) | set(self.stops)
         return {self._text(i): i for i in ids if i in self._special_ids and self._text(i)}
@@ -217,9 +219,9 @@ class ChatTemplate:
                 )  # fmt: skip
         try:
             return self._chat(turns, generation=response is None)
-        except Exception as error:  # templates raise what they like
+        except DataError as error:
             raise RefusedRowError(
-                where, "template-refuses", "", f"the chat template refuses the row ({_reason(error)})",
+                where, "template-refuses", "", f"the chat template refuses the row ({error})",
                 "change the row, or leave it out",
             ) from error  # fmt: skip
 
@@ -234,8 +236,7 @@ class ChatTemplate:
         return f"{self._joined(example.prompt[0])}\n{response or ''}"
 
     def _chat(self, turns: Sequence[Message], *, generation: bool) -> str:
-        chat = [self._as_chat(turn) for turn in turns]
-        return str(self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation))
+        return self._renderer([self._as_chat(turn) for turn in turns], generation=generation)
 
     def _as_chat(self, turn: Message) -> dict[str, Any]:
         if self._styles.get(turn.role, "blocks") == "text":
@@ -262,8 +263,8 @@ class ChatTemplate:
                     text = self._chat(
                         [*_turns(*before), Message(role, (PROBE,)), *_turns(*after)], generation=False
                     )
-                except Exception as error:  # as above
-                    reasons.append(_reason(error))
+                except DataError as error:
+                    reasons.append(str(error))
                     continue
                 if PROBE in text:
                     return style
@@ -281,7 +282,7 @@ class ChatTemplate:
         for after in ([], _turns("user")):
             try:
                 text = self._chat([*_turns("user"), probe, *after], generation=False)
-            except Exception:  # rows that the template refuses are reported one by one
+            except DataError:  # rows that the template refuses are reported one by one
                 text = ""
             found.append(text.rpartition(PROBE)[2] if PROBE in text else "")
         return found[0], found[1]
@@ -309,7 +310,3 @@ def _without_ends(text: str, ends: Sequence[str]) -> str:
     while (found := next((e for e in ends if e and text.rstrip().endswith(e)), None)) is not None:
         text = text.rstrip().removesuffix(found)
     return text
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

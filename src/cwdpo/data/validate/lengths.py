@@ -10,7 +10,7 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.encode.template import CheckpointTokens
 from cwdpo.records import Example
 
-_KEPT_EXAMPLES = 256  # an encoder keeps what it encoded; a fresh one now and then bounds the memory
+_KEPT_EXAMPLES = 256  # an encoder keeps what it encoded; to forget now and then bounds the memory
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def token_counter(processor: Any, checkpoint: CheckpointTokens | None = None) ->
     counted = 0
 
     def of(example: Example) -> Lengths:
-        nonlocal encoder, counted
+        nonlocal counted
         counted += 1
         if counted % _KEPT_EXAMPLES == 0:
-            encoder = Encoder(processor, cache_gb=0, checkpoint=checkpoint)
+            encoder.forget()
         sides = {"rejected": example.rejected, "gentle": example.gentle}
         said = [(f"{side}[{k}]", c.text) for side, kept in sides.items() for k, c in enumerate(kept)]
         encoder.template.check_texts(example, [("chosen", example.chosen.text), *said])
