@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -100,12 +100,22 @@ def export(
     run: Annotated[Path, typer.Argument(help="a finished run")],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or absent")],
     merge: Annotated[bool, typer.Option("--merge", help="add a LoRA adapter to the base's weights")] = False,
-    dtype: Annotated[str | None, typer.Option(help="of merged weights; default: the base's own")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="of the weights; default: as trained, float32 where an adapter is merged"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="rows to compare on; default: the run's own, held out if there are any")
+    ] = None,
 ) -> None:
-    """Write the final model as a folder that AutoModelForImageTextToText, lmms-eval and vLLM load, with a card."""
+    """Write the final model as a folder that AutoModelForImageTextToText, lmms-eval and vLLM load, with a card.
+
+    It is loaded again and compared with the trained policy before it is called done.
+    """
     from cwdpo.pipeline.export import export as write
 
-    typer.echo(write(run, out, merge=merge, dtype=dtype))
+    done = write(run, out, merge=merge, dtype=dtype, data=data)
+    typer.echo("\n".join((str(done.path), *done.lines())))
 
 
 def _evaluation_folder(model: str) -> Path:

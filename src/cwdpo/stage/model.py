@@ -10,6 +10,7 @@ from transformers import set_seed
 from cwdpo.config import Recipe
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.tiny import init_model
+from cwdpo.models.write import save_weights
 from cwdpo.rundir import RunDir, replace_folder, sync_tree
 from cwdpo.stage.splits import Splits
 
@@ -35,7 +36,7 @@ def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
         return
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    policy.model.save_pretrained(temporary)  # type: ignore[operator]
+    save_weights(policy.model, temporary)
     policy.processor.save_pretrained(temporary)
     sync_tree(temporary)
     replace_folder(temporary, folder)
