@@ -144,9 +144,7 @@ def _write(
         del plain
     del policy
     written = _log_probabilities(_load(recipe, out, tune="lora" if form == "adapter" else "full"), rows)
-    _check(
-        wanted if form == "adapter" or not rounded else rounded_values, written, "loading what was written"
-    )
+    _check(due, written, "loading what was written")
     gap = (written - wanted).abs()
     return Exported(
         out, form, named, len(rows), len(gap), float(gap.max()), float(gap.mean()), rounded, lost
