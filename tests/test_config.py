@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import paths
-from cwdpo.config import DataSettings, Recipe, load_recipe, parse_recipe, recipe_schema
+from cwdpo.config import DataSettings, Recipe, load_recipe, parse_recipe
 from cwdpo.errors import RecipeError
 from cwdpo.judging.base import JUDGES
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.objectives.sft_constrained import SftConstrained
+from cwdpo.schema import recipe_schema
 
 RECIPES = [*sorted(paths.RECIPES.glob("**/*.yaml")), paths.ROOT / "src/cwdpo/lab/recipe.yaml"]
 STAGE = {"objective": "dpo", "learning_rate": 1e-5}
@@ -132,6 +133,60 @@ def test_numbers_with_an_exponent_are_floats(text: str, value: float) -> None:
     assert recipe.stage2.objective["beta"] == value
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.path=/a #1/t.jsonl", "data.path", "/a #1/t.jsonl"),
+        ("data.path=a: b/t.jsonl", "data.path", "a: b/t.jsonl"),
+        ("data.path= 12 ", "data.path", "12"),
+        ("name=010", "name", "010"),
+        ("name=yes", "name", "yes"),
+        ("model.revision=12e4567", "model.revision", "12e4567"),
+        ("model.revision=0123456", "model.revision", "0123456"),
+        ("model.revision=null", "model.revision", None),
+        ("model.revision='null'", "model.revision", "null"),
+        ("seed=010", "seed", 10),
+        ("seed=1e3", "seed", 1000),
+        ("stage2.steps=5e2", "stage2.steps", 500),
+        ("model.processor_options={max_pixels: 5e5}", "model.processor_options", {"max_pixels": 500000}),
+        ("model.processor_options.max_pixels=5e5", "model.processor_options", {"max_pixels": 500000}),
+        (
+            "model.processor_options={size: {height: 1e2}}",
+            "model.processor_options",
+            {"size": {"height": 100}},
+        ),
+        ("train.bf16=yes", "train.bf16", True),
+        ("data.limit=", "data.limit", None),
+    ],
+)
+def test_an_override_is_what_it_says(override: str, key: str, value: Any) -> None:
+    found: Any = parse_recipe(tree(stage2=STAGE), [override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_numbers_in_a_file_are_what_they_say(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "seed: 010\ndata: {path: x, limit: 1e3}\nmodel: {revision: 12e4567, processor_options: {max_pixels: 5e5}}\n"
+        "stage2: {objective: {name: dpo, beta: 1e-1}, learning_rate: 1e-5}\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.seed, recipe.data.limit, recipe.model.revision) == (10, 1000, "12e4567")
+    assert recipe.model.processor_options == {"max_pixels": 500000}
+    assert recipe.stage2.build().model_dump()["beta"] == 0.1
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("data: {path: x}\ntrain: {batch_size: 2}\nseed: 1\ntrain: {bf16: true}\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: the key 'train' stands twice, in lines 2 and 4"):
+        load_recipe(path)
+
+
 def test_a_data_source_on_the_command_line_replaces_the_other() -> None:
     world = parse_recipe(tree(), ["data.world={train: 8}"])
     assert world.data.path is None
@@ -149,7 +204,7 @@ def test_overrides_of_a_wrong_form(override: str) -> None:
 
 def test_other_bad_overrides() -> None:
     assert "'seed' holds a value, not a section" in refusal(tree(seed=1), "seed.deep=3")
-    assert "override 'seed=[1': the value is not YAML" in refusal(tree(), "seed=[1")
+    assert "override 'seed=[1': not valid YAML" in refusal(tree(), "seed=[1")
     assert "unknown key 'stage2.stepz'; did you mean 'steps'?" in refusal(
         tree(stage2=STAGE), "stage2.stepz=3"
     )
@@ -451,11 +506,11 @@ def test_a_world_needs_training_and_validation_pictures() -> None:
         ("learning_rate=1e-5", "did you mean stage1.learning_rate or stage2.learning_rate?"),
         ("stage2.max_length=3", "did you mean data.max_length?"),
         ("data.lora=3", "did you mean model.lora?"),
-        ("train.num_train_epochs=1", "its place is taken by stage1.epochs and stage2.epochs"),
-        ("train.per_device_train_batch_size=1", "its place is taken by train.batch_size"),
-        ("stage2.loss_type=ipo", "its place is taken by stage2.objective"),
-        ("model.lora_rank=8", "its place is taken by model.lora.r"),
-        ("model.max_pixels=8", "its place is taken by model.processor_options.max_pixels"),
+        ("train.num_train_epochs=1", "here it is replaced by stage1.epochs and stage2.epochs"),
+        ("train.per_device_train_batch_size=1", "here it is replaced by train.batch_size"),
+        ("stage2.loss_type=ipo", "here it is replaced by stage2.objective"),
+        ("model.lora_rank=8", "here it is replaced by model.lora.r"),
+        ("model.max_pixels=8", "here it is replaced by model.processor_options.max_pixels"),
         ("train.logging_step=1", "did you mean 'logging_steps'?"),
     ],
 )

@@ -20,7 +20,7 @@ from paths import ROOT
 PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "records", "registry"}
+BASE = {"errors", "files", "records", "registry"}
 MODELLING = {
     *BASE,
     "worlds",
@@ -37,13 +37,16 @@ DYNAMICS = {"dynamics", "curriculum"}
 RUNNING = {*MODELLING, *DYNAMICS, "probes", "judging", "stage", "trainer"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "registry": {"errors"},
+    "registry": {"errors", "files"},
+    "files": {"errors"},
     "hints": set(),
+    "overrides": {"errors", "files"},
     "records": {"errors"},
     "worlds": BASE,
     "objectives": BASE,
-    "rundir": {"errors", "records"},
-    "remote": {*BASE, "rundir"},
+    "rundir": {"errors", "files", "records"},
+    "connection": set(),
+    "remote": {*BASE, "connection"},
     "negatives": {*BASE, "remote", "judging.base"},
     "data": BASE,
     "models": {*BASE, "data"},
@@ -55,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         "hints",
         "objectives",
+        "overrides",
         "negatives",
         "judging.base",
         "models.settings",
@@ -62,17 +66,18 @@ ALLOWED: dict[str, set[str]] = {
         "dynamics",
         "curriculum",
     },
+    "schema": {"config", "judging.base", "objectives", "registry"},
     "metrics": {*BASE, "worlds"},
     "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
     "trainer": {*BASE, "data", "models", "scoring", "objectives", "rundir"},
     "stage": {*MODELLING, "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
-    "report": {"rundir", "errors", "records", "dynamics"},
+    "report": {"rundir", "errors", "files", "records", "dynamics"},
     "pipeline": {*RUNNING, "monitor", "onpolicy", "report.render", "report.model_card"},
     "evaluation": {*MODELLING, "metrics", "judging"},
     "lab": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report"},
-    "cli": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report", "lab"},
+    "cli": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report", "lab", "schema"},
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
@@ -89,8 +94,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics", "judging",
-    "report", "cli",
+    *BASE, *DYNAMICS, "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics",
+    "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +19,18 @@ pytest.importorskip("openai", reason="the server extra is not installed: pip ins
 from pydantic import ValidationError
 
 from cwdpo import errors
-from cwdpo.errors import MissingPackageError, ServerError
+from cwdpo.config import parse_recipe
+from cwdpo.errors import FileError, MissingPackageError, ServerError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.negatives.base import NEGATIVES
 from cwdpo.negatives.mix import attach_negatives
 from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.onpolicy.pool import FILE, Pool
 from cwdpo.onpolicy.sampler import ServerSampler
-from cwdpo.records import Completion, Example, ImageRef, Message
+from cwdpo.onpolicy.samples import PromptSamples, sort_samples
+from cwdpo.records import Completion, Example, ImageRef, Message, Sample
 from cwdpo.remote import Ask, Client, Reply, ServerSettings
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from fake_server import Fake, to
 
 PIXEL = base64.b64decode(
@@ -289,3 +294,143 @@ def test_a_server_sees_the_picture_that_training_sees(tmp_path: Path) -> None:
         data, ref = sent(image, name)
         assert data != ref.encoded()
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(ref.open()))
+
+
+# --- answers that are none ------------------------------------------------------------------------------
+
+
+def raw(body: bytes, status: int = 200, **headers: str) -> Callable[[Any, int], bool]:
+    """A ``trouble`` that answers every request with these bytes."""
+
+    def answer(handler: Any, number: int) -> bool:
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    return answer
+
+
+def completion(content: Any) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"<html><body>sign in</body></html>", "text/html"),
+        (b"<html>", "application/json"),
+        (b"[1, 2]", "application/json"),
+        (b'"text"', "application/json"),
+        (b"null", "application/json"),
+        (b"", "application/json"),
+        (b"{}", "application/json"),
+        (b'{"choices": []}', "application/json"),
+        (b'{"choices": {"0": 1}}', "application/json"),
+        (b'{"choices": [{"message": null}]}', "application/json"),
+        (completion(3), "application/json"),
+        (completion([{"type": "text", "text": "a"}]), "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b'{"choices":' * 20_000, "application/json"),
+        (b"\xff\xfe", "application/json"),
+    ],
+)
+def test_an_answer_that_is_no_completion_is_named(
+    serve: Callable[..., Fake], tmp_path: Path, body: bytes, kind: str
+) -> None:
+    server = serve(raw(body, Content_Type=kind))
+    with pytest.raises(ServerError, match=r"model 'm'\).*: look at the server, then start again"):
+        Client(to(server, retries=0), tmp_path / "a.jsonl").ask(asks(1))
+    assert read_jsonl(tmp_path / "a.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [(None, ""), (" a\n", "a"), ("x\ud800y", "x\ufffdy"), ("\ud83d\ude00", "\U0001f600")]
+)
+def test_what_an_answer_says(serve: Callable[..., Fake], tmp_path: Path, content: Any, text: str) -> None:
+    server = serve(raw(completion(content), Content_Type="application/json"))
+    store = tmp_path / "a.jsonl"
+    assert Client(to(server), store).ask(asks(1)) == [Reply(text, True)]
+    assert Client(to(server), store).ask(asks(1)) == [Reply(text, True)], "read back from the file"
+
+
+def test_a_redirect_is_not_followed(serve: Callable[..., Fake]) -> None:
+    other = serve()
+    server = serve(raw(b"", 307, Location=f"{other.url}/chat/completions"))
+    with pytest.raises(
+        ServerError, match="sends requests elsewhere, which is not followed: correct base_url"
+    ):
+        Client(to(server, retries=0)).ask(asks(1))
+    assert len(server.seen) == 1
+    assert not other.seen
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_server_that_drips_is_cut_off_in_time(serve: Callable[..., Fake], part: str) -> None:
+    def drip(handler: Any, number: int) -> bool:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX: " + b"x" * 60_000
+        if part == "body":
+            handler.wfile.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n"
+            )
+        for i in range(200):
+            handler.wfile.write(head[i : i + 1] if part == "head" else b" ")
+            handler.wfile.flush()
+            if handler.server.stalls.wait(0.05):
+                break
+        return True
+
+    server = serve(drip)
+    begun = time.monotonic()
+    with pytest.raises(ServerError, match="1 retries did not help"):
+        Client(to(server, timeout=0.4, retries=1)).ask(asks(1))
+    assert time.monotonic() - begun < 6  # two attempts and the package's pause; undisturbed it drips for 20 s
+    assert len(server.seen) == 2
+
+
+def test_the_key_that_a_server_says_back_is_not_shown(
+    serve: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAB_API_KEY", "s3cret-value")
+    body = json.dumps({"error": {"message": "no such key: s3cret-value"}}).encode()
+    server = serve(raw(body, 401, Content_Type="application/json"))
+    with pytest.raises(ServerError) as caught:
+        Client(to(server, api_key_env="LAB_API_KEY")).ask(asks(1))
+    assert "s3cret-value" not in str(caught.value)
+    assert "no such key: [the value of LAB_API_KEY]" in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["long", "packed"])
+def test_a_flood_is_refused(serve: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr("cwdpo.connection.MOST_BYTES", 10_000)
+    body = completion("x" * 20_000)
+    headers = {"Content_Type": "application/json"}
+    if how == "packed":
+        body, headers = gzip.compress(body), {**headers, "Content_Encoding": "gzip"}
+    said = {"long": "has more than 10000 bytes", "packed": "packed by 'gzip'"}[how]
+    with pytest.raises(ServerError, match=said):
+        Client(to(serve(raw(body, **headers)), retries=0)).ask(asks(1))
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"key": "a", "text": 3, "ended": True}, {"key": ["a"], "text": "", "ended": True}]
+)
+def test_a_damaged_store_is_named(tmp_path: Path, row: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(FileError, match=r"a\.jsonl: line 1: is no stored answer: take that line out"):
+        Client(ServerSettings(base_url="http://127.0.0.1:1/v1", model="m"), tmp_path / "a.jsonl")
+
+
+def test_an_address_that_is_none_is_named() -> None:
+    with pytest.raises(ServerError, match="correct base_url"):
+        Client(ServerSettings(base_url="http://[::1/v1", model="m")).ask(asks(1))
+
+
+def test_a_picture_placeholder_in_an_answer_is_no_negative(examples: list[Example]) -> None:
+    settings = parse_recipe({"data": {"path": "x"}}).negatives
+    samples = tuple(Sample(text, True) for text in ("a <image> here", "fine words"))
+    found = sort_samples(examples[0], PromptSamples(examples[0].id, 0, 0, samples), settings)
+    assert [c.text for c in found.negatives] == ["fine words"]
+    assert found.dropped == {"placeholder": 1}

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from cwdpo import rundir
-from cwdpo.errors import CwdpoError, RunDirError
+from cwdpo.errors import CwdpoError, FileError, RunDirError
+from cwdpo.files import writing
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_json, write_text
 from cwdpo.records import Reading
-from cwdpo.rundir import RunDir, read_jsonl, write_json, write_text
+from cwdpo.rundir import RunDir
 
 
 def row(stage: str, step: int) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(rundir.os, failing, full)
+        patched.setattr(writing.os, failing, full)
         with pytest.raises(OSError, match="no space left"):
             write_text(path, "new")
     assert path.read_text() == "old"
@@ -95,8 +98,8 @@ def test_the_text_is_on_disk_before_the_name_changes(tmp_path: Path, monkeypatch
         calls.append(f"{Path(source).read_text()} -> {Path(target).name}")
         real_replace(source, target)
 
-    monkeypatch.setattr(rundir.os, "fsync", sync)
-    monkeypatch.setattr(rundir.os, "replace", replace)
+    monkeypatch.setattr(writing.os, "fsync", sync)
+    monkeypatch.setattr(writing.os, "replace", replace)
     write_text(tmp_path / "b.txt", "whole")
     assert calls == ["sync", "whole -> b.txt"]
 
@@ -157,7 +160,7 @@ def test_a_last_line_cut_off_is_left_out_and_a_broken_one_inside_is_named(tmp_pa
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
     path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
-    with pytest.raises(RunDirError, match=r"metrics\.jsonl: line 2 is not JSON"):
+    with pytest.raises(FileError, match=r"metrics\.jsonl: line 2: is not JSON"):
         read_jsonl(path)
     path.write_text("")
     assert read_jsonl(path) == []

@@ -5,32 +5,29 @@ Unknown keys are refused with the nearest known name; a recipe is data and is lo
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
-from cwdpo.errors import CwdpoError, RecipeError, nearest
+from cwdpo.errors import CwdpoError, FileError, RecipeError, nearest
+from cwdpo.files.yamlfile import dump_yaml, read_yaml
 from cwdpo.hints import belongs
-from cwdpo.judging.base import AUTO, JUDGES, NONE
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
-from cwdpo.registry import Registry, Settings, explain
+from cwdpo.overrides import apply_override
+from cwdpo.registry import Settings, explain, shortened
 from cwdpo.worlds.shapes import ShapesSettings
 
 Spec = dict[str, Any]
 """A component in a recipe: ``name`` plus its settings."""
 
 
-# PyYAML lets out what Python's own parsers say of odd dates, numbers and tags, and of brackets without end.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
-_MOST_VALUES, _DEEPEST = 10_000, 30
 TRACKERS = ("clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """What ``train.report_to`` may name; each is also the name of the package that it needs."""
 # Those of transformers that need no settings of their own.
@@ -38,6 +35,9 @@ SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "inverse_sqrt",
 )  # fmt: skip
+
+
+_Section = TypeVar("_Section", bound=Settings)
 
 
 class DataSettings(Settings):
@@ -216,34 +216,94 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out; it parses back to the same recipe."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply ``section.key=value`` overrides (values are YAML too).
+    """Read a YAML recipe and apply ``section.key=value`` overrides (:mod:`cwdpo.overrides`).
+
+    A recipe that a run stored comes with the run's folder, perhaps from somebody else: it never loads code of its own.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key (the nearest is named) or a wrong value.
+        RecipeError: no such file, not YAML, an unknown key (the nearest is named) or a wrong value; or a stored recipe
+            that names ``file.py:ClassName``, unless an override names it too.
     """
     path = Path(path)
+    tree = read_tree(path)
+    if is_stored(path):
+        _refuse_code(tree, path, overrides)
+    return parse_recipe(tree, overrides, where=str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """What a recipe's file holds, unchecked; nothing is imported.
+
+    Raises:
+        RecipeError: no such file, not YAML, or no mapping.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    try:
-        tree = yaml.safe_load(text)
-    except _YAML_ERRORS as error:
-        raise RecipeError(f"{path}: not valid YAML: {_said(error)}") from None
+        tree = read_yaml(path)
+    except FileError as error:
+        raise RecipeError(str(error)) from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
-    return parse_recipe(tree, overrides, where=str(path))
+    return tree
+
+
+def stored_model(path: Path) -> ModelSettings:
+    """The section ``model`` of a run's recipe. Nothing else of it is looked at, so that no name is imported.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    return _stored(path, "model", ModelSettings)
+
+
+def stored_data(path: Path) -> DataSettings:
+    """The section ``data`` of a run's recipe, as :func:`stored_model`; its format is a name, not loaded."""
+    return _stored(path, "data", DataSettings)
+
+
+def _stored(path: Path, name: str, section: type[_Section]) -> _Section:
+    try:
+        return section.model_validate(read_tree(path).get(name, {}))
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"{path}: {name}", section.model_fields)) from None
+
+
+def is_stored(path: Path) -> bool:
+    """Whether a recipe lies in a run's folder."""
+    return any((path.parent / name).exists() for name in ("environment.json", ".lock"))
+
+
+def code_names(tree: Any, key: str = "") -> dict[str, str]:
+    """Every ``file.py:ClassName`` in a recipe's tree: dotted key -> name. A mix has them as keys."""
+    if isinstance(tree, Mapping):
+        found = {f"{key}.{name}".lstrip("."): str(name) for name in tree if ".py:" in str(name)}
+        for name, value in tree.items():
+            found |= code_names(value, f"{key}.{name}".lstrip("."))
+        return found
+    if isinstance(tree, list | tuple):
+        return {k: v for i, value in enumerate(tree) for k, v in code_names(value, f"{key}[{i}]").items()}
+    return {key: str(tree)} if ".py:" in str(tree) else {}
+
+
+def _refuse_code(tree: Any, path: Path, overrides: Sequence[str]) -> None:
+    asked = [override.partition("=")[2] for override in overrides]
+    for key, name in code_names(tree).items():
+        if not any(name in text for text in asked):
+            raise RecipeError(
+                f"{path}: {key} names code, {shortened(name)}, and a recipe in a run's folder loads none: read that "
+                "file first; if it is yours, give your own recipe instead, or name it on the command line, e.g. "
+                f"stage2.objective.name={shortened(name)}"
+            )
 
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Check a recipe tree; see :func:`load_recipe`."""
-    merged: dict[str, Any] = _copied(tree, where)
+    merged: dict[str, Any] = deepcopy(dict(tree))
     for override in overrides:
-        _apply(merged, override)
+        apply_override(merged, override, _takes_text)
     section = ""
     try:
         recipe = Recipe.model_validate(merged)
@@ -256,56 +316,9 @@ def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
     return recipe
 
 
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
-
-
-def _copied(tree: Any, where: str) -> Any:
-    """A deep copy. YAML's aliases can go in circles, or make a page of text into gigabytes: that is refused."""
-    left = _MOST_VALUES
-
-    def copy(node: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > _DEEPEST:
-            raise RecipeError(
-                f"{where}: nested deeper than {_DEEPEST}, or more than {_MOST_VALUES} values; aliases (*name) that go "
-                "in circles or multiply do that: write the values out"
-            )
-        if isinstance(node, Mapping):
-            return {key: copy(value, depth + 1) for key, value in node.items()}
-        return [copy(value, depth + 1) for value in node] if isinstance(node, list) else node
-
-    return copy(tree, 0)
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"override {override!r}: write section.key=value, e.g. stage2.learning_rate=1e-5")
-    try:
-        value = _copied(yaml.safe_load(text), f"override {key!r}")
-    except _YAML_ERRORS as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {_said(error)}") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
-        with contextlib.suppress(ValueError):
-            value = float(value) if value.strip()[:1] in set("0123456789.-+") else value
-    node = tree
-    for part in parts[:-1]:
-        child = node.get(part)
-        if isinstance(child, str) and part in ("objective", "judge"):
-            child = {"name": child}
-        if child is None:
-            child = {}
-        if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {part!r} holds a value, not a section")
-        node[part] = child
-        node = child
-    # A data source given on the command line replaces the recipe's.
-    if parts in (["data", "path"], ["data", "world"]) and value is not None:
-        node.pop("world" if parts[1] == "path" else "path", None)
-    node[parts[-1]] = value
+def _takes_text(path: Sequence[str]) -> bool:
+    field = _fields_at(Recipe, path[:-1]).get(path[-1])
+    return field is not None and set(_candidates(field.annotation)) <= {str, type(None)}
 
 
 def _explained(error: ValidationError, where: str) -> str:
@@ -353,45 +366,3 @@ def _places(model: type[BaseModel], section: str = "") -> list[str]:
 def _candidates(annotation: Any) -> list[type]:
     options = [annotation, *getattr(annotation, "__args__", ())]
     return [a for a in options if isinstance(a, type)]
-
-
-def _component_schema(
-    registry: Registry[Any], defs: dict[str, Any], bare: Sequence[str] = ()
-) -> dict[str, Any]:
-    """A component in a recipe: its name, or a mapping with its settings.
-
-    Args:
-        registry: the components of one kind.
-        defs: the schema's ``$defs``; sections inside the components are added.
-        bare: further names, without settings.
-    """
-    branches = []
-    for name in registry.names():
-        cls = registry.get(name)
-        branch = cls.model_json_schema()
-        defs |= branch.pop("$defs", {})
-        branch["properties"] = {"name": {"const": name}, **branch.get("properties", {})}
-        branch["required"] = ["name", *branch.get("required", ())]
-        branch["description"] = (cls.__doc__ or "").strip()
-        branches.append(branch)
-    for name in bare:
-        only = {"type": "object", "properties": {"name": {"const": name}}, "required": ["name"]}
-        branches.append({**only, "additionalProperties": False})
-    own = {"type": "object", "properties": {"name": {"pattern": r"\.py:"}}, "required": ["name"]}
-    return {"anyOf": [{"enum": [*bare, *registry.names()]}, *branches, own]}
-
-
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, objectives, judges and their settings included, for editors."""
-    schema = Recipe.model_json_schema()
-    defs = schema["$defs"]
-    defs["Objective"] = _component_schema(OBJECTIVES, defs)
-    defs["StageSettings"]["properties"]["objective"] = {"$ref": "#/$defs/Objective"}
-    defs["Judge"] = _component_schema(JUDGES, defs, (AUTO, NONE))
-    judge = defs["NegativeSettings"]["properties"]["judge"]
-    defs["NegativeSettings"]["properties"]["judge"] = {
-        "$ref": "#/$defs/Judge", "description": judge["description"], "default": {"name": AUTO},
-    }  # fmt: skip
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "cwdpo recipe"
-    return schema

@@ -1,4 +1,4 @@
-"""One error root; each kind is also the standard exception that a caller would expect."""
+"""The errors of cwdpo: one base class; each error also derives from the matching standard exception."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 class CwdpoError(Exception):
-    """Root of every error that cwdpo raises on purpose; the CLI prints it without a traceback."""
+    """Base class of all errors that cwdpo raises deliberately; the CLI prints them without a traceback."""
 
     exit_code = 1
 
 
 class RecipeError(CwdpoError, ValueError):
-    """A recipe (or an override) that cannot be understood."""
+    """An invalid recipe or override."""
 
 
 class DataError(CwdpoError, ValueError):
@@ -30,20 +30,24 @@ class RunDirError(CwdpoError, FileExistsError):
     """A run folder that is missing, in use, or would be overwritten."""
 
 
+class FileError(CwdpoError, ValueError):
+    """A file that cannot be read, or is not what its name says; or a link where a plain file belongs."""
+
+
 class ReferenceCacheError(CwdpoError, ValueError):
-    """Stored reference values that are damaged, or that the reference does not give any more."""
+    """Stored reference values that are damaged, or that differ from what the reference model gives now."""
 
 
 class UnknownComponentError(CwdpoError, LookupError):
-    """A name that no registry knows."""
+    """A name that is not in a registry."""
 
 
 class MissingPackageError(CwdpoError, ImportError):
-    """An optional package that the asked feature needs."""
+    """An optional package that a feature needs and that is not installed."""
 
 
 class ServerError(CwdpoError, ConnectionError):
-    """A server that does not answer, or refuses; what it has answered before is kept."""
+    """A server that does not answer, or answers with an error; its earlier answers are kept."""
 
 
 class NonFiniteError(CwdpoError, ArithmeticError):
@@ -53,7 +57,7 @@ class NonFiniteError(CwdpoError, ArithmeticError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string."""
+    """``"; did you mean 'x'?"`` with the known name most similar to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
@@ -62,7 +66,7 @@ def optional_package(name: str, feature: str, install: str) -> Any:
     """Import a package that only one feature needs.
 
     Raises:
-        MissingPackageError: it is not installed; the message names the feature and the install line.
+        MissingPackageError: the package is not installed; the message names the feature and the install command.
     """
     try:
         return importlib.import_module(name)

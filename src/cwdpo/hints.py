@@ -1,4 +1,4 @@
-"""Where a misplaced key of a recipe belongs, and what a recipe calls the keys of other tools."""
+"""Hints for unknown keys of a recipe: the section where a key belongs, and our names for the keys of other tools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FROM_OTHER_TOOLS: Mapping[str, str] = {
     "beta": "stage1.objective.beta or stage2.objective.beta",
     "rpo_alpha": "stage2.objective.sft_weight",
     "label_smoothing": "stage2.objective (cdpo, robust_dpo)",
-    "precompute_ref_log_probs": "nothing: the reference is always computed once, before training",
+    "precompute_ref_log_probs": "nothing: the reference values are always computed once, before training",
     "ref_model": "nothing: the reference is the policy at the start of the stage",
     "dataset_num_proc": "nothing: rows are read in one process",
     "torch_dtype": "model.dtype",
@@ -62,15 +62,15 @@ FROM_OTHER_TOOLS: Mapping[str, str] = {
     "max_pixels": "model.processor_options.max_pixels",
     "min_pixels": "model.processor_options.min_pixels",
 }
-"""Keys of other tools -> the key of a recipe that takes their place."""
+"""Keys of other tools -> the recipe's key for the same setting."""
 
 
 def belongs(key: str, places: Iterable[str]) -> str:
-    """``"; did you mean SECTION.KEY?"``, or what takes its place; empty for a key that nobody knows.
+    """A hint for an unknown key: ``"; did you mean SECTION.KEY?"``, or what replaces it; else an empty string.
 
     Args:
-        key: as it was written, without its section.
-        places: dotted keys of a recipe.
+        key: the unknown key, without its section.
+        places: all dotted keys of a recipe.
 
     >>> belongs("learning_rate", ["stage1.learning_rate", "train.batch_size"])
     '; did you mean stage1.learning_rate?'
@@ -78,4 +78,4 @@ def belongs(key: str, places: Iterable[str]) -> str:
     same = [place for place in places if place.rpartition(".")[2] == key]
     if same:
         return f"; did you mean {' or '.join(same)}?"
-    return f"; its place is taken by {FROM_OTHER_TOOLS[key]}" if key in FROM_OTHER_TOOLS else ""
+    return f"; here it is replaced by {FROM_OTHER_TOOLS[key]}" if key in FROM_OTHER_TOOLS else ""

@@ -1,10 +1,11 @@
-"""The records that move through the rooms. No torch is imported here."""
+"""The records that all rooms share. Does not import torch."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ Origin = Literal["dataset", "perturbed", "on_policy"]
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image by its path or by its encoded bytes; decoded only when opened."""
+    """An image, given by its path or by its encoded bytes; it is decoded when it is opened."""
 
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
@@ -29,58 +30,74 @@ class ImageRef:
         return self.path.read_bytes()
 
     def is_altered(self) -> bool:
-        """Whether opening changes what it shows: scales its values, or lays it on white (:func:`as_rgb`)."""
+        """Whether opening the image scales its values or puts it on a white background, see :func:`as_rgb`."""
         from PIL import Image
 
         try:
-            with Image.open(io.BytesIO(self.encoded())) as image:
+            with Image.open(io.BytesIO(self.encoded()), formats=image_formats()) as image:
                 if is_deep(image) or not has_alpha(image):
                     return is_deep(image)
                 least: Any = image.convert("RGBA").getchannel("A").getextrema()[0]
                 return bool(least < 255)
-        except Exception:  # Pillow's plugins raise nearly anything; opening it says what is wrong
+        except Exception:  # Pillow's plugins raise many types of error; opening the image reports the problem
             return False
 
     def open(self) -> Image:
-        """The decoded picture in RGB of 8 bits (see :func:`as_rgb`), EXIF rotation applied.
+        """The decoded image as 8-bit RGB (see :func:`as_rgb`), with EXIF rotation applied.
 
         Raises:
             OSError: the file cannot be read or is not an image (``PIL.UnidentifiedImageError``).
-            ValueError: pixels that are not finite, or a mode that Pillow cannot bring to RGB.
-            PIL.Image.DecompressionBombError: more pixels than Pillow's limit allows.
+            ValueError: a pixel value is not finite, or Pillow cannot convert the image's mode to RGB.
+            PIL.Image.DecompressionBombError: the image has more pixels than Pillow's limit.
         """
         from PIL import Image, ImageOps
 
-        with Image.open(io.BytesIO(self.encoded())) as image:
+        with Image.open(io.BytesIO(self.encoded()), formats=image_formats()) as image:
             return as_rgb(ImageOps.exif_transpose(image))
 
 
+FORMATS = (
+    "JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO", "TGA",
+)  # fmt: skip
+"""Pictures that are read. Pillow knows more: an EPS, for one, would be handed to Ghostscript, whatever it is called."""
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that this Pillow can read, for ``Image.open(..., formats=...)``."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def is_deep(image: Image) -> bool:
-    """Whether a picture has more than 8 bits a channel (Pillow's modes I;16, I and F)."""
+    """Whether an image has more than 8 bits per channel (Pillow's modes I;16, I and F)."""
     return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
 def has_alpha(image: Image) -> bool:
-    """Whether a picture may be transparent somewhere."""
+    """Whether an image may have transparent pixels."""
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def as_rgb(image: Image) -> Image:
-    """A picture in RGB of 8 bits a channel.
+    """Convert an image to RGB with 8 bits per channel.
 
-    Pillow's own conversion clips deep pictures at 255, which turns most of them white, and shows the hidden colours
-    under transparent pixels. Here a deep picture is scaled linearly from its own darkest and brightest value to 0 and
-    255 (one of a single value becomes 128), and a transparent one is laid on white, as Qwen's and vLLM's code does.
+    Pillow's own conversion clips values above 255, which makes most images with more than 8 bits white, and it shows
+    the hidden colours of transparent pixels. Here an image with more than 8 bits is scaled linearly, so that its
+    smallest value becomes 0 and its largest 255 (128 everywhere if all values are equal). A transparent image is put on
+    a white background, as Qwen's and vLLM's code does.
 
     Raises:
-        ValueError: a value that is not finite, or a mode that Pillow cannot convert.
+        ValueError: a value is not finite, or Pillow cannot convert the mode.
     """
     from PIL import Image
 
     if is_deep(image):
         return _scaled(image).convert("RGB")
     if has_alpha(image):
-        # Pillow knows no direct way from premultiplied grey to RGBA.
+        # Pillow cannot convert premultiplied grey (La) to RGBA directly.
         layer = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
@@ -94,20 +111,20 @@ def _scaled(image: Image) -> Image:
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"a picture of mode {image.mode} with values that are not finite")
+        raise ValueError(f"the image (mode {image.mode}) has values that are not finite")
     share = (values - low) / (high - low) if high > low else np.full_like(values, 128 / 255)
     return Image.fromarray(np.rint(share * 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a prompt; ``parts`` holds text, or ``None`` where the next image stands."""
+    """One turn of a prompt; an entry of ``parts`` is a text, or ``None`` for the next image."""
 
     role: str
     parts: tuple[str | None, ...]
 
     def as_chat(self) -> dict[str, Any]:
-        """The turn as transformers' chat templates want it."""
+        """The turn in the form that transformers' chat templates take."""
         content = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in self.parts]
         return {"role": self.role, "content": content}
 
@@ -119,10 +136,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Completion:
-    """One response text, where it came from and how it was made.
+    """One response text, its origin and how it was made.
 
-    ``kind`` names the sort of a negative (``hard``, ``medium``, ``easy``, ``shuffled``, ...);
-    ``made`` records the edit, the sampler settings or the policy step.
+    ``kind`` is the kind of a negative (``hard``, ``medium``, ``easy``, ``shuffled``, ...). ``made`` records how it was
+    made: the edit, or the sampler's settings and the policy's step.
     """
 
     text: str
@@ -133,11 +150,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt (images and messages) with its chosen response and everything offered against it.
+    """One prompt (images and messages) with its chosen response and its negatives.
 
-    ``rejected`` are the negatives of stage 2, ``gentle`` those of stage 1; both may be empty.
-    ``references`` are known true responses, used by judges and by perturbation.
-    ``where`` names file and row for messages; ``extra`` keeps what a judge needs (for the world: its scene).
+    Attributes:
+        rejected: the negatives of stage 2; may be empty.
+        gentle: the negatives of stage 1; may be empty.
+        references: responses known to be true, for judges and for perturbations.
+        where: file and row, for messages.
+        extra: further columns, for example for a judge (of the embedded world: the scene).
     """
 
     id: str
@@ -158,9 +178,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Reading:
-    """One measured number with the count behind it; the mean of nothing is ``None``, not zero.
+    """One measured number, the mean over ``n`` values; ``value`` is ``None`` if n is 0.
 
-    ``low`` and ``high`` bound its 95% interval over the n values, where one was computed.
+    ``low`` and ``high`` are the ends of its 95% interval, if one was computed.
     """
 
     name: str
@@ -177,9 +197,13 @@ class Reading:
 class Sample:
     """One response that a policy sampled.
 
-    ``ended``: it ended by itself, within the most tokens. ``n_tokens`` counts the end token; a server gives none.
-    ``mean_logp`` (nats per token) is under the sampling policy at temperature 1; ``None`` for greedy responses and for
-    servers. ``right``: whether the judge finds it right; ``None``: not known, or no judge.
+    Attributes:
+        text: the response.
+        ended: whether the response ended before the limit of new tokens.
+        n_tokens: number of tokens, including the end token; ``None`` for servers.
+        mean_logp: log-likelihood per token under the policy at temperature 1, in nats; ``None`` for greedy responses
+            and for servers.
+        right: whether the judge calls it right; ``None`` without a judgement.
     """
 
     text: str

@@ -1,7 +1,7 @@
-"""Registries of components: settings and behaviour in one class, one class in one file.
+"""Registries of components. A component is a class with settings and behaviour; each is in a file of its own.
 
-A registry finds its components by looking at the files of a package, so adding one is adding a file.
-Listing names imports nothing. A user's own component is named ``path/to/file.py:ClassName``.
+A registry finds its components by listing the files of a package, so a new file is a new component. Listing the names
+imports no component. A component outside the package is named ``path/to/file.py:ClassName``.
 """
 
 from __future__ import annotations
@@ -14,26 +14,36 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cwdpo.errors import RecipeError, UnknownComponentError, nearest
+from cwdpo.files.yamlfile import as_number
 
 
 class Settings(BaseModel):
-    """Base of every settings class: frozen, and a key that nothing reads is refused."""
+    """Base of all settings classes: they are frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _one_for_a_list(cls, values: Any) -> Any:
-        """``report_to: wandb`` means ``[wandb]``, wherever a list of strings is wanted."""
+    def _as_meant(cls, values: Any) -> Any:
+        """Accept ``report_to: wandb`` for ``[wandb]``, and ``steps: 1e3``, which is a text in YAML, for the number."""
         if not isinstance(values, dict):
             return values
-        lists = {name for name, field in cls.model_fields.items() if field.annotation == tuple[str, ...]}
-        return {k: (v,) if k in lists and isinstance(v, str) else v for k, v in values.items()}
+        return {key: cls._meant(key, value) for key, value in values.items()}
+
+    @classmethod
+    def _meant(cls, key: Any, value: Any) -> Any:
+        field = cls.model_fields.get(key) if isinstance(value, str) else None
+        if field is None:
+            return value
+        if field.annotation == tuple[str, ...]:
+            return (value,)
+        kinds = set(get_args(field.annotation)) or {field.annotation}
+        return as_number(value) if kinds <= {int, float, type(None)} else value
 
 
 class Component(Settings):
@@ -44,7 +54,13 @@ C = TypeVar("C", bound=Component)
 
 
 def explain(error: ValidationError, where: str, fields: Mapping[str, Any] | None = None) -> str:
-    """One line per problem of a pydantic error: dotted key, what was wrong, the nearest known key."""
+    """One line per problem of a pydantic error: dotted key, what is wrong, the nearest known key.
+
+    Args:
+        error: the error.
+        where: start of each line, for example a file or section.
+        fields: the known keys.
+    """
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
@@ -57,19 +73,19 @@ def explain(error: ValidationError, where: str, fields: Mapping[str, Any] | None
 
 
 def shortened(value: Any, limit: int = 120) -> str:
-    """``repr`` of a value, cut where it is long."""
+    """``repr`` of a value, cut after ``limit`` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 class Registry(Generic[C]):
-    """The components of one kind, found in the files of ``package``.
+    """The components of one kind: one in each file of ``package``.
 
     Args:
-        kind: what messages call a component.
-        package: where the files are.
-        base: the class that a component derives from.
-        renamed: old name -> new name; an old name is refused, and the message names the new one.
+        kind: name of the kind, for messages.
+        package: the package with the files.
+        base: the base class of the components.
+        renamed: old name -> new name; an old name is an error whose message gives the new one.
     """
 
     def __init__(
@@ -78,7 +94,7 @@ class Registry(Generic[C]):
         self.kind, self.package, self.base, self.renamed = kind, package, base, dict(renamed or {})
 
     def names(self) -> list[str]:
-        """Names of the shipped components, sorted; nothing is imported but the package itself."""
+        """The sorted names of the shipped components; imports only the package itself."""
         package = importlib.import_module(self.package)
         stems = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
         return sorted(s for s in stems if not s.startswith("_") and s != "base")
@@ -87,7 +103,7 @@ class Registry(Generic[C]):
         """The component class called ``name``, or the one at ``file.py:ClassName``.
 
         Raises:
-            UnknownComponentError: no such component, file or class.
+            UnknownComponentError: there is no such component, file or class.
         """
         if ".py:" in name:
             return self._from_file(name)
@@ -140,7 +156,7 @@ class Registry(Generic[C]):
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # postponed annotations are looked up there
+        sys.modules[spec.name] = module  # pydantic resolves the class's annotations there
         try:
             spec.loader.exec_module(module)
         except Exception as error:

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +22,12 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from cwdpo.errors import ServerError, optional_package
+from cwdpo.connection import Connection
+from cwdpo.errors import FileError, ServerError, optional_package
+from cwdpo.files.reading import ends_whole, parse_json, read_jsonl
+from cwdpo.files.writing import open_to_append, write_text
 from cwdpo.records import ImageRef, Message
 from cwdpo.registry import Settings
-from cwdpo.rundir import ends_whole, read_jsonl, write_text
 
 _MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif"}
 _LETTERS_PER_TOKEN = 4
@@ -39,7 +41,7 @@ class ServerSettings(Settings):
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key; its name ends in _API_KEY"
     )
-    timeout: float = Field(120.0, gt=0, description="seconds without an answer before a request is repeated")
+    timeout: float = Field(120.0, gt=0, description="seconds for a whole answer before a request is repeated")
     retries: int = Field(6, ge=0, description="of one request, each after a longer pause")
     concurrency: int = Field(8, gt=0, description="requests in flight")
     requests_per_minute: float | None = Field(None, gt=0)
@@ -116,13 +118,20 @@ class Client:
         openai = optional_package("openai", "asking a server", "pip install 'cwdpo[server]'")
         self.settings, self.store = settings, store
         self._openai = openai
-        self._client = openai.OpenAI(
-            base_url=settings.base_url,
-            # Servers of one's own want none, but the package does.
-            api_key=os.environ.get(settings.api_key_env) or "none",
-            timeout=settings.timeout,
-            max_retries=settings.retries,
-        )
+        # Servers of one's own want no key, but the package does.
+        self._key = os.environ.get(settings.api_key_env) or "none"
+        try:
+            self._connection = Connection(
+                openai,
+                base_url=settings.base_url,
+                api_key=self._key,
+                timeout=settings.timeout,
+                retries=settings.retries,
+            )
+        except Exception as error:  # httpx's own, for an address or a proxy that cannot be one
+            raise ServerError(
+                f"{settings.base_url}: {type(error).__name__}: {error}: correct base_url"
+            ) from None
         self._lock = threading.Lock()
         self._next = 0.0
         self._known: dict[str, Reply] = {}
@@ -130,7 +139,7 @@ class Client:
             rows = read_jsonl(store)
             if not ends_whole(store):  # a kill cut the last line
                 write_text(store, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-            self._known = {row["key"]: Reply(row["text"], row["ended"]) for row in rows}
+            self._known = dict(_stored(store, number, row) for number, row in enumerate(rows, 1))
 
     def estimate(self, asks: Sequence[Ask]) -> Estimate:
         """What :meth:`ask` would send."""
@@ -189,7 +198,7 @@ class Client:
     def _one(self, key: str, ask: Ask, progress: Callable[[int], None]) -> None:
         self._wait_for_turn()
         more: dict[str, Any] = {} if ask.seed is None else {"seed": ask.seed}
-        response = self._client.chat.completions.create(
+        body = self._connection.post(
             model=self.settings.model,
             messages=_messages(ask),
             temperature=ask.temperature,
@@ -198,14 +207,13 @@ class Client:
             extra_body=self.settings.extra_body or None,
             **more,
         )
-        choice = response.choices[0]
-        reply = Reply((choice.message.content or "").strip(), choice.finish_reason == "stop")
+        reply = read_reply(body)
         with self._lock:
             self._known[key] = reply
             if self.store is not None:
                 row = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n"
                 self.store.parent.mkdir(parents=True, exist_ok=True)
-                with self.store.open("a", encoding="utf-8") as file:
+                with open_to_append(self.store) as file:
                     file.write(row)
             progress(1)
 
@@ -218,7 +226,8 @@ class Client:
         time.sleep(max(turn - time.monotonic(), 0.0))
 
     def _explained(self, error: BaseException | None) -> Exception:
-        if not isinstance(error, self._openai.OpenAIError | ValueError | LookupError | TypeError):
+        known = (self._openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+        if not isinstance(error, known):
             assert error is not None
             return error if isinstance(error, Exception) else ServerError(str(error))
         status = getattr(error, "status_code", None)
@@ -227,10 +236,44 @@ class Client:
             remedy = f"set the environment variable {self.settings.api_key_env} to a valid key"
         elif status == 404:
             remedy = "correct base_url (it usually ends in /v1) or model"
+        elif status is not None and 300 <= status < 400:
+            remedy = "it sends requests elsewhere, which is not followed: correct base_url"
+        causes = [error, (error.__cause__ or error.__context__) if status is None else None]
+        said = ": ".join(f"{type(one).__name__}: {one}" for one in causes if one is not None)
+        if self._key != "none":  # some servers say it back
+            said = said.replace(self._key, f"[the value of {self.settings.api_key_env}]")
         return ServerError(
-            f"{self.settings.base_url} (model {self.settings.model!r}): {type(error).__name__}: {str(error)[:300]}; "
+            f"{self.settings.base_url} (model {self.settings.model!r}): {said[:400]}; "
             f"{self.settings.retries} retries did not help: {remedy}"
         )
+
+
+def read_reply(body: bytes) -> Reply:
+    """A server's answer as text.
+
+    Raises:
+        ValueError: it is no chat completion.
+    """
+    try:
+        choice = parse_json(body, "the answer")["choices"][0]
+        text, ended = choice["message"]["content"] or "", choice.get("finish_reason") == "stop"
+        # Half a surrogate pair is no text; a tokenizer and a file would refuse it.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    except (FileError, LookupError, TypeError, AttributeError) as error:
+        start = body[:120].decode(errors="replace")
+        raise ValueError(
+            f"the answer is no chat completion ({type(error).__name__}: {str(error)[:100]}): {start!r}"
+        ) from None
+    return Reply(text.strip(), ended)
+
+
+def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Reply]:
+    key, text, ended = row.get("key"), row.get("text"), row.get("ended")
+    if not (isinstance(key, str) and isinstance(text, str) and isinstance(ended, bool)):
+        raise FileError(
+            f"{store}: line {number}: is no stored answer: take that line out, and it is asked again"
+        )
+    return key, Reply(text, ended)
 
 
 def _messages(ask: Ask) -> list[dict[str, Any]]:

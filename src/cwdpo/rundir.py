@@ -29,7 +29,6 @@ Names that begin with a dot and end in .tmp or .old are pieces of unfinished wri
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -39,11 +38,14 @@ import socket
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from cwdpo.errors import RunDirError
+from cwdpo.errors import FileError, RunDirError
+from cwdpo.files.reading import ends_whole, read_jsonl, read_object
+from cwdpo.files.writing import clear_pieces, open_to_append, refuse_links, sync, write_json, write_text
 from cwdpo.records import Reading
 
 try:
@@ -56,101 +58,17 @@ BEGUN = (
     "model", "summary.json",
 )  # fmt: skip
 """What a folder holds once training has begun."""
+FOLDERS = ("data", "init", "reference", "stage1", "stage2", "model")
+_SUFFIXES = {".json", ".jsonl", ".yaml", ".html", ".md", ".tmp", ".old"}
+_REMEDIES = (
+    ("calibration.json", "delete it, and --resume calibrates again"),
+    ("probes-*.jsonl", "delete it, and --resume makes the probe set again"),
+    ("samples.jsonl", "delete it, and --resume draws the samples again"),
+    ("summary.json", "delete it, and --resume writes it again"),
+    ("*.jsonl", "take that line out, or restore the file from a copy"),
+    ("*", "restore it from a copy, or start a new run in another --out"),
+)
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name, sync, rename: a kill leaves the old file or the new one.
-
-    Half surrogate pairs (a command's argument or a column's name may hold some) are written as ``\\udce4``.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through :func:`write_text`; NaN is refused, because no other reader takes it."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder's list of names on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(folder: Path) -> None:
-    """Have a folder and everything in it on disk."""
-    for path in (*folder.rglob("*"), folder):
-        if path.is_file():
-            sync(path)
-        else:
-            _sync_names(path)
-
-
-def _sync_names(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        sync(folder)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Give a finished folder its name. A folder cannot be replaced in one step, so the old one steps aside.
-
-    A kill between the two renames leaves it as ``.NAME.old``, whole; :meth:`RunDir.recover` brings it back.
-    """
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(new, folder)
-    _sync_names(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder; its name goes first, so that a kill leaves no half of it under that name."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL file; a last line cut off by a kill is left out; no file is no rows.
-
-    Raises:
-        RunDirError: a line before the last is not JSON.
-    """
-    if not path.is_file():
-        return []
-    # Only a line feed ends a row: text of a model may hold every other line break.
-    *whole, cut = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(whole, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise RunDirError(f"{path}: line {number} is not JSON") from None
-    with contextlib.suppress(ValueError):
-        rows += [json.loads(cut)] if cut else []
-    return rows
-
-
-def ends_whole(path: Path) -> bool:
-    """Whether a JSONL file is absent, empty, or ends in a line feed: then a row can be appended."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return True
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def versions() -> dict[str, str]:
@@ -186,7 +104,8 @@ class RunDir:
                 "there: choose another --out"
             ) from None
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("a+", encoding="utf-8")  # "a": the holder's name is not cut
+        self.refuse_links()
+        file = open_to_append(self.path / ".lock")  # the holder's name is not cut
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,6 +121,16 @@ class RunDir:
         file.flush()
         self._lock = file
 
+    def refuse_links(self) -> None:
+        """Refuse a folder in which a name of a run is a link: it would lead readers and writers outside.
+
+        Raises:
+            FileError: the first such name.
+        """
+        refuse_links(
+            self.path, lambda name: name in FOLDERS or Path(name).suffix in _SUFFIXES or name == ".lock"
+        )
+
     def unlock(self) -> None:
         """Let go of the folder. The file stays: to delete it would let two starts hold two files of one name."""
         if self._lock is not None:
@@ -211,11 +140,7 @@ class RunDir:
     def recover(self) -> None:
         """Clear what a kill left: pieces of unfinished writing, and cut last lines. A whole old folder returns."""
         for folder in (self.path, self.path / "stage1", self.path / "stage2"):
-            for piece in folder.glob(".*.tmp"):
-                shutil.rmtree(piece) if piece.is_dir() else piece.unlink()
-            for old in folder.glob(".*.old"):
-                named = old.with_name(old.name[1:].removesuffix(".old"))
-                shutil.rmtree(old) if named.exists() else os.rename(old, named)
+            clear_pieces(folder)
         for path in self.path.glob("*.jsonl"):
             self._keep_rows(path.name, lambda row: True)
 
@@ -244,8 +169,11 @@ class RunDir:
 
         Raises:
             RunDirError: there is no run in the folder.
+            FileError: it holds a link, a pipe or a device.
         """
         run = cls(path)
+        if run.path.is_dir():
+            run.refuse_links()
         if not any((run.path / name).exists() for name in ("recipe.yaml", "summary.json")):
             raise RunDirError(f"{path}: no run here (neither recipe.yaml nor summary.json)")
         return run
@@ -271,7 +199,7 @@ class RunDir:
         """Append rows to a JSONL file of the run."""
         if not self.writes:
             return
-        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with open_to_append(self.path / name) as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -296,7 +224,7 @@ class RunDir:
         path = self.path / name
         if not self.writes or not path.is_file():
             return
-        rows = read_jsonl(path)
+        rows = self.rows(name)
         kept = [row for row in rows if keep(row)]
         if len(kept) != len(rows) or not ends_whole(path):
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
@@ -312,21 +240,44 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl."""
-        return read_jsonl(self.path / "metrics.jsonl")
+        return self.rows("metrics.jsonl")
 
     def readings(self) -> list[dict[str, Any]]:
         """Rows of readings.jsonl: stage plus the fields of a Reading."""
-        return read_jsonl(self.path / "readings.jsonl")
+        return self.rows("readings.jsonl")
 
     def samples(self) -> list[dict[str, Any]]:
         """Rows of samples.jsonl."""
-        return read_jsonl(self.path / "samples.jsonl")
+        return self.rows("samples.jsonl")
 
     def rounds(self) -> list[dict[str, Any]]:
         """Rows of rounds.jsonl."""
-        return read_jsonl(self.path / "rounds.jsonl")
+        return self.rows("rounds.jsonl")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Rows of a JSONL file of the run; an absent file has none.
+
+        Raises:
+            FileError: it is damaged; the message says what to do.
+        """
+        try:
+            return read_jsonl(self.path / name)
+        except FileError as error:
+            raise FileError(f"{error}: {remedy(name)}") from None
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; an absent file is an empty mapping."""
+        """A JSON file of the run; an absent file is an empty mapping.
+
+        Raises:
+            FileError: it is damaged; the message says what to do.
+        """
         path = self.path / name
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        try:
+            return read_object(path) if path.is_file() else {}
+        except FileError as error:
+            raise FileError(f"{error}: {remedy(name)}") from None
+
+
+def remedy(name: str) -> str:
+    """What to do about a damaged file of a run."""
+    return next(text for pattern, text in _REMEDIES if fnmatch(name, pattern))

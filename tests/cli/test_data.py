@@ -14,8 +14,8 @@ from PIL import Image
 from cwdpo.config import load_recipe
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.onpolicy.preferences import make_preferences
-from cwdpo.rundir import read_jsonl
 from cwdpo.stage.listener import Listener
 from paths import RECIPES
 

@@ -15,10 +15,10 @@ from cwdpo.curriculum.base import CURRICULA, Hardness, Plan, next_round
 from cwdpo.curriculum.by_readings import ByReadings
 from cwdpo.data.encode.collate import collate
 from cwdpo.errors import RecipeError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.monitor.window import hardness_of, in_window
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.two_stage import train_two_stage
-from cwdpo.rundir import read_jsonl
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
 from cwdpo.stage.listener import Listener

@@ -241,7 +241,7 @@ def test_diagnose_of_a_healthy_run_and_of_none(run, tmp_path: Path) -> None:
     healthy.path.mkdir()
     (healthy.path / "recipe.yaml").write_text("name: demo\n")
     said = run("diagnose", healthy.path)
-    assert (said.code, said.out.strip().endswith("nothing was measured yet")) == (0, True)
+    assert (said.code, said.out.strip().endswith("there are no readings yet")) == (0, True)
     healthy.append("readings.jsonl", readings("delta_logp/chosen", {0: 0.0, 10: 0.01}))
     said = run("diagnose", healthy.path)
     assert (said.code, "healthy (2 readings up to step 10)" in said.out) == (0, True)
@@ -261,7 +261,7 @@ def test_the_page_says_it_at_the_top(folder) -> None:
 
 def test_watch_serves_the_run_as_it_grows_and_nothing_else(folder) -> None:
     before = sorted(p.name for p in folder.rglob("*"))
-    with serve(folder, 0, 7) as server:
+    with serve(folder, 0, 7, rest=0) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -13,8 +13,8 @@ import pytest
 
 from cwdpo.errors import DataError, MissingPackageError, RunDirError
 from cwdpo.evaluation import run as evaluation
+from cwdpo.files.reading import read_jsonl
 from cwdpo.metrics.base import METRICS
-from cwdpo.rundir import read_jsonl
 
 
 def evaluated(world: Path, out: Path, model: str = "embedded", **options: Any) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def test_what_cannot_be_paired_is_refused(captions: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="cannot be paired: data_digest differs"):
         evaluation.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     (tmp_path / "d").mkdir()
-    with pytest.raises(DataError, match=r"d: was not evaluated yet: cwdpo evaluate"):
+    with pytest.raises(DataError, match=r"d: not evaluated yet: run cwdpo evaluate"):
         evaluation.compare([tmp_path / "a", tmp_path / "d"], tmp_path / "c")
     with pytest.raises(DataError, match="at least two runs"):
         evaluation.compare([tmp_path / "a"], tmp_path / "c")

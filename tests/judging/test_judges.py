@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from cwdpo.errors import DataError, MissingPackageError, ModelError, RecipeError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.base import JUDGES
 from cwdpo.judging.compare import verdicts
 from cwdpo.records import Completion, Example, ImageRef, Message
-from cwdpo.rundir import read_jsonl
 from cwdpo.worlds.shapes import Scene
 from cwdpo.worlds.shapes import judge as judge_text
 from fake_server import Fake, says, to
@@ -86,7 +86,7 @@ def test_a_metric_as_a_judge() -> None:
     assert verdicts(shorter, shown, ["a dog", "a cat"], ["a cat", "a cat"]) == ["win", "tie"], (
         "lower is better"
     )
-    with pytest.raises(DataError, match=r"'nothing' does not judge single responses; known: words"):
+    with pytest.raises(DataError, match=r"'nothing' cannot score single responses; known: words"):
         JUDGES.build({"name": "metric", "metric": "length", "figure": "nothing"}).right(rows, ["a"] * 3)
 
 
@@ -104,7 +104,7 @@ def test_a_metric_says_right_by_its_threshold_or_against_chosen() -> None:
 @pytest.mark.parametrize(
     ("metric", "complaint"),
     [
-        ("token_ece", "it needs tokens of the model; a judge sees texts only"),
+        ("token_ece", "it needs tokens of the model, but a judge gets texts only"),
         ("multiple_choice", "it needs options of the model"),
         ("lenght", "unknown metric 'lenght'; did you mean 'length'"),
         ({"name": "chair", "synonims": "x"}, "unknown key 'synonims'; did you mean 'synonyms'"),

@@ -108,7 +108,7 @@ def test_no_spread_no_width(score: float, rate: float) -> None:
     ],
 )
 def test_shapes_must_agree(ours: list[list[float]], theirs: list[list[float]]) -> None:
-    with pytest.raises(ValueError, match=r"one shape, got \(.*\) and \("):
+    with pytest.raises(ValueError, match=r"the same shape, got \(.*\) and \("):
         win_rate(ours, theirs)
 
 

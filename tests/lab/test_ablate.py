@@ -16,12 +16,14 @@ import pytest
 import yaml
 
 from cwdpo.config import parse_recipe
+from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.lab import grid
 from cwdpo.lab.ablate import ablate, at_edge, sweep
+from cwdpo.lab.flipped import write_flipped
 from cwdpo.lab.grid import CellResult, run_grid
-from cwdpo.lab.outcome import figures_of, outcome
-from cwdpo.lab.plan import Plan, asked, plan, read_tree
+from cwdpo.lab.outcome import figures_of
+from cwdpo.lab.plan import asked, checked_tree, plan
 from cwdpo.lab.spec import (
     RECIPE,
     Study,
@@ -34,25 +36,7 @@ from cwdpo.lab.spec import (
 )
 from cwdpo.lab.tables import markdown, to_csv
 from cwdpo.objectives.base import OBJECTIVES
-from cwdpo.report.summary import Summary
-
-TINY = (
-    "data.world.train=24", "data.world.validation=8", "data.world.test=4", "stage1.steps=1", "stage2.steps=1",
-    "train.batch_size=4", "calibration.samples=4", "calibration.max_new_tokens=8", "probes.prompts=4",
-)  # fmt: skip
-
-
-def study(**changes: Any) -> Study:
-    tree = {
-        "name": "small", "title": "A small study", "question": "Does it hold together?",
-        "full": "cw_dpo", "common": TINY,
-        "variants": {
-            "cw_dpo": {"label": "CW-DPO", "set": ["stage2.objective={name: cw_dpo}"]},
-            "dpo": {"label": "DPO", "set": ["stage2.objective={name: dpo}"]},
-        },
-    }  # fmt: skip
-    return Study.model_validate({**tree, **changes})
-
+from small_study import TINY, study, summary_of
 
 # --- files ----------------------------------------------------------------------------------------------
 
@@ -73,7 +57,7 @@ def test_every_shipped_study_fits_the_recipe(name: str) -> None:
     spec = load_study(name)
     assert spec.name == name
     assert spec.question
-    tree = read_tree(RECIPE)
+    tree = checked_tree(RECIPE)
     whole, chosen = spec.expanded({}), settings_for(spec, None)
     for row in whole.variants:
         overrides = overrides_of(whole, row, chosen)
@@ -81,7 +65,7 @@ def test_every_shipped_study_fits_the_recipe(name: str) -> None:
             parse_recipe(tree, [*overrides, *point])
 
 
-def test_the_issue_s_studies_are_shipped() -> None:
+def test_studies_are_shipped() -> None:
     assert {"table3", "cooling", "mix", "methods", "methods_best_of", "learning_rates"} <= set(shipped())
     wanted = {
         "ipo",
@@ -102,7 +86,7 @@ def test_the_issue_s_studies_are_shipped() -> None:
         sizes = {len(v.settings()) for v in spec.variants.values()}
         assert sizes == {8}, "every method has the same budget"
         named = {
-            parse_recipe(read_tree(RECIPE), overrides_of(spec, v, {})).stage2.objective["name"]
+            parse_recipe(checked_tree(RECIPE), overrides_of(spec, v, {})).stage2.objective["name"]
             for v in spec.variants
         }
         assert wanted <= named
@@ -154,7 +138,7 @@ def test_a_choice_at_the_edge_of_its_grid_is_said() -> None:
 
 
 def planned(spec: Study, out: Path, seeds: int = 1) -> Any:
-    return plan(out, read_tree(RECIPE), spec, asked(spec, range(seeds), {}), split="test", test=None)
+    return plan(out, checked_tree(RECIPE), spec, asked(spec, range(seeds), {}), split="test", test=None)
 
 
 def test_equal_first_stages_are_run_once(tmp_path: Path) -> None:
@@ -189,7 +173,7 @@ def test_shipped_studies_share_their_first_stages(name: str, first: int, tmp_pat
 def test_the_test_pictures_are_not_those_of_a_sweep(tmp_path: Path) -> None:
     spec = study()
     wanted = asked(spec, [100], {})
-    tuned = plan(tmp_path, read_tree(RECIPE), spec, wanted, split="validation", test=None)
+    tuned = plan(tmp_path, checked_tree(RECIPE), spec, wanted, split="validation", test=None)
     final = planned(spec, tmp_path)
     pictures = {
         name: {json.loads(line)["id"] for line in next(iter(p.cells.values())).test.read_text().splitlines()}
@@ -204,7 +188,7 @@ def test_a_study_may_have_pictures_seeds_and_decodings_of_its_own(tmp_path: Path
     spec = study(first_seed=20, held_out_seed=1234, decodings={"temperatures": [0.85], "same_entropy": True})
     wanted = asked(spec, range(20, 22), {})
     assert [one.key for one in wanted] == ["cw_dpo-seed20", "cw_dpo-seed21", "dpo-seed20", "dpo-seed21"]
-    fresh = plan(tmp_path, read_tree(RECIPE), spec, wanted, split="test", test=None)
+    fresh = plan(tmp_path, checked_tree(RECIPE), spec, wanted, split="test", test=None)
     usual = planned(study(), tmp_path)
     rows = [next(iter(p.cells.values())).test.read_text() for p in (fresh, usual)]
     assert rows[0] != rows[1], "other test pictures, in a folder of their own"
@@ -216,26 +200,49 @@ def test_a_study_may_have_pictures_seeds_and_decodings_of_its_own(tmp_path: Path
     ] + ["temperature@entropy"]  # fmt: skip
 
 
+def test_flipped_pairs_are_made_from_the_sampled_ones_once_for_all_variants(tmp_path: Path) -> None:
+    spec = study(
+        data={"n": 2, "noise": 0.3, "worse": "judge"},
+        variants={"cw_dpo": {}, "dpo": {"flipped": 0.2}, "ipo": {"flipped": 0.2}, "sft": {"flipped": 0.4}},
+    )
+    found = planned(spec, tmp_path)
+    data, flipped = [wave for wave in found.waves if wave[0].stage in ("best_of", "flipped")]
+    assert len(data) == 1
+    assert sorted(job.options["share"] for job in flipped) == [0.2, 0.4]
+    assert {job.recipe.data.path for job in flipped} == {found.cells["cw_dpo-seed0"].recipe.data.path}
+    assert found.cells["dpo-seed0"].recipe.data.path == found.cells["ipo-seed0"].recipe.data.path
+
+
+def test_flipped_rows_by_hand(world_folder: Path, tmp_path: Path) -> None:
+    source = world_folder / "train.jsonl"
+    counts = {
+        share: write_flipped(source, tmp_path / str(share), share=share, seed=4)
+        for share in (0.0, 0.2, 0.5, 1.0)
+    }
+    assert [c["flipped"] for c in counts.values()][::3] == [0, 48]
+    assert 0 < counts[0.2]["flipped"] < counts[0.5]["flipped"] < 48
+    before = read_examples(source).examples
+    some, more = (read_examples(tmp_path / share / "train.jsonl").examples for share in ("0.2", "0.5"))
+    for was, few, many in zip(before, some, more, strict=True):
+        if few.chosen.text != was.chosen.text:
+            assert few.chosen.text == was.rejected[0].text
+            assert [(c.text, c.kind) for c in few.rejected] == [(was.chosen.text, "flipped")]
+            assert many.chosen.text == few.chosen.text, "what is flipped at 0.2 is flipped at 0.5"
+        else:
+            assert few.rejected == was.rejected
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"id": "a", "chosen": []}\n')
+    with pytest.raises(DataError, match=r"bare\.jsonl, row 1: negatives: there is none"):
+        write_flipped(bare, tmp_path / "x", share=1.0, seed=0)
+
+
 def test_other_data_needs_a_test_set(tmp_path: Path) -> None:
     tree = {"data": {"path": "rows.jsonl"}}
-    with pytest.raises(DataError, match="a study needs a test set that nothing is tuned on"):
+    with pytest.raises(DataError, match="a study needs a test set that is not used for tuning"):
         plan(tmp_path, tree, study(common=()), asked(study(common=()), [0], {}), split="test", test=None)
 
 
 # --- tables ---------------------------------------------------------------------------------------------
-
-
-def summary_of(values: dict[str, list[float | None]], spec: Study | None = None) -> Summary:
-    spec = spec or study(variants={name: {"label": name.upper()} for name in values})
-    results = {
-        f"{name}-seed{i}": CellResult(
-            f"{name}-seed{i}", "failed" if v is None else "done", {} if v is None else {"judge_score": v},
-            "NonFiniteError: planted\nand more" if v is None else None, 1.0,
-        )
-        for name, row in values.items()
-        for i, v in enumerate(row)
-    }  # fmt: skip
-    return outcome(Path("nowhere"), spec, range(min(map(len, values.values()))), Plan(), results, {})
 
 
 def test_means_differences_and_corrections_by_hand() -> None:
@@ -334,17 +341,41 @@ def test_scores_stand_in_a_panel() -> None:
     assert summary_of({"cw_dpo": [0.5], "dpo": [0.4]}).panel is None
 
 
+def test_slopes_over_a_panel_of_numbers_by_hand() -> None:
+    """Scores fall by 0.2 and 0.4 a unit in two seeds of one row, by 1 and 1 in the other."""
+    shares = ("0", "0.5", "1")
+    spec = study(
+        variants={
+            f"{row}-{x}": {"cell": [row.upper(), x]} for row in ("cw", "dpo") for x in shares
+        },
+        full="cw-0", score={"judge_score": 1.0},
+    )  # fmt: skip
+    falls = {"cw": (0.2, 0.4), "dpo": (1.0, 1.0)}
+    values: dict[str, list[float | None]] = {
+        f"{row}-{x}": [0.9 - fall * float(x) for fall in seeds]
+        for row, seeds in falls.items()
+        for x in shares
+    }
+    panel = summary_of(values, spec).panel
+    assert panel is not None
+    assert panel.slopes["CW"].per_seed == pytest.approx((-0.2, -0.4))
+    assert panel.slope_differences["DPO"].mean == pytest.approx(-0.7)
+    assert "| DPO | -1.000 ±0.000 | -0.700 [" in markdown(summary_of(values, spec))
+    values["dpo-0.5"] = [None, 0.4]
+    assert summary_of(values, spec).panel.slopes["DPO"].per_seed == (None, pytest.approx(-1.0))  # type: ignore[union-attr]
+
+
 def test_what_a_study_cannot_say() -> None:
     grid = {"stage2.learning_rate": [1.0e-5]}
     for changes, said in (
         (
             {"panel": True, "variants": {"a": {"grid": grid}, "b": {"grid": grid, "against": "a"}}},
-            "not in a panel",
+            "not allowed in a panel",
         ),
-        ({"variants": {"cw_dpo": {}, "b": {"against": "b"}}}, "against: another variant"),
+        ({"variants": {"cw_dpo": {}, "b": {"against": "b"}}}, "against: must be another variant"),
         (
             {"variants": {"cw_dpo": {"cell": ["r", "c"]}, "b": {"cell": ["r", "c"]}}},
-            "is another variant's too",
+            "another variant has the same cell",
         ),
         ({"score": {}}, "at least 1"),
         ({"wins_against": "stf"}, "no variant 'stf'"),
@@ -353,7 +384,7 @@ def test_what_a_study_cannot_say() -> None:
         with pytest.raises(ValueError, match=said):
             study(**changes)
     panel = study(panel=True, full="cw", variants={"cw_dpo": {"grid": grid}})
-    with pytest.raises(RecipeError, match=r"'cw' is no point of the panel.*known: cw_dpo-1.0e-05"):
+    with pytest.raises(RecipeError, match=r"'cw' is not a point of the panel.*known: cw_dpo-1.0e-05"):
         panel.expanded({})
     odd = study(panel=True, full="a-_x__y_", variants={"a": {"grid": {"k": [["x", "y"]]}}})
     assert list(odd.expanded({}).variants) == ["a-_x__y_"]
@@ -370,7 +401,7 @@ def test_a_factor_multiplies_what_was_set_last() -> None:
     ]
     for common, said in (
         ((), "no override sets 'stage2.learning_rate'"),
-        (("stage2.learning_rate=x",), "no number"),
+        (("stage2.learning_rate=x",), "is not a number"),
     ):
         with pytest.raises(RecipeError, match=said):
             overrides_of(spec.model_copy(update={"common": common}), "hot", {})
@@ -387,7 +418,7 @@ def test_variants_of_another_study(tmp_path: Path) -> None:
         True
     }
     file.write_text("name: s\nfull: cw_dpo\nvariants_of: learning_rates\n")
-    with pytest.raises(RecipeError, match="the study learning_rates has no variants of its own"):
+    with pytest.raises(RecipeError, match="the study learning_rates does not list variants itself"):
         load_study(file)
 
 
@@ -400,7 +431,9 @@ def test_settings_of_a_sweep_of_another_study(tmp_path: Path) -> None:
     mix = load_study("mix")
     assert overrides_of(mix, "cw_dpo_75", chosen)[-1] == "stage2.learning_rate=2e-4"
     assert overrides_of(mix, "dpo_75", chosen)[-1] == "stage2.learning_rate=5e-5"
-    with pytest.raises(RecipeError, match=r"settings are of ipo; the study small takes those of cw_dpo, dpo"):
+    with pytest.raises(
+        RecipeError, match=r"settings are for ipo, but the study small uses those of cw_dpo, dpo"
+    ):
         ablate(RECIPE, study(), tmp_path / "out", seeds=1, jobs=1, chosen={"ipo": ("x=1",)})
 
 
@@ -520,7 +553,7 @@ def test_a_small_sweep_chooses_on_validation(tmp_path: Path) -> None:
         "dpo": ["stage2.learning_rate=1.0e-05"],
     }
     assert load_chosen(tmp_path / "out" / "chosen.yaml")["dpo"] == ("stage2.learning_rate=1.0e-05",)
-    with pytest.raises(RecipeError, match="needs the same number of points"):
+    with pytest.raises(RecipeError, match="must have the same number of points"):
         sweep(RECIPE, study(), tmp_path / "other", finalists=1, jobs=1)
 
 

@@ -14,7 +14,7 @@ from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.errors import CwdpoError, DataError
 from cwdpo.lab import findings, stopping
 from cwdpo.lab.ablate import ablate
-from cwdpo.lab.plan import Plan, asked, plan, read_tree
+from cwdpo.lab.plan import Plan, asked, checked_tree, plan
 from cwdpo.lab.spec import RECIPE, Study, Variant, load_study, settings_for
 from cwdpo.lab.trace import Traced, damage_step, halves
 
@@ -32,7 +32,7 @@ def tiny(name: str, *only: str) -> Study:
 
 def planned(study: Study, out: Path, seeds: int = 1) -> Plan:
     chosen = settings_for(study, None)
-    return plan(out, read_tree(RECIPE), study, asked(study, range(seeds), chosen), split="test", test=None)
+    return plan(out, checked_tree(RECIPE), study, asked(study, range(seeds), chosen), split="test", test=None)
 
 
 def run_of(key: str, trace: list[tuple[int, float]] | None = None, **variant: Any) -> Traced:
@@ -112,7 +112,7 @@ def test_scenarios_provoke_what_there_are_rules_for_and_enough_of_it(tmp_path: P
 def test_rewritten_captions_are_of_the_embedded_world(tmp_path: Path) -> None:
     study = Study.model_validate({"name": "s", "full": "a", "variants": {"a": {"rejected": "long"}}})
     with pytest.raises(
-        DataError, match="study s: 'rejected' and 'validation: own' are of the embedded world"
+        DataError, match="study s: 'rejected', 'flipped' and 'validation: own' need the embedded world"
     ):
         plan(
             tmp_path,
@@ -209,5 +209,5 @@ def test_a_small_analysis_from_cells_to_its_table(
     alone = alone.model_copy(
         update={"variants": {study.full: Variant(tuned_as=study.variants[study.full].tuned_as)}}
     )
-    with pytest.raises(CwdpoError, match="only 1 ended with measurements: ask for more --seeds"):
+    with pytest.raises(CwdpoError, match="only 1 ended with measurements: use more --seeds"):
         ablate(RECIPE, alone, tmp_path / "alone", seeds=1, jobs=1, chosen=settings_for(study, None))

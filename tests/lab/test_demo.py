@@ -13,7 +13,7 @@ from cwdpo.lab import ablate as engine
 from cwdpo.lab.cell import spread, steps_to_share
 from cwdpo.lab.grid import CellResult
 from cwdpo.lab.outcome import pooled, win_over_seeds
-from cwdpo.lab.plan import asked, plan, read_tree
+from cwdpo.lab.plan import asked, checked_tree, plan
 from cwdpo.lab.spec import RECIPE, Study, load_study, overrides_of, settings_for
 from cwdpo.lab.tables import number
 from cwdpo.report.summary import CellState, Mean, Row, Summary, read_summary
@@ -72,7 +72,7 @@ def test_the_shipped_settings_were_swept() -> None:
 def test_all_methods_take_the_same_steps_over_the_same_data(tmp_path: Path) -> None:
     study = small()
     cells = plan(
-        tmp_path, read_tree(RECIPE), study, asked(study, [1], settings_for(study, None)), split="test", test=None
+        tmp_path, checked_tree(RECIPE), study, asked(study, [1], settings_for(study, None)), split="test", test=None
     ).cells  # fmt: skip
     recipes = {key.removesuffix("-seed1"): job.recipe for key, job in cells.items()}
     assert set(recipes) == {"base", *METHODS, *(f"{m}-hot" for m in METHODS)}
@@ -85,7 +85,7 @@ def test_all_methods_take_the_same_steps_over_the_same_data(tmp_path: Path) -> N
         swept, hot = recipes[name].stage2, recipes[f"{name}-hot"].stage2
         assert hot.objective == swept.objective
         assert hot.learning_rate == 4 * swept.learning_rate
-    assert read_tree(RECIPE)["data"]["world"]["train"] == 1600
+    assert checked_tree(RECIPE)["data"]["world"]["train"] == 1600
     assert not any(
         "steps" in o or "train=" in o for o in overrides_of(load_study("demo"), "sft-hot", chosen())
     )
@@ -138,7 +138,7 @@ def test_a_small_demo_from_data_to_report(tmp_path: Path) -> None:
     assert page.count("data:image/") == 6
     assert "corrected (Holm) for the 7 comparisons of a column" in page
     again = run()
-    assert again.variants == summary.variants, "finished cells are used again"
+    assert again.variants == summary.variants, "finished cells are reused"
 
 
 @pytest.mark.slow

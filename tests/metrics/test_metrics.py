@@ -270,7 +270,7 @@ def test_letters_are_scored_where_chosen_is_a_letter() -> None:
     assert spelled(Answer(example(0, "B", options=OPTIONS))) == ["A", "B", "C"]
     assert spelled(Answer(example(0, "(B)", options=OPTIONS))) == ["(A)", "(B)", "(C)"]
     assert spelled(Answer(example(0, "a dog", options=OPTIONS))) == OPTIONS
-    with pytest.raises(DataError, match=r"chosen: 'a cow' is none of the options"):
+    with pytest.raises(DataError, match=r"chosen: 'a cow' is neither one of the options"):
         values("multiple_choice", [Answer(example(0, "a cow", options=OPTIONS), "", (0, 0, 0), (1, 1, 1))])
     with pytest.raises(DataError, match="options: a list of at least two texts"):
         values("multiple_choice", [Answer(example(0, "a cow"), "")])
@@ -421,7 +421,7 @@ def test_false_alarms_are_as_rare_as_they_should_be() -> None:
 def test_different_prompts_are_not_paired() -> None:
     a = mean_of("x", [Answer(example(i), "") for i in range(3)], [1.0, 2.0, 3.0])
     b = mean_of("x", [Answer(example(i), "") for i in range(4)], [1.0, 2.0, 3.0, 4.0])
-    with pytest.raises(DataError, match=r"x: the two sides answer different prompts \(3 and 4\)"):
+    with pytest.raises(DataError, match=r"x: the two runs answer different prompts \(3 and 4\)"):
         difference(a, b)
 
 

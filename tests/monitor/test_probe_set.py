@@ -15,6 +15,7 @@ from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.dynamics.settings import TYPES, ProbeSettings
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import Policy
 from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.probe_pass import ProbeSet
@@ -33,7 +34,7 @@ from cwdpo.objectives.base import Scale
 from cwdpo.probes.base import PROBES
 from cwdpo.probes.repetition import repeated
 from cwdpo.records import Completion, Example, Message
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
 from cwdpo.stage.stage import Stage
 from cwdpo.worlds.shapes import Scene, judge, paraphrases, parse

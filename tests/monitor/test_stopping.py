@@ -41,15 +41,15 @@ def test_a_rule_is_read(text: str, reading: str, comparison: str, threshold: flo
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("__import__('os').system('x') < 1", "is no rule"),
-        ("kl", "is no rule"),
-        ("kl == 1", "is no rule"),
-        ("kl < 1 < 2", "is no rule"),
+        ("__import__('os').system('x') < 1", "is not a rule"),
+        ("kl", "is not a rule"),
+        ("kl == 1", "is not a rule"),
+        ("kl < 1 < 2", "is not a rule"),
         ("kll < 1", "did you mean 'kl'"),
         ("delta_logp/ < 1", "no reading"),
-        ("kl < nan", "no finite number"),
-        ("kl < inf", "no finite number"),
-        ("kl < x", "no finite number"),
+        ("kl < nan", "not a finite number"),
+        ("kl < inf", "not a finite number"),
+        ("kl < x", "not a finite number"),
     ],
 )
 def test_what_is_no_rule_is_refused_in_the_recipe(text: str, said: str) -> None:
@@ -238,7 +238,7 @@ def test_the_first_measurement_can_be_what_is_gone_back_to(to_the_end, tmp_path)
 
 def test_weights_of_another_model_are_refused(model, tmp_path: Path) -> None:
     Weights({"x": torch.zeros(1)}).save(tmp_path / "healthy-0.safetensors")
-    with pytest.raises(ModelError, match="other parameters than are trained"):
+    with pytest.raises(ModelError, match="other parameters than those trained"):
         Weights.load(tmp_path / "healthy-0.safetensors", model)
     (tmp_path / "cut.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match="cannot be read"):

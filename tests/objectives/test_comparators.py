@@ -189,7 +189,7 @@ def test_madpo_by_hand() -> None:
     assert loss({"name": "madpo", "beta": BETA}) == pytest.approx(wanted, rel=1e-12)
     far = OBJECTIVES.build("madpo")(make(reward_margin=vector([-7.0, -800.0, 800.0])))
     assert far.per_pair["madpo/weight"].tolist() == pytest.approx([1.0, 1.0, 1.0]), "1 far from 0"
-    with pytest.raises(DataError, match=r"reward_margin: write them first, with .cwdpo margins"):
+    with pytest.raises(DataError, match=r"reward_margin: write the margins first, with .cwdpo margins"):
         loss({"name": "madpo"}, make(reward_margin=None))
 
 

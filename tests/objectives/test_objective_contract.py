@@ -58,7 +58,10 @@ def batch(prompt: list[int], prompts: int, *, wide: float = 0.0) -> ScoredPairs:
 
 def ready(objective: Objective) -> Any:
     """The objective as it is called in training: calibrated where it asks for it."""
-    return objective.calibrated(SAMPLES) if objective.needs_calibration else objective
+    if not objective.needs_calibration:
+        return objective
+    given = (SAMPLES, SAMPLES) if objective.calibrates_on_negatives else (SAMPLES,)
+    return objective.calibrated(*given)
 
 
 def build(name: str) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cwdpo.errors import RecipeError
 from cwdpo.objectives.base import OBJECTIVES, Objective, ObjectiveOutput, Scored, ScoredPairs, StepTotals
-from cwdpo.objectives.cw_dpo import MIN_TAU, CwDpo, calibrate
+from cwdpo.objectives.cw_dpo import MIN_TAU, CwDpo, calibrate, floor_for_weight
 from cwdpo.objectives.dpo import Dpo
 from cwdpo.objectives.sft import Sft
 from cwdpo.objectives.sft_constrained import SftConstrained
@@ -425,6 +425,25 @@ def test_calibrated_replaces_auto_and_nothing_else() -> None:
     assert CwDpo(tau=0.5).needs_calibration
 
 
+def test_the_floor_of_a_target_weight() -> None:
+    negatives = [-0.5, -1.0, -4.0, -9.0]
+    for target, tau in ((0.05, 0.3), (0.5, 0.05), (0.9, 2.0)):
+        floor = floor_for_weight(target, negatives, tau)
+        assert sum(sigmoid((m - floor) / tau) for m in negatives) / 4 == pytest.approx(target, abs=1e-9)
+    samples = [-0.9, -2.0, -1.0, -0.2, -0.6, -0.4]
+    found = CwDpo(target_weight=0.3).calibrated(samples, negatives)
+    assert found.tau == pytest.approx(0.75), "tau is that of the samples"
+    assert found.floor == pytest.approx(floor_for_weight(0.3, negatives, 0.75))
+    assert CwDpo(target_weight=0.3).calibrates_on_negatives
+    assert not found.calibrates_on_negatives
+    assert not CwDpo().calibrates_on_negatives
+    with pytest.raises(RecipeError, match="target_weight: there is no negative"):
+        CwDpo(target_weight=0.3).calibrated(samples)
+    for wrong in ({"floor": -1.0}, {"cooling": "constant"}):
+        with pytest.raises(ValueError, match="target_weight sets the floor"):
+            CwDpo(target_weight=0.3, **wrong)
+
+
 # --- differing span, filter, errors ---------------------------------------------------------------------
 
 
@@ -501,7 +520,7 @@ def test_permuted_cooling_deals_the_weights_of_the_step_to_other_pairs() -> None
         weights = CwDpo(**settings, cooling="permuted")(moved).per_pair["cooling/weight"]
         orders.add(tuple(weights.argsort().tolist()))
     assert len(orders) == 6, "every order of three pairs comes up"
-    with pytest.raises(RecipeError, match="permuted deals weights among the pairs of one forward pass"):
+    with pytest.raises(RecipeError, match="permuted shuffles the weights within one forward pass"):
         CwDpo(**settings, cooling="permuted")(make(totals=step()))
 
 

@@ -17,6 +17,7 @@ import torch
 from cwdpo.config import parse_recipe
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, EncodedPrompt, Encoder
 from cwdpo.errors import DataError, RecipeError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.onpolicy.blend import blend
 from cwdpo.onpolicy.plan import RoundPlan
@@ -24,7 +25,6 @@ from cwdpo.onpolicy.rounds import RoundData
 from cwdpo.onpolicy.samples import PromptSamples, Sorted, degenerate, sort_samples
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.records import Completion, Example, Message, Sample
-from cwdpo.rundir import read_jsonl
 from cwdpo.stage import reference
 from cwdpo.stage.listener import Listener
 from cwdpo.trainer.weights import Weights
@@ -396,7 +396,7 @@ def test_round_data_fills_up_from_the_first() -> None:
 def test_a_round_without_any_negative_says_why(tmp_path: Path) -> None:
     negatives = {"on_policy_fraction": 1.0, "rounds": 1, "sampler": {"max_new_tokens": 2}}
     data = {"world": {**TREE["data"]["world"], "questions": 0.0}}
-    with pytest.raises(DataError, match=r"no negative for any of \d+ prompts.*'cut'"):
+    with pytest.raises(DataError, match=r"none of \d+ prompts has a negative.*'cut'"):
         train(tmp_path / "run", negatives=negatives, data=data)
 
 

@@ -10,6 +10,7 @@ import pytest
 from cwdpo.config import ModelSettings, parse_recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import ServerError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import EMBEDDED, load_policy
 from cwdpo.models.sample import sample
 from cwdpo.negatives.settings import SamplerSettings
@@ -17,7 +18,7 @@ from cwdpo.onpolicy.pool import FILE, Pool
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.records import Example
 from cwdpo.remote import Ask, Client, ServerSettings
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from server import needs_server
 
 pytestmark = [pytest.mark.slow, needs_server]

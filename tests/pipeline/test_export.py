@@ -303,3 +303,17 @@ def test_the_page_has_a_line_for_each_case() -> None:
     table = page.split("<!-- merged -->")[1].split("<!-- end -->")[0].splitlines()
     cases = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")][1:]
     assert cases == list(KINDS)
+
+
+def test_a_format_of_ones_own_is_not_loaded_from_a_stored_recipe(
+    tied: dict[str, Path], world_folder: Path, tmp_path: Path
+) -> None:
+    trained(tied["float32"], "language model", world_folder, tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("data: {", "data: {format: 'mine.py:Mine', "))
+    with pytest.raises(RunDirError, match=r"format of your own \(mine\.py:Mine\).* by --data"):
+        export(tmp_path / "run", tmp_path / "out", merge=False)
+    done = export(
+        tmp_path / "run", tmp_path / "out", merge=False, data=str(world_folder / "validation.jsonl")
+    )
+    assert done.largest == 0

@@ -54,17 +54,17 @@ class Instant:
 # What stands in the run folder when a phase begins, and when the next one does.
 INSTANTS = [
     Instant("data and model", "recipe.yaml", "metrics.jsonl"),
-    Instant("the first model's folder", ".init.tmp"),
+    Instant("the first model's folder", ".init.*.tmp"),
     *[Instant("stage 1", "metrics.jsonl", "stage1/model")] * 3,
     Instant("a checkpoint of stage 1", "stage1/.checkpoint-*.tmp"),
     Instant("a checkpoint of stage 1", "stage1/.checkpoint-*.tmp/*/optimizer.pt", earlier=2),
-    Instant("a checkpoint of stage 1", "stage1/.checkpoint-26.tmp/*/trainer_state.json"),
-    Instant("stage 1's model", "stage1/.model.tmp"),
+    Instant("a checkpoint of stage 1", "stage1/.checkpoint-26.*.tmp/*/trainer_state.json"),
+    Instant("stage 1's model", "stage1/.model.*.tmp"),
     *[Instant("reference pass", "reference", "calibration.json")] * 2,
     *[Instant("stage 2", "calibration.json", "model")] * 3,
     Instant("a checkpoint of stage 2", "stage2/.checkpoint-*.tmp/*/model.safetensors", earlier=1),
-    Instant("a checkpoint of stage 2", "stage2/.checkpoint-27.tmp"),
-    Instant("the final model", ".model.tmp"),
+    Instant("a checkpoint of stage 2", "stage2/.checkpoint-27.*.tmp"),
+    Instant("the final model", ".model.*.tmp"),
     *[Instant("evaluation", "model", "summary.json")] * 2,
     Instant("reporting", "summary.json"),
 ]

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.errors import ModelError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import load_policy, load_weights
 from cwdpo.objectives.base import OBJECTIVES, StepTotals
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
 from cwdpo.trainer.processes import Unsharded

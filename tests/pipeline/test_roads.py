@@ -12,9 +12,10 @@ import pytest
 from cwdpo.config import parse_recipe
 from cwdpo.dynamics.settings import TYPES
 from cwdpo.errors import DataError, RecipeError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.objectives.cw_dpo import floor_for_weight
 from cwdpo.pipeline.two_stage import train_two_stage
-from cwdpo.rundir import read_jsonl
 from cwdpo.worlds.shapes import ShapesSettings, materialise
 
 ROADS = {"once": {}, "rounds": {"on_policy_fraction": 0.5, "rounds": 2, "sampler": {"max_new_tokens": 40}}}
@@ -127,6 +128,24 @@ def test_an_objective_of_ones_own_calibrates_and_has_a_statistic_of_its_own(
         )
     weights = [r for r in run.readings() if r["name"].startswith("cooling/weight/")]
     assert weights, "the probes read the floor of the objective in force"
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_target_weight_is_the_mean_weight_of_the_first_step(world: Path, tmp_path: Path, road: str) -> None:
+    """The first step holds all pairs, and its policy is the reference."""
+    objective = {"name": "cw_dpo", "target_weight": 0.3}
+    train = {"batch_size": 24, "logging_steps": 1}
+    made = recipe(world, objective, road, train=train, curriculum="steady")
+    run = train_two_stage(made, tmp_path / "run")
+    first = next(r for r in run.metrics() if "loss" in r)
+    assert first["cooling/weight_mean"] == pytest.approx(0.3, abs=0.01)
+    stored = run.json("calibration.json" if road == "once" else "calibration-round0.json")
+    assert len(stored["negatives"]) == 1000
+    assert stored["floor"] == pytest.approx(floor_for_weight(0.3, stored["negatives"], stored["tau"]))
+    if road == "rounds":
+        again = recipe(world, objective, road, negatives={**ROADS[road], "recalibrate": True})
+        with pytest.raises(RecipeError, match="recalibrate: the objective sets its floor by the negatives"):
+            train_two_stage(again, tmp_path / "again")
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -11,11 +11,12 @@ import pytest
 
 from cwdpo.config import parse_recipe
 from cwdpo.errors import ModelError, RecipeError, RunDirError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.pipeline.two_stage import train_two_stage
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
 
@@ -169,7 +170,7 @@ def test_a_trained_adapter_names_its_base_by_a_whole_path(
         ("ACCELERATE_MIXED_PRECISION", "fp16", False, "train.bf16 is the only mixed precision here"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", True, "contradicts train.bf16 = true"),
         ("ACCELERATE_MIXED_PRECISION", "FP8", True, "contradicts"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", False, "compiled models are not scored"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", False, "compiled models cannot be scored"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", False, "Megatron-LM is not used"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", False, "parallelism are not used"),
     ],

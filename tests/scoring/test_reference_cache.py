@@ -96,7 +96,7 @@ def test_a_changed_byte_is_refused_or_costs_values_but_never_gives_wrong_ones(tm
             assert found.items() <= true.items(), place
     assert refused > len(data) / 2
     path.write_bytes(data.replace(value(3)[0], b"x" * 16))
-    with pytest.raises(ReferenceCacheError, match=rf"{path}: damaged .*behind the first 2 .*delete the file"):
+    with pytest.raises(ReferenceCacheError, match=rf"{path}: damaged .*after the first 2 .*delete the file"):
         ReferenceCache(tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_values_that_the_reference_does_not_give_any_more_are_refused(
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1.1)
     with pytest.raises(
-        ReferenceCacheError, match=r"stale: of example .* response 0, .*train\.reference_cache"
+        ReferenceCacheError, match=r"stale: for example .* response 0, .*train\.reference_cache"
     ):
         stored_reference_pass(model, encoded, run, batch_size=4)
 
@@ -272,7 +272,8 @@ def test_a_reference_that_is_not_finite_names_the_example(model: Any, encoded: A
     with torch.no_grad():
         model.get_output_embeddings().weight[:] = torch.nan
     with pytest.raises(
-        NonFiniteError, match=f"example ({'|'.join(e.id for e in encoded)}): the reference gives"
+        NonFiniteError,
+        match=f"example ({'|'.join(e.id for e in encoded)}): the log-likelihood of a response .* is nan",
     ):
         stored_reference_pass(model, encoded, RunDir(tmp_path), batch_size=4)
     assert not list(tmp_path.rglob("*.arrow"))

@@ -361,7 +361,7 @@ def test_a_family_that_changed_is_noticed_before_training(
     assert shares_prefix(model)
     original = Family.positions
     monkeypatch.setattr(Family, "positions", lambda self, *a: original(self, *a) // 2)
-    with pytest.raises(ModelError, match="other log-probabilities than plain scoring"):
+    with pytest.raises(ModelError, match="log-probabilities differ from those of plain scoring"):
         check_scoring(model, encoder, examples, "shared_prefix")
     with caplog.at_level(logging.WARNING, logger="cwdpo"):
         check_scoring(model, encoder, examples, "auto")

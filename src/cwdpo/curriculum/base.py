@@ -1,4 +1,4 @@
-"""What a curriculum is: readings -> which negatives take part next. Pure; no torch."""
+"""What a curriculum is: a function from readings to the negatives to train on next. It does not import torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from cwdpo.registry import Component, Registry
 
 @dataclass(frozen=True)
 class Plan:
-    """Which negatives take part until the next measurement or round.
+    """Which negatives to train on until the next measurement or round.
 
     Attributes:
-        low, high: hardness window: mean_logp of a negative under the reference, nats per token, ends included.
-        fresh: added to the share of on-policy negatives of the next round (``negatives.on_policy_fraction``).
-        reason: why this plan and not the last one, in words.
+        low, high: the window of hardness, that is of a negative's mean_logp under the reference model, in nats per
+            token; both ends are included.
+        fresh: added to the share of on-policy negatives in the next round (``negatives.on_policy_fraction``).
+        reason: why the plan changed, for people to read.
     """
 
     low: float = -math.inf
@@ -27,11 +28,11 @@ class Plan:
     reason: str = ""
 
     def takes(self, mean_logp: float) -> bool:
-        """Whether a negative lies in the window."""
+        """Whether a negative of this mean_logp (nats per token) is in the window."""
         return self.low <= mean_logp <= self.high
 
     def to_json(self) -> dict[str, Any]:
-        """For checkpoints and the run folder: an open end is null."""
+        """The plan as JSON, for checkpoints and the run folder; an infinite end becomes null."""
         ends = {
             name: value if math.isfinite(value) else None
             for name, value in (("low", self.low), ("high", self.high))
@@ -40,7 +41,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Plan:
-        """The plan that :meth:`to_json` wrote."""
+        """The plan from the JSON of :meth:`to_json`."""
         low, high = row["low"], row["high"]
         ends = (-math.inf if low is None else low, math.inf if high is None else high)
         return cls(*ends, row.get("fresh", 0.0), row["reason"])
@@ -48,10 +49,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Hardness:
-    """What the negatives of the data are like under the reference: nats per token.
+    """How likely the negatives of the data are under the reference model.
 
-    ``floor`` and ``tau`` are the cooling's (or what its calibration would find); ``mean_logps`` are those of all
-    negatives at hand. ``rounds``: negatives are sampled anew at each round, so that their share may move.
+    Attributes:
+        floor, tau: of the cooling weight, in nats per token; calibrated even if the objective has no cooling weight.
+        mean_logps: mean_logp of every negative under the reference model, in nats per token.
+        rounds: whether on-policy negatives are sampled again in each round, so that their share can change.
     """
 
     floor: float
@@ -61,7 +64,7 @@ class Hardness:
 
 
 class Curriculum(Component, ABC):
-    """Moves the plan by what the probes read."""
+    """Changes the plan according to the probes' readings."""
 
     @abstractmethod
     def first(self, hardness: Hardness) -> Plan:
@@ -72,12 +75,12 @@ class Curriculum(Component, ABC):
         """The next plan.
 
         Args:
-            plan: the one in force.
-            readings: the last held-out readings by name; those without a value are absent.
-            hardness: of the stage.
+            plan: the current plan.
+            readings: the latest held-out readings by name; readings without a value are absent.
+            hardness: of the stage's negatives.
 
         Returns:
-            A new plan with its reason, or ``plan`` itself where nothing has to change.
+            A new plan with its reason, or ``plan`` itself if nothing has to change.
         """
 
 
@@ -87,11 +90,13 @@ CURRICULA: Registry[Curriculum] = Registry("curriculum", "cwdpo.curriculum", Cur
 def next_round(
     curriculum: Curriculum, plan: Plan | None, readings: Mapping[str, float | None], hardness: Hardness
 ) -> Plan:
-    """The settings of the next round of negatives: the one function that rounds call.
+    """The plan for the next round.
 
     Args:
-        plan: of the round that ends; ``None`` before the first.
-        readings: the last held-out readings by name.
+        curriculum: decides.
+        plan: the plan of the round that ends; ``None`` before the first round.
+        readings: the latest held-out readings by name; ``None`` is a reading without a value.
+        hardness: of the stage's negatives.
     """
     if plan is None:
         return curriculum.first(hardness)

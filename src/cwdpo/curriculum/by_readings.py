@@ -1,4 +1,4 @@
-"""Harder and fresher negatives when their weights fall, gentler ones when chosen drifts down."""
+"""Harder and more on-policy negatives when cooling weights are low, easier ones when chosen becomes less likely."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cwdpo.curriculum.base import Curriculum, Hardness, Plan
 
 
 class ByReadings(Curriculum):
-    """A window on hardness, in units of the cooling's tau around its floor, moved one notch at a measurement.
+    """A window of hardness around the cooling's floor, in units of its tau, changed by one notch per measurement.
 
-    Drift is looked at first: a policy that loses its chosen responses gets gentler negatives even where the
-    weights call for harder ones. Here a gentle negative is one that the reference finds unlikely: the hardest ones,
-    which share most with chosen, leave first. The window never closes below ``narrowest``. Where stage 2 runs in
-    rounds, the share of on-policy negatives of the next round moves along.
+    Drift is checked first: if the chosen responses become less likely, negatives become easier, even if the cooling
+    weights ask for harder ones. Easier means less likely under the reference model: the upper end of the window moves
+    down, so the hardest negatives, which are most similar to chosen, are left out first. The window is never narrower
+    than ``narrowest``. If stage 2 runs in rounds, the share of on-policy negatives in the next round changes too.
 
     Args:
-        start_low, start_high: the window at the start: ``floor + k * tau`` for these k.
-        notch: of each move, in tau.
+        start_low, start_high: the window at the start is ``floor + k * tau`` for these two k.
+        notch: how far an end of the window moves, in tau.
         narrowest: smallest width of the window, in tau.
-        drift_below: ``delta_logp/chosen`` (nats per token) under which negatives become gentler.
-        cooled_above: ``cooling/cooled`` (share of held-out negatives with a weight under 0.1) over which they
-            become harder and the next round's fresher.
-        fresh_notch: of each move, in the share of on-policy negatives; 0 leaves their share as the recipe has it.
+        drift_below: negatives become easier when ``delta_logp/chosen`` (nats per token) is below this.
+        cooled_above: negatives become harder, and the next round gets more on-policy ones, when ``cooling/cooled``
+            (share of held-out negatives with a weight below 0.1) is above this.
+        fresh_notch: how far the share of on-policy negatives changes; 0 keeps the recipe's share.
     """
 
     start_low: float = -6.0
@@ -53,7 +53,8 @@ class ByReadings(Curriculum):
         fresh = self.fresh_notch if hardness.rounds else 0.0
         drift, cooled = readings.get("delta_logp/chosen"), readings.get("cooling/cooled")
         if drift is not None and drift < self.drift_below:
-            # What lies above the hardest negative at hand is empty: the first notch has to bite.
+            # Start from the hardest negative, not from the window's end: there may be no negatives in between, and
+            # then the first notch would leave none out.
             top = min(plan.high, max(hardness.mean_logps, default=plan.high))
             high = min(plan.high, max(top - notch, plan.low + width))
             moved = replace(plan, high=high, fresh=max(plan.fresh - fresh, -1.0))

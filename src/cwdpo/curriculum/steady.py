@@ -1,4 +1,4 @@
-"""No curriculum: every negative takes part, whatever the probes read."""
+"""No curriculum: train on every negative, whatever the readings are."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cwdpo.curriculum.base import Curriculum, Hardness, Plan
 
 
 class Steady(Curriculum):
-    """The plan of the start, to the end."""
+    """Keeps the plan of the start."""
 
     def first(self, hardness: Hardness) -> Plan:
-        """An open window."""
+        """An infinite window."""
         del hardness
         return Plan()
 

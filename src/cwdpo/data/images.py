@@ -16,7 +16,7 @@ from cwdpo.data.facts import ImageFacts
 from cwdpo.data.media import from_base64, from_data_uri
 from cwdpo.data.problems import RowError, shown
 from cwdpo.errors import DataError
-from cwdpo.records import ImageRef, as_rgb, has_alpha, is_deep
+from cwdpo.records import ImageRef, as_rgb, has_alpha, image_formats, is_deep
 
 CheckImages = Literal["none", "exists", "identify", "decode"]
 CHECK_LEVELS: tuple[CheckImages, ...] = ("none", "exists", "identify", "decode")
@@ -179,7 +179,7 @@ class ImageFolder:
                 # Odd EXIF or palettes are no reason to refuse; only the size warning is ours to judge.
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(stream) as image:
+                with Image.open(stream, formats=image_formats()) as image:
                     facts = ImageFacts(
                         image.width, image.height, image.mode, is_deep(image), has_alpha(image)
                     )

@@ -29,6 +29,11 @@ PLACEHOLDERS = (
 )
 
 
+def placeholder_in(text: str) -> str | None:
+    """The first image, film or sound placeholder that a text holds; ``None`` for none."""
+    return next((p for p in PLACEHOLDERS if p in text), None)
+
+
 def wrong_type(key: str, value: Any, allowed: str, remedy: str = "") -> RowError:
     """A value of the wrong type, with what belongs there."""
     message = f"{type(value).__name__} ({shown(value, 60)}); allowed: {allowed}"
@@ -49,7 +54,7 @@ def plain_text(value: Any, key: str) -> str:
         raise RowError(
             "bad-text", key, "half of a surrogate pair, which no UTF-8 text can hold", "repair the encoding"
         ) from None
-    placeholder = next((p for p in PLACEHOLDERS if p in value), None)
+    placeholder = placeholder_in(value)
     if placeholder is not None:
         raise RowError(
             "placeholder-in-text",

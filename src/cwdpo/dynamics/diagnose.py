@@ -1,4 +1,4 @@
-"""Named findings from a run's numbers. The rules are data (``rules.yaml``); this reads them. No torch."""
+"""Applies the rules of ``rules.yaml`` to the readings and metrics of a run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ ORDER: dict[str, int] = {"critical": 0, "warning": 1, "note": 2}
 
 
 class Condition(Settings):
-    """One comparison; exactly one of ``above`` and ``below`` is given.
+    """One comparison with a bound; exactly one of ``above`` and ``below`` is given.
 
-    ``series`` is a reading's name, or ``train/`` and a metric's; ``after`` a share of the stage's steps before
-    which the condition does not count; see :meth:`Series.viewed` for ``view`` and ``window``.
+    Attributes:
+        series: name of a reading, or ``train/`` and the name of a training metric.
+        view, window: see :meth:`Series.viewed`.
+        above, below: the bound, a number or a name of :data:`cwdpo.dynamics.rules.THRESHOLDS`.
+        after: share of the stage's steps that the condition skips.
     """
 
     series: str
@@ -51,16 +54,16 @@ class Condition(Settings):
         return self.above if self.above is not None else float(self.below)  # type: ignore[arg-type]
 
     def holds(self, value: float) -> bool:
-        """Whether a number is beyond the bound."""
+        """Whether a number is above, or below, the bound."""
         return value > self.threshold if self.above is not None else value < self.threshold
 
     def scaled(self, factor: float) -> Condition:
-        """The same with its bound moved, for choosing thresholds."""
+        """The condition with its bound multiplied by a factor, for choosing thresholds."""
         name = "above" if self.above is not None else "below"
         return self.model_copy(update={name: self.threshold * factor})
 
     def words(self, value: float, step: int) -> str:
-        """What was seen, in one line."""
+        """The observed number and the bound, in one line."""
         view = {
             "value": "", "change": " since the start of the stage", "fall": " below its highest",
             "rise": " above its lowest", "width": " (half of its 95% interval)",
@@ -71,9 +74,10 @@ class Condition(Settings):
 
 
 class FindingRule(Settings):
-    """A finding: all of ``when`` must hold at one step. Several rules may share a name; the earliest speaks.
+    """A rule that gives a finding when all conditions of ``when`` hold at the same step.
 
-    ``tuned`` lists the conditions (by position) whose bounds a study may move.
+    If several rules have the same name, the finding with the earliest step is reported. ``tuned`` lists the indices of
+    the conditions whose bounds a study may change.
     """
 
     name: str
@@ -86,19 +90,19 @@ class FindingRule(Settings):
     tuned: tuple[int, ...] = (0,)
 
     def scaled(self, factor: float) -> FindingRule:
-        """The rule with its tuned bounds moved by a factor."""
+        """The rule with its tuned bounds multiplied by a factor."""
         moved = [c.scaled(factor) if i in self.tuned else c for i, c in enumerate(self.when)]
         return self.model_copy(update={"when": tuple(moved)})
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found.
+    """The result of a rule whose conditions held.
 
     Attributes:
-        first_step: the first step of the stage at which all of its conditions held.
+        first_step: the first step of the stage at which all conditions held.
         last_step: the last such step.
-        evidence: per condition, what was seen at ``first_step``.
+        evidence: one line per condition, with the number observed at ``first_step``.
     """
 
     name: str
@@ -112,15 +116,19 @@ class Finding:
     source: str
 
     def to_json(self) -> dict[str, Any]:
-        """For ``cwdpo diagnose --json``."""
+        """The finding as JSON, for ``cwdpo diagnose --json``."""
         return {**vars(self), "evidence": list(self.evidence)}
 
 
 def load_rules(text: str | None = None, where: str = "rules.yaml") -> list[FindingRule]:
-    """The package's rules, or those of a text.
+    """The shipped rules, or the rules in a YAML text.
+
+    Args:
+        text: YAML like ``rules.yaml``; ``None`` loads the shipped rules.
+        where: name of the text's file, for error messages.
 
     Raises:
-        RecipeError: a rule that is not one; the key is named.
+        RecipeError: an invalid rule; the message names the key.
     """
     if text is None:
         text = resources.files("cwdpo.dynamics").joinpath("rules.yaml").read_text(encoding="utf-8")
@@ -136,12 +144,12 @@ def load_rules(text: str | None = None, where: str = "rules.yaml") -> list[Findi
 
 
 def apply(rule: FindingRule, series: Series) -> Finding | None:
-    """What a rule finds in a run; a series that was not recorded meets no condition."""
+    """The finding of a rule in a run, or ``None``; a condition on a series that was not recorded never holds."""
     seen = [dict(_counted(c, series, rule.stage)) for c in rule.when]
     steps = sorted({step for values in seen for step in values})
     held: list[tuple[int, list[tuple[int, float]]]] = []
     for step in steps:
-        # Readings and metrics have steps of their own: each condition is asked for its latest number.
+        # Readings and metrics are recorded at different steps, so each condition uses its latest number.
         latest = [max((s for s in values if s <= step), default=None) for values in seen]
         if any(s is None for s in latest):
             continue
@@ -176,7 +184,7 @@ def diagnose_rows(
     metrics: Iterable[Mapping[str, Any]],
     rules: Sequence[FindingRule] | None = None,
 ) -> list[Finding]:
-    """Findings in the rows of a run, the gravest first, then the earliest; one of each name."""
+    """Findings in the rows of a run: at most one per name, the most severe first, then the earliest."""
     series = Series(readings, metrics)
     found: dict[str, Finding] = {}
     for rule in load_rules() if rules is None else rules:
@@ -194,5 +202,5 @@ def diagnose(run: RunDir) -> list[Finding]:
 
 
 def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The JSON of a diagnosis: ``{"findings": [...], "healthy": bool}``; any finding makes a run not healthy."""
+    """The JSON of a diagnosis: ``{"findings": [...], "healthy": bool}``; a run without findings is healthy."""
     return {"findings": [f.to_json() for f in findings], "healthy": not findings}

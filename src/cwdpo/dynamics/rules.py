@@ -1,4 +1,4 @@
-"""Rules over readings, such as ``chosen_delta < -0.02``: read, never evaluated as code. No torch."""
+"""Rules about readings, such as ``chosen_delta < -0.02``; parsed, not executed as code. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cwdpo.errors import RecipeError, nearest
 from cwdpo.probes.base import known_readings
 
 CHOSEN_FALL = -0.02
-"""``delta_logp/chosen`` below this is an alarm, nats per token (measured: docs/decisions.md)."""
+"""Lower bound for ``delta_logp/chosen``, in nats per token (chosen by measurement, see docs/decisions.md)."""
 KL_DRIFT = 0.04
-"""``kl`` above this is an alarm, nats per token."""
+"""Upper bound for ``kl``, in nats per token."""
 THRESHOLDS = {"chosen_fall": CHOSEN_FALL, "kl_drift": KL_DRIFT}
-"""By the names that ``rules.yaml`` uses."""
+"""The bounds by the names that ``rules.yaml`` uses."""
 DEFAULT_STOP = (f"chosen_delta < {CHOSEN_FALL}", f"kl > {KL_DRIFT}")
-"""When stage 2 stops."""
+"""The default stopping rules of stage 2."""
 ALIASES = {"chosen_delta": "delta_logp/chosen"}
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _RULE = re.compile(r"\s*([A-Za-z0-9_/.-]+?)\s*(<=|>=|<|>)\s*(\S+)\s*")
@@ -34,22 +34,24 @@ class Rule:
     threshold: float
 
     def holds(self, value: float | None) -> bool:
-        """Whether a value meets the rule; a missing one never does."""
+        """Whether the rule holds for a value; it never holds for a missing one."""
         return value is not None and bool(_COMPARE[self.comparison](value, self.threshold))
 
 
 def parse_rule(text: str, probes: Iterable[Mapping[str, Any]] = ()) -> Rule:
-    """Read ``NAME < NUMBER`` (or ``<=``, ``>``, ``>=``).
+    """Parse ``NAME < NUMBER`` (or ``<=``, ``>``, ``>=``).
 
     Args:
-        probes: probes beside the shipped ones, as in ``probes.extra``; their readings may be named too.
+        text: the rule.
+        probes: further probes, as in ``probes.extra``, whose readings the rule may name.
 
     Raises:
-        RecipeError: another form, a name that no probe writes (the nearest is named), or no finite number.
+        RecipeError: the text has another form, NAME is not a reading (the nearest one is named), or NUMBER is not a
+            finite number.
     """
     match = _RULE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise RecipeError(f"stop: {text!r} is no rule; write NAME < NUMBER, e.g. {DEFAULT_STOP[0]!r}")
+        raise RecipeError(f"stop: {text!r} is not a rule; write NAME < NUMBER, e.g. {DEFAULT_STOP[0]!r}")
     name, comparison, number = match.groups()
     reading = ALIASES.get(name, name)
     known = known_readings(probes)
@@ -63,7 +65,7 @@ def parse_rule(text: str, probes: Iterable[Mapping[str, Any]] = ()) -> Rule:
     except ValueError:
         threshold = float("nan")
     if not abs(threshold) < float("inf"):
-        raise RecipeError(f"stop: {text!r}: {number!r} is no finite number")
+        raise RecipeError(f"stop: {text!r}: {number!r} is not a finite number")
     return Rule(text.strip(), reading, comparison, threshold)
 
 
@@ -73,7 +75,7 @@ def _is_named(reading: str, known: str) -> bool:
 
 @dataclass(frozen=True)
 class Violation:
-    """A rule that held, with the reading that met it."""
+    """A rule that held, with the reading for which it held."""
 
     rule: Rule
     value: float
@@ -81,17 +83,18 @@ class Violation:
     step: int
 
     def words(self) -> str:
-        """One sentence for log, report and model card."""
+        """The violation in one sentence, for log, report and model card."""
         return (
             f"{self.rule.text}: {self.rule.reading} was {self.value:.4g} (n = {self.n}) at step {self.step}"
         )
 
 
 def first_violation(rules: Iterable[Rule], readings: Mapping[str, Any]) -> Violation | None:
-    """The first rule, in their order, that a step's readings meet.
+    """The first rule that holds for a step's readings, or ``None``.
 
     Args:
-        readings: name -> an object with ``value``, ``n`` and ``step`` (:class:`cwdpo.records.Reading`).
+        rules: checked in this order.
+        readings: by name, objects with ``value``, ``n`` and ``step`` (:class:`cwdpo.records.Reading`).
     """
     for rule in rules:
         reading = readings.get(rule.reading)

@@ -1,4 +1,4 @@
-"""A run's numbers over steps, as rules look at them. No torch."""
+"""The readings and metrics of a run as series over steps, for rules. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ View = Literal["value", "change", "fall", "rise", "width", "low", "n"]
 
 @dataclass(frozen=True)
 class Point:
-    """One number of a series; ``n`` and the interval where it is a reading."""
+    """One number of a series; a reading also has ``n`` and ``width``, half of its 95% interval."""
 
     step: int
     value: float
@@ -21,9 +21,9 @@ class Point:
 
 
 class Series:
-    """Readings and metrics of one run by stage and name, in the order of their steps.
+    """Readings and metrics of one run by stage and name, ordered by step.
 
-    Rows without a finite number are left out: the mean of nothing is no evidence.
+    Rows without a finite number are left out.
     """
 
     def __init__(self, readings: Iterable[Mapping[str, Any]], metrics: Iterable[Mapping[str, Any]]) -> None:
@@ -44,25 +44,27 @@ class Series:
         self._found.setdefault((str(stage), str(name)), {})[point.step] = point
 
     def names(self, stage: str) -> list[str]:
-        """Names of a stage's series; those of the training step begin with ``train/``."""
+        """Names of a stage's series; the names of training metrics start with ``train/``."""
         return sorted(name for own, name in self._found if own == stage)
 
     def points(self, stage: str, name: str) -> list[Point]:
-        """A series; empty where nothing was recorded."""
+        """The points of a series, ordered by step; empty if nothing was recorded."""
         found = self._found.get((stage, name), {})
         return [found[step] for step in sorted(found)]
 
     def last_step(self, stage: str) -> int:
-        """The last step of which a stage recorded anything; 0 for none."""
+        """The last step for which a stage recorded anything; 0 if it recorded nothing."""
         return max((max(points) for (own, _), points in self._found.items() if own == stage), default=0)
 
     def viewed(self, stage: str, name: str, view: View = "value", window: int = 1) -> list[tuple[int, float]]:
-        """``(step, number)`` of a series seen in one way.
+        """A series as ``(step, number)``, after a transformation.
 
         Args:
-            view: ``value``; ``change`` since the first point; ``fall`` below the highest so far; ``rise`` above the
-                lowest so far; ``width``, half of the interval; ``low``, its lower end; ``n``.
-            window: each number is the mean of so many last points; the first ``window - 1`` are left out.
+            stage, name: which series.
+            view: ``value``: the number itself; ``change``: since the first point; ``fall``: below the highest so far;
+                ``rise``: above the lowest so far; ``width``: half of the interval; ``low``: its lower end; ``n``.
+            window: average each number over the last ``window`` points; the first ``window - 1`` are left out.
+                Not used for ``width``, ``low`` and ``n``.
         """
         points = self.points(stage, name)
         if view == "n":

@@ -1,4 +1,4 @@
-"""Sections of the recipe about probes, stopping and curriculum. No torch."""
+"""Sections of the recipe for probes and curriculum. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ TYPES = (
     "chosen_initial", "chosen_paraphrase", "rejected_paraphrase", "other_train", "other_test", "unrelated",
     "shuffled", "on_policy",
 )  # fmt: skip
-"""Response types that can be asked for, beside ``chosen`` and the kinds of negatives."""
+"""Response types that ``probes.types`` may name, in addition to ``chosen`` and the kinds of negatives."""
 
 
 class ProbeSettings(Settings):
-    """Held-out readings while training."""
+    """Held-out readings during training."""
 
-    every: int = Field(25, gt=0, description="optimizer steps between two readings")
+    every: int = Field(25, gt=0, description="optimizer steps between two measurements")
     prompts: int = Field(
-        64, gt=0, description="held-out prompts scored each time, or as many as the budget allows"
+        64, gt=0, description="held-out prompts per measurement, fewer if the budget does not allow them"
     )
     types: tuple[str, ...] = Field(
         TYPES[:-1],
-        description="response types besides chosen and the negatives; on_policy samples every time",
+        description="response types in addition to chosen and the negatives; on_policy generates new samples each time",
     )
     budget: float = Field(
         0.1,
         ge=0,
-        description="share of the stage's compute that all prompts and responses may take, by tokens",
+        description="largest share of the stage's compute, in tokens, that the measurements may use",
     )
     max_new_tokens: int = Field(48, gt=0, description="longest sampled response")
     file: str | None = Field(
-        None, description="a probe set of your own, or in Ren's format, instead of validation"
+        None, description="a probe set of your own, or in Ren's format, instead of the validation split"
     )
     influence: int = Field(
-        0, ge=0, description="training examples whose one-step influence is measured each time; 0 is off"
+        0, ge=0, description="training examples whose one-step influence is measured each time; 0: none"
     )
 
     extra: tuple[dict[str, Any], ...] = Field(
-        (), description="probes of your own beside the shipped ones, e.g. ['my_probe.py:MyProbe']"
+        (), description="probes of your own, in addition to the shipped ones, e.g. ['my_probe.py:MyProbe']"
     )
 
     @field_validator("extra", mode="before")

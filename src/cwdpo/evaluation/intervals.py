@@ -1,4 +1,4 @@
-"""Means with intervals. The mean of nothing is ``None``, never zero."""
+"""Means over seeds with intervals; the mean of no values is ``None``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ def mean_interval(values: Sequence[float | None], confidence: float = 0.95) -> d
     """Mean over seeds with a t interval.
 
     Args:
-        values: one value per seed; ``None`` for a seed that has none (a failed cell).
-        confidence: of the interval.
+        values: one value per seed; ``None`` for a seed without a value (a failed cell).
+        confidence: confidence level of the interval.
 
     Returns:
-        ``mean``, ``low``, ``high``, ``n`` and ``per_seed``; bounds are ``None`` for fewer than two values.
+        ``mean``, ``low``, ``high``, ``n`` and ``per_seed``; the bounds are ``None`` for fewer than two values.
     """
     import numpy as np
     from scipy import stats

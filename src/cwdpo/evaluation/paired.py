@@ -1,4 +1,4 @@
-"""Paired differences over seeds with p-values, corrected for how many comparisons were made."""
+"""Paired differences over seeds with p-values, corrected for the number of comparisons."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def paired_difference(ours: Sequence[float | None], theirs: Sequence[float | Non
         ours, theirs: one value per seed, in the same order; ``None`` where a cell failed.
 
     Returns:
-        ``mean``, ``low``, ``high``, ``n`` and ``p`` (paired t test); ``p`` is ``None`` for fewer than two pairs, and
-        where all differences are equal, which leaves the test without a spread to go by.
+        ``mean``, ``low``, ``high``, ``n`` and ``p`` (paired t test); ``p`` is ``None`` for fewer than two pairs, or if
+        all differences are equal, because the test needs their variance.
     """
     from scipy import stats
 
@@ -66,10 +66,10 @@ def two_way_interval(
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction: p-values that keep the chance of any false alarm among them.
+    """Holm's step-down correction: adjusted p-values that control the probability of any false positive among them.
 
-    The k-th smallest of m is multiplied by m - k + 1, never falls below a smaller one's, and stops at 1. Missing
-    ones stay missing and do not count.
+    The k-th smallest of m p-values is multiplied by m - k + 1; the results are made non-decreasing and at most 1. A
+    ``None`` is not counted and remains ``None``.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -84,7 +84,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def conclusion(difference: dict[str, Any], better: str, p: float | None) -> str:
-    """``better`` or ``worse`` where the corrected p-value is below 0.05; never more than the seeds can tell."""
+    """The conclusion from a difference: ``better`` or ``worse`` only if the corrected p-value is below 0.05.
+
+    Args:
+        difference: with ``mean``, ours minus theirs.
+        better: ``higher``, ``lower`` or ``none``: which values of the number are better.
+        p: the corrected p-value.
+    """
     if difference["mean"] is None:
         return "not measured"
     if p is None or p >= 0.05 or better == "none":

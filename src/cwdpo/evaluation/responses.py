@@ -1,4 +1,4 @@
-"""A model's responses to a data set, and everything that metrics ask of them; stored and read back."""
+"""A model's responses to a data set with the values that metrics need; generated, stored and read again."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_text
 from cwdpo.metrics.base import Answer
 from cwdpo.metrics.multiple_choice import spelled
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
-from cwdpo.rundir import read_jsonl, write_text
 from cwdpo.scoring.score import score
 
 FILE = "responses.jsonl"
@@ -37,10 +38,22 @@ def collect(
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> list[Answer]:
-    """Answers with what is needed (see :class:`cwdpo.metrics.base.Metric`); ``samples`` per example, in order.
+    """Generate and score what the metrics need; returns ``samples`` answers per example, in the order of the examples.
+
+    Args:
+        policy: the model.
+        encoder: of the model.
+        examples: the examples to answer.
+        needs: the values to compute, see ``needs`` of :class:`cwdpo.metrics.base.Metric`.
+        temperature: of the responses; 0 is greedy.
+        samples: responses per example.
+        max_new_tokens: largest number of tokens in a response.
+        batch_size: prompts per forward pass.
+        seed: of the sampler.
+        progress: called with (part, done, total).
 
     Raises:
-        DataError: an example cannot be encoded, or has no options where they are needed.
+        DataError: an example cannot be encoded, or has no options although they are needed.
     """
     needs = frozenset(needs)
     policy.model.eval()
@@ -82,7 +95,7 @@ def _options(
     batch_size: int,
     progress: Callable[[str, int, int], None],
 ) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
-    """Log-likelihood (nats, summed) and tokens of every option of every example."""
+    """For each example, sum_logp (nats) and number of tokens of every option."""
     found = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
@@ -101,7 +114,7 @@ def _as_options(encoder: Encoder, example: Example) -> EncodedExample:
     one = replace(example, chosen=Completion(first), rejected=tuple(map(Completion, rest)))
     encoded = encoder.encode(one, "rejected")
     if len(encoded.negatives) != len(rest):
-        raise DataError(f"{example.where or example.id}: options: two of them are the same text")
+        raise DataError(f"{example.where or example.id}: options: two of them have the same text")
     return encoded
 
 
@@ -113,7 +126,7 @@ def _tokens(
     batch_size: int,
     progress: Callable[[str, int, int], None],
 ) -> list[tuple[tuple[float, ...], tuple[bool, ...]]]:
-    """Top-1 probability and correctness on the tokens of each chosen response."""
+    """For each example, the top-1 probability and correctness on each token of the chosen response."""
     found = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
@@ -141,10 +154,14 @@ def store(folder: Path, answers: Sequence[Answer]) -> None:
 
 
 def read_back(folder: Path, examples: Mapping[str, Example]) -> list[Answer]:
-    """The answers of a folder, with their examples.
+    """Read the answers that :func:`store` wrote to a folder.
+
+    Args:
+        folder: with ``responses.jsonl``.
+        examples: the examples of the data set by id.
 
     Raises:
-        DataError: there are none, or they answer another data set.
+        DataError: the folder has no answers, or they belong to another data set.
     """
     rows: list[dict[str, Any]] = read_jsonl(folder / FILE)
     if not rows:
@@ -153,7 +170,7 @@ def read_back(folder: Path, examples: Mapping[str, Example]) -> list[Answer]:
         )
     unknown = next((r["id"] for r in rows if r["id"] not in examples), None)
     if unknown is not None:
-        raise DataError(f"{folder / FILE}: answers {unknown!r}, which the data set does not have")
+        raise DataError(f"{folder / FILE}: contains an answer to {unknown!r}, which is not in the data set")
     return [
         Answer(
             examples[r["id"]], r["text"], tuple(r["option_logps"]), tuple(r["option_tokens"]), tuple(r["top1"]),

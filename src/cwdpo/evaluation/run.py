@@ -1,4 +1,4 @@
-"""``cwdpo evaluate`` and ``cwdpo compare``: responses once per model, then numbers and paired comparisons."""
+"""``cwdpo evaluate`` generates responses and measures them; ``cwdpo compare`` compares runs on the same prompts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cwdpo.config import load_recipe
+from cwdpo.config import stored_model
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
-from cwdpo.errors import CwdpoError, DataError, RecipeError, optional_package
+from cwdpo.errors import CwdpoError, DataError, FileError, RecipeError, optional_package
 from cwdpo.evaluation.paired import conclusion, holm
 from cwdpo.evaluation.responses import collect, read_back, store
+from cwdpo.files.writing import write_json
+from cwdpo.files.yamlfile import parse_yaml
 from cwdpo.judging.base import AUTO, judge_for
 from cwdpo.judging.compare import tournament
 from cwdpo.metrics.base import METRICS, Answer, Measured, Metric, difference, reliability
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, versions, write_json
+from cwdpo.rundir import RunDir, versions
 from cwdpo.worlds.judged import all_judgeable
 
 FILE = "evaluation.json"
@@ -32,18 +32,18 @@ Tell = Callable[[str], None]
 
 
 def model_settings(source: str) -> ModelSettings:
-    """How to load what a user names: a run's final model, with the run's own settings, or any folder or hub id."""
+    """How to load a model: the final model of a run folder, with the run's settings; or any folder or hub id."""
     folder = Path(source)
     if (folder / "recipe.yaml").is_file() and (folder / "model").is_dir():
-        recipe = load_recipe(folder / "recipe.yaml")
-        # The adapter is as it is; what the recipe asked of it was asked of its training.
+        stored = stored_model(folder / "recipe.yaml")
+        # The recipe's settings for freezing and LoRA are for training; a trained adapter has its own.
         changes = {"path": str(folder / "model"), "freeze": (), "lora": LoraSettings()}
-        return recipe.model.model_copy(update=changes)
+        return stored.model_copy(update=changes)
     return ModelSettings(path=source)
 
 
 def parse_specs(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Components from the command line: names with commas between, or a YAML mapping with ``name``.
+    """Components from the command line: names separated by commas, or a YAML mapping with ``name``.
 
     >>> parse_specs(["cider,length", "{name: bleu4, tokenizer: ptb}"])
     [{'name': 'cider'}, {'name': 'length'}, {'name': 'bleu4', 'tokenizer': 'ptb'}]
@@ -52,10 +52,9 @@ def parse_specs(texts: Sequence[str]) -> list[dict[str, Any]]:
     for text in texts:
         if text.lstrip().startswith("{"):
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"{text!r} is not YAML: {error}") from None
-            specs.append(dict(value))
+                specs.append(dict(parse_yaml(text, repr(text))))
+            except FileError as error:
+                raise RecipeError(str(error)) from None
         else:
             specs += [{"name": name.strip()} for name in text.split(",") if name.strip()]
     return specs
@@ -65,7 +64,7 @@ def parse_spec(text: str) -> dict[str, Any]:
     """One component from the command line, see :func:`parse_specs`.
 
     Raises:
-        RecipeError: it is not YAML, or names no component or several.
+        RecipeError: the text is not YAML, or does not name exactly one component.
     """
     specs = parse_specs([text])
     if len(specs) != 1:
@@ -76,7 +75,7 @@ def parse_spec(text: str) -> dict[str, Any]:
 
 
 def default_metrics(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """What the data allows: the exact judge, multiple choice, or text against references."""
+    """The metrics that fit the data: the world's judge, multiple choice, or text compared with references."""
     if all_judgeable(examples):
         names = ["world", "length", "diversity"]
     elif all("options" in e.extra for e in examples):
@@ -87,16 +86,18 @@ def default_metrics(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 def read_data(data: str, options: Mapping[str, Any]) -> list[Example]:
-    """The examples to evaluate on; ids must tell them apart.
+    """Read the examples to evaluate on; their ids must be unique.
 
     Raises:
-        DataError: nothing can be read, or an id stands twice.
+        DataError: no example can be read, or two have the same id.
     """
     examples = read_examples(data, **options).examples
     seen: set[str] = set()
     for e in examples:
         if e.id in seen:
-            raise DataError(f"{data}: the id {e.id!r} stands twice: responses are paired by id")
+            raise DataError(
+                f"{data}: two rows have the id {e.id!r}, but responses are paired by id: make ids unique"
+            )
         seen.add(e.id)
     return examples
 
@@ -115,19 +116,22 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> dict[str, Any]:
-    """Answer a data set and measure the answers; writes ``responses.jsonl`` and ``evaluation.json`` into ``out``.
+    """Generate responses to a data set and measure them; writes ``responses.jsonl`` and ``evaluation.json`` to ``out``.
 
     Args:
-        metrics: specs; empty means :func:`default_metrics`.
-        data_options: of :func:`cwdpo.data.read.reader.read_examples` (``format``, ``limit``, ...).
-        temperature, samples: of the responses; several samples of a prompt count as one prompt in intervals.
-        seed: of the sampler.
+        model: run folder, model folder or hub id.
+        data: the data set, see :func:`cwdpo.data.read.reader.read_examples`.
+        out: folder to write to.
+        metrics: specs of the metrics; empty means :func:`default_metrics`.
+        data_options: options of ``read_examples`` (``format``, ``limit``, ...).
+        temperature, samples: of the responses; intervals count several samples of a prompt as one prompt.
+        max_new_tokens, batch_size, seed, progress: see :func:`cwdpo.evaluation.responses.collect`.
 
     Returns:
-        What ``evaluation.json`` holds: per number its value, interval, n.
+        The content of ``evaluation.json``: value, interval and n of each number.
 
     Raises:
-        CwdpoError: model, data or metrics that cannot be used.
+        CwdpoError: model, data or metrics cannot be used.
     """
     options = dict(data_options or {})
     examples = read_data(data, options)
@@ -160,7 +164,7 @@ def evaluate(
 
 
 def measure(metrics: Sequence[Metric], answers: Sequence[Answer]) -> list[Measured]:
-    """All numbers of all metrics."""
+    """The numbers of all metrics."""
     return [m for metric in metrics for m in metric(answers)]
 
 
@@ -169,13 +173,13 @@ def _shown(m: Measured) -> dict[str, Any]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A digest of ids, prompts and chosen responses."""
+    """A digest of the examples' ids, prompts and chosen responses."""
     text = "\n".join(f"{e.id}\0{e.prompt_text}\0{e.chosen.text}" for e in examples)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def evaluation_folder(run: Path) -> Path:
-    """Where a run keeps its evaluation: the folder itself, or the run's ``evaluation/``."""
+    """The folder with a run's evaluation: the given folder itself, or its ``evaluation/``."""
     return run if (run / FILE).is_file() else run / "evaluation"
 
 
@@ -187,15 +191,17 @@ def compare(
     judge: Mapping[str, Any] | None = None,
     tell: Tell = lambda text: None,
 ) -> dict[str, Any]:
-    """Compare runs that ``cwdpo evaluate`` measured on the same data: paired, with a page in ``out``.
+    """Compare runs that ``cwdpo evaluate`` measured on the same data, paired by prompt; writes ``summary.json``.
 
     Args:
-        metrics: specs; empty means those of the first run.
-        judge: spec of a judge for win rates, see :func:`cwdpo.judging.base.judge_for`; ``None`` means ``auto``.
-        tell: hears what a judge will cost before it starts.
+        runs: run folders or evaluation folders.
+        out: folder to write to.
+        metrics: specs of the metrics; empty means those of the first run.
+        judge: spec of the judge for win rates, see :func:`cwdpo.judging.base.judge_for`; ``None`` means ``auto``.
+        tell: called with an estimate of the judge's cost before it starts.
 
     Raises:
-        DataError: a run was not evaluated, or on other data or with another decoding.
+        DataError: a run was not evaluated, or was evaluated on other data or with other decoding settings.
     """
     names = _names(runs)
     folders = [evaluation_folder(r) for r in runs]
@@ -203,7 +209,7 @@ def compare(
     _same(runs, notes)
     examples = read_data(notes[0]["data"], notes[0]["data_options"])
     if digest(examples) != notes[0]["data_digest"]:
-        raise DataError(f"{notes[0]['data']} has changed since the runs answered it: evaluate them again")
+        raise DataError(f"{notes[0]['data']} has changed since the runs were evaluated: evaluate them again")
     specs = [dict(s) for s in metrics] or notes[0]["metrics"]
     built = [METRICS.build(s) for s in specs]
     who = judge_for(judge or {"name": AUTO}, examples)
@@ -238,7 +244,7 @@ def compare(
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Short names that tell the runs apart."""
+    """A unique name for each run: the folder's name, or the path if two names are equal."""
     if len(runs) < 2:
         raise DataError("a comparison needs at least two runs")
     names = [r.resolve().name for r in runs]
@@ -249,7 +255,7 @@ def _same(runs: Sequence[Path], notes: Sequence[Mapping[str, Any]]) -> None:
     for run, note in zip(runs, notes, strict=True):
         if not note:
             raise DataError(
-                f"{run}: was not evaluated yet: cwdpo evaluate {run} --data DATA (the same DATA for every run)"
+                f"{run}: not evaluated yet: run cwdpo evaluate {run} --data DATA (the same DATA for every run)"
             )
         for key in ("data_digest", "decoding"):
             if note[key] != notes[0][key]:
@@ -276,16 +282,16 @@ def _differences(names: Sequence[str], measured: Mapping[str, Sequence[Measured]
 
 
 def loadable(model: str) -> Path:
-    """The folder of a model without adapters, which other programs can load.
+    """The folder of a model that other programs can load: one that is not an adapter.
 
     Raises:
-        DataError: it is a run of adapters.
+        DataError: the model is an adapter.
     """
     folder = Path(model) / "model" if (Path(model) / "model").is_dir() else Path(model)
     if (folder / "adapter_config.json").is_file():
         raise DataError(
-            f"{model}: its model is an adapter: write it out with `cwdpo export {model} --merge --out FOLDER` and "
-            "name that folder"
+            f"{model}: its model is an adapter: merge it with `cwdpo export {model} --merge --out FOLDER` and name "
+            "that folder"
         )
     return folder
 
@@ -294,14 +300,18 @@ def lmms_eval(folder: Path, tasks: str, out: Path, *, model: str, batch_size: in
     """Run lmms-eval on a model folder; returns its exit code.
 
     Args:
-        model: lmms-eval's name of the family, for instance ``qwen2_5_vl`` or ``llava_hf``.
+        folder: the model folder.
+        tasks: lmms-eval's task names, separated by commas.
+        out: results are written to its folder ``lmms-eval``.
+        model: lmms-eval's name of the model family, for example ``qwen2_5_vl`` or ``llava_hf``.
+        batch_size: for lmms-eval.
 
     Raises:
-        MissingPackageError: it is not installed.
-        CwdpoError: it ended in an error.
+        MissingPackageError: lmms-eval is not installed.
+        CwdpoError: lmms-eval failed.
     """
     optional_package(
-        "lmms_eval", "--lmms-eval", "pip install lmms-eval==0.7.3 (in an environment of its own if need be)"
+        "lmms_eval", "--lmms-eval", "pip install lmms-eval==0.7.3 (in a separate environment if necessary)"
     )
     command = [
         sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", f"pretrained={folder}", "--tasks", tasks,
@@ -309,7 +319,5 @@ def lmms_eval(folder: Path, tasks: str, out: Path, *, model: str, batch_size: in
     ]  # fmt: skip
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise CwdpoError(
-            f"lmms-eval ended with exit code {code}; its own output stands above ({' '.join(command)})"
-        )
+        raise CwdpoError(f"lmms-eval ended with exit code {code}; see its output above ({' '.join(command)})")
     return code

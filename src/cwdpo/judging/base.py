@@ -1,7 +1,7 @@
-"""What a judge is: it scores the responses to a prompt. All uses of a judge derive from its scores.
+"""The interface of a judge: it scores the responses to a prompt.
 
-Wins, ties and losses of two models (:mod:`cwdpo.judging.compare`) and right or wrong of on-policy samples
-(:meth:`Judge.right`) go through :func:`verdict_of`. No torch is imported here.
+Comparisons of two models (:mod:`cwdpo.judging.compare`) and the decision whether an on-policy sample is right
+(:meth:`Judge.right`) both compare scores with :func:`verdict_of`. Does not import torch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cwdpo.registry import Component, Registry
 from cwdpo.worlds.judged import all_judgeable
 
 Verdict = Literal["win", "tie", "loss", "bad"]
-"""Of the first response against the second; ``bad``: at least one has no score, which counts as a tie."""
+"""The result of the first response against the second; ``bad``: one of them has no score, counted as a tie."""
 WORTH: dict[Verdict, float] = {"win": 1.0, "tie": 0.5, "bad": 0.5, "loss": 0.0}
-"""What a verdict is worth to the first response."""
+"""The points that the first response gets for a verdict."""
 _RIGHT: dict[Verdict, bool | None] = {"win": True, "tie": True, "bad": None, "loss": False}
 
 
@@ -40,8 +40,8 @@ def verdict_of(first: float | None, second: float | None) -> Verdict:
 class Judge(Component):
     """Scores the responses to a prompt.
 
-    A subclass implements :meth:`scores` and then serves both comparisons and on-policy negatives. One that scores
-    each response by itself is shorter as a :class:`ScoringJudge`.
+    A subclass implements :meth:`scores`; it can then be used for comparisons and for on-policy negatives. A judge that
+    scores each response separately should derive from :class:`ScoringJudge`.
     """
 
     @property
@@ -50,10 +50,10 @@ class Judge(Component):
         return False
 
     def check(self, examples: Sequence[Example]) -> None:
-        """Refuse examples that cannot be judged, before anything is generated or paid for.
+        """Raise an error if an example cannot be judged; called before any generation or paid request.
 
         Raises:
-            DataError: an example lacks what the judge compares with.
+            DataError: an example has nothing that the judge can compare with.
             MissingPackageError: an optional package is not installed.
         """
 
@@ -66,21 +66,21 @@ class Judge(Component):
         Args:
             examples: B prompts.
             candidates: [B][n] responses; n may differ between prompts.
-            store: folder for transcripts and for answers that need not be asked for again.
+            store: folder for transcripts and for answers that can be reused.
 
         Returns:
-            [B][n] scores; higher is better. Scores of one prompt compare with one another, those of different
-            prompts need not. ``None``: there is no score, for instance because an answer could not be read.
+            [B][n] scores; higher is better. Scores are comparable within a prompt, not necessarily between prompts.
+            ``None``: there is no score, for example because the judge's answer could not be understood.
         """
 
     def right(
         self, examples: Sequence[Example], texts: Sequence[str], *, store: Path | None = None
     ) -> list[bool | None]:
-        """Whether each response is right; ``None``: not known. By default: it is not worse than the chosen response.
+        """Whether each response is right; ``None``: not known. By default a response not worse than chosen is right.
 
         Args:
             examples: B prompts.
-            texts: one response to each.
+            texts: one response to each prompt.
             store: as in :meth:`scores`.
         """
         pairs = [(text, e.chosen.text) for e, text in zip(examples, texts, strict=True)]
@@ -89,24 +89,24 @@ class Judge(Component):
     def estimate(
         self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
     ) -> str:
-        """What :meth:`scores` will cost, in words; empty where it costs nothing."""
+        """An estimate of the cost of :meth:`scores`, as a text for the user; empty if it costs nothing."""
         return ""
 
 
 class ScoringJudge(Judge):
-    """A judge that scores each response by itself.
+    """A judge that scores each response separately.
 
     Args:
-        threshold: score from which a response is right; ``None``: from the score of the chosen response.
+        threshold: smallest score of a right response; ``None``: the score of the chosen response.
     """
 
     threshold: float | None = Field(
-        None, description="score from which a response is right; null: not worse than the chosen response"
+        None, description="smallest score of a right response; null: the score of the chosen response"
     )
 
     @abstractmethod
     def score(self, examples: Sequence[Example], texts: Sequence[str]) -> Sequence[float | None]:
-        """One score per response, higher is better; an example occurs once for each of its responses."""
+        """One score per response, higher is better; ``examples`` repeats an example for each of its responses."""
 
     def scores(
         self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
@@ -116,7 +116,7 @@ class ScoringJudge(Judge):
         Raises:
             ValueError: :meth:`score` returned another number of scores than it was given responses.
         """
-        # One call for all prompts, so that a model can run in full batches.
+        # One call for all prompts, so that a judge model can use full batches.
         rows = [(e, text) for e, own in zip(examples, candidates, strict=True) for text in own]
         values = list(self.score([e for e, _ in rows], [text for _, text in rows])) if rows else []
         if len(values) != len(rows):
@@ -127,7 +127,7 @@ class ScoringJudge(Judge):
     def right(
         self, examples: Sequence[Example], texts: Sequence[str], *, store: Path | None = None
     ) -> list[bool | None]:
-        """Whether the score reaches the threshold, or that of the chosen response where there is no threshold."""
+        """Whether the score is at least the threshold, or the score of chosen if there is no threshold."""
         if self.threshold is None:
             return super().right(examples, texts, store=store)
         scores = self.scores(examples, [(text,) for text in texts])
@@ -141,7 +141,7 @@ AUTO, NONE = "auto", "none"
 
 
 def label_of(judge: Judge) -> str:
-    """A judge's name in tables: that of its file in the package, or of its class in a file of one's own."""
+    """A judge's name in tables: the name of its file, or of its class if it is not in the package."""
     module = type(judge).__module__
     return module.rpartition(".")[2] if module.startswith(f"{JUDGES.package}.") else type(judge).__name__
 
@@ -156,7 +156,7 @@ def _known(spec: dict[str, Any]) -> dict[str, Any]:
         extra = sorted(spec.keys() - {"name"})
         if extra:
             raise ValueError(
-                f"judge {name} takes no settings, got {', '.join(extra)}: name the judge they belong to"
+                f"judge {name} takes no settings, got {', '.join(extra)}: name the judge that they belong to"
             )
         return spec
     try:
@@ -167,20 +167,20 @@ def _known(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 JudgeSpec = Annotated[dict[str, Any], BeforeValidator(_with_name), AfterValidator(_known)]
-"""``name`` and settings of a judge, checked by the registry; ``auto`` and ``none`` are names without settings."""
+"""``name`` and settings of a judge, checked by the registry; ``auto`` and ``none`` have no settings."""
 
 
 def judge_for(spec: Mapping[str, Any], examples: Sequence[Example]) -> Judge | None:
-    """The judge that a recipe or a command names; ``None`` for none.
+    """Build the judge that a recipe or a command names; ``None`` for ``none``.
 
     Args:
-        spec: ``name`` and settings. ``auto``: the world's judge where all examples are the world's, else none.
-        examples: those that will be judged.
+        spec: ``name`` and settings. ``auto``: judge ``world`` if all examples are from the embedded world, else none.
+        examples: the examples that will be judged.
 
     Raises:
-        UnknownComponentError: no judge has this name.
+        UnknownComponentError: there is no judge with this name.
         RecipeError: a setting is unknown or out of range.
-        DataError: an example lacks what the judge needs.
+        DataError: an example has nothing that the judge can compare with.
     """
     if spec.get("name") == AUTO:
         spec = {"name": "world" if all_judgeable(examples) else NONE}

@@ -1,4 +1,4 @@
-"""Verdicts on two responses, win rates with intervals, and Bradley-Terry strengths of several methods."""
+"""Verdicts on pairs of responses, win rates with intervals, and Bradley-Terry strengths of several methods."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ def verdicts(
     *,
     store: Path | None = None,
 ) -> list[Verdict]:
-    """One verdict per example on our response against theirs.
+    """For each example, the verdict on our response against theirs.
 
     Args:
-        store: folder for transcripts and for answers that need not be asked for again.
+        judge: scores the responses.
+        examples: B prompts.
+        ours, theirs: one response to each prompt.
+        store: folder for transcripts and for answers that can be reused.
     """
     pairs = judge.scores(examples, list(zip(ours, theirs, strict=True)), store=store)
     return [verdict_of(*pair) for pair in pairs]
 
 
 def kind_of(example: Example) -> str:
-    """The kind of prompt that an example belongs to: its ``kind`` or ``category``, or what the world asks."""
+    """The kind of an example's prompt: its column ``kind`` or ``category``, or in the world caption or question."""
     for key in ("kind", "category"):
         value = example.extra.get(key)
         if isinstance(value, str) and value:
@@ -48,10 +51,10 @@ def kind_of(example: Example) -> str:
 
 
 def wins(examples: Sequence[Example], said: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
-    """Win rates with bootstrap intervals over prompts: over ``all`` prompts and, where there are several, by kind.
+    """Win rates with bootstrap intervals over prompts: for ``all`` prompts and, if there are several, for each kind.
 
     Args:
-        examples: those with the same id are samples of one prompt.
+        examples: examples with the same id are samples of one prompt.
         said: one verdict per example.
     """
     kinds = [kind_of(e) for e in examples]
@@ -71,7 +74,7 @@ def wins(examples: Sequence[Example], said: Sequence[Verdict]) -> dict[str, dict
 
 
 def _rectangle(rows: list[list[float]]) -> list[list[float]]:
-    """Prompts with fewer samples than others are filled up by repeating theirs, which keeps each prompt's mean."""
+    """Make all rows equally long without changing their means: repeat their values, or replace them by their mean."""
     longest = max(map(len, rows))
     if all(longest % len(r) == 0 for r in rows):
         return [r * (longest // len(r)) for r in rows]
@@ -85,11 +88,12 @@ def strengths(
 
     Args:
         names: the methods.
-        worth: for pairs of methods the value of each prompt to the first: 1 win, 0.5 tie, 0 loss; the same prompts in
-            the same order for every pair.
+        worth: for each pair of methods, the points of the first one for each prompt: 1 win, 0.5 tie, 0 loss. All pairs
+            have the same prompts in the same order.
+        seed: of the bootstrap.
 
     Returns:
-        Per method ``name``, ``value``, ``low``, ``high``, best first.
+        ``name``, ``value``, ``low`` and ``high`` for each method, best first.
     """
     choix = optional_package("choix", "Bradley-Terry over several runs", "pip install 'cwdpo[judge]'")
     n = len(next(iter(worth.values())))
@@ -101,7 +105,7 @@ def strengths(
             i, j = names.index(a), names.index(b)
             table[i, j] += won
             table[j, i] += len(index) - won
-        # Small prior: without it an undefeated method has infinite Bradley-Terry strength.
+        # A small prior, because a method that never loses would have infinite strength.
         return choix.ilsr_pairwise_dense(table, alpha=0.01)
 
     rng = np.random.default_rng(seed)
@@ -123,11 +127,15 @@ def tournament(
     store: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every pair of methods on the same prompts: win rates, and Bradley-Terry strengths from three methods on.
+    """Compare every pair of methods on the same prompts: win rates, and with three or more methods their strengths.
 
     Args:
-        texts: by method one response per example.
-        tell: hears what a judge will cost before it starts.
+        names: the methods.
+        judge: scores the responses.
+        examples: the prompts.
+        texts: for each method, one response per example.
+        store: folder for transcripts and for answers that can be reused.
+        tell: called with an estimate of the judge's cost before it starts.
     """
     pairs = list(combinations(names, 2))
     for a, b in pairs:

@@ -1,4 +1,4 @@
-"""Pairwise win rates with ties and a bootstrap interval by prompt."""
+"""Pairwise win rates with ties, and a bootstrap interval over prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TIE = 1e-9
 
 @dataclass(frozen=True)
 class WinRate:
-    """Shares of wins, ties and losses; ``rate`` counts a tie as half a win; interval by prompt."""
+    """Shares of wins, ties and losses; ``rate`` counts a tie as half a win and has an interval over prompts."""
 
     rate: float
     low: float
@@ -32,8 +32,8 @@ def win_rate(
     """Compare judge scores of two policies on the same prompts.
 
     Args:
-        scores, rival: [prompts][samples] scores; the k-th samples of a prompt meet each other.
-        confidence: of the percentile bootstrap over prompts (scipy).
+        scores, rival: [prompts][samples] scores; the k-th samples of a prompt are compared with each other.
+        confidence: confidence level of the percentile bootstrap over prompts (scipy).
         seed: of the bootstrap.
 
     Raises:
@@ -45,7 +45,7 @@ def win_rate(
     a, b = np.asarray(scores, dtype=float), np.asarray(rival, dtype=float)
     if a.shape != b.shape or a.ndim != 2 or not a.size:
         raise ValueError(
-            f"win_rate: scores must be [prompts][samples] of one shape, got {a.shape} and {b.shape}"
+            f"win_rate: both scores must be [prompts][samples] of the same shape, got {a.shape} and {b.shape}"
         )
     win, loss = a > b + TIE, b > a + TIE
     value = win + 0.5 * ~(win | loss)

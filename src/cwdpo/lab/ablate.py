@@ -1,4 +1,4 @@
-"""``cwdpo ablate`` and ``cwdpo sweep``: the cells of a study, over seeds, in parallel processes, to its tables."""
+"""``cwdpo ablate`` runs a study over seeds in parallel processes; ``cwdpo sweep`` tunes its variants."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import yaml
 
 from cwdpo.errors import CwdpoError, RecipeError
+from cwdpo.files.writing import write_json, write_text
 from cwdpo.lab import findings, stopping
 from cwdpo.lab.grid import Bar, CellResult, no_bar, run_grid
 from cwdpo.lab.outcome import outcome
-from cwdpo.lab.plan import Asked, Plan, asked, plan, read_tree
+from cwdpo.lab.plan import Asked, Plan, asked, checked_tree, plan
 from cwdpo.lab.spec import Study, Variant, overrides_of
 from cwdpo.lab.tables import markdown, to_csv
 from cwdpo.lab.trace import Traced
 from cwdpo.report.render import write_report
 from cwdpo.report.summary import Summary
-from cwdpo.rundir import RunDir, write_json, write_text
+from cwdpo.rundir import RunDir
 
 TUNING_SEED = 100
-"""First seed of a sweep; its pictures and orders are no study's."""
+"""First seed of a sweep; no study uses the images and orders of this seed."""
 
 
 def ablate(
@@ -35,14 +36,24 @@ def ablate(
     test: Path | None = None,
     bar: Bar = no_bar,
 ) -> Summary:
-    """Run a study and write summary.json, table.md, table.csv and report.html into ``out``.
+    """Run a study and write summary.json, table.md, table.csv and report.html to ``out``.
 
-    A cell that is finished is not run again; one that was killed starts anew; one that failed is shown as failed
-    and tried again at the next start. A study with an analysis gets ``<analysis>.md`` and ``<analysis>.json`` too.
+    A finished cell is not run again. A killed cell starts again from the beginning. A failed cell is shown as failed,
+    and run again at the next start. A study with an analysis also writes ``<analysis>.md`` and ``<analysis>.json``.
+
+    Args:
+        recipe: the recipe file that the variants change.
+        study: the study.
+        out: folder to write to.
+        seeds: number of seeds.
+        jobs: number of parallel processes.
+        chosen: overrides by variant that a sweep chose.
+        test: test set, for data that is not from the embedded world.
+        bar: shows the progress.
 
     Raises:
-        RecipeError: recipe, study or overrides that cannot be understood.
-        CwdpoError: every cell failed, or too many for the analysis.
+        RecipeError: recipe, study or overrides are invalid.
+        CwdpoError: all cells failed, or too many for the analysis.
     """
     chosen = chosen or {}
     settings = _settings(study, chosen)
@@ -51,7 +62,9 @@ def ablate(
     numbers = list(range(study.first_seed, study.first_seed + seeds))
     run = _started(out)
     try:
-        planned = plan(out, read_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test)
+        planned = plan(
+            out, checked_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test
+        )
         results = _run(planned, jobs, bar)
         summary = outcome(out, study, numbers, planned, results, chosen)
         summary.provenance["settings"] = settings
@@ -67,15 +80,15 @@ def ablate(
 
 
 def _analyse(out: Path, study: Study, planned: Plan, results: Mapping[str, CellResult]) -> None:
-    """Write what the trajectories of the finished cells say."""
+    """Write the study's analysis of the trajectories of the finished cells."""
     runs = []
     for name, variant in study.variants.items():
         cells = [r for key, r in results.items() if key.startswith(f"{name}-seed") and r.figures.get("trace")]
         runs += [Traced.load(planned.job(r.key), name, variant, r.figures) for r in cells]
     if len(runs) < 2:
         raise CwdpoError(
-            f"study {study.name}: thresholds are chosen on one half of the runs and tried on the other, and only "
-            f"{len(runs)} ended with measurements: ask for more --seeds or variants"
+            f"study {study.name}: thresholds are chosen on one half of the runs and tested on the other, but only "
+            f"{len(runs)} ended with measurements: use more --seeds or variants"
         )
     analyse = {"findings": findings.analyse, "stopping": stopping.analyse}[str(study.analysis)]
     tables, text = analyse(runs)
@@ -93,29 +106,32 @@ def sweep(
     test: Path | None = None,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Find each variant's best point of its grid on validation pictures and tuning seeds, with equal budgets.
+    """Find the best point of each variant's grid on validation images and tuning seeds, with the same budget for all.
 
-    Every point runs on the first tuning seed, the best ``finalists`` again on the second; chosen is the best mean
-    score. Writes ``chosen.yaml``, ``sweep.json`` and ``sweep.md``; what lies at the edge of its grid is said there.
+    All points run with the first tuning seed, and the best ``finalists`` also with the second one. The point with the
+    best mean score is chosen. Writes ``chosen.yaml``, ``sweep.json`` and ``sweep.md``, which also names chosen values
+    at the edge of their grid. For the other arguments see :func:`ablate`.
 
     Returns:
-        ``chosen``: overrides by variant; ``edges``: by variant, the values beyond which a better one may lie.
+        ``chosen``: overrides by variant; ``edges``: by variant, the chosen values that are at the edge of the grid.
 
     Raises:
-        RecipeError: variants with grids of different size, or none.
+        RecipeError: no variant has a grid, or the grids have different numbers of points.
     """
     grids = {name: v.settings() for name, v in study.variants.items() if v.grid}
     sizes = {name: len(points) for name, points in grids.items()}
     if not grids or len(set(sizes.values())) > 1:
         raise RecipeError(
-            f"study {study.name}: every variant with a grid needs the same number of points, or the comparison is not "
-            f"fair; got {sizes or 'no grid'}"
+            f"study {study.name}: for a fair comparison every grid must have the same number of points; got "
+            f"{sizes or 'no grid'}"
         )
-    study = study.model_copy(update={"base": False, "analysis": None, "decodings": None})  # only scored
+    study = study.model_copy(
+        update={"base": False, "analysis": None, "decodings": None}
+    )  # only the score is needed
     run = _started(out)
     tried: dict[str, list[_Tried]] = {name: [_Tried(p) for p in points] for name, points in grids.items()}
     try:
-        tree = read_tree(recipe)
+        tree = checked_tree(recipe)
         wanted = [(name, i) for name, points in grids.items() for i in range(len(points))]
         for seed in (TUNING_SEED, TUNING_SEED + 1):
             cells = _points(study, tried, wanted, seed)
@@ -136,7 +152,7 @@ def sweep(
 
 
 def at_edge(variant: Variant, settings: Sequence[str]) -> list[str]:
-    """Chosen numbers that are the lowest or highest of three or more that were tried: the best may lie beyond."""
+    """The chosen numbers that are the lowest or highest of at least three tried ones: a better one may be beyond."""
     chosen = {key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in settings)}
     edges = []
     for key, values in variant.grid.items():
@@ -164,7 +180,7 @@ class _Tried:
         if score is None:
             missing = next(key for key in study.score if result.figures.get(key) is None)
             raise RecipeError(
-                f"study: score: {missing!r} is no figure of the cells; known: {', '.join(result.figures)}"
+                f"study: score: the cells have no figure {missing!r}; known: {', '.join(result.figures)}"
             )
         self.figures.append({key: float(result.figures[key]) for key in study.score})
         self.scores.append(score)
@@ -194,12 +210,12 @@ def _points(
 
 
 def _best(points: Sequence[_Tried]) -> list[int]:
-    """Indices by mean score, more seeds first, failed points last."""
+    """Indices of the points, best first: sorted by number of seeds, then by mean score; failed points last."""
     return sorted(range(len(points)), key=lambda i: (len(points[i].scores), points[i].score), reverse=True)
 
 
 def sweep_table(study: Study, tried: Mapping[str, Sequence[_Tried]]) -> str:
-    """The sweep as markdown: every point that was tried, best first."""
+    """The sweep as markdown: all points that were tried, best first."""
     lines = [f"Score: {' + '.join(f'{w:g} {k}' for k, w in study.score.items())}, on validation pictures."]
     for name, points in tried.items():
         names = list(study.score)
@@ -219,7 +235,10 @@ def sweep_table(study: Study, tried: Mapping[str, Sequence[_Tried]]) -> str:
             cells = " | ".join(f"{v:.3f}" for v in (t.score, *means))
             lines.append(f"| {', '.join(t.settings)} | {len(t.scores)} | {cells} |")
         edges = at_edge(study.variants[name], points[_best(points)[0]].settings)
-        lines += ["", *(f"At the edge of its grid: {edge}; a better one may lie beyond." for edge in edges)]
+        lines += [
+            "",
+            *(f"At the edge of its grid: {edge}; a better value may be beyond it." for edge in edges),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -228,7 +247,7 @@ def _run(planned: Plan, jobs: int, bar: Bar) -> dict[str, CellResult]:
     with bar(max(1, sum(job.steps for wave in waves for job in wave))) as on_event:
         results = run_grid(waves, jobs, on_event)
     if not any(r.status == "done" for r in results.values()):
-        raise CwdpoError(f"every cell failed; the first: {next(iter(results.values())).error}")
+        raise CwdpoError(f"all cells failed; the first: {next(iter(results.values())).error}")
     return results
 
 
@@ -241,12 +260,12 @@ def _started(out: Path) -> RunDir:
 
 
 def _settings(study: Study, chosen: Mapping[str, Sequence[str]]) -> str:
-    """Which variants take what a sweep chose; a file of settings that no variant takes is a mistake."""
+    """Which variants use settings chosen by a sweep, as a text; an error if no variant uses the given settings."""
     tuned = [name for name in study.variants if study.tuned_by(name) in chosen]
     if not tuned and chosen:
         wanted = sorted({study.tuned_by(name) for name in study.variants})
         raise RecipeError(
-            f"the tuned settings are of {', '.join(sorted(chosen))}; the study {study.name} takes those of "
+            f"the tuned settings are for {', '.join(sorted(chosen))}, but the study {study.name} uses those of "
             f"{', '.join(wanted)}"
         )
     rest = [name for name in study.variants if name not in tuned]

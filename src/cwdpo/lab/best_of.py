@@ -1,123 +1,154 @@
-"""A preference set whose chosen responses are only better, not right: the best of n samples by a judge that errs.
+"""A preference set in which chosen is only better, not right: the best of n samples according to a noisy judge.
 
-What real preference data is like: nobody wrote the right answer, several answers of a policy were compared, and
-the comparison was sometimes wrong. Rows are written in TRL's columns with this project's own, the seed recorded.
+Real preference data is like this: nobody wrote the right answer; several answers of a policy were compared, and some
+comparisons were wrong. Rows have TRL's columns and those of this project, and the seed.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_json
 from cwdpo.lab.rows import store_rows
+from cwdpo.lab.spec import BestOf
 from cwdpo.lab.worlds import MAX_NEW_TOKENS
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
-from cwdpo.rundir import read_jsonl, write_json
 from cwdpo.worlds.judged import judge_captions, scene_of
 from cwdpo.worlds.shapes import Judgement, hard
 
 SHARES = {"other_prompt": 0.31, "sample": 0.31, "perturbed": 0.38}
-"""What stands against chosen: another picture's caption, a worse sample, one wrong word (of the design study)."""
+"""Shares of the kinds of rejected responses: another image's caption, a worse sample, one wrong word."""
 _TRIES = 20
 
 
-def write_best_of(
-    policy: Policy, encoder: Encoder, source: Path, out: Path, *, seed: int, n: int = 8, noise: float = 0.3
-) -> dict[str, Any]:
-    """Sample ``n`` responses to every prompt, choose by a noisy judge, and write ``out/train.jsonl``.
+class _Pair(NamedTuple):
+    """A new row, and the true judgements of its chosen and rejected responses."""
 
-    Every rejected response is truly worse than chosen by the exact judge. Rows for which none is found are left out.
+    row: dict[str, Any]
+    chosen: Judgement
+    rejected: Judgement
+
+
+def write_best_of(
+    policy: Policy, encoder: Encoder, source: Path, out: Path, settings: BestOf, *, seed: int
+) -> dict[str, Any]:
+    """Sample responses to every prompt, choose the best with a noisy judge, and write ``out/train.jsonl``.
+
+    Rows for which no response worse than chosen is found are left out.
 
     Args:
-        policy: what is sampled, at temperature 1.
-        source: a JSONL file of the embedded world; its pictures are copied next to the new rows.
-        out: folder to write.
+        policy: the model to sample, at temperature 1.
+        encoder: of the policy.
+        source: a JSONL file of the embedded world; its images are copied next to the new rows.
+        out: folder to write to.
+        settings: number of samples, the judge's noise, and how a rejected response is found to be worse.
         seed: of samples, noise and choice of negatives.
-        n: samples per prompt.
-        noise: share of samples whose score is drawn at random.
 
     Returns:
-        ``rows``, ``left_out``, and of the chosen responses ``chosen_right`` (share) and ``chosen_score`` (mean).
+        ``rows``, ``left_out``; ``chosen_right`` and ``chosen_score``: share of right chosen responses and their mean
+        score; ``wrong_labels``: share of pairs whose rejected response is truly better than chosen.
 
     Raises:
-        DataError: the rows are not the embedded world's.
+        DataError: the rows are not from the embedded world.
     """
     rows = read_jsonl(source)
     examples = read_examples(source).examples
     if len(rows) != len(examples):
         raise DataError(
-            f"{source}: {len(examples)} of {len(rows)} rows can be used; look at `cwdpo validate {source}`"
+            f"{source}: only {len(examples)} of {len(rows)} rows can be used; see `cwdpo validate {source}`"
         )
+    n = settings.n
     repeated = [e for e in examples for _ in range(n)]
     texts = [
         s.text for s in sample(policy.model, encoder, repeated, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
     ]
     judged = judge_captions(repeated, texts)
-    made: list[dict[str, Any]] = []
-    marks = []
+    pairs = []
     for i, (row, example) in enumerate(zip(rows, examples, strict=True)):
         own = list(zip(texts[i * n : (i + 1) * n], judged[i * n : (i + 1) * n], strict=True))
         rng = random.Random(f"best_of/{seed}/{example.id}")
         others = [examples[rng.randrange(len(examples))].chosen.text for _ in range(_TRIES)]
-        found = _chosen(row, example, own, others, noise, rng)
-        if found is not None:
-            new, mark = found
-            made.append({**new, "best_of": {"n": n, "noise": noise, "seed": seed, **new["best_of"]}})
-            marks.append(mark)
+        pairs.append(_pair(row, example, own, others, settings, rng))
+    made = [pair for pair in pairs if pair is not None]
     if not made:
         raise DataError(
-            f"{source}: no sampled response is better than any other: nothing can be learned from them"
+            f"{source}: for no prompt is a response worse than the chosen one: there is no pair to write"
         )
-    store_rows(source.parent, out, made)
+    how = {**settings.model_dump(), "seed": seed}
+    store_rows(source.parent, out, [{**p.row, "best_of": {**how, **p.row["best_of"]}} for p in made])
     counts = {
         "rows": len(made),
         "left_out": len(rows) - len(made),
-        "chosen_right": sum(j.all_correct for j in marks) / len(marks),
-        "chosen_score": sum(j.score for j in marks) / len(marks),
+        "chosen_right": sum(p.chosen.all_correct for p in made) / len(made),
+        "chosen_score": sum(p.chosen.score for p in made) / len(made),
+        "wrong_labels": sum(p.rejected.score > p.chosen.score for p in made) / len(made),
     }
-    write_json(out / "best_of.json", {**counts, "source": source.name, "n": n, "noise": noise, "seed": seed})
+    write_json(out / "best_of.json", {**counts, "source": source.name, **how})
     return counts
 
 
-def _chosen(
+def _pair(
     row: Mapping[str, Any],
     example: Example,
     own: Sequence[tuple[str, Judgement]],
     others: Sequence[str],
-    noise: float,
+    settings: BestOf,
     rng: random.Random,
-) -> tuple[dict[str, Any], Judgement] | None:
-    """The row with what the noisy judge prefers as chosen, and its true judgement; ``None`` where nothing is worse."""
-    seen = [rng.random() if rng.random() < noise else mark.score for _, mark in own]
+) -> _Pair | None:
+    """The row whose chosen response is the sample that the noisy judge prefers; ``None`` if no response is worse."""
+
+    def noisy(mark: Judgement) -> float:
+        return rng.random() if rng.random() < settings.noise else mark.score
+
+    seen = [noisy(mark) for _, mark in own]
     best = max(range(len(own)), key=lambda k: (seen[k], -k))
     text, mark = own[best]
-    negative = _worse(example, text, mark.score, [t for t, _ in own], others, rng) if text else None
-    if negative is None:
+    if not text:
         return None
-    how = {"score": round(mark.score, 4), "seen": round(seen[best], 4)}
-    return _row(row, text, negative, _gentle(example, text, rng), how), mark
+    if settings.worse == "truth":
+        found = _worse(example, text, own, others, rng, lambda text, j: j.score < mark.score)
+    else:
+        # A sample keeps the noisy score that it already has; other responses are scored now, by the same noisy judge.
+        known = {text: score for (text, _), score in zip(own, seen, strict=True)}
+        found = _worse(example, text, own, others, rng, lambda t, j: known.get(t, noisy(j)) < seen[best])
+    if found is None:
+        return None
+    negative, against = found
+    how = {
+        "score": round(mark.score, 4),
+        "seen": round(seen[best], 4),
+        "rejected_score": round(against.score, 4),
+    }
+    return _Pair(_row(row, text, negative, _gentle(example, text, rng), how), mark, against)
 
 
 def _worse(
-    example: Example, chosen: str, score: float, own: Sequence[str], others: Sequence[str], rng: random.Random
-) -> Completion | None:
-    """A response that the exact judge finds worse than chosen; kinds are tried in an order drawn by their shares."""
+    example: Example,
+    chosen: str,
+    own: Sequence[tuple[str, Judgement]],
+    others: Sequence[str],
+    rng: random.Random,
+    is_worse: Callable[[str, Judgement], bool],
+) -> tuple[Completion, Judgement] | None:
+    """A response that is worse than chosen, and its judgement; the kind to try first is drawn by the shares."""
     kinds = list(SHARES)
     drawn = rng.choices(kinds, list(SHARES.values()))[0]
     for kind in (drawn, *(k for k in kinds if k != drawn)):
-        found = _candidates(kind, example, chosen, own, others, rng)
+        found = _candidates(kind, example, chosen, [text for text, _ in own], others, rng)
         distinct = [c for c in found if c.text.strip() and c.text != chosen]
         marks = judge_captions([example] * len(distinct), [c.text for c in distinct])
-        worse = [c for c, j in zip(distinct, marks, strict=True) if j.score < score]
-        if worse:
-            return worse[0]
+        for candidate, mark in zip(distinct, marks, strict=True):
+            if is_worse(candidate.text, mark):
+                return candidate, mark
     return None
 
 
@@ -135,7 +166,7 @@ def _edits(example: Example, chosen: str, rng: random.Random) -> list[Completion
     scene = scene_of(example)
     try:
         made = [hard(scene, chosen, rng) for _ in range(_TRIES)]
-    except DataError:  # chosen is no sentence, so no word of it can be exchanged
+    except DataError:  # chosen is not a sentence of the world, so no word of it can be exchanged
         return []
     return [Completion(c.text, "perturbed", "hard", c.made) for c in made]
 

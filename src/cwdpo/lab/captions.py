@@ -1,4 +1,4 @@
-"""Captions that a policy writes of the embedded world's test pictures, judged exactly, under several decodings."""
+"""Captions of the embedded world's test images by a policy, with several decodings, scored by the world's judge."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from cwdpo.worlds.judged import judge_captions, summary
 from cwdpo.worlds.shapes import Judgement
 
 SAMPLES = 2
-"""Captions of every test picture at a temperature; greedy ones are written once."""
+"""Captions per test image at each temperature; there is one greedy caption."""
 SEED = 1000
-"""Of the first of those captions; one more for each further."""
+"""Seed of the first sampled captions; the k-th further ones use this seed + k."""
 BATCH = 100
 ENTROPY_PICTURES = 200
-"""Test pictures whose captions the entropy at a temperature is measured on, while one is searched."""
+"""Number of test images whose captions are used to measure the entropy at a temperature."""
 ENTROPY_TOLERANCE = 0.002
-"""Nats per token; the search for a temperature ends within it."""
+"""The search for a temperature ends when the entropy is this close, in nats per token."""
 COLDEST, HOTTEST = 0.25, 4.0
 SEARCH_STEPS = 14
 
 
 class Written(NamedTuple):
-    """Judged captions: shares over all of them, and the mean of every picture (for intervals over pictures)."""
+    """Results of judged captions: over all captions, and the mean for each image (for intervals over images)."""
 
     score: float
     correct: float
@@ -54,7 +54,7 @@ def draw(
 
 
 def judged(model: Any, encoder: Encoder, test: Sequence[Example]) -> dict[str, float]:
-    """A caption of every test picture at temperature 1, judged exactly: ``score``, ``all_correct``, ``ill_formed``."""
+    """``score``, ``all_correct`` and ``ill_formed`` of one caption per test image at temperature 1."""
     return summary(judge_captions(test, draw(model, encoder, test, seed=SEED)))
 
 
@@ -65,16 +65,19 @@ def captions(
     decodings: Decodings | None = None,
     entropy: float | None = None,
 ) -> dict[str, Any]:
-    """Figures of the captions of every test picture: greedy, at temperature 1, and under further decodings.
+    """Figures of the captions of all test images: greedy, at temperature 1, and with further decodings.
 
     Args:
-        decodings: further temperatures. The figures of temperature 0.85 end in ``@0.85``.
-        entropy: nats per token. The policy is also sampled at the temperature at which its samples have this
-            entropy; these figures end in ``@entropy``, and ``temperature@entropy`` is that temperature.
+        model: the policy.
+        encoder: of the policy.
+        test: P examples of the embedded world.
+        decodings: further temperatures. The names of the figures at temperature 0.85 end in ``@0.85``.
+        entropy: in nats per token; if given, the policy is also sampled at the temperature at which its samples have
+            this entropy. The names of these figures end in ``@entropy``; ``temperature@entropy`` is the temperature.
 
     Returns:
-        Shares and mean scores; ``scores`` [P][samples] by picture at temperature 1; ``greedy``, the greedy captions;
-        ``pictures``, the mean of every picture by figure.
+        Shares and mean scores; ``scores`` [P][samples] at temperature 1; ``greedy``: the greedy captions;
+        ``pictures``: for each figure, its value for each image.
     """
     texts = draw(model, encoder, test, temperature=0.0)
     greedy = _written([judge_captions(test, texts)])
@@ -118,7 +121,7 @@ def captions(
 
 
 def _written(samples: Sequence[Sequence[Judgement]]) -> Written:
-    """Captions judged [samples][pictures]."""
+    """The results of judgements [samples][images]."""
     everything = summary([j for one in samples for j in one])
     by_picture = list(zip(*samples, strict=True))
     return Written(
@@ -134,10 +137,10 @@ def _written(samples: Sequence[Sequence[Judgement]]) -> Written:
 def sampled_entropy(
     model: Any, encoder: Encoder, test: Sequence[Example], temperature: float, seed: int = SEED
 ) -> float:
-    """Entropy (nats per token) of the distributions that the policy's samples at a temperature are drawn from.
+    """Entropy (nats per token) of the distributions from which the policy's samples are drawn at a temperature.
 
-    The mean is over the tokens of one sample of each of the first :data:`ENTROPY_PICTURES` pictures, end of turn
-    included. A sample without text is left out.
+    The mean is over the tokens, including the end token, of one sample for each of the first
+    :data:`ENTROPY_PICTURES` images. Samples without text are left out.
     """
     part = test[:ENTROPY_PICTURES]
     texts = draw(model, encoder, part, temperature, seed)
@@ -159,10 +162,11 @@ def sampled_entropy(
 
 
 def tempered_entropy(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """A token statistic: [M] entropy in nats of ``softmax(logp / temperature)``, logp [M, V]."""
+    """A token statistic: [M] the entropy of ``softmax(logp / temperature)``, in nats, with logp [M, V]."""
 
     def tempered(logp: Tensor, token: Tensor) -> Tensor:
-        # Log-probabilities are logits up to a constant, so dividing them is what sampling at this temperature does.
+        # Log-probabilities are logits up to a constant, so dividing them by the temperature gives the distribution
+        # that is sampled.
         cooled = (logp.detach() / temperature).log_softmax(-1)
         return -(cooled.exp() * cooled).sum(-1)
 
@@ -170,10 +174,13 @@ def tempered_entropy(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def temperature_at(entropy: float, measure: Callable[[float], float]) -> float:
-    """The temperature at which samples have an entropy (nats per token), by bisection on its logarithm.
+    """The temperature at which samples have a given entropy, by bisection on its logarithm.
 
-    ``measure`` draws with the same seed at every temperature, so that it hardly jumps between two near ones. It ends
-    within :data:`ENTROPY_TOLERANCE`, after :data:`SEARCH_STEPS`, or at the end of the range that is searched.
+    The search ends when the entropy is within :data:`ENTROPY_TOLERANCE`, or after :data:`SEARCH_STEPS` steps.
+
+    Args:
+        entropy: the wanted entropy, in nats per token.
+        measure: the entropy at a temperature. It should use the same seed each time, so that it is almost continuous.
     """
     cold, hot = COLDEST, HOTTEST
     middle = 1.0

@@ -1,4 +1,4 @@
-"""One cell of a study: a variant and a seed -> figures on the test split."""
+"""One cell of a study: trains a variant with a seed and computes its figures on the test set."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any, Literal
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
+from cwdpo.files.writing import write_json, write_text
 from cwdpo.lab.captions import captions, draw, judged, sampled_entropy
-from cwdpo.lab.spec import Decodings
+from cwdpo.lab.spec import BestOf, Decodings
 from cwdpo.metrics.base import METRICS, Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
@@ -23,7 +24,7 @@ from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, versions, write_json, write_text
+from cwdpo.rundir import RunDir, versions
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data
@@ -32,25 +33,29 @@ from cwdpo.worlds.judged import all_judgeable
 
 TEST_PROBES = 96
 STEADY_FROM = 20
-"""Steps left out of ``grad_norm_tail``: the warm-up and what follows at once."""
+"""``grad_norm_tail`` leaves out the steps up to this one: the warm-up and the first steps after it."""
 
 OnStep = Callable[[str, int, int], None]
-StageOfCell = Literal["stage1", "stage2", "base", "best_of", "margins"]
+StageOfCell = Literal["stage1", "stage2", "base", "best_of", "flipped", "margins"]
 
 
 @dataclass(frozen=True)
 class CellJob:
-    """What a worker needs to run one cell, or what several cells share.
+    """Everything that a worker process needs to run one cell, or a job whose result several cells use.
 
     Attributes:
-        stage: ``stage1`` (the first stage that several cells start from), ``stage2`` (one variant), ``base`` (an
-            evaluation of the model that the recipe names), ``best_of`` (a preference set is sampled), ``margins``
-            (reward margins are estimated).
-        metrics: read where the data has no exact judge.
-        options: of a stage: ``trace`` (judge the policy at every measurement), ``keep_model`` (store it), and the
-            settings of ``best_of`` and ``margins``.
-        decodings: further temperatures at which captions of the test pictures are written.
-        first: folder of the first stage that the cell starts from, where it has one.
+        key: unique name of the cell.
+        recipe: the recipe to train.
+        folder: the cell's run folder.
+        test: the test set.
+        stage: ``stage1`` (a first stage that several cells start from), ``stage2`` (one variant), ``base`` (evaluate
+            the recipe's model without training), ``best_of`` (sample a preference set), ``flipped`` (exchange chosen
+            and rejected in some pairs), ``margins`` (estimate reward margins).
+        metrics: metrics for data that is not from the embedded world.
+        options: ``trace`` (judge the policy at every measurement), ``keep_model`` (store the model), or the settings
+            of ``best_of``, ``flipped`` and ``margins``.
+        first: folder of the first stage that the cell starts from, if any.
+        decodings: further temperatures for the captions of the test images.
     """
 
     key: str
@@ -65,18 +70,18 @@ class CellJob:
 
     @property
     def result(self) -> Path:
-        """Where the cell's figures go."""
+        """The file with the cell's figures."""
         return self.folder / "figures.json"
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the cell takes, where the recipe counts them (and not epochs)."""
+        """Number of optimizer steps of the cell; 0 if it does not train or the recipe sets epochs."""
         stage = {"stage1": self.recipe.stage1, "stage2": self.recipe.stage2}.get(self.stage)
         return (stage.steps or 0) if stage else 0
 
 
 def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
-    """Run a cell and store its figures; a finished cell with the same recipe is not run again."""
+    """Run a cell and store its figures; a finished cell with the same fingerprint is not run again."""
     run = RunDir(job.folder)
     mark = fingerprint(job)
     if job.result.is_file() and run.json("fingerprint.json") == mark:
@@ -87,6 +92,8 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
     write_json(job.folder / "fingerprint.json", mark)
     if job.stage == "best_of":
         figures = sample_best(job)
+    elif job.stage == "flipped":
+        figures = flip(job)
     elif job.stage == "margins":
         figures = estimate_margins(job)
     else:
@@ -97,7 +104,7 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
 
 
 def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, Any]:
-    """One stage of training (none for ``base``), then the figures on the test set (none for ``stage1``)."""
+    """Train one stage (not for ``base``), then compute the figures on the test set (not for ``stage1``)."""
     splits = None if job.stage == "base" else prepare_data(job.recipe, run)
     policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
     encoder = Encoder(policy.processor, job.recipe.data.max_length, job.recipe.data.cache_gb)
@@ -112,7 +119,9 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         job.test, default_prompt=data.default_prompt, format=data.format, ignore_columns=data.ignore_columns
     ).examples
     held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
-    probes = ProbeSet(held, policy.model)  # remembers the start of stage 2, its reference
+    probes = ProbeSet(
+        held, policy.model
+    )  # keeps the scores at the start of stage 2, that is of the reference
     trace: list[dict[str, Any]] = []
     if job.options.get("trace"):
         listener.measured = lambda stage, step, model: trace.append(
@@ -123,7 +132,7 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         entropy = sampled_entropy(policy.model, encoder, test, 1.0)  # of the reference
     if splits is not None:
         train(job, policy, encoder, splits, run, listener)
-        if job.options.get("keep_model"):  # another cell reads its rewards
+        if job.options.get("keep_model"):  # another cell computes reward margins with it
             save_model(policy, job.folder / "model", run)
     figures = held_out_figures(policy, test[0], probes, run)
     if all_judgeable(test):
@@ -136,23 +145,32 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
 def train(
     job: CellJob, policy: Policy, encoder: Encoder, splits: Splits, run: RunDir, listener: Listener
 ) -> None:
-    """Run the cell's stage. The one place where the laboratory trains."""
+    """Train the cell's stage; all training of the laboratory goes through this function."""
     stage: StageName = "stage1" if job.stage == "stage1" else "stage2"
     examples = splits.stage1 if stage == "stage1" else splits.stage2
     run_stage(Stage(stage, job.recipe, policy, encoder, run, examples, splits.validation, listener))
 
 
 def sample_best(job: CellJob) -> dict[str, Any]:
-    """A preference set whose chosen responses are only better, sampled from the cell's starting model."""
+    """Write a preference set with samples of the cell's starting model, see :mod:`cwdpo.lab.best_of`."""
     from cwdpo.lab.best_of import write_best_of
 
     policy = load_policy(job.recipe.model)
     source, out = Path(str(job.recipe.data.path)), job.folder / "data"
-    return write_best_of(policy, Encoder(policy.processor), source, out, seed=job.recipe.seed, **job.options)
+    settings = BestOf.model_validate(job.options)
+    return write_best_of(policy, Encoder(policy.processor), source, out, settings, seed=job.recipe.seed)
+
+
+def flip(job: CellJob) -> dict[str, Any]:
+    """Write the training rows with chosen and rejected exchanged in some pairs, see :mod:`cwdpo.lab.flipped`."""
+    from cwdpo.lab.flipped import write_flipped
+
+    source, out = Path(str(job.recipe.data.path)), job.folder / "data"
+    return write_flipped(source, out, share=float(job.options["share"]), seed=job.recipe.seed)
 
 
 def estimate_margins(job: CellJob) -> dict[str, Any]:
-    """The training rows with the reward margins that a finished DPO cell implies."""
+    """Write the training rows with reward margins from the policy of a finished DPO cell."""
     from cwdpo.lab.margins import write_margins
 
     return write_margins(
@@ -163,7 +181,7 @@ def estimate_margins(job: CellJob) -> dict[str, Any]:
 
 
 def fingerprint(job: CellJob) -> dict[str, str]:
-    """What a cell's figures depend on: recipe, starting weights, training and test rows, version."""
+    """Digests of everything that a cell's figures depend on: recipe, starting weights, rows, options, version."""
 
     def digest(path: Path) -> str:
         if not path.is_file():
@@ -191,7 +209,7 @@ def fingerprint(job: CellJob) -> dict[str, str]:
 
 
 def held_out_figures(policy: Policy, example: Example, probes: ProbeSet, run: RunDir) -> dict[str, Any]:
-    """What the probes read of a policy, and how its run went; ``probes`` holds its reference."""
+    """The probes' readings of a policy, compared with the start of stage 2, and figures of the training run."""
     held = probes.measure(policy.model)
     readings = [r for name in PROBES.names() for r in PROBES.build(name)(held)]
     figures: dict[str, Any] = {r.name: r.value for r in readings}
@@ -205,7 +223,7 @@ def held_out_figures(policy: Policy, example: Example, probes: ProbeSet, run: Ru
 
 
 def reliability_of(held: HeldOut, example: Example) -> list[dict[str, float]]:
-    """Bins of the top-1 confidence over all M held-out chosen tokens, whichever prompt they belong to."""
+    """The reliability diagram of the top-1 probability over the M held-out chosen tokens of all prompts together."""
     top1, correct = tuple(held.top1.tolist()), tuple(bool(c) for c in held.correct.tolist())
     return reliability(TokenEce()([Answer(example, top1=top1, correct=correct)])[0])
 
@@ -213,7 +231,7 @@ def reliability_of(held: HeldOut, example: Example) -> list[dict[str, float]]:
 def responses(
     policy: Policy, encoder: Encoder, test: Sequence[Example], metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """Greedy responses to every test prompt and what the named metrics say of them."""
+    """Greedy responses to all test prompts, and their values by the named metrics."""
     greedy = draw(policy.model, encoder, test, temperature=0.0)
     answers = [Answer(e, text) for e, text in zip(test, greedy, strict=True)]
     measured = [m for name in metrics for m in METRICS.build(name)(answers)]
@@ -221,7 +239,7 @@ def responses(
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Coefficient of variation: standard deviation over mean; ``None`` for fewer than two values."""
+    """Coefficient of variation: standard deviation divided by mean; ``None`` for fewer than two values."""
     import numpy as np
 
     known = np.asarray(values, dtype=float)
@@ -229,7 +247,7 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def tail(values: Sequence[float]) -> float | None:
-    """95th percentile over median; ``None`` for fewer than two values. One spike of many moves it little."""
+    """95th percentile divided by median, robust to single spikes; ``None`` for fewer than two values."""
     import numpy as np
 
     if len(values) < 2:
@@ -239,7 +257,7 @@ def tail(values: Sequence[float]) -> float | None:
 
 
 def steps_to_share(readings: Sequence[dict[str, Any]], share: float) -> int | None:
-    """First probed step whose held-out margin reaches a share of the best; ``None`` without a positive one."""
+    """First measured step whose held-out margin is at least a share of the best one; ``None`` if none is positive."""
     margins = [(r["step"], r["value"]) for r in readings if r["name"] == "margin" and r["value"] is not None]
     best = max((value for _, value in margins), default=0.0)
     return next((step for step, value in margins if best > 0 and value >= share * best), None)

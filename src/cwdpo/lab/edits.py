@@ -1,4 +1,4 @@
-"""What ``perturb`` makes of a set of captions: coverage, kinds, and drawn examples to read (``cwdpo edits``)."""
+"""``cwdpo edits``: how many captions ``perturb`` can edit, the kinds of its edits, and examples to read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cwdpo.negatives.sources.perturb import PerturbNegatives
 from cwdpo.records import Completion, Example
 
 MOST = 50
-"""Edits looked at per caption."""
+"""Largest number of edits made per caption."""
 
 
 def read(path: Path) -> list[Example]:
-    """The captions as examples.
+    """Read captions as examples, from a data set or from a text file with one caption per line.
 
     Raises:
-        DataError: data, or a text file, that cannot be read.
+        DataError: the file cannot be read.
     """
     if path.suffix != ".txt":
         return read_examples(path, max_bad_fraction=1.0, captions_per_image=10**6).examples
@@ -34,7 +34,7 @@ def read(path: Path) -> list[Example]:
 
 
 def table(examples: Sequence[Example], kinds: Sequence[str], show: int, seed: int = 0) -> str:
-    """Coverage, counts by kind, and the first edit of ``show`` drawn captions."""
+    """A markdown table: share of captions with an edit, counts by kind, and the first edit of ``show`` captions."""
     source = NEGATIVES.build({"name": "perturb", "kinds": tuple(kinds), "per_example": MOST})
     made = {e.id: source.completions(e, examples, seeded(seed, e.id)) for e in examples}
     edited = [e for e in examples if made[e.id]]
@@ -52,7 +52,7 @@ def table(examples: Sequence[Example], kinds: Sequence[str], show: int, seed: in
     ]
     drawn = random.Random(seed).sample(edited, min(show, len(edited)))
     if drawn:
-        lines += ["", "| kind | caption, ~~what stood there~~ **what stands there now** |", "|---|---|"]
+        lines += ["", "| kind | caption, ~~old words~~ **new words** |", "|---|---|"]
     for e in drawn:
         how, text = made[e.id][0].made, e.chosen.text
         shown = f"{text[: how['start']]}~~{how['from']}~~ **{how['to']}**{text[how['end'] :]}"
@@ -61,7 +61,15 @@ def table(examples: Sequence[Example], kinds: Sequence[str], show: int, seed: in
 
 
 def describe(data: Path, captions: int, kinds: Sequence[str] | None, show: int, seed: int) -> str:
-    """:func:`table` over at most so many captions, drawn from a data set; ``None``: the source's own kinds."""
+    """:func:`table` for at most ``captions`` captions of a data set, chosen at random.
+
+    Args:
+        data: the data set, or a text file.
+        captions: largest number of captions.
+        kinds: kinds of edits; ``None``: the default kinds of ``perturb``.
+        show: number of captions to show.
+        seed: of the random choices.
+    """
     examples = read(data)
     drawn = random.Random(seed).sample(examples, min(captions, len(examples)))
     return table(drawn, kinds or PerturbNegatives().kinds, show, seed)

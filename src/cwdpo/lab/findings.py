@@ -1,7 +1,7 @@
-"""How well the diagnosis finds what was provoked, and how many healthy runs it alarms about (study ``findings``).
+"""Detection rate and false-alarm rate of the diagnosis on runs with a provoked problem and on healthy runs.
 
-Bounds of the rules are tried at :data:`FACTORS` times their shipped values on one half of the runs, and the table is
-made on the other half, with the shipped bounds and with the chosen ones.
+This is the analysis of the study ``findings``. On one half of the runs the rules' bounds are tried at :data:`FACTORS`
+times their shipped values. The tables are computed on the other half, with the shipped and with the chosen bounds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from cwdpo.dynamics.diagnose import FindingRule, diagnose_rows, load_rules
 from cwdpo.lab.trace import Traced, damage_step, halves
 
 FACTORS = (1.0, 0.7, 1.4, 0.5, 2.0)
-"""Tried for each finding's bounds; on a tie the first counts, so a bound moves only where that pays."""
+"""Factors tried for the bounds of each finding; on a tie the first one is chosen, so that the bound is not changed."""
 FALSE_COSTS = 2.0
-"""A share of false alarms weighs so many times as much as the same share of missed ones."""
+"""Weight of the false-alarm rate relative to the detection rate."""
 
 
 def choose(runs: Sequence[Traced], rules: Sequence[FindingRule]) -> dict[str, float]:
-    """The factor of each finding's bounds that tells these runs apart best."""
+    """For each finding, the factor of its bounds that best separates provoked from healthy runs."""
     chosen = {}
     for name in sorted({r.name for r in rules}):
         own = [r for r in rules if r.name == name]
@@ -40,16 +40,16 @@ def choose(runs: Sequence[Traced], rules: Sequence[FindingRule]) -> dict[str, fl
 
 
 def with_factors(rules: Sequence[FindingRule], factors: Mapping[str, float]) -> list[FindingRule]:
-    """The rules with their bounds moved."""
+    """The rules with their bounds multiplied by the factors of their findings."""
     return [r.scaled(factors.get(r.name, 1.0)) for r in rules]
 
 
 def table(runs: Sequence[Traced], rules: Sequence[FindingRule]) -> dict[str, Any]:
     """Detections by scenario, false alarms of healthy runs, and how early the first alarm came.
 
-    A note is no alarm. ``lead``: steps from the first alarm of stage 2 to the first damage of the judged score, of the
-    runs that were damaged and alarmed; ``lead_critical``: from the first critical finding. ``unseen``: runs that were
-    damaged without an alarm, whatever they were meant to be.
+    A finding of severity ``note`` is not an alarm. ``lead``: steps from the first alarm of stage 2 to the first damage
+    of the judged score, in runs with both; ``lead_critical``: the same for the first critical finding. ``unseen``:
+    runs with damage but without an alarm.
     """
     rows: dict[str, dict[str, Any]] = {}
     leads: dict[str, list[int]] = {"lead": [], "lead_critical": []}
@@ -94,7 +94,7 @@ def _spread(steps: Sequence[int]) -> dict[str, Any]:
 
 
 def markdown(title: str, counts: Mapping[str, Any]) -> str:
-    """A table of the study."""
+    """The counts of :func:`table` as markdown."""
     lines = [
         f"\n### {title}\n",
         "| scenario | provokes | found | runs | other findings |",
@@ -116,7 +116,7 @@ def markdown(title: str, counts: Mapping[str, Any]) -> str:
 
 
 def analyse(runs: Sequence[Traced]) -> tuple[dict[str, Any], str]:
-    """The tables as JSON and as markdown: bounds are chosen on every other run and reported on the rest."""
+    """The tables as JSON and as markdown: bounds are chosen on every second run, results are from the other runs."""
     tuning, reporting = halves(runs)
     rules = load_rules()
     factors = choose(tuning, rules)

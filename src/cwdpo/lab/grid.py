@@ -1,4 +1,4 @@
-"""Cells in parallel processes, with progress; a failed cell is a result, not an end."""
+"""Runs cells in parallel processes and reports progress; a failed cell does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
+from cwdpo.files.writing import write_text
 from cwdpo.lab.cell import CellJob, run_cell
-from cwdpo.rundir import write_text
 
 Tick = tuple[str, str, int, int]
 """(cell key, stage, step, steps)."""
@@ -26,7 +26,7 @@ _ticks: Any = None
 
 @dataclass(frozen=True)
 class CellResult:
-    """Figures of a finished cell, or why it failed."""
+    """The figures of a finished cell, or the error of a failed one."""
 
     key: str
     status: str
@@ -37,12 +37,12 @@ class CellResult:
 
 OnEvent = Callable[[Tick | CellResult], None]
 Bar = Callable[[int], AbstractContextManager[OnEvent]]
-"""Optimizer steps in all -> what is called with every one of them, and with every finished cell."""
+"""Opens a progress display for a total number of optimizer steps; gives the callback for steps and finished cells."""
 
 
 @contextmanager
 def no_bar(steps: int) -> Iterator[OnEvent]:
-    """No progress is shown."""
+    """Show no progress."""
     del steps
     yield lambda event: None
 
@@ -64,7 +64,7 @@ def _prepare(ticks: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A grid that was killed must leave no worker behind: the next start writes into the same folders."""
+    """End this worker when its parent ends: a worker left behind would write into the folders of the next start."""
     parent = mp.parent_process()
     assert parent is not None
     parent.join()
@@ -83,12 +83,15 @@ def _work(job: CellJob) -> CellResult:
 
 
 def run_grid(waves: Sequence[Sequence[CellJob]], workers: int, on_event: OnEvent) -> dict[str, CellResult]:
-    """Run waves of cells one after the other, the cells of a wave in parallel processes.
+    """Run waves of cells one after another, and the cells of a wave in parallel processes.
 
     Args:
-        waves: cells of a later wave may start from what an earlier one wrote.
-        workers: processes, one torch thread each.
+        waves: cells of a later wave may use files that an earlier wave wrote.
+        workers: number of processes, with one torch thread each.
         on_event: called with every optimizer step and every finished cell.
+
+    Returns:
+        The results by cell key.
     """
     results: dict[str, CellResult] = {}
 
@@ -101,7 +104,8 @@ def run_grid(waves: Sequence[Sequence[CellJob]], workers: int, on_event: OnEvent
         for job in wave:
             job.folder.mkdir(parents=True, exist_ok=True)
         if not _in_pool(wave, workers, note):
-            # A worker died (killed, out of memory) and took the pool with it: which cell did it is found one by one.
+            # A worker died (killed, out of memory) and broke the pool. Run the remaining cells one by one, to find out
+            # which one it was.
             for job in (j for j in wave if j.key not in results):
                 if not _in_pool([job], 1, note):
                     note(CellResult(job.key, "failed", {}, "its process was killed; out of memory?", 0.0))
@@ -109,7 +113,7 @@ def run_grid(waves: Sequence[Sequence[CellJob]], workers: int, on_event: OnEvent
 
 
 def _in_pool(wave: Sequence[CellJob], workers: int, on_event: OnEvent) -> bool:
-    """Run cells in one pool of processes; ``False`` when the pool broke before all were done."""
+    """Run cells in one pool of processes; ``False`` if the pool broke before all were done."""
     context = mp.get_context("spawn")
     ticks = context.Queue()
     size = max(1, min(workers, len(wave)))

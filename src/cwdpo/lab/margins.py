@@ -1,7 +1,7 @@
-"""Reward margins estimated first, for objectives that weigh pairs by them (madpo).
+"""Estimates reward margins, for objectives that use them as weights of pairs (madpo).
 
-The reward model is the implicit one of a policy trained with DPO on the same pairs: ``beta`` times its shift from
-the reference minimises the Bradley-Terry loss that a reward model is trained with.
+The reward model is the implicit one of a policy trained with DPO on the same pairs: its reward is ``beta`` times the
+shift from the reference. DPO minimises the same Bradley-Terry loss as a reward model.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.lab.rows import store_rows
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import ModelSettings
-from cwdpo.rundir import read_jsonl
 from cwdpo.scoring.pairs import reference_pass
 
 
@@ -26,17 +26,17 @@ def write_margins(
 
     Args:
         policy: folder of the model trained with DPO.
-        reference: folder (or hub id) of what it started stage 2 from.
+        reference: folder or hub id of the model at the start of its stage 2.
         data: a JSONL file.
-        out: folder to write; the pictures are linked into it.
-        beta: the DPO run's, per nat.
-        image_root: as ``data.image_root``.
+        out: folder to write to; the images are linked into it.
+        beta: beta of the DPO run, per nat.
+        image_root: see ``data.image_root`` of recipes.
 
     Returns:
-        ``rows``, ``pairs`` and the margins' ``mean`` and share of ``right`` (above 0).
+        ``rows``, ``pairs``, the ``mean`` margin, and ``right``: the share of margins above 0.
 
     Raises:
-        DataError: not JSONL, or rows that cannot be used.
+        DataError: the file is not JSONL, or has rows that cannot be used.
     """
     source = Path(data)
     if source.suffix != ".jsonl" or not source.is_file():
@@ -45,7 +45,7 @@ def write_margins(
     examples = read_examples(source, image_root=Path(image_root) if image_root else None).examples
     if len(rows) != len(examples):
         raise DataError(
-            f"{data}: {len(examples)} examples of {len(rows)} rows; look at `cwdpo validate {data}`"
+            f"{data}: only {len(examples)} of {len(rows)} rows can be used; see `cwdpo validate {data}`"
         )
     scores = []
     for folder in (str(policy), reference):
@@ -80,7 +80,7 @@ def write_margins(
 
 
 def _margins(now: EncodedExample, then: EncodedExample, beta: float) -> dict[tuple[int, ...], float]:
-    """``beta`` times (shift of chosen - shift of negative), by the negative's tokens."""
+    """``beta`` times (shift of chosen - shift of the negative), by the negative's token ids."""
     shifts = []
     for a, b in zip((now.chosen, *now.negatives), (then.chosen, *then.negatives), strict=True):
         assert a.reference_sum_logp is not None

@@ -1,4 +1,4 @@
-"""Cells of a study to its summary: means with intervals, paired differences, curves and captions of some variants."""
+"""The summary of a study's cells: means with intervals, paired differences, curves and captions of some variants."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 from cwdpo.data.read.reader import read_examples
 from cwdpo.evaluation.intervals import mean_interval
 from cwdpo.evaluation.paired import conclusion, holm, paired_difference, two_way_interval
+from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.win_rate import win_rate
 from cwdpo.lab.captions import SAMPLES
 from cwdpo.lab.grid import CellResult
+from cwdpo.lab.panel import panel_of
 from cwdpo.lab.plan import BASE, Plan
 from cwdpo.lab.spec import Decodings, Study, overrides_of
 from cwdpo.report.summary import (
@@ -25,19 +27,18 @@ from cwdpo.report.summary import (
     Difference,
     Figure,
     Mean,
-    Panel,
     Picture,
     Point,
     Row,
     Summary,
 )
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 from cwdpo.worlds.judged import all_judgeable, judge_captions
 
 WORLD_FIGURES = (
     Figure("sampled_correct", "all correct, T=1", "higher", 3, "captions that are right in every fact", True),
     Figure("greedy_correct", "all correct, greedy", "higher", 3, "the same for greedy captions", True),
-    Figure("ill_formed", "ill-formed, T=1", "lower", 3, "captions that are no sentence of the world", True),
+    Figure("ill_formed", "ill-formed, T=1", "lower", 3, "captions that are not a sentence of the world", True),
     Figure("judge_score", "judge score, T=1", "higher", 3, "F1 of stated facts", True),
     Figure("win_rate", "win rate", "higher", 3, "by the judge's score, prompt by prompt; a tie counts half", True),
     Figure("ece", "token ECE", "lower", 3, "calibration error of the next token on held-out chosen captions", True),
@@ -48,9 +49,9 @@ WORLD_FIGURES = (
     Figure("delta_logp/chosen", "Δ chosen", "none", 3, "change of held-out mean_logp in stage 2, nats per token", True),
     Figure("delta_logp/hard", "Δ hard", "none", 3, "the same for negatives with one word wrong"),
     Figure("delta_logp/medium", "Δ medium", "none", 3, "the same for negatives with several errors"),
-    Figure("delta_logp/easy", "Δ easy", "none", 3, "the same for captions of another picture"),
+    Figure("delta_logp/easy", "Δ easy", "none", 3, "the same for captions of another image"),
     Figure("delta_logp/shuffled", "Δ shuffled", "none", 3, "the same for shuffled words"),
-    Figure("grad_norm_cv", "grad-norm CV", "lower", 2, "standard deviation over mean of the gradient norms", True),
+    Figure("grad_norm_cv", "grad-norm CV", "lower", 2, "standard deviation / mean of the gradient norms", True),
     Figure("grad_norm_tail", "grad-norm p95/median", "lower", 2, "of the gradient norms after step 20"),
     Figure("steps_to_95", "steps to 95%", "none", 0, "first measured step with 95% of the best held-out margin", True),
 )  # fmt: skip
@@ -64,16 +65,16 @@ CURVES = (
     "delta_logp/",
     "cooling/weight/",
 )
-"""Held-out readings whose course is kept for the page, by the beginning of their names."""
+"""Beginnings of the names of held-out readings whose curves are shown on the page."""
 CHANGES = ("tv", "js", "kl", "delta_logp/")
-"""Figures that compare with the start of stage 2; the starting model has none."""
+"""Beginnings of the names of figures that compare with the start of stage 2; the starting model has none of them."""
 GALLERY = 6
-"""Test pictures whose captions are shown."""
+"""Number of test images whose captions are shown."""
 BINS = 15
 Cells = Mapping[str, Sequence[CellResult | None]]
-"""Cells of each variant by seed; ``None`` at a seed that the variant was not asked to run."""
+"""For each variant, its cells by seed; ``None`` for a seed that the variant does not run."""
 Pictures = Callable[[str, str], Sequence[Sequence[float] | None]]
-"""(variant, figure) -> its values by seed and test picture."""
+"""(variant, figure) -> its values by seed and test image."""
 
 
 def outcome(
@@ -86,8 +87,8 @@ def outcome(
 ) -> Summary:
     """The study's summary.
 
-    Figures are compared by seed: every variant sees the same pictures in the same order. p-values are corrected
-    (Holm) within a figure, for the number of variants that are compared with another.
+    Figures are compared by seed, because all variants see the same images in the same order. p-values are corrected
+    (Holm) within a figure, for the number of comparisons.
     """
     every = max((study.seeds(name, seeds) for name in study.variants), key=len)
     asked = {f"{name}-seed{seed}" for name in study.variants for seed in study.seeds(name, seeds)}
@@ -107,7 +108,7 @@ def outcome(
         seeds=tuple(every),
         figures=figures,
         variants=compared(rows, figures, read.pictures),
-        panel=panel_of(study),
+        panel=panel_of(study, rows),
         shared={key: error for key, error in failed.items() if key not in asked},
         base={
             f.key: _mean([base[f.key]])
@@ -129,7 +130,7 @@ def outcome(
 
 
 def figures_of(study: Study, cells: Cells) -> tuple[Figure, ...]:
-    """The table's columns: the world's, or whatever the study's metrics gave."""
+    """The columns of the table: the figures of the embedded world, or those of the study's metrics."""
     measured = [c.figures for row in cells.values() for c in row if c is not None and c.status == "done"]
     terms = " ".join(f"{weight:+g} {key}" for key, weight in study.score.items())
     score = Figure("score", "score", "higher", 3, f"The sum by which a sweep chooses: {terms}")
@@ -156,31 +157,24 @@ def _decoded(decodings: Decodings | None) -> Iterator[Figure]:
             f"sampled_correct@{name}", f"all correct, {where}", "higher", 3, "captions right in every fact"
         )
         yield Figure(
-            f"ill_formed@{name}", f"ill-formed, {where}", "lower", 3, "captions that are no sentence"
+            f"ill_formed@{name}", f"ill-formed, {where}", "lower", 3, "captions that are not a sentence"
         )
     if decodings.same_entropy:
         help_ = (
-            "temperature at which the samples have the entropy per token of the reference's at temperature 1"
+            "temperature at which samples have the same entropy per token as the reference's at temperature 1"
         )
         yield Figure("temperature@entropy", "T of the same entropy", "none", 3, help_)
-
-
-def panel_of(study: Study) -> Panel | None:
-    """Rows and columns of the variants that have a cell in the panel."""
-    placed = {v.cell: name for name, v in study.variants.items() if v.cell}
-    if not placed:
-        return None
-    rows, columns = (tuple(dict.fromkeys(cell[side] for cell in placed)) for side in (0, 1))
-    return Panel(columns, {row: tuple(placed.get((row, column)) for column in columns) for row in rows})
 
 
 def compared(
     rows: Sequence[Row], figures: Sequence[Figure], pictures: Pictures = lambda name, key: []
 ) -> tuple[Row, ...]:
-    """The rows with ``against`` filled: each variant minus its rival, seed by seed.
+    """The rows with ``against`` filled: the differences of each variant to its rival, paired by seed.
 
     Args:
-        pictures: a figure of a variant by seed and test picture, for the two-way intervals.
+        rows: one per variant.
+        figures: the figures to compare.
+        pictures: gives the values of a figure by seed and test image, for the two-way intervals.
     """
     named = {row.name: row.figures for row in rows}
     against: dict[str, dict[str, Difference]] = defaultdict(dict)
@@ -201,17 +195,17 @@ def compared(
 def win_over_seeds(
     ours: Sequence[Sequence[Sequence[float]] | None], rival: Sequence[Sequence[Sequence[float]] | None]
 ) -> Mean:
-    """Win rate over prompts of all seeds together: the same pictures are asked in every seed.
+    """The win rate over all seeds together; every seed has the same test images.
 
     Args:
-        ours, rival: per seed the judge's scores [prompts][samples], or ``None`` where there is no cell.
+        ours, rival: for each seed, the judge's scores [prompts][samples], or ``None`` if there is no cell.
     """
     both = [(a, b) if a is not None and b is not None else None for a, b in zip(ours, rival, strict=True)]
     per_seed = tuple(None if pair is None else win_rate(*pair).rate for pair in both)
     known = [pair for pair in both if pair is not None]
     if not known:
         return Mean(None, None, None, 0, per_seed)
-    # The samples of all seeds become samples of one prompt, because the bootstrap draws prompts.
+    # Join the samples of all seeds by prompt, because the bootstrap resamples prompts.
     joined = [
         [[score for samples in prompt for score in samples] for prompt in zip(*side, strict=True)]
         for side in zip(*known, strict=True)
@@ -230,7 +224,7 @@ class _Results:
     cells: Cells
 
     def row(self, name: str, figures: Sequence[Figure], chosen: Mapping[str, Sequence[str]]) -> Row:
-        """A variant's row, not compared yet."""
+        """A variant's row, without comparisons."""
         asked = [(s, c) for s, c in zip(self.seeds, self.cells[name], strict=True) if c is not None]
         done = [c for _, c in asked if c.status == "done"]
         shown = name in self.study.shown
@@ -253,17 +247,17 @@ class _Results:
         )
 
     def figure(self, name: str, key: str) -> Mean:
-        """A figure over seeds."""
+        """Mean and interval of a figure over seeds."""
         if key == "win_rate":
             return win_over_seeds(self.values(name, "scores"), self.values(self.study.reference, "scores"))
         return _mean(self.values(name, key))
 
     def pictures(self, name: str, key: str) -> list[Sequence[float] | None]:
-        """A figure of each seed by test picture; ``None`` where it is not known so."""
+        """For each seed, the values of a figure by test image; ``None`` if they are not known."""
         return [own.get(key) if own else None for own in self.values(name, "pictures")]
 
     def values(self, name: str, key: str) -> list[Any]:
-        """A figure of each seed; ``None`` where there is none."""
+        """The value of a figure for each seed; ``None`` if there is none."""
         return [None if cell is None else cell.figures.get(key) for cell in self.cells[name]]
 
 
@@ -278,7 +272,7 @@ def _scored(study: Study, cell: CellResult) -> CellResult:
 
 
 def _result(results: Mapping[str, CellResult], key: str) -> CellResult:
-    return results.get(key) or CellResult(key, "failed", {}, "never ran: what it starts from failed", 0.0)
+    return results.get(key) or CellResult(key, "failed", {}, "not run: a cell that it needs failed", 0.0)
 
 
 def _calibration(out: Path, cells: Sequence[CellResult]) -> dict[str, tuple[float, ...]]:
@@ -295,7 +289,7 @@ def _hours(out: Path, keys: Mapping[str, Any]) -> float:
 
 
 def _probe_cost(out: Path, keys: Mapping[str, Any]) -> str:
-    """What the held-out measurements took of training and of the whole cells."""
+    """The share of the held-out measurements in training time and in the whole process time, as a text."""
     timings = (row for key in keys for row in read_jsonl(out / "cells" / key / "timings.jsonl"))
     rows = [row for row in timings if "probe_share" in row]
     spent, trained = (sum(row[k] for row in rows) for k in ("probe_seconds", "seconds"))
@@ -308,7 +302,7 @@ def _probe_cost(out: Path, keys: Mapping[str, Any]) -> str:
 
 
 def curves(out: Path, cells: Sequence[CellResult]) -> dict[str, tuple[Point, ...]]:
-    """Mean and interval over seeds of the held-out readings by step, and of the gradient norm."""
+    """Mean and interval over seeds, by step, of held-out readings and of the gradient norm."""
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         run = RunDir(out / "cells" / cell.key)
@@ -329,7 +323,7 @@ def _point(step: int, values: Sequence[float]) -> Point:
 
 
 def pooled(diagrams: Sequence[Sequence[Mapping[str, float]]]) -> tuple[Bin, ...]:
-    """Reliability bins of several seeds as one diagram, weighed by token counts."""
+    """The reliability diagrams of several seeds joined into one, weighted by token counts."""
     bins: dict[int, list[Mapping[str, float]]] = defaultdict(list)
     for row in itertools.chain(*diagrams):
         bins[int(row["confidence"] * BINS)].append(row)
@@ -344,7 +338,7 @@ def pooled(diagrams: Sequence[Sequence[Mapping[str, float]]]) -> tuple[Bin, ...]
 def _gallery(
     out: Path, study: Study, planned: Plan, results: Mapping[str, CellResult], seed: str
 ) -> tuple[Picture, ...]:
-    """The first test pictures with the greedy caption of the starting model and of every shown variant."""
+    """The first test images with the greedy captions of the starting model and of the shown variants."""
     cells = {study.label(name): f"{name}-{seed}" for name in study.shown}
     cells = {"starting model": BASE, **cells} if BASE in results else cells
     test = read_examples(planned.job(f"{study.shown[0]}-{seed}").test).examples[:GALLERY]
@@ -352,7 +346,7 @@ def _gallery(
         return ()
     captions: list[list[Caption]] = [[] for _ in test]
     for label, key in cells.items():
-        texts = _result(results, key).figures.get("greedy", [])[: len(test)]  # none of a failed cell
+        texts = _result(results, key).figures.get("greedy", [])[: len(test)]  # a failed cell has none
         for written, text, j in zip(captions, texts, judge_captions(test[: len(texts)], texts), strict=False):
             marks = (j.all_correct, j.wrong, j.hallucinated, j.omitted, j.ill_formed)
             written.append(Caption(label, text, *marks))

@@ -1,4 +1,4 @@
-"""A study and seeds -> cells in waves: shared data, shared first stages, the variants, and what builds on one."""
+"""Plans a study as cells in waves: shared data, shared first stages, variants, and variants that need another one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cwdpo.config import Recipe, parse_recipe
+from cwdpo.config import Recipe, load_recipe, parse_recipe, read_tree
 from cwdpo.errors import DataError
 from cwdpo.lab.cell import CellJob, StageOfCell
 from cwdpo.lab.spec import BestOf, Study, Variant, overrides_of
@@ -27,28 +25,29 @@ _ROUNDS = (
 
 @dataclass
 class Plan:
-    """Waves of cells; the key of each (variant, seed)."""
+    """The cells of a study by key, grouped into waves that run one after another."""
 
     data: dict[str, CellJob] = field(default_factory=dict)
+    flipped: dict[str, CellJob] = field(default_factory=dict)
     stage1: dict[str, CellJob] = field(default_factory=dict)
     cells: dict[str, CellJob] = field(default_factory=dict)
     margins: dict[str, CellJob] = field(default_factory=dict)
     late: dict[str, CellJob] = field(default_factory=dict)
 
     def job(self, key: str) -> CellJob:
-        """The cell of a key."""
+        """The cell with a key."""
         return next(job for wave in self.waves for job in wave if job.key == key)
 
     @property
     def waves(self) -> list[list[CellJob]]:
-        """What can run at once, in order."""
-        parts = (self.data, self.stage1, self.cells, self.margins, self.late)
+        """The waves in order; the cells of a wave can run in parallel."""
+        parts = (self.data, self.flipped, self.stage1, self.cells, self.margins, self.late)
         return [list(part.values()) for part in parts if part]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One cell that is wanted: its key, the variant, its overrides and seed; ``teacher``: whose rewards it reads."""
+    """One cell to plan: its key, variant, overrides and seed; ``teacher``: key of the cell that gives its margins."""
 
     key: str
     variant: str
@@ -57,12 +56,10 @@ class Asked:
     teacher: str | None = None
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The recipe's tree, checked by parsing it once."""
-    from cwdpo.config import load_recipe
-
+def checked_tree(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a tree, and check it."""
     load_recipe(path)
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return read_tree(path)
 
 
 def asked(study: Study, seeds: Sequence[int], chosen: Mapping[str, Sequence[str]]) -> list[Asked]:
@@ -83,13 +80,21 @@ def plan(
     split: str,
     test: Path | None,
 ) -> Plan:
-    """Cells of what is wanted, evaluated on ``split`` of the world, or on ``test`` for other data.
+    """Plan the wanted cells and the jobs that they need.
 
-    Variants whose first stage is the same share one run of it per seed.
+    Cells with the same first stage and seed share one run of it.
+
+    Args:
+        out: the study's folder.
+        tree: the recipe.
+        study: the study.
+        wanted: the cells.
+        split: the split of the embedded world to evaluate on.
+        test: the test set for other data.
 
     Raises:
         RecipeError: a variant's overrides do not fit the recipe.
-        DataError: there is nothing to evaluate on.
+        DataError: there is no test set.
     """
     planned = Plan()
     sources = _Sources(out, study, split, test, planned)
@@ -110,7 +115,7 @@ def plan(
 
 
 def _add(planned: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study: Study) -> None:
-    """The cell of a variant, with the first stage and the margins that it starts from, where they are not there yet."""
+    """Add the cell of a variant, and the first stage and margins that it needs, if they are not planned yet."""
     stage: StageOfCell = "stage2" if recipe.stage2.enabled else "base"
     options = {"trace": True} if study.analysis else {}
     cell = CellJob(
@@ -152,7 +157,7 @@ def _add(planned: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study
 
 
 def _first_stage(recipe: Recipe) -> Recipe:
-    """The recipe without what only stage 2 reads, so that equal first stages are found to be equal."""
+    """The recipe with neutral values for settings that only stage 2 uses, so that equal first stages compare equal."""
     neutral = recipe.stage2.model_copy(
         update={
             "enabled": True,
@@ -165,32 +170,32 @@ def _first_stage(recipe: Recipe) -> Recipe:
     negatives = recipe.negatives.model_copy(update={key: getattr(_PLAIN, key) for key in _ROUNDS})
     update: dict[str, Any] = {"name": "stage1", "stage2": neutral, "negatives": negatives}
     update["calibration"] = Recipe.model_fields["calibration"].default
-    if not recipe.stage1.build().needs_reference:  # a curriculum acts only where there is a reference
+    if not recipe.stage1.build().needs_reference:  # without a reference there is no curriculum
         update["curriculum"] = {"name": "steady"}
     return recipe.model_copy(update=update)
 
 
 class _Sources:
-    """Where each seed's data lies: the world's is written once per seed, what is sampled is a cell of its own."""
+    """The data of each seed: the world is written once per seed; sampled and flipped data are cells of their own."""
 
     def __init__(self, out: Path, study: Study, split: str, test: Path | None, planned: Plan) -> None:
         self.out, self.study, self.split, self.test, self.planned = out, study, split, test, planned
         self._worlds: dict[str, WorldFiles] = {}
 
     def with_data(self, recipe: Recipe, seed: int, variant: Variant | None = None) -> tuple[Recipe, Path]:
-        """The recipe with this seed's data in place, and the set to evaluate on."""
+        """The recipe with the data of a seed, and the test set."""
         data, rejected = recipe.data, variant.rejected if variant else None
         held = self.test or (Path(self.study.test) if self.study.test else None)
         if data.world is None:
             if held is None:
                 raise DataError(
-                    "a study needs a test set that nothing is tuned on: give --test FILE, or 'test:' in the study; "
-                    "only the embedded world (data.world) brings its own"
+                    "a study needs a test set that is not used for tuning: give --test FILE, or 'test:' in the study; "
+                    "only the embedded world (data.world) has its own"
                 )
-            if rejected or self.study.validation == "own":
+            if rejected or self.study.validation == "own" or (variant and variant.flipped):
                 raise DataError(
-                    f"study {self.study.name}: 'rejected' and 'validation: own' are of the embedded world: leave them "
-                    "out, or take a recipe with data.world"
+                    f"study {self.study.name}: 'rejected', 'flipped' and 'validation: own' need the embedded world: "
+                    "leave them out, or use a recipe with data.world"
                 )
             return recipe, held
         own, fresh = self.study.validation, self.study.held_out_seed
@@ -207,22 +212,37 @@ class _Sources:
         recipe = recipe.model_copy(update={"data": data.model_copy(update=update)})
         if self.study.data is not None:
             recipe = self._sampled(recipe, seed, self.study.data, files.test)
+        if variant is not None and variant.flipped:
+            recipe = self._flipped(recipe, seed, variant.flipped, files.test)
         return recipe, held or files.test
 
     def _sampled(self, recipe: Recipe, seed: int, settings: BestOf, test: Path) -> Recipe:
+        """The recipe with the preference set that a cell of an earlier wave samples."""
         key = f"data-{_digest(settings.model_dump_json() + str(recipe.data.path) + recipe.model.path)}-seed{seed}"
-        folder = self.out / "cells" / key
-        if key not in self.planned.data:
-            plain = parse_recipe(
-                {
-                    "name": key, "seed": seed, "data": {"path": recipe.data.path},
-                    "model": {"path": recipe.model.path, "device": recipe.model.device},
-                }
-            )  # fmt: skip
-            self.planned.data[key] = CellJob(
-                key, plain, folder, test, "best_of", self.study.metrics, settings.model_dump()
-            )
-        data = recipe.data.model_copy(update={"path": str(folder / "data" / "train.jsonl")})
+        job = CellJob(
+            key, self._plain(key, recipe, seed), self.out / "cells" / key, test, "best_of", self.study.metrics,
+            settings.model_dump(),
+        )  # fmt: skip
+        return self._read_from(recipe, self.planned.data.setdefault(key, job))
+
+    def _flipped(self, recipe: Recipe, seed: int, share: float, test: Path) -> Recipe:
+        """The recipe with the rows of which a cell of an earlier wave flips a share."""
+        key = f"flipped-{_digest(f'{share}{recipe.data.path}')}-seed{seed}"
+        job = CellJob(
+            key, self._plain(key, recipe, seed), self.out / "cells" / key, test, "flipped", self.study.metrics,
+            {"share": share},
+        )  # fmt: skip
+        return self._read_from(recipe, self.planned.flipped.setdefault(key, job))
+
+    @staticmethod
+    def _plain(key: str, recipe: Recipe, seed: int) -> Recipe:
+        """The recipe of a cell that makes data; the same for all variants."""
+        model = {"path": recipe.model.path, "device": recipe.model.device}
+        return parse_recipe({"name": key, "seed": seed, "data": {"path": recipe.data.path}, "model": model})
+
+    @staticmethod
+    def _read_from(recipe: Recipe, job: CellJob) -> Recipe:
+        data = recipe.data.model_copy(update={"path": str(job.folder / "data" / "train.jsonl")})
         return recipe.model_copy(update={"data": data})
 
 

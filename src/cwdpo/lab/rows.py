@@ -1,4 +1,4 @@
-"""JSONL rows with their pictures next to them, so that a made data set can be read from anywhere."""
+"""Writes JSONL rows with their images next to them, so that the data set can be read from anywhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cwdpo.rundir import write_text
+from cwdpo.files.writing import write_text
 
 
 def store_rows(root: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write ``out/train.jsonl`` and link (or copy) the pictures that its rows name, from ``root``."""
+    """Write ``out/train.jsonl``, and link or copy the images that its rows name from ``root`` to ``out``."""
     names = {n for row in rows for n in _pictures(row)}
     for name in sorted(names):
         source, target = root / name, out / name
@@ -22,7 +22,7 @@ def store_rows(root: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, target)
-        except OSError:  # another file system
+        except OSError:  # the folders are on different file systems
             shutil.copyfile(source, target)
     path = out / "train.jsonl"
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

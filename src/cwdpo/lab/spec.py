@@ -1,4 +1,4 @@
-"""A study: one question, its variants as recipe overrides, and what is compared."""
+"""The format of a study file: a question, its variants as recipe overrides, and what is compared."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cwdpo.errors import RecipeError, nearest
+from cwdpo.errors import FileError, RecipeError, nearest
+from cwdpo.files.yamlfile import read_yaml
 from cwdpo.lab.worlds import HELD_OUT_SEED, Rejected, Validation
 from cwdpo.registry import Settings, explain
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
-"""What the shipped studies vary: the embedded world at the size of the demo."""
+"""The recipe that the shipped studies change: the embedded world at the size of the demo."""
 _HERE = Path(__file__).parent
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 
 
 class BestOf(Settings):
-    """Chosen responses that are only better: the best of ``n`` samples by a judge that errs.
+    """Chosen responses that are only better, not right: the best of ``n`` samples according to a noisy judge.
 
-    ``noise`` is the share of samples whose score is drawn at random instead.
+    ``noise`` is the share of samples that get a random score. ``worse`` is the judge that must find a rejected response
+    worse than chosen: ``truth``, the world's judge, so that no label is wrong; or ``judge``, the same noisy judge, so
+    that some labels are wrong.
     """
 
     n: int = Field(8, ge=2)
     noise: float = Field(0.3, ge=0, le=1)
+    worse: Literal["truth", "judge"] = "truth"
 
 
 class Decodings(Settings):
-    """Temperatures at which the test captions are written too, besides greedy and temperature 1.
+    """Temperatures for the test captions, in addition to greedy and temperature 1.
 
-    ``same_entropy``: also at the temperature at which a variant's samples have the entropy per token that the
-    reference's have at temperature 1.
+    ``same_entropy``: also use the temperature at which a variant's samples have the same entropy per token as the
+    reference's samples at temperature 1.
     """
 
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()
@@ -42,7 +46,7 @@ class Decodings(Settings):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the figures of each end in, behind ``@``."""
+        """The endings, after ``@``, of the names of each decoding's figures."""
         return (*(f"{t:g}" for t in self.temperatures), *(["entropy"] if self.same_entropy else []))
 
 
@@ -50,16 +54,18 @@ class Variant(Settings):
     """One row of the table.
 
     Attributes:
-        set: overrides (``section.key=value``) on the recipe.
-        times: factors on numbers that an override has set, by key, applied last (``stage2.learning_rate: 4``).
-        grid: values by key; a sweep tries their product.
-        tuned_as: the variant of a sweep whose chosen settings this one takes (default: its own name).
-        against: the variant that this one is compared with instead of the study's full one.
-        margins_from: the variant whose trained policy estimates the reward margins first (madpo).
+        label: name in tables.
+        set: overrides (``section.key=value``) of the recipe.
+        times: factors by key, applied last to numbers that an override has set (``stage2.learning_rate: 4``).
+        grid: values by key; a sweep tries all combinations.
+        tuned_as: the variant of a sweep whose chosen settings this variant uses (default: its own name).
+        against: the variant that this one is compared with, instead of the study's ``full``.
+        margins_from: the variant whose trained policy is used to estimate reward margins (for madpo).
         cell: row and column in a panel of scores.
-        more_seeds: as many seeds beyond those asked for.
-        rejected: what takes the place of each rejected caption of the embedded world.
-        provokes: findings of the diagnosis of which the run must raise one; none for a healthy run.
+        more_seeds: number of seeds in addition to the requested ones.
+        rejected: how each rejected caption of the embedded world is replaced, see :data:`cwdpo.lab.worlds.REWRITES`.
+        flipped: share of the training pairs whose chosen and rejected responses are exchanged.
+        provokes: findings of the diagnosis, one of which the run must raise; empty for a healthy run.
     """
 
     label: str = ""
@@ -72,10 +78,11 @@ class Variant(Settings):
     cell: tuple[str, str] | None = None
     more_seeds: int = Field(0, ge=0)
     rejected: Rejected | None = None
+    flipped: float = Field(0.0, ge=0, le=1)
     provokes: tuple[str, ...] = ()
 
     def settings(self) -> list[tuple[str, ...]]:
-        """Every point of the grid, as overrides."""
+        """All points of the grid, as overrides."""
         keys = list(self.grid)
         return [
             tuple(f"{key}={_yaml(value)}" for key, value in zip(keys, values, strict=True))
@@ -84,27 +91,29 @@ class Variant(Settings):
 
 
 class Study(Settings):
-    """A study file. Two more keys are resolved while it is read: ``variants_of`` takes the variants of another study
-    (the file's own are added, or take their place), ``grid`` is the grid of every variant.
+    """A study file.
+
+    Two more keys are resolved when the file is read: ``variants_of`` uses the variants of another study (variants of
+    the file are added to them or replace them), and ``grid`` is a grid for all variants.
 
     Attributes:
-        full: the variant that every other one is compared with.
-        wins_against: the variant that win rates are counted against (default: full).
-        common: overrides that hold for all variants.
-        swept: without settings of another sweep, take those that were chosen for the demo (``lab/swept.yaml``).
-        panel: every point of every grid is a row, named ``<variant>-<values>``.
-        base: measure the starting model too.
-        shown: variants whose curves, reliability and captions are on the page, in the order of their colours.
-        data: chosen responses are sampled and compared by a noisy judge instead.
-        validation: which held-out pictures the probes of a training look at.
-        test: test set for data that is not the embedded world's.
-        held_out_seed: seed of the embedded world's test and validation pictures.
-        first_seed: the first of the seeds that every variant runs.
-        decodings: further temperatures at which the test captions are written and judged.
-        score: weights of figures; their sum is what a sweep chooses by, and a figure of the tables.
-        metrics: read where the data has no exact judge.
-        analysis: judge the policy at every measurement, and draw from these trajectories what the diagnosis finds
-            (``findings``) or what early stopping is worth (``stopping``).
+        full: the variant that all others are compared with.
+        wins_against: the variant that win rates are computed against (default: ``full``).
+        common: overrides for all variants.
+        swept: if no tuned settings are given, use those that were chosen for the demo (``lab/swept.yaml``).
+        panel: make a variant, named ``<variant>-<values>``, of every point of every grid.
+        base: also measure the starting model.
+        shown: variants whose curves, reliability diagrams and captions are shown on the page, in this order.
+        data: use a preference set of sampled responses that a noisy judge compared.
+        validation: the held-out images for the probes: ``shared`` by all seeds, or each seed's ``own``.
+        test: test set for data that is not from the embedded world.
+        held_out_seed: seed of the embedded world's test and validation images.
+        first_seed: the first seed.
+        decodings: further temperatures for the test captions.
+        score: weights of figures; a sweep chooses by their weighted sum, which is also a figure of the tables.
+        metrics: metrics for data that is not from the embedded world.
+        analysis: judge the policy at every measurement, and analyse these trajectories: the findings of the diagnosis
+            (``findings``) or the effect of early stopping (``stopping``).
     """
 
     name: str
@@ -138,7 +147,7 @@ class Study(Settings):
         for name in variants:
             if not name or set(name) - set(_PLAIN):
                 raise ValueError(
-                    f"the variant {name!r} names a folder: letters, digits, '_', '.' and '-' only"
+                    f"the variant {name!r} names a folder: only letters, digits, '_', '.' and '-' are allowed"
                 )
         return variants
 
@@ -154,13 +163,15 @@ class Study(Settings):
         cells = [v.cell for v in self.variants.values() if v.cell]
         for name, variant in self.variants.items():
             if variant.against and (self.panel or variant.against == name):
-                raise ValueError(f"variant {name!r}: against: another variant, and not in a panel")
+                raise ValueError(
+                    f"variant {name!r}: against: must be another variant, and is not allowed in a panel"
+                )
             if variant.cell and cells.count(variant.cell) > 1:
-                raise ValueError(f"variant {name!r}: its cell {list(variant.cell)} is another variant's too")
+                raise ValueError(f"variant {name!r}: another variant has the same cell {list(variant.cell)}")
         return self
 
     def expanded(self, chosen: Mapping[str, Sequence[str]]) -> Study:
-        """A panel with a variant per point, each at what a sweep chose for its method; any other study as it is."""
+        """A panel with one variant per point, each with the tuned settings of its method; other studies unchanged."""
         if not self.panel:
             return self
         points = {}
@@ -187,16 +198,16 @@ class Study(Settings):
             )
         if self.full not in points:
             raise RecipeError(
-                f"study {self.name}: full: {self.full!r} is no point of the panel{nearest(self.full, points)}; "
+                f"study {self.name}: full: {self.full!r} is not a point of the panel{nearest(self.full, points)}; "
                 f"known: {', '.join(points)}"
             )
         return self.model_copy(update={"panel": False, "variants": points})
 
     def only(self, names: Sequence[str]) -> Study:
-        """The study with some of its variants, and those that they need: the full one and teachers.
+        """The study with only some of its variants, and the variants that these need.
 
         Raises:
-            RecipeError: a name that the study does not have.
+            RecipeError: the study has no variant of this name.
         """
         for name in names:
             if name not in self.variants:
@@ -217,23 +228,23 @@ class Study(Settings):
 
     @property
     def reference(self) -> str:
-        """The variant that win rates are counted against."""
+        """The variant that win rates are computed against."""
         return self.wins_against or self.full
 
     def seeds(self, name: str, asked: Sequence[int]) -> list[int]:
-        """The seeds of a variant: those asked for, and its further ones after them."""
+        """The seeds of a variant: the requested ones, and ``more_seeds`` after them."""
         return [*asked, *range(max(asked) + 1, max(asked) + 1 + self.variants[name].more_seeds)]
 
     def label(self, name: str) -> str:
-        """What a table calls a variant."""
+        """The name of a variant in tables."""
         return self.variants[name].label or name
 
     def rival(self, name: str) -> str | None:
-        """The variant that one is compared with; ``None`` for the full one, unless it names another."""
+        """The variant that a variant is compared with; ``None`` for ``full``, unless it sets ``against``."""
         return self.variants[name].against or (self.full if name != self.full else None)
 
     def scored(self, figures: Mapping[str, Any]) -> float | None:
-        """The score of a cell's figures; ``None`` where one that it weighs is missing."""
+        """The score from a cell's figures; ``None`` if one of them is missing."""
         if any(figures.get(key) is None for key in self.score):
             return None
         return sum(weight * float(figures[key]) for key, weight in self.score.items())
@@ -244,21 +255,21 @@ class Study(Settings):
 
 
 def shipped() -> list[str]:
-    """Names of the studies that come with the package."""
+    """Names of the shipped studies."""
     return sorted(path.stem for path in (_HERE / "studies").glob("*.yaml"))
 
 
 def load_study(source: str | Path) -> Study:
-    """A study by its file, or a shipped one by its name.
+    """Load a study from a file, or a shipped study by its name.
 
     Raises:
-        RecipeError: there is no such study, or it is not one.
+        RecipeError: there is no such study, or the file is not a valid study.
     """
     tree, where = _tree(source)
     if isinstance(other := tree.pop("variants_of", None), str):
         shared = _tree(other)[0].get("variants")
         if not isinstance(shared, dict):
-            raise RecipeError(f"{where}: variants_of: the study {other} has no variants of its own")
+            raise RecipeError(f"{where}: variants_of: the study {other} does not list variants itself")
         tree["variants"] = {**shared, **tree.get("variants", {})}
     if grid := tree.pop("grid", None):
         tree["variants"] = {name: {**(v or {}), "grid": grid} for name, v in tree.get("variants", {}).items()}
@@ -269,40 +280,40 @@ def load_study(source: str | Path) -> Study:
 
 
 def _tree(source: str | Path) -> tuple[dict[str, Any], str]:
-    """What a study file holds, and what messages call it."""
+    """The content of a study file, and its name for messages."""
     shipped_file = _HERE / "studies" / f"{source}.yaml"
     path, where = (
         (shipped_file, f"study {source}") if str(source) in shipped() else (Path(source), str(source))
     )
     if not path.is_file():
         raise RecipeError(
-            f"no study {str(source)!r}{nearest(str(source), shipped())}: give a file, or one of {', '.join(shipped())}"
+            f"no study {str(source)!r}{nearest(str(source), shipped())}: name a file, or one of {', '.join(shipped())}"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+        tree = read_yaml(path)
+    except FileError as error:
+        raise RecipeError(str(error)) from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: a study is a mapping, got {type(tree).__name__}")
+        raise RecipeError(f"{where}: a study must be a mapping, got {type(tree).__name__}")
     return tree, where
 
 
 def settings_for(study: Study, tuned: Path | None) -> dict[str, tuple[str, ...]]:
-    """What a sweep chose: that of a file, else the demo's where the study takes it, else nothing."""
+    """The settings that a sweep chose: of a file if given, else the demo's if the study uses them, else none."""
     path = tuned or (_HERE / "swept.yaml" if study.swept else None)
     return load_chosen(path) if path else {}
 
 
 def load_chosen(path: Path) -> dict[str, tuple[str, ...]]:
-    """What a sweep chose: overrides by variant.
+    """Read the settings that a sweep chose: overrides by variant.
 
     Raises:
-        RecipeError: not a file that ``cwdpo sweep`` writes.
+        RecipeError: the file was not written by ``cwdpo sweep``.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
         return {str(name): _listed(chosen) for name, chosen in tree["chosen"].items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (FileError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{path}: not the chosen.yaml of a sweep ({type(error).__name__}: {error})"
         ) from None
@@ -310,7 +321,7 @@ def load_chosen(path: Path) -> dict[str, tuple[str, ...]]:
 
 def _listed(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise TypeError("each name has a list of overrides")
+        raise TypeError("each name must have a list of overrides")
     return tuple(map(str, value))
 
 
@@ -319,10 +330,10 @@ def _yaml(value: Any) -> str:
 
 
 def overrides_of(study: Study, name: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
-    """All overrides of a variant, in order: the study's, its own, what a sweep chose for it, and its factors on them.
+    """All overrides of a variant, in order: the study's, its own, those that a sweep chose, and its factors.
 
     Raises:
-        RecipeError: a factor on a key that no override sets.
+        RecipeError: a factor for a key that no override sets.
     """
     variant = study.variants[name]
     overrides = [*study.common, *variant.set, *chosen.get(study.tuned_by(name), ())]
@@ -336,6 +347,6 @@ def overrides_of(study: Study, name: str, chosen: Mapping[str, Sequence[str]]) -
             overrides.append(f"{key}={_yaml(factor * float(yaml.safe_load(given[-1])))}")
         except (TypeError, ValueError):
             raise RecipeError(
-                f"study {study.name}, variant {name}: times: {key}={given[-1]} is no number"
+                f"study {study.name}, variant {name}: times: {key}={given[-1]} is not a number"
             ) from None
     return overrides

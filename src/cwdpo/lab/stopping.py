@@ -1,7 +1,7 @@
-"""What early stopping is worth: judged scores at the stop, at the end, at the best measurement (study ``stopping``).
+"""The effect of early stopping: judged scores at the stop, at the end, and at the best measurement.
 
-Every run goes to its end and is judged at every measurement, so any thresholds can be tried on it afterwards. They are
-chosen on one half of the runs and reported on the other.
+This is the analysis of the study ``stopping``. Every run trains to its end and is judged at every measurement, so any
+threshold can be tried afterwards. Thresholds are chosen on one half of the runs and reported on the other half.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cwdpo.lab.trace import Traced, halves
 CHOSEN = (-0.005, -0.01, -0.02, -0.03, -0.05, -0.1)
 KL = (0.01, 0.02, 0.03, 0.04, 0.06, 0.1)
 ALLOWED_COST = 0.005
-"""What a rule may cost a healthy run, of judged score."""
+"""How much judged score the rules may cost healthy runs, on average."""
 
 
 def stopped(run: Traced, rules: Sequence[Rule]) -> int:
-    """Index into the trace where rules would have left the run: before the first violation, or at the end."""
+    """Index in the trace at which the rules would have left the run: before the first violation, or at the end."""
     readings = {(r["name"], r["step"]): r["value"] for r in run.readings if r["stage"] == "stage2"}
     for i, (step, _) in enumerate(run.trace):
         if any(rule.holds(readings.get((rule.reading, step))) for rule in rules):
@@ -35,7 +35,7 @@ def group_of(run: Traced) -> str:
 
 
 def outcome(runs: Sequence[Traced], rules: Sequence[Rule]) -> dict[str, Any]:
-    """Scores by group: at the stop, at the end, at the best measurement in hindsight; differences paired by run."""
+    """For each group, scores at the stop, at the end and at the best measurement; differences are paired by run."""
     groups: dict[str, Any] = {}
     for group in (*dict.fromkeys(map(group_of, runs)), "all"):
         own = [r for r in runs if group in (group_of(r), "all")]
@@ -57,9 +57,9 @@ def outcome(runs: Sequence[Traced], rules: Sequence[Rule]) -> dict[str, Any]:
 
 
 def choose(runs: Sequence[Traced]) -> tuple[str, str]:
-    """The pair of thresholds with the best mean score at the stop whose mean cost to healthy runs is allowed.
+    """The pair of thresholds with the best mean score at the stop, whose cost to healthy runs is allowed.
 
-    The defaults come first, so that a tie leaves them.
+    The default thresholds come first and win a tie.
     """
     pairs = [DEFAULT_STOP, *((f"chosen_delta < {c}", f"kl > {k}") for c, k in itertools.product(CHOSEN, KL))]
 
@@ -72,7 +72,7 @@ def choose(runs: Sequence[Traced]) -> tuple[str, str]:
 
 
 def markdown(title: str, groups: Mapping[str, Any]) -> str:
-    """A table of the study."""
+    """The groups of :func:`outcome` as markdown."""
     lines = [
         f"\n### {title}\n",
         "| runs | n | stopped early | at the stop | at the end | best in hindsight | stop - end | worst cost |",
@@ -90,7 +90,7 @@ def markdown(title: str, groups: Mapping[str, Any]) -> str:
 
 
 def analyse(runs: Sequence[Traced]) -> tuple[dict[str, Any], str]:
-    """The tables as JSON and as markdown: thresholds are chosen on every other run and reported on the rest."""
+    """The tables as JSON and as markdown: thresholds are chosen on every second run and reported on the others."""
     tuning, reporting = halves(runs)
     chosen = choose(tuning)
     rules, default = ([parse_rule(text) for text in texts] for texts in (chosen, DEFAULT_STOP))

@@ -1,4 +1,4 @@
-"""A study's tables in markdown, CSV and the terminal. What differs from run to run (times, paths) stays out of them."""
+"""A study's tables in markdown, CSV and for the terminal; without times and paths, which differ between runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cwdpo.report.summary import Difference, Figure, Mean, Summary
 
@@ -18,19 +19,21 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Table:
-    """A note on what stands below it, and rows of text under heads."""
+    """A table: its kind, a note to show above it, column heads, and rows of text."""
 
+    kind: Literal["means", "differences", "two-way", "panel", "slopes"]
     note: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 def tables(summary: Summary, *, main: bool = False) -> list[Table]:
-    """Means, paired differences, and a panel of scores where variants have places in one.
+    """Tables of means, of paired differences and, if the study has one, of the panel of scores.
 
     Args:
-        main: for a terminal, where there is little room: main figures, of the differences those with a better
-            direction; intervals stand below, p-values only as marks.
+        summary: of the study.
+        main: for a terminal, where space is limited: only main figures, and only differences of figures with a better
+            direction; intervals are below the values, p-values are marks.
     """
     figures = [f for f in summary.figures if f.main or not main]
     base = [["starting model", *(number(summary.base.get(f.key), f.digits) for f in figures)]]
@@ -38,6 +41,7 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
     n, m = len(summary.seeds), len(summary.compared)
     made = [
         Table(
+            "means",
             f"Mean over {n} seeds ± half of the 95% interval (win rate: by prompt).",
             ["variant", *(f.head for f in figures)],
             [*(base if summary.base else ()), *rows],
@@ -49,10 +53,10 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
         for r in summary.compared
     ]  # fmt: skip
     note = (
-        f"Difference to {summary.row(summary.full).label} or to what is named, paired by seed, with its 95% interval. "
+        f"Difference to {summary.row(summary.full).label} or the named variant, paired by seed, with its 95% interval. "
         f"p-values are corrected (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
     )
-    made.append(Table(note, ["variant", *(f.head for f in differing)], differences))
+    made.append(Table("differences", note, ["variant", *(f.head for f in differing)], differences))
     if not main:
         made += _two_way(summary)
     if summary.panel:
@@ -60,12 +64,31 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
             [label, *("-" if name is None else number(summary.row(name).figures.get("score"), 3) for name in row)]
             for label, row in summary.panel.rows.items()
         ]  # fmt: skip
-        made.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
+        made.append(
+            Table("panel", "Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores)
+        )
+        made += slopes(summary)
     return made
 
 
+def slopes(summary: Summary) -> list[Table]:
+    """The slopes of the score over the columns of a panel whose columns are numbers, if there is one."""
+    panel = summary.panel
+    if panel is None or not panel.slopes:
+        return []
+    figure = Figure("slope", "slope", "none", 3)
+    rows = [
+        [label, number(slope, 3), difference(panel.slope_differences[label], figure) if label in
+         panel.slope_differences else "-"]
+        for label, slope in panel.slopes.items()
+    ]  # fmt: skip
+    reference = next(label for label in panel.slopes if label not in panel.slope_differences)
+    note = f"Slope of the score over the columns, by seed; p-values are corrected (Holm) for {len(rows) - 1}."
+    return [Table("slopes", note, ["", "slope", f"minus {reference}"], rows)]
+
+
 def _two_way(summary: Summary) -> list[Table]:
-    """The same differences with intervals over seeds and pictures, for figures that have them."""
+    """The same differences with intervals over seeds and images, for figures that have them."""
     known = [
         f for f in summary.differing if any(r.against[f.key].two_way is not None for r in summary.compared)
     ]
@@ -78,19 +101,18 @@ def _two_way(summary: Summary) -> list[Table]:
             cells.append(difference(replace(one, low=low, high=high, p_corrected=None), f))
         rows.append([f"{r.label} {summary.minus(r)}".strip(), *cells])
     note = (
-        "The same differences with 95% intervals over seeds and test pictures (bootstrap): what other pictures would "
-        "show, too."
+        "The same differences with 95% intervals over seeds and test images (bootstrap): they also cover the choice "
+        "of test images."
     )
-    return [Table(note, ["variant", *(f.head for f in known)], rows)] if known and rows else []
+    return [Table("two-way", note, ["variant", *(f.head for f in known)], rows)] if known and rows else []
 
 
 def markdown(summary: Summary) -> str:
-    """All tables, each number with its interval."""
+    """All tables as markdown, each number with its interval."""
     lines = [f"## {summary.title}", ""]
     lines += [summary.question, ""] if summary.question else []
     for table in tables(summary):
-        lines += [table.note, "", *map(_line, [table.heads])]
-        lines += ["|---" * len(table.heads) + "|", *map(_line, table.rows), ""]
+        lines += [to_markdown(table), ""]
     if summary.failures:
         lines += [
             f"**{len(summary.failures)} cells failed:**",
@@ -99,6 +121,13 @@ def markdown(summary: Summary) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def to_markdown(table: Table) -> str:
+    """A table with its note above it."""
+    return "\n".join(
+        [table.note, "", _line(table.heads), "|---" * len(table.heads) + "|", *map(_line, table.rows)]
+    )
 
 
 def show(summary: Summary) -> None:
@@ -123,7 +152,7 @@ def show(summary: Summary) -> None:
 
 
 def to_csv(summary: Summary) -> str:
-    """One line per variant and figure, in full precision; an empty field is a missing value."""
+    """One line per variant and figure, with full precision; a missing value is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -156,7 +185,7 @@ def number(value: Mean | None, digits: int) -> str:
 
 
 def difference(one: Difference, figure: Figure, *, short: bool = False) -> str:
-    """A paired difference with its interval, its corrected p-value, and a mark where that is below 0.05."""
+    """A paired difference with its interval, its corrected p-value, and a mark if that is below 0.05."""
     if one.mean is None:
         return "-"
     digits, p = figure.digits, one.p_corrected

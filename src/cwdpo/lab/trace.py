@@ -1,4 +1,4 @@
-"""Cells whose policy was judged at every measurement: what alarms and stops are compared with."""
+"""Cells whose policy was judged at every measurement; alarms and stops are compared with these scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cwdpo.lab.spec import Variant
 from cwdpo.rundir import RunDir
 
 DROP = 0.03
-"""A judged score this far below the start of stage 2 counts as damage."""
+"""A judged score this far below the score at the start of stage 2 is damage."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Traced:
 
     @classmethod
     def load(cls, job: CellJob, name: str, variant: Variant, figures: dict[str, Any]) -> Traced:
-        """Read what a cell, and the first stage that it starts from, have written."""
+        """Read the files of a cell and of the first stage that it starts from."""
         runs = [RunDir(folder) for folder in (job.first, job.folder) if folder is not None]
         readings = [row for run in runs for row in run.readings()]
         metrics = [row for run in runs for row in run.metrics()]
@@ -36,11 +36,11 @@ class Traced:
 
 
 def damage_step(trace: Sequence[tuple[int, float]], drop: float = DROP) -> int | None:
-    """First measured step whose score lies ``drop`` below the first one's; ``None`` where none does."""
+    """First measured step whose score is ``drop`` below the first score; ``None`` if there is none."""
     return next((step for step, score in trace if score <= trace[0][1] - drop), None)
 
 
 def halves(runs: Sequence[Traced]) -> tuple[list[Traced], list[Traced]]:
-    """Every other run for choosing thresholds, the rest for reporting; fixed by the order of the keys."""
+    """Every second run for choosing thresholds, the others for reporting; in the order of their keys."""
     ordered = sorted(runs, key=lambda run: run.key)
     return ordered[::2], ordered[1::2]

@@ -1,4 +1,4 @@
-"""The embedded world's data for a comparison: training pictures by seed, held-out pictures that nothing trains on."""
+"""The embedded world's data for a study: training images that depend on the seed, and held-out images."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cwdpo.errors import DataError
-from cwdpo.rundir import read_jsonl, write_text
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_text
 from cwdpo.worlds.shapes import ShapesSettings, materialise, paraphrases
 
 MAX_NEW_TOKENS = 40
-"""Longest sampled caption of the world."""
+"""Largest number of tokens in a sampled caption of the world."""
 HELD_OUT_SEED = 777
-"""Of the test and validation pictures, unless a study names another."""
+"""Seed of the test and validation images, unless a study sets another."""
 HELD_OUT_NEGATIVES = 4
 
 Validation = Literal["shared", "own"]
-"""Validation rows: the same for all seeds, with every kind of negative; or each seed's own, like its training rows."""
+"""Validation rows: the same for all seeds, with all kinds of negatives; or each seed's own, like its training rows."""
 Rejected = Literal["long", "equal"]
-"""What takes the place of each rejected caption; see :data:`REWRITES`."""
+"""How each rejected caption is replaced, see :data:`REWRITES`."""
 
 
 class WorldFiles(NamedTuple):
-    """JSON-lines files of one seed."""
+    """The JSONL files of one seed."""
 
     train: Path
     validation: Path
@@ -42,23 +43,23 @@ def write_world(
     rejected: Rejected | None = None,
     held_out_seed: int = HELD_OUT_SEED,
 ) -> WorldFiles:
-    """Write training rows of a seed, and held-out rows with every kind of negative.
+    """Write the training rows of a seed, and held-out rows with all kinds of negatives.
 
     Args:
-        out: folder.
-        world: sizes and shares; its seed shifts the training pictures, the held-out ones stay.
-        seed: added to the world's.
-        split: what counts as the test set: ``test``, or ``validation`` for tuning.
-        validation: which pictures the training's own probes look at.
-        rejected: a rewriting of the rejected captions in training and validation rows.
-        held_out_seed: seed of the held-out pictures.
+        out: folder to write to.
+        world: sizes and shares; its seed changes the training images, not the held-out ones.
+        seed: added to the world's seed.
+        split: the split used as test set: ``test``, or ``validation`` for tuning.
+        validation: which images the probes use.
+        rejected: how to replace the rejected captions in training and validation rows.
+        held_out_seed: seed of the held-out images.
 
     Raises:
-        DataError: the world has no validation pictures, or none of ``split``.
+        DataError: the world has no validation images, or none of ``split``.
     """
     for name in ("validation", split):
         if not getattr(world, name):
-            raise DataError(f"data.world.{name} is 0: a comparison needs held-out pictures there")
+            raise DataError(f"data.world.{name} is 0: a study needs held-out images there")
     held_out = {
         "seed": held_out_seed,
         "train": 0,
@@ -77,7 +78,7 @@ def write_world(
 
 
 def _rewritten(source: Path, rejected: Rejected) -> Path:
-    """The rows of ``source`` with one negative each, the rewritten one, in a file beside it: image paths still hold."""
+    """Write the rows of ``source`` with one rewritten negative each, next to it, so that image paths stay valid."""
     path = source.with_name(f"{source.stem}-{rejected}.jsonl")
     rows = []
     for row in read_jsonl(source):
@@ -97,7 +98,7 @@ def _long(row: dict[str, Any], rng: random.Random) -> str:
 
 
 def _equal(row: dict[str, Any], rng: random.Random) -> str:
-    """A paraphrase of the chosen caption: nothing is wrong with it."""
+    """A paraphrase of the chosen caption, so the rejected caption is right too."""
     return rng.choice(paraphrases(row["chosen"][0]["content"][0]["text"]))
 
 

@@ -1,4 +1,4 @@
-"""Expected calibration error from sums over prompts."""
+"""Expected calibration error (ECE), computed from sums over prompts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 def calibration(
     name: str, answers: Sequence[Answer], pairs: Sequence[Sequence[tuple[float, bool]]], bins: int
 ) -> Measured:
-    """ECE (L1) over (confidence, correct) pairs, bins of equal width; parts hold the reliability diagram.
+    """ECE (L1) over (confidence, correct) pairs with bins of equal width.
+
+    ``parts`` contains, for each prompt, count, sum of confidences and sum of correct ones in each bin.
 
     Args:
-        pairs: those of each answer; an answer may have none, one or many.
+        name: of the measured number.
+        answers: one per response.
+        pairs: the pairs of each answer; an answer may have any number of them.
+        bins: number of bins.
     """
     rows = np.zeros((len(answers), 3 * bins))
     for i, own in enumerate(pairs):
         for confidence, correct in own:
-            # As torchmetrics: a confidence on an edge belongs to the bin above it, 1 to the last.
+            # As in torchmetrics: a confidence on an edge belongs to the upper bin, and 1 to the last one.
             b = min(int(np.floor(np.float32(confidence) * bins)), bins - 1)
             rows[i, b] += 1
             rows[i, bins + b] += confidence

@@ -1,4 +1,4 @@
-"""Tokens for the caption metrics, and pycocoevalcap's scorers. No Java unless the PTB tokenizer is asked for."""
+"""Tokenizers for the caption metrics, and pycocoevalcap's scorers. Only the PTB tokenizer needs Java."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cwdpo.errors import MissingPackageError, optional_package
 from cwdpo.metrics.base import Answer, references_of
 
 Tokenizer = Literal["simple", "ptb"]
-# Contractions are split and punctuation is dropped as the PTB tokenizer of the COCO evaluation does.
+# Splits contractions and drops punctuation like the PTB tokenizer of the COCO evaluation.
 _WORD = re.compile(
     r"n't\b|'(?:s|m|d|ll|re|ve)\b|[^\W_]+(?:[-'][^\W_]+)*?(?=n't\b|'(?:s|m|d|ll|re|ve)\b)|[^\W_]+(?:-[^\W_]+)*"
 )
 
 
 def scorer(module: str, metric: str) -> Any:
-    """A module of pycocoevalcap.
+    """Import a module of pycocoevalcap.
 
     Raises:
         MissingPackageError: it is not installed.
@@ -27,14 +27,14 @@ def scorer(module: str, metric: str) -> Any:
 
 
 def need_java(feature: str) -> None:
-    """Refuse a feature whose library starts a Java program where there is none.
+    """Raise an error if Java is not installed; for features whose library starts a Java program.
 
     Raises:
         MissingPackageError: no ``java`` on the path.
     """
     if shutil.which("java") is None:
         raise MissingPackageError(
-            f"{feature} starts a Java program, and there is no 'java' on the path: install a JRE, e.g. "
+            f"{feature} starts a Java program, but there is no 'java' on the path: install a JRE, e.g. "
             "apt-get install default-jre-headless"
         )
 
@@ -51,7 +51,7 @@ def simple_tokens(text: str) -> str:
 def tokenized(
     answers: Sequence[Answer], tokenizer: Tokenizer, metric: str
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """References and responses by number, as pycocoevalcap's scorers take them."""
+    """References and responses by index, tokenized, in the form that pycocoevalcap's scorers take."""
     references = {i: references_of(a) for i, a in enumerate(answers)}
     responses = {i: [a.text] for i, a in enumerate(answers)}
     if tokenizer == "simple":
@@ -60,7 +60,7 @@ def tokenized(
     ptb = scorer("tokenizer.ptbtokenizer", metric).PTBTokenizer()
 
     def run(texts: dict[int, list[str]]) -> dict[int, list[str]]:
-        # An empty line would be lost and shift the rest.
+        # The tokenizer would drop an empty line and shift all later ones.
         return dict(
             ptb.tokenize({i: [{"caption": t.strip() or "."} for t in own] for i, own in texts.items()})
         )

@@ -1,7 +1,7 @@
-"""What a metric receives and returns; intervals and comparisons by prompt. No torch is imported here.
+"""What a metric receives and what it returns; intervals and paired comparisons. Does not import torch.
 
-A measured number is a function of sums over prompts. So one bootstrap serves means, F1, BLEU and ECE alike:
-prompts are resampled, their sums added, and the function applied. Comparisons are paired by prompt.
+A measured number is a function of sums over prompts. So the same bootstrap works for means, F1, BLEU and ECE: resample
+the prompts, add their sums, apply the function. Comparisons are paired by prompt.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ Better = Literal["higher", "lower", "none"]
 
 @dataclass(frozen=True)
 class Answer:
-    """One response to one prompt, and what else the asked metrics need.
+    """One response to one prompt, and the other values that metrics need.
 
     Attributes:
+        example: the example with the prompt.
         text: the response, greedy or sampled.
-        option_logps: log-likelihood of each of the example's options as a response, nats, summed over tokens.
-        option_tokens: tokens of each option.
-        top1, correct: of the tokens of the chosen response: the model's largest probability, and whether that was it.
+        option_logps: sum_logp of each of the example's options as a response, in nats.
+        option_tokens: number of tokens of each option.
+        top1: for each token of the chosen response, the model's largest probability.
+        correct: for each token of the chosen response, whether it has that largest probability.
     """
 
     example: Example
@@ -52,11 +54,11 @@ class Measured:
 
     Attributes:
         name, unit, better, digits, help: for tables.
-        parts: [P, k] sums of each prompt.
-        combine: [..., k] summed parts -> [...] the number; NaN where there is nothing to average.
-        prompts: P names, so that two measurements can be paired.
-        n: answers behind it.
-        resample: ``False`` for numbers whose value changes when prompts repeat (distinct words): no interval.
+        parts: [P, k] the k sums of each prompt.
+        combine: computes the number [...] from sums over prompts [..., k]; NaN if there is nothing to average.
+        prompts: the P prompt ids, so that two measurements can be paired.
+        n: number of values that the number is computed from.
+        resample: ``False`` for numbers that change when prompts repeat (distinct words): they have no interval.
     """
 
     name: str
@@ -72,17 +74,17 @@ class Measured:
 
     @property
     def value(self) -> float | None:
-        """The number over all prompts; ``None`` for the mean of nothing."""
+        """The number over all prompts; ``None`` if n is 0."""
         return _number(self.combine(self.parts.sum(0))) if self.n else None
 
     def interval(self, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-        """Percentile bootstrap over prompts (scipy); ``None`` for fewer than two prompts or without a spread."""
+        """Percentile bootstrap over prompts (scipy); ``None`` for fewer than two prompts or without ``resample``."""
         return _bootstrap(
             lambda index: self.combine(self.parts[index].sum(-2)), len(self.parts), confidence, seed, self
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Value, interval and count, ready to be stored."""
+        """Value, interval and counts as JSON."""
         bounds = self.interval()
         low, high = bounds or (None, None)
         return {
@@ -98,12 +100,12 @@ class Measured:
 def difference(
     ours: Measured, theirs: Measured, *, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Any]:
-    """Ours minus theirs, paired by prompt: bootstrap interval, and the p-value of a permutation test.
+    """Ours minus theirs, paired by prompt, with a bootstrap interval and the p-value of a permutation test.
 
-    Under the null hypothesis the two responses to a prompt may change places (scipy's ``permutation_test``).
+    Under the null hypothesis the two responses to a prompt can be exchanged (scipy's ``permutation_test``).
 
     Returns:
-        ``value``, ``low``, ``high``, ``p`` and ``n_prompts``; what cannot be told is ``None``.
+        ``value``, ``low``, ``high``, ``p`` and ``n_prompts``; a value that cannot be computed is ``None``.
 
     Raises:
         DataError: the two were not measured on the same prompts.
@@ -112,7 +114,7 @@ def difference(
 
     if ours.prompts != theirs.prompts:
         raise DataError(
-            f"{ours.name}: the two sides answer different prompts ({len(ours.prompts)} and {len(theirs.prompts)}): "
+            f"{ours.name}: the two runs answer different prompts ({len(ours.prompts)} and {len(theirs.prompts)}): "
             "evaluate both on the same data"
         )
     found: dict[str, Any] = {
@@ -157,7 +159,7 @@ def _bootstrap(
         (np.arange(n),), lambda index, axis=-1: statistic(np.moveaxis(index, axis, -1)), vectorized=True,
         n_resamples=RESAMPLES, batch=_BATCH, method="percentile", rng=np.random.default_rng(seed),
     ).bootstrap_distribution  # fmt: skip
-    known = distribution[np.isfinite(distribution)]  # a resample may lack every case that a number is about
+    known = distribution[np.isfinite(distribution)]  # a resample may contain no prompt with a value
     if not len(known):
         return None
     tail = 100 * (1 - confidence) / 2
@@ -170,13 +172,13 @@ def _number(value: Any) -> float | None:
 
 
 def ratio(totals: Numbers) -> Numbers:
-    """The first part over the second: a mean from sums and counts."""
+    """The first part divided by the second: a mean from a sum and a count; [..., 2] -> [...]."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(totals[..., 0] / totals[..., 1])
 
 
 def by_prompt(answers: Sequence[Answer], rows: Sequence[Sequence[float]]) -> tuple[Numbers, tuple[str, ...]]:
-    """Sums of the rows of each prompt, in order of first appearance: [P, k] and the prompts' names."""
+    """Add up the rows of each prompt: the sums [P, k] and the P prompt ids, in order of first appearance."""
     if not answers:
         return np.zeros((0, 1)), ()
     places: dict[str, int] = {}
@@ -188,17 +190,18 @@ def by_prompt(answers: Sequence[Answer], rows: Sequence[Sequence[float]]) -> tup
 
 
 def mean_of(name: str, answers: Sequence[Answer], values: Sequence[float | None], **shown: Any) -> Measured:
-    """The mean of one value per answer; ``None`` does not count."""
+    """The mean of one value per answer; ``None`` is not counted."""
     rows = [(0.0, 0.0) if v is None else (float(v), 1.0) for v in values]
     parts, prompts = by_prompt(answers, rows)
     return Measured(name, parts, prompts, sum(v is not None for v in values), ratio, **shown)
 
 
 class Metric(Component):
-    """Answers -> numbers, each with its parts by prompt.
+    """Computes numbers from answers.
 
-    ``needs``: ``text`` (a response is generated), ``options`` (their log-likelihoods), ``tokens`` (of chosen).
-    ``needs_whole_set``: a response's number depends on the other answers of the call.
+    ``needs``: which values of :class:`Answer` it uses: ``text`` (a generated response), ``options`` (their
+    log-likelihoods), ``tokens`` (statistics of the chosen tokens).
+    ``needs_whole_set``: whether the number of a response depends on the other answers of the call.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -209,7 +212,7 @@ class Metric(Component):
         """The metric's numbers.
 
         Raises:
-            DataError: an example lacks what the metric compares with.
+            DataError: an example has no value that the metric compares with.
         """
 
 
@@ -217,7 +220,7 @@ METRICS: Registry[Metric] = Registry("metric", "cwdpo.metrics", Metric)
 
 
 def describe(key: str) -> dict[str, Any]:
-    """How a table shows a metric's number that is known by name only."""
+    """How a table shows a number of which only the name is known."""
     lower = ("ece", "hallucin", "chair", "ill_formed", "bad_answers")
     neutral = ("length", "distinct", "yes_share", "words")
     better = (
@@ -227,7 +230,7 @@ def describe(key: str) -> dict[str, Any]:
 
 
 def reliability(measured: Measured) -> list[dict[str, float]]:
-    """Rows of the reliability diagram behind an ECE; empty bins are left out."""
+    """The rows of the reliability diagram of an ECE; empty bins are left out."""
     bins = measured.parts.shape[1] // 3
     count, confidence, correct = measured.parts.sum(0).reshape(3, bins)
     return [
@@ -242,14 +245,14 @@ def reliability(measured: Measured) -> list[dict[str, float]]:
 
 
 def references_of(answer: Answer) -> list[str]:
-    """The true responses that a text metric compares with: the references, or else chosen.
+    """The true responses that a text metric compares with: the references, or chosen if there are none.
 
     Raises:
-        DataError: there is none.
+        DataError: the example has neither.
     """
     found = list(answer.example.references) or [answer.example.chosen.text]
     if not any(text.strip() for text in found):
         raise DataError(
-            f"{answer.example.where or answer.example.id}: neither 'references' nor 'chosen' to compare with"
+            f"{answer.example.where or answer.example.id}: has neither 'references' nor 'chosen' to compare with"
         )
     return found

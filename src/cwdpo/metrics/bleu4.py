@@ -1,4 +1,4 @@
-"""BLEU-4 of the whole set, by pycocoevalcap's scorer."""
+"""BLEU-4 over the whole set, with pycocoevalcap's scorer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cwdpo.metrics.base import Answer, Measured, Metric, by_prompt
 if TYPE_CHECKING:
     from cwdpo.metrics.base import Numbers
 
-_SMALL, _TINY = 1e-9, 1e-15  # pycocoevalcap's own guards against a zero count
+_SMALL, _TINY = 1e-9, 1e-15  # pycocoevalcap's values against division by zero
 N = 4
 
 
 def corpus_bleu(totals: Numbers) -> Numbers:
-    """BLEU-4 x 100 from [..., 10] sums: matches and guesses of 1- to 4-grams, length of responses, of references."""
+    """BLEU-4 x 100 [...] from sums [..., 10]: matched and all 1- to 4-grams, length of responses and of references."""
     right, guesses = totals[..., :N], totals[..., N : 2 * N]
     precision = (right + _TINY) / (guesses + _SMALL)
     length = (totals[..., 8] + _TINY) / (totals[..., 9] + _SMALL)
@@ -52,7 +52,7 @@ class Bleu4(Metric):
 
 
 def _closest(counts: dict[str, object]) -> float:
-    """The reference length nearest to the response's, the shorter of two."""
+    """The reference length nearest to the response's length; of two equally near ones the shorter."""
     lengths, own = counts["reflen"], counts["testlen"]
     assert isinstance(lengths, list)
     assert isinstance(own, int)

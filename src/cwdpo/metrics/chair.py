@@ -1,4 +1,4 @@
-"""CHAIR: objects that a caption names and the picture does not show."""
+"""CHAIR: objects that a caption names but the image does not show."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _OTHER_WORDS = {
 
 
 class Chair(Metric):
-    """CHAIR (Rohrbach et al., arXiv 1809.02156). The row's ``objects`` names what the picture shows.
+    """CHAIR (Rohrbach et al., arXiv 1809.02156). The row's ``objects`` lists the objects in the image.
 
     Args:
-        synonyms: a text file, one object a line: its name, then other words for it, with commas between. Default:
+        synonyms: a text file with one object per line: its name and other words for it, separated by commas. Default:
             the 80 COCO categories with their plurals and a few words for people.
     """
 
     synonyms: str | None = None
 
     def __call__(self, answers: Sequence[Answer]) -> list[Measured]:
-        """``chair_i`` (named objects that are not there), ``chair_s`` (captions with one), ``chair_recall``."""
+        """``chair_i`` (share of named objects not in the image), ``chair_s`` (captions with one), ``chair_recall``."""
         words = self.words()
         per_object, per_caption, found = [], [], []
         for a in answers:
@@ -55,13 +55,13 @@ class Chair(Metric):
             return Measured(name, parts, prompts, n, ratio, unit="share", better=better, help=text)  # type: ignore[arg-type]
 
         return [
-            measured("chair_i", per_object, "lower", "named objects that the picture does not show"),
-            measured("chair_s", per_caption, "lower", "captions that name one"),
-            measured("chair_recall", found, "higher", "shown objects that are named"),
+            measured("chair_i", per_object, "lower", "named objects that the image does not show"),
+            measured("chair_s", per_caption, "lower", "captions that name such an object"),
+            measured("chair_recall", found, "higher", "objects of the image that are named"),
         ]
 
     def words(self) -> dict[str, str]:
-        """Every word (or two words) for an object, and the object's name."""
+        """Maps each word (or two words) for an object to the object's name."""
         if self.synonyms is None:
             return _default()
         try:
@@ -78,13 +78,13 @@ class Chair(Metric):
         value = answer.example.extra.get("objects")
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise DataError(
-                f"{where}: objects: CHAIR needs a list of the names of what the picture shows, got {value!r}"
+                f"{where}: objects: CHAIR needs a list of the names of the objects in the image, got {value!r}"
             )
         return {words.get(v.lower(), v.lower()) for v in value}
 
 
 def mentioned(text: str, words: dict[str, str]) -> set[str]:
-    """Objects that a text names; of two readings the longer one counts ("hot dog" is no dog)."""
+    """The objects that a text names; two words that name an object count together ("hot dog" is not a dog)."""
     tokens = simple_tokens(text).split()
     found: set[str] = set()
     i = 0

@@ -1,4 +1,4 @@
-"""CIDEr by pycocoevalcap's scorer."""
+"""CIDEr, with pycocoevalcap's scorer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cwdpo.metrics.base import Answer, Measured, Metric, mean_of
 
 
 class Cider(Metric):
-    """CIDEr (Vedantam et al., arXiv 1411.5726), times 100 as papers print it.
+    """CIDEr (Vedantam et al., arXiv 1411.5726), times 100 as in papers.
 
-    Word weights come from the references of the whole set, so values of sets of different size do not compare;
-    intervals hold them fixed.
+    Word weights come from the references of the whole set, so values on sets of different size cannot be compared. The
+    bootstrap keeps the weights of the whole set.
 
     Args:
         tokenizer: ``simple`` (no Java) or ``ptb`` (pycocoevalcap's own, needs Java).

@@ -11,12 +11,12 @@ from cwdpo.metrics.base import Answer, Measured, Metric, ratio
 
 
 class Diversity(Metric):
-    """distinct-n (Li et al., arXiv 1510.03055): different n-grams over all n-grams; and different responses.
+    """distinct-n (Li et al., arXiv 1510.03055): share of different n-grams; and share of different responses.
 
-    Without an interval: resampling prompts repeats texts, so a bootstrap would only measure that.
+    There is no interval: a bootstrap repeats prompts and so texts, which changes the value itself.
 
     Args:
-        n: longest n-gram.
+        n: length of the longest n-gram.
     """
 
     n: int = 2

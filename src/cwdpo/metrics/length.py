@@ -1,4 +1,4 @@
-"""How long responses are."""
+"""Length of the responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""METEOR by pycocoevalcap (starts Java)."""
+"""METEOR, with pycocoevalcap (starts Java)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple choice: by the likelihood of the options, and by the answer that was written."""
+"""Multiple choice: scored by the log-likelihood of the options, and by the generated answer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class MultipleChoice(Metric):
     """MMMU / MMBench style. A row has ``options`` (texts); its chosen response is the right option's text or letter.
 
-    By likelihood: the option that the model finds likeliest as a response; its confidence is the softmax over the
-    options, whose calibration is the answer-level ECE. By answer: the letter or option that the response names;
-    one that names none is wrong and counted (no random guess stands in for it).
+    By likelihood: the option with the highest log-likelihood as a response. Its confidence is its softmax probability
+    among the options; the answer-level ECE is computed from it. By answer: the letter or option that the generated
+    response names. A response that names none is wrong and counted in ``mc_unread``; no random guess replaces it.
 
     Args:
-        score: ``sum`` compares log-likelihoods of whole options, ``mean`` per token.
-        bins: of the ECE.
+        score: ``sum`` compares sum_logp of the options, ``mean`` compares mean_logp.
+        bins: number of bins of the ECE.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"text", "options"})
@@ -43,7 +43,7 @@ class MultipleChoice(Metric):
             options = options_of(a)
             right = right_option(a, options)
             if len(a.option_logps) != len(options):
-                raise DataError(f"{a.example.where or a.example.id}: the options were not scored")
+                raise DataError(f"{a.example.where or a.example.id}: options: not all of them were scored")
             scores = [
                 s / n if self.score == "mean" else s
                 for s, n in zip(a.option_logps, a.option_tokens, strict=True)
@@ -56,8 +56,10 @@ class MultipleChoice(Metric):
             by_answer.append(float(read == right))
             unread.append(float(read is None))
         return [
-            mean_of("mc_likelihood", answers, by_likelihood, unit="share", help="likeliest option is right"),
-            mean_of("mc_answer", answers, by_answer, unit="share", help="written answer is right"),
+            mean_of(
+                "mc_likelihood", answers, by_likelihood, unit="share", help="most likely option is right"
+            ),
+            mean_of("mc_answer", answers, by_answer, unit="share", help="generated answer is right"),
             mean_of(
                 "mc_unread", answers, unread, unit="share", better="lower", help="answers that name no option"
             ),
@@ -69,7 +71,7 @@ def options_of(answer: Answer) -> list[str]:
     """The texts of the options.
 
     Raises:
-        DataError: there are none, or just one.
+        DataError: there are fewer than two.
     """
     value = answer.example.extra.get("options")
     if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) and v.strip() for v in value):
@@ -79,22 +81,22 @@ def options_of(answer: Answer) -> list[str]:
 
 
 def right_option(answer: Answer, options: Sequence[str]) -> int:
-    """Index of the right option, which chosen names by its letter or its text.
+    """Index of the right option: the chosen response is its letter or its text.
 
     Raises:
-        DataError: chosen is neither.
+        DataError: the chosen response is neither.
     """
     found = parsed(answer.example.chosen.text, options)
     if found is None:
         where, text = answer.example.where or answer.example.id, answer.example.chosen.text
         raise DataError(
-            f"{where}: chosen: {text!r} is none of the options {list(options)} nor the letter of one"
+            f"{where}: chosen: {text!r} is neither one of the options {list(options)} nor the letter of one"
         )
     return found
 
 
 def spelled(answer: Answer) -> list[str]:
-    """The options as responses to score: letters where chosen is a letter, texts otherwise."""
+    """The options as responses to score: letters if the chosen response is a letter, else texts."""
     options = options_of(answer)
     letter = re.fullmatch(r"\(?([A-Z])[.)]?", answer.example.chosen.text.strip())
     if letter is None or answer.example.chosen.text.strip() in options:
@@ -103,7 +105,7 @@ def spelled(answer: Answer) -> list[str]:
 
 
 def parsed(text: str, options: Sequence[str]) -> int | None:
-    """The option that a response names: its whole text, a letter as an answer, or one option's text within it.
+    """Index of the option that a response names: by its whole text, by a letter, or by containing one option's text.
 
     >>> parsed("The answer is (B).", ["a cat", "a dog"]), parsed("a dog", ["a cat", "a dog"]), parsed("cow", ["a", "b"])
     (1, 1, None)

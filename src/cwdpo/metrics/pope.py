@@ -1,4 +1,4 @@
-"""POPE: does the model say yes to objects that are not there?"""
+"""POPE: whether the model says yes to objects that are not in the image."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _YES = re.compile(r"\b(yes|yeah|yep)\b")
 _NO = re.compile(r"\b(no|not|nope|isn't|aren't|doesn't|don't)\b")
-# columns of the parts
+# Columns of the parts.
 TP, FP, TN, FN, UNREAD = range(5)
 
 
 def said(text: str) -> bool | None:
-    """Whether a response says yes; ``None`` where it says neither. The first word that decides counts.
+    """Whether a response says yes; ``None`` if it says neither yes nor no. The first such word decides.
 
     >>> said("Yes, there is."), said("There is not a dog."), said("a dog")
     (True, False, None)
@@ -38,7 +38,7 @@ def said(text: str) -> bool | None:
 class Pope(Metric):
     """Yes/no questions (Li et al., arXiv 2305.10355): the right answer is the example's chosen response.
 
-    A response that says neither counts as wrong: as "no" where yes is right, as "yes" where no is right.
+    A response that says neither is counted as the wrong answer: as "no" if yes is right, as "yes" if no is right.
     """
 
     def __call__(self, answers: Sequence[Answer]) -> list[Measured]:

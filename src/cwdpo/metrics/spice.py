@@ -1,4 +1,4 @@
-"""SPICE by pycocoevalcap (starts Java, and fetches Stanford's models at its first use)."""
+"""SPICE, with pycocoevalcap (starts Java, and downloads Stanford's models at its first use)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ class Spice(Metric):
     tokenizer: Tokenizer = "simple"
 
     def __call__(self, answers: Sequence[Answer]) -> list[Measured]:
-        """``spice``: mean over prompts; a response without a score does not count."""
+        """``spice``: mean over prompts; a response without a score is not counted."""
         module = scorer("spice.spice", "spice")
         need_java("metric spice")
         try:
             _, scores = module.Spice().compute_score(*tokenized(answers, self.tokenizer, "spice"))
-        except (
-            Exception
-        ) as error:  # a failed download or a Java program that ended in error, each in its own way
+        except Exception as error:  # a failed download and a failed Java program raise different errors
             raise MissingPackageError(
-                f"metric spice: its Java program or Stanford's models failed ({type(error).__name__}: "
-                f"{str(error)[:200]}); it fetches the models from the network at its first use, and needs Java 8"
+                f"metric spice: its Java program or the download of Stanford's models failed ({type(error).__name__}: "
+                f"{str(error)[:200]}); it downloads the models at its first use, and needs Java 8"
             ) from error
         values = [float(s["All"]["f"]) for s in scores]
         return [

@@ -1,4 +1,4 @@
-"""Whether the model's confidence in its next token is deserved."""
+"""Whether the model's confidence in its next token agrees with how often that token is correct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TokenEce(Metric):
     """Expected calibration error over the tokens of the chosen responses (Guo et al., arXiv 1706.04599).
 
     Args:
-        bins: of equal width.
+        bins: number of bins, of equal width.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})

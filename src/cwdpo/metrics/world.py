@@ -1,4 +1,4 @@
-"""The embedded world's exact judge as a metric."""
+"""The judgements of the embedded world's judge, as metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cwdpo.worlds.judged import judge_captions
 
 
 class World(Metric):
-    """What the exact judge finds: share right in every fact, F1 of stated facts, share ill-formed."""
+    """The world judge's results: share of responses right in every fact, F1 of stated facts, share ill-formed."""
 
     def __call__(self, answers: Sequence[Answer]) -> list[Measured]:
         """``all_correct``, ``judge_score``, ``ill_formed``, ``hallucinated`` (objects per response)."""
@@ -27,9 +27,12 @@ class World(Metric):
             ),
             mean("judge_score", [j.score for j in judged], "higher", "F1 of stated facts"),
             mean(
-                "ill_formed", [float(j.ill_formed) for j in judged], "lower", "responses that are no sentence"
+                "ill_formed",
+                [float(j.ill_formed) for j in judged],
+                "lower",
+                "responses that are not a sentence",
             ),
             mean(
-                "hallucinated", [float(j.hallucinated) for j in judged], "lower", "objects that are not there"
+                "hallucinated", [float(j.hallucinated) for j in judged], "lower", "objects that do not exist"
             ),
         ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.errors import ModelError
+from cwdpo.errors import FileError, ModelError
+from cwdpo.files.reading import read_object
 from cwdpo.models.settings import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -30,11 +30,9 @@ def with_adapter_settings(settings: ModelSettings) -> ModelSettings:
     if settings.tune != "lora":
         return settings
     try:
-        written = json.loads((Path(settings.path) / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        written = read_object(Path(settings.path) / "adapter_config.json")
+    except FileError:
         return settings  # no adapter, or loading it says what is wrong
-    if not isinstance(written, dict):
-        return settings
     kept = _written(written)
     for key, value in kept.items():
         if key in settings.lora.model_fields_set and not _same(getattr(settings.lora, key), value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.errors import ModelError
+from cwdpo.errors import FileError, ModelError
+from cwdpo.files.reading import read_object
 from cwdpo.models.merge import merge, tied_layers_handled
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ PICKLE = (
     "AutoModelForImageTextToText.from_pretrained(...).save_pretrained(folder), or for an adapter "
     "AutoPeftModel.from_pretrained(...).save_pretrained(folder)"
 )
+_SETTINGS = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
+)  # fmt: skip
+"""What transformers reads beside config.json; the tokenizer's own file is too large to be read twice."""
+MOST_IMAGE_TOKENS = 2**16
 _DIGITS = re.compile(r"\d+")
 _EMBEDDING = re.compile(r"\b(embed_tokens|lm_head)(\.base_layer|\.modules_to_save)?\.weight$")
 
@@ -66,9 +71,11 @@ def check_folder(source: str) -> None:
             "folder that save_pretrained wrote"
         )
     try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config}: is not JSON ({error}); fetch the checkpoint again") from None
+        for file in (config, *(folder / name for name in _SETTINGS)):
+            if file.is_file():
+                read_object(file)
+    except FileError as error:
+        raise ModelError(f"{error}; fetch the checkpoint again") from None
     if any(folder.glob(f"{kind}*.safetensors")):
         return
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
@@ -79,6 +86,26 @@ def check_folder(source: str) -> None:
     raise ModelError(
         f"model.path {source!r}: there is no {kind}*.safetensors; fetch the checkpoint again, it is incomplete"
     )
+
+
+def check_processor(processor: Any, source: str) -> None:
+    """Refuse a processor that writes more tokens for a picture than any model reads: it would not end.
+
+    Raises:
+        ModelError: the setting.
+    """
+    for part in (
+        processor,
+        getattr(processor, "image_processor", None),
+        getattr(processor, "tokenizer", None),
+    ):
+        for name in ("num_additional_image_tokens", "image_seq_length", "image_seq_len", "num_image_tokens"):
+            value = getattr(part, name, 0)
+            if isinstance(value, int | float) and not 0 <= value <= MOST_IMAGE_TOKENS:
+                raise ModelError(
+                    f"model.path {source!r}: its processor's {name} is {value}; allowed: 0 to {MOST_IMAGE_TOKENS}: "
+                    "fetch the checkpoint again, or set it in model.processor_options"
+                )
 
 
 def adapter_base(source: str, revision: str | None) -> str | None:
@@ -95,8 +122,7 @@ def adapter_base(source: str, revision: str | None) -> str | None:
                 f"model.path {source!r} is an adapter on the hub; download it, and name its folder"
             )
         return None
-    written = json.loads(config.read_text(encoding="utf-8"))
-    base = written.get("base_model_name_or_path") if isinstance(written, dict) else None
+    base = read_object(config).get("base_model_name_or_path")
     hint = f"set base_model_name_or_path in {config} to the checkpoint that the adapter was trained on"
     if not isinstance(base, str) or not base:
         raise ModelError(f"model.path {source!r}: the adapter names no base; {hint}")

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import ModelError
 from cwdpo.models.adapter import check_targets, set_dropout, with_adapter_settings
-from cwdpo.models.checkpoint import adapter_base, check_folder, check_loaded, quiet, reason, with_adapter
+from cwdpo.models.checkpoint import (
+    adapter_base,
+    check_folder,
+    check_loaded,
+    check_processor,
+    quiet,
+    reason,
+    with_adapter,
+)
 from cwdpo.models.merge import tied_layers_handled
 from cwdpo.models.parts import PARTS
 
@@ -120,7 +128,7 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
 
     try:
         with quiet():
-            return AutoProcessor.from_pretrained(
+            processor = AutoProcessor.from_pretrained(
                 source,
                 revision=settings.revision,
                 trust_remote_code=settings.trust_remote_code,
@@ -131,6 +139,8 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
             f"model.path {source!r}: no usable processor ({reason(error)}). A checkpoint folder must hold its "
             "processor and tokenizer files; some families also need torchvision"
         ) from error
+    check_processor(processor, source)
+    return processor
 
 
 def training_dtype(settings: ModelSettings) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from cwdpo.files.yamlfile import as_number
 from cwdpo.models.tiny import TinyModelSettings
 from cwdpo.registry import Settings
 
@@ -49,3 +50,12 @@ class ModelSettings(Settings):
     processor_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to AutoProcessor, e.g. min_pixels, max_pixels"
     )
+
+    @field_validator("processor_options")
+    @classmethod
+    def _numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """``max_pixels: 5e5`` is a text in YAML; no processor wants a number as text."""
+        return {
+            key: {k: as_number(v) for k, v in value.items()} if isinstance(value, dict) else as_number(value)
+            for key, value in options.items()
+        }

@@ -1,4 +1,4 @@
-"""The one-step influence of training examples on held-out responses, by forward-mode differentiation."""
+"""The influence of one update on held-out responses, computed with forward-mode differentiation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.scoring.token_logp import TokenScores
 
 LARGEST = 0.01
-"""The step is as long as makes the largest predicted change of a mean_logp this many nats per token."""
+"""eta of an update is chosen so that its largest predicted change of a mean_logp is this many nats per token."""
 
 
 def one_step(
@@ -29,19 +29,19 @@ def one_step(
     objective: Objective,
     largest: float = LARGEST,
 ) -> OneStep:
-    """Predict and take one step of plain gradient descent for each update; the model is left as it is.
+    """Predict and measure the effect of one step of plain gradient descent, for each update; the model is not changed.
 
-    Cost for U updates: U forward and backward passes of an update, and over the observed responses 1 + U
-    forward passes and U forward-mode passes (about two forwards each). Memory: two copies of the trained parameters.
-    With LoRA the trained parameters are the adapters alone.
+    Cost for U updates: U forward and backward passes over a training batch, and over the observed responses 1 + U
+    forward passes and U forward-mode passes (each about two forward passes). Memory: two copies of the trained
+    parameters (with LoRA, of the adapters).
 
     Args:
-        model: the policy, not sharded; parameters that require a gradient move.
+        model: the policy, not sharded; an update changes the parameters that require a gradient.
         observed: held-out prompts with N completions.
-        kinds: N response types.
-        updates: training batches, each one step.
-        objective: its loss is descended; reference values must be in the batches where it needs them.
-        largest: nats per token of the largest predicted change of each step.
+        kinds: the N response types.
+        updates: U training batches, one per update.
+        objective: its loss is minimised; if it needs reference values, the batches must contain them.
+        largest: the largest predicted change that each update may make, in nats per token.
     """
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -54,15 +54,16 @@ def one_step(
     was_training = model.training
     model.eval()
     try:
-        # The fused kernels know no forward-mode derivative.
+        # The fused attention kernels have no forward-mode derivative.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            # torch writes the derivative of some operators with a function of its own that it has deprecated.
+            # For the derivative of some operators torch calls a function that it has deprecated itself.
             warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)
             scores = plain.score(model, observed)
             before = scores.logp.sum(1) / scores.mask.sum(1)
             belief = (2 * (1 - scores.logp.exp()) * scores.mask).sum(1) / scores.mask.sum(1)
             rows = []
             for batch in updates:
+                # `change` is the derivative of each mean_logp along the negative gradient; eta scales it to `largest`.
                 gradient, residual = _gradient(model, batch, objective, trained)
                 _, change = jvp(read, (trained,), ({n: -g for n, g in gradient.items()},))
                 peak = float(change.abs().max())
@@ -76,7 +77,7 @@ def one_step(
 
 
 class _Scores(nn.Module):
-    """``functional_call`` calls a module's forward; scoring calls the model itself."""
+    """Scoring as the forward of a module: ``functional_call`` can only replace the parameters of a forward call."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Held-out measurements while a stage trains: what is measured when, and what it costs."""
+"""Held-out measurements during a stage: what is measured, when, and how long it takes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from cwdpo.stage.stage import Stage
 from cwdpo.trainer.weights import Weights
 
 OBSERVED = 8
-"""Held-out prompts whose responses the one-step influence observes."""
+"""Number of held-out prompts on whose responses the influence of an update is measured."""
 
 
 @dataclass
 class Instruments:
-    """Everything that measures a stage on held-out prompts.
+    """Measures a stage on held-out prompts.
 
     Attributes:
-        stage: measured; its objective gives floor, tau and beta to the probes.
-        prompts: what is probed.
-        probes: the pass over chosen, negatives and further responses.
-        updates: training examples for the one-step influence; empty for none.
-        start: weights of the stage's start; kept only for fresh on-policy samples.
-        seconds: spent so far on measuring.
+        stage: the stage; its current objective gives floor, tau and beta to the probes.
+        prompts: the held-out prompts with their responses.
+        probes: scores chosen responses, negatives and further responses.
+        updates: training examples whose influence is measured; may be empty.
+        start: the weights at the start of the stage; kept only if on-policy samples are measured.
+        seconds: time spent on measurements so far.
     """
 
     stage: Stage
@@ -47,7 +47,7 @@ class Instruments:
     seconds: float = 0.0
 
     def measure(self, model: nn.Module, step: int) -> HeldOut:
-        """One measurement of the current policy."""
+        """Measure the current policy at an optimizer step."""
         scale = self.stage.objective.probe_scale()
         held = self.probes.measure(model, step, scale) if step else self.probes.at_start(scale)
         initial = [(text, True) for text in self.prompts.texts("chosen_initial")]
@@ -60,7 +60,7 @@ class Instruments:
         return held
 
     def _with_fresh_samples(self, model: nn.Module, held: HeldOut, step: int) -> HeldOut:
-        """The measurement, with samples of the current policy scored now and at the start of the stage."""
+        """Add samples of the current policy, scored with the current weights and with those at the start."""
         assert self.start is not None
         asked = self.prompts.typed
         drawn = draw(self.stage, model, asked, self.stage.recipe.seed + step)
@@ -84,21 +84,21 @@ class Instruments:
 
 
 def draw(stage: Stage, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Sample]:
-    """One sample of the current policy for each prompt, temperature 1."""
+    """One sample of the current policy for each prompt, at temperature 1."""
     most = stage.recipe.probes.max_new_tokens
     drawn: list[Sample] = sample(model, stage.encoder, examples, max_new_tokens=most, seed=seed)
     return drawn
 
 
 def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | None:
-    """Set up a stage's measurements before it trains: the policy is at its start. ``None`` without a held-out prompt.
+    """Set up the measurements of a stage before it trains; ``None`` if there is no held-out prompt.
 
     Args:
-        rows: training examples with the negatives that the data has, and with reference values if the objective
-            uses them.
+        stage: the stage; its policy still has the weights of the start.
+        rows: training examples with the negatives of the data, and with reference values if the objective uses them.
 
     Raises:
-        RecipeError: the influence is asked for, and no training example can be an update.
+        RecipeError: ``probes.influence`` is set, but no training example has a negative.
     """
     began = time.perf_counter()
     model, settings, objective = stage.policy.model, stage.recipe.probes, stage.objective
@@ -113,7 +113,7 @@ def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | N
     updates = [e for e in rows if e.negatives or not objective.needs_negatives][: settings.influence]
     if settings.influence and not updates:
         raise RecipeError(
-            "probes.influence: no training example has a negative before the first round; set it to 0, or give data "
+            "probes.influence: no training example has a negative before the first round; set it to 0, or use data "
             "with rejected responses"
         )
     probes = ProbeSet(prompts.encoded, model, extras=prompts.extras)
@@ -122,11 +122,11 @@ def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | N
 
 
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures every few steps and at the ends, and writes the readings to the run.
+    """Measures at the start, every ``probes.every`` steps and at the end, and writes the readings to the run folder.
 
     Attributes:
-        last: the readings of the last measurement by name, for what follows from them.
-        last_step: when that was; -1 before the first.
+        last: the readings of the last measurement by name, for callbacks that act on them.
+        last_step: the step of the last measurement; -1 before the first.
     """
 
     def __init__(self, instruments: Instruments) -> None:
@@ -153,24 +153,24 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         stage.listener.measured(stage.name, step, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Readings at step 0.
+        """Measure at step 0.
 
         Raises:
-            RecipeError: fresh samples or influence are asked for of a sharded model.
+            RecipeError: on-policy samples or influence are to be measured, but the model is sharded.
         """
         wanted = {"types: on_policy": self.instruments.start, "influence": self.instruments.updates}
         asked = [name for name, on in wanted.items() if on]
         sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
         if sharded and asked:
             raise RecipeError(
-                f"probes.{asked[0]}: not for a model that is sharded over processes (FSDP2, DeepSpeed); leave it out"
+                f"probes.{asked[0]}: not possible with a model sharded over processes (FSDP2, DeepSpeed); leave it out"
             )
         self._began = time.perf_counter()
         if state.global_step == 0:
             self._measure(model, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Readings every ``every`` steps and at the last one."""
+        """Measure every ``every`` steps and at the last step."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._measure(model, state.global_step)
 

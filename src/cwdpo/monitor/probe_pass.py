@@ -1,4 +1,4 @@
-"""One scoring pass over a fixed set of held-out responses, which the probes read."""
+"""One scoring pass over a fixed set of held-out responses; the probes compute readings from it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from cwdpo.scoring.token_logp import output_head
 from cwdpo.scoring.token_stats import DETAILS
 
 MAX_STORED = 1 << 26
-"""Most values of the reference's distributions kept for the divergences of a type (256 MiB of fp32)."""
+"""Largest number of log-probabilities kept for the divergences of a response type (256 MiB of fp32)."""
 PADDING = 512
-"""Tokens of padding that cost no more than a further forward."""
+"""A batch may have this many tokens of padding: they cost less than another forward pass."""
 WHOLE = ("chosen", "chosen_initial")
 """Response types whose full vocabulary distributions are kept (for KL, TV and JS)."""
 
 
 class ProbeSet:
-    """A fixed set of held-out completions and what the policy said of them at the start of the stage.
+    """A fixed set of held-out completions, with their scores at the start of the stage.
 
     Args:
-        examples: encoded held-out examples; every negative is scored, by kind.
+        examples: encoded held-out examples; the kind of a negative is its response type.
         model: the policy at the start of the stage.
-        batch_size: most prompts of a forward.
+        batch_size: largest number of prompts in a forward pass.
         extras: further responses by example id; their ``kind`` is the response type.
     """
 
@@ -59,12 +59,12 @@ class ProbeSet:
             range(len(responses)), key=lambda i: (responses[i].kind != "chosen", responses[i].prompt)
         )
         self._responses = [responses[i] for i in self._order]
-        self._first: HeldOut | None = None  # what the first measurement compares with: itself
+        self._first: HeldOut | None = None  # the first measurement is compared with itself
         self._first = self.measure(model)
 
     @staticmethod
     def _keep_whole(responses: Sequence[_Response], vocabulary: int) -> None:
-        """Mark the first responses of each type in :data:`WHOLE` whose distributions may be kept."""
+        """Mark the first responses of each type in :data:`WHOLE`, as many as :data:`MAX_STORED` allows to keep."""
         for kind in WHOLE:
             tokens = 0
             for response in (r for r in responses if r.kind == kind):
@@ -75,7 +75,7 @@ class ProbeSet:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, step: int = 0, scale: Scale | None = None) -> HeldOut:
-        """One pass of the current policy over the set: every prompt and every response is run once."""
+        """Score every response of the set once with the current policy."""
         was_training = model.training
         model.eval()
         found = [one for batch in self._batches for one in batch.scored(model)]
@@ -85,6 +85,8 @@ class ProbeSet:
         sum_logp = torch.stack([f.logp.sum() for f in found])
         whole = {kind: [f.whole for r, f in both if r.whole and r.kind == kind] for kind in WHOLE}
         now = {kind: torch.cat(parts) for kind, parts in whole.items() if parts}
+        # Distributions now and at the start of the stage: those on chosen tokens become `logp` and `start_logp`, those
+        # on sampled tokens become `own`.
         first = self._first
         start = now if first is None else {"chosen": first.logp, **{k: p for k, (p, _) in first.own.items()}}
         pairs = {kind: (logp, start[kind]) for kind, logp in now.items()}
@@ -110,14 +112,14 @@ class ProbeSet:
         )
 
     def at_start(self, scale: Scale | None = None) -> HeldOut:
-        """The measurement that was taken when the set was made."""
+        """The measurement from when the set was created."""
         assert self._first is not None
         return replace(self._first, scale=scale or Scale())
 
 
 @dataclass
 class _Response:
-    """A response of the set; ``whole``: its distributions over the vocabulary are kept."""
+    """A response of the set; ``whole``: whether its distributions over the vocabulary are kept."""
 
     kind: str
     completion: EncodedCompletion
@@ -127,7 +129,7 @@ class _Response:
 
 
 class _Scored(NamedTuple):
-    """Of one response with C tokens: [C] each, and its distributions [C, V] where they are kept."""
+    """Scores of one response of C tokens: each [C], and ``whole`` [C, V] if its distributions are kept."""
 
     logp: Tensor
     entropy: Tensor
@@ -138,13 +140,13 @@ class _Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class _Batch:
-    """Responses in the order of the batch's completions."""
+    """A batch and its responses, in the order of the batch's completions."""
 
     batch: PromptBatch
     responses: Sequence[_Response]
 
     def scored(self, model: nn.Module) -> list[_Scored]:
-        """Every response of the batch from one forward."""
+        """Score every response of the batch in one forward pass."""
         wanted = torch.tensor([r.whole for r in self.responses])
         tokens = score(model, self.batch, stats=DETAILS, whole=wanted)
         lengths = [len(r.completion.ids) for r in self.responses]
@@ -168,7 +170,7 @@ def _row_length(row: _Row) -> int:
 
 
 def _of_like_length(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
-    """Prompts with all their responses, in batches that padding makes little longer."""
+    """Batches of prompts with all their responses, sorted by length so that there is little padding."""
     part: list[_Row] = []
     tokens = 0
     for row in sorted(rows, key=_row_length):
@@ -184,11 +186,11 @@ def _of_like_length(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
 
 
 def with_responses(example: EncodedExample, added: Sequence[EncodedCompletion]) -> EncodedExample:
-    """The example with further responses behind its negatives, to be scored with them."""
+    """The example with further responses appended to its negatives, so that they are scored together."""
     return replace(example, negatives=(*example.negatives, *added))
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Number of tokens that the model's head distinguishes."""
+    """Number of tokens in the vocabulary of the model's output head."""
     weight = output_head(model).weight
     return int(weight.shape[0])

@@ -1,4 +1,4 @@
-"""The probe set of a stage: responses by type, each with its provenance, as many as the budget allows."""
+"""The probe set of a stage: held-out responses by type, each with its provenance, as many as the budget allows."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from accelerate.utils import broadcast_object_list
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder
 from cwdpo.dynamics.settings import ProbeSettings
 from cwdpo.errors import DataError
+from cwdpo.files.reading import read_jsonl
+from cwdpo.files.writing import write_text
 from cwdpo.monitor.responses import Response, read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import NEGATIVES, normalised
 from cwdpo.records import Completion, Example, Origin
-from cwdpo.rundir import read_jsonl, write_text
 from cwdpo.stage.stage import Stage
 from cwdpo.worlds.judged import is_judgeable
 from cwdpo.worlds.shapes import paraphrases
 
 FEWEST_PROMPTS = 16
-"""So many prompts are probed, whatever the budget: fewer would tell nothing."""
+"""Smallest number of prompts, even if the budget allows fewer: with fewer the readings would be too noisy."""
 FEWEST = 4
-"""So many of them get responses of every type, whatever the budget: none would hide a type."""
+"""Smallest number of prompts with responses of every type, even if the budget allows fewer."""
 FORWARD_BACKWARD = 2.0
-"""A training step costs about so many forward passes over its tokens (measured on the embedded model)."""
+"""Cost of a training step in forward passes over its tokens (measured on the embedded model)."""
 EXTRA_PASSES = 3
-"""Beside one pass every so many steps: the start, the end, and about as much again to sample and encode."""
+"""Passes in addition to those every ``probes.every`` steps: start, end, and about one for sampling and encoding."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Prompts:
     """The held-out prompts of a probe set.
 
     Attributes:
-        examples: in their order; the first ones get further responses.
-        encoded: the same, with their negatives.
-        extras: further responses, encoded, by example id.
-        responses: the same as text with provenance.
+        examples: the examples; the first ones have further responses.
+        encoded: the same examples, encoded with their negatives.
+        extras: the further responses, encoded, by example id.
+        responses: the further responses as text with provenance, by example id.
     """
 
     examples: list[Example]
@@ -51,7 +52,7 @@ class Prompts:
 
     @property
     def typed(self) -> list[Example]:
-        """The examples that get responses of every type."""
+        """The examples with responses of every type."""
         return [e for e in self.examples if e.id in self.responses]
 
     def texts(self, kind: str) -> list[str]:
@@ -60,13 +61,19 @@ class Prompts:
 
     @property
     def n_responses(self) -> int:
-        """Responses of one measurement, without those that are sampled for it."""
+        """Number of responses in one measurement, without those sampled during it."""
         return sum(len(e.completions) + len(self.extras.get(e.id, ())) for e in self.encoded)
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much a stage trains: tokens of one optimizer step and its steps; whether prompts are run once."""
+    """The amount of training in a stage.
+
+    Attributes:
+        tokens: tokens of one optimizer step.
+        steps: number of optimizer steps.
+        shared: whether shared-prefix rows are used, so that a prompt is processed once for all its completions.
+    """
 
     tokens: float
     steps: int
@@ -74,16 +81,19 @@ class Load:
 
 
 def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: ProbeSettings) -> tuple[int, int]:
-    """How many prompts may be probed, and how many with responses of every type; from counts of tokens alone.
+    """How many prompts the budget allows, and how many of them with responses of every type.
 
-    Chosen and negatives come first, then what is left goes into further responses of every type. Tokens are
-    counted, not seconds, so that a run can be repeated.
+    The budget is spent on chosen responses and negatives first; the rest is spent on responses of every type. The cost
+    is counted in tokens, not in seconds, so that a repeated run uses the same prompts.
 
     Args:
         encoded: held-out prompts with their negatives.
+        load: the amount of training that the budget is a share of.
+        settings: budget, response types and steps between measurements.
 
     Returns:
-        At least :data:`FEWEST_PROMPTS` and, where types are asked for, :data:`FEWEST`, or all that there are.
+        (number of prompts, number of prompts with all types): at least :data:`FEWEST_PROMPTS` and, if there are
+        types, :data:`FEWEST`, as far as there are so many prompts.
     """
     passes = load.steps / settings.every + EXTRA_PASSES
     left = settings.budget * FORWARD_BACKWARD * load.tokens * load.steps / passes
@@ -92,6 +102,7 @@ def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: Probe
         prompt = 0 if load.shared else len(example.prompt.input_ids)
         return len(settings.types) * (prompt + len(example.chosen.ids))
 
+    # Set aside the smallest number with every type, then add prompts, then add types to more of these prompts.
     left -= sum(map(every_type, encoded[:FEWEST]))
     prompts = 0
     for example in encoded:
@@ -106,13 +117,14 @@ def within_budget(encoded: Sequence[EncodedExample], load: Load, settings: Probe
 
 
 def build_prompts(stage: Stage, load: Load, sampler: Callable[[Sequence[Example]], list[str]]) -> Prompts:
-    """The probe set of a stage, stored as ``probes-<stage>.jsonl``, or read again from there on resume.
+    """Build the probe set of a stage and store it as ``probes-<stage>.jsonl``; a resumed stage reads that file.
 
-    A held-out example that cannot be used is not probed; ``problems.jsonl`` says why.
+    Held-out examples that cannot be used are left out, with a line in ``problems.jsonl``.
 
     Args:
-        load: what the stage trains, which the budget is a share of.
-        sampler: texts that the current policy samples for prompts.
+        stage: the stage.
+        load: the amount of training that the budget is a share of.
+        sampler: returns a sample of the current policy for each prompt.
 
     Raises:
         DataError: ``probes.file`` cannot be read.
@@ -133,7 +145,7 @@ def build_prompts(stage: Stage, load: Load, sampler: Callable[[Sequence[Example]
     typed = usable[:typed_prompts]
     path = stage.run.path / f"probes-{stage.name}.jsonl"
     if stage.resume and path.is_file():
-        # The prompts are the stored ones, whatever the budget of a recipe with more steps would be.
+        # Use the stored prompts, even if the recipe now has more steps and so a larger budget.
         stored = stored_responses(read_jsonl(path))
         measured = [e.id in stored for e in usable]
         asked = {e.id for e in typed}
@@ -158,13 +170,15 @@ def make_responses(
     sampler: Callable[[Sequence[Example]], list[str]],
     seed: int,
 ) -> dict[str, list[Response]]:
-    """Responses by example id. What came with a file stays; a type that nothing gives is absent, not invented.
+    """Responses of every type, by example id. If a type cannot be made for an example, it is left out.
 
     Args:
-        pools: ``other_train`` and ``other_test``: whose chosen responses answer other prompts.
-        given: from a file.
-        sampler: texts that the current policy samples for prompts.
-        seed: of everything that is drawn.
+        examples: the held-out examples.
+        pools: the examples from which types ``other_train`` and ``other_test`` take a chosen response.
+        types: the response types to make.
+        given: responses from a file, by example id; they are kept.
+        sampler: returns a sample of the current policy for each prompt.
+        seed: of all random choices.
     """
     responses: dict[str, list[Response]] = {e.id: list(given.get(e.id, ())) for e in examples}
     makers: dict[str, Callable[[Example, random.Random], Response | None]] = {
@@ -240,7 +254,7 @@ def _shuffled(example: Example, rng: random.Random) -> Response | None:
 
 
 def _encoded(encoder: Encoder, example: Example, response: Response) -> EncodedCompletion | None:
-    """``None`` for a text that the tokenizer cannot write: it would measure nothing."""
+    """The encoded response; ``None`` if the tokenizer has no tokens for its text, since its score would be useless."""
     try:
         ids = encoder.completion_ids(example, response.text)
     except DataError:
@@ -254,7 +268,7 @@ def _encoded(encoder: Encoder, example: Example, response: Response) -> EncodedC
 def as_chosen(
     encoder: Encoder, examples: Sequence[Example], texts: Sequence[str], kind: str
 ) -> list[EncodedExample]:
-    """Sampled texts as examples of their own; one without tokens is left out."""
+    """Examples whose chosen responses are the sampled texts; a text without tokens is left out."""
     found = []
     for example, text in zip(examples, texts, strict=True):
         with contextlib.suppress(DataError):

@@ -1,6 +1,6 @@
-"""Response types, and a probe set on disk: Ren's format (``prompt`` and a key per type) with provenance.
+"""Reads and writes probe sets: the format of Ren & Sutherland (``prompt`` and one key per type) with provenance.
 
-No torch is imported here.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ REN = {
     "irr_hum": "unrelated",
     "random_permute": "shuffled",
 }
-"""Names of types in Ren & Sutherland's data (arXiv 2407.10490) and the type that each is here."""
+"""Names of response types in Ren & Sutherland's data (arXiv 2407.10490), and our type for each."""
 _NOT_TYPES = frozenset({"provenance", "where", "scene"})
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response of a probe set and where it comes from, in words."""
+    """One response of a probe set; ``provenance`` is a text that says where it comes from."""
 
     type: str
     text: str
@@ -42,14 +42,14 @@ class Response:
 
 
 def read_probe_file(path: str | Path) -> tuple[list[Example], dict[str, list[Response]]]:
-    """Held-out examples and their further responses, by example id, from a file.
+    """Read held-out examples, and their further responses by example id, from a file.
 
-    Rows are preference rows (``prompt``, ``chosen``, ``rejected``, ``image`` where there is one) in which every
-    further key with a text is a response type: Ren's names are mapped by :data:`REN`, others stay. ``provenance``
-    may hold a mapping from type to text.
+    Rows are preference rows (``prompt``, ``chosen``, ``rejected``, possibly ``image``). Every further key with a text
+    is a response type; Ren's names are mapped by :data:`REN`, other names are kept. ``provenance`` may be a mapping
+    from type to text.
 
     Raises:
-        DataError: unreadable rows; a provenance or a response that is not text (file, row and key are named).
+        DataError: a row cannot be read, or a provenance or response is not text; the message names file, row and key.
     """
     examples = read_examples(path, format="trl", max_bad_fraction=0.0).examples
     return examples, {e.id: _responses(e, str(path)) for e in examples}
@@ -84,7 +84,7 @@ def _with_provenance(kind: str, texts: Sequence[str], said: Any) -> list[Respons
 
 
 def to_jsonl(examples: Sequence[Example], responses: Mapping[str, Sequence[Response]]) -> str:
-    """A probe set as text; :func:`read_probe_file` reads it back where its pictures are in reach."""
+    """A probe set as JSON lines; :func:`read_probe_file` can read it again if its images are still in place."""
     return "".join(json.dumps(_row(e, responses.get(e.id, ())), ensure_ascii=False) + "\n" for e in examples)
 
 

@@ -1,4 +1,4 @@
-"""What measures a stage and what acts on its readings."""
+"""The callbacks that measure a stage and act on its readings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cwdpo.monitor.window import CurriculumCallback
 
 @dataclass
 class Signals:
-    """The callbacks that measure, stop and steer a stage; those that it does without are ``None``."""
+    """The callbacks for measurements, early stopping and curriculum; ``None`` where the stage does not use one."""
 
     probes: ProbeCallback | None = None
     stopping: Stopping | None = None
@@ -23,10 +23,11 @@ class Signals:
 
     @classmethod
     def of(cls, instruments: Instruments | None, rows: Sequence[EncodedExample]) -> Signals:
-        """As the recipe asks; only a stage with a reference is stopped and steered.
+        """The callbacks that the recipe sets; only a stage with a reference has early stopping and a curriculum.
 
         Args:
-            rows: of the stage, with reference values.
+            instruments: measures the stage; ``None`` if there is no held-out prompt.
+            rows: the stage's training examples, with reference values.
         """
         if instruments is None:
             return cls()
@@ -39,5 +40,5 @@ class Signals:
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
-        """In the order in which they must be called."""
+        """The callbacks in the order in which they must be called."""
         return [c for c in (self.probes, self.stopping, self.curriculum) if c is not None]

@@ -1,4 +1,4 @@
-"""Early stopping by rules over readings, and the way back to the last measurement that met none of them."""
+"""Early stopping by rules about readings, with a rollback to the last measurement for which no rule held."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Ends a stage when a rule holds, with the weights of the last measurement at which none did.
+    """Ends a stage when a rule holds, and restores the weights of the last measurement at which no rule held.
 
-    Those weights are kept in host memory (one copy of what is trained, made at every healthy measurement) and
-    put into each checkpoint as ``healthy-<process>.safetensors``, so that a resumed run goes back as far as an
-    uninterrupted one. Without ``train.save_steps`` nothing more is written to disk. A measurement that meets a
-    rule is never saved as a checkpoint.
+    These healthy weights (one copy of the trained parameters, replaced at every healthy measurement) are kept in host
+    memory. Each checkpoint also contains them as ``healthy-<process>.safetensors``, so that a resumed run rolls back to
+    the same step as an uninterrupted one. The weights at which a rule held are never saved as a checkpoint.
 
-    Under DeepSpeed, whose parameters are not where the optimizer keeps them, the stage ends without going back.
+    Under DeepSpeed there is no rollback, because the optimizer keeps its own copy of the parameters.
 
     Args:
-        probes: measures; must be called before this callback.
+        probes: makes the measurements; must be called before this callback.
     """
 
     def __init__(self, probes: ProbeCallback) -> None:
@@ -42,19 +41,19 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._every_process = False
 
     def state(self) -> dict[str, Any]:
-        """For ``trainer_state.json``; the weights lie beside it."""
+        """The state for ``trainer_state.json``; the weights are in a file next to it."""
         return {"args": {}, "attributes": {"healthy_step": self.healthy_step}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The start is healthy; a resumed stage takes up what its checkpoint kept."""
-        # A checkpoint of a run that had no rules yet knows nothing of this; saving would look for it.
+        """Take the weights at the start as healthy; a resumed stage loads the healthy weights of its checkpoint."""
+        # The checkpoint of a run without rules has no state of this callback, but the Trainer expects one when saving.
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         self._every_process = any(hasattr(p, "device_mesh") for p in model.parameters())
         if self._every_process:
             self._file = f"healthy-{args.process_index}.safetensors"
         if any(hasattr(p, "ds_id") for p in model.parameters()):
             _logger.warning(
-                "stop: under DeepSpeed a stage that ends early does not go back to its last good weights"
+                "stop: under DeepSpeed a stage that ends early is not rolled back to its last healthy weights"
             )
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._file
@@ -64,10 +63,10 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.healthy, self.healthy_step = Weights.of(model), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Look at the measurement of this step, if there was one."""
+        """Check the rules if there was a measurement at this step."""
         if self.probes.last_step != state.global_step:
             return
-        # Of several processes none may stop alone, whatever the last bits of its readings.
+        # All processes follow the first one: their readings may differ in the last bits, but none may stop alone.
         found = broadcast_object_list([first_violation(self.rules, self.probes.last)])[0]
         if found is not None:
             self._stop(found, model, control)
@@ -94,6 +93,6 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
         )  # fmt: skip
 
     def add_to_checkpoint(self, folder: Path) -> None:
-        """Put the last healthy weights into a checkpoint that is being written; every process calls this."""
+        """Write the last healthy weights into a checkpoint folder; every process calls this."""
         if self.healthy is not None and (self.stage.run.writes or self._every_process):
             self.healthy.save(folder / self._file)

@@ -1,4 +1,4 @@
-"""A curriculum within stage 2: which negatives of a step take part, moved at every measurement."""
+"""The curriculum of stage 2: selects the negatives of each step, and changes the selection after measurements."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from transformers.trainer_callback import ExportableState
 from cwdpo.curriculum.base import CURRICULA, Curriculum, Hardness, Plan, next_round
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.files.reading import read_jsonl
 from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import calibrate
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 
 FILE = "curriculum.jsonl"
 
@@ -23,10 +24,9 @@ FILE = "curriculum.jsonl"
 def hardness_of(
     objective: Objective, examples: Iterable[EncodedExample], *, in_rounds: bool = False
 ) -> Hardness:
-    """The scale of a window, from reference values.
+    """The hardness of the examples' negatives, from their reference values.
 
-    If the objective has no floor and tau, they are those that calibration would find if the chosen responses were
-    samples.
+    If the objective has no floor and tau, they are calibrated from the chosen responses as if these were samples.
     """
     rows = list(examples)
     negatives = tuple(m for e in rows for c in e.negatives if (m := c.reference_mean_logp) is not None)
@@ -39,9 +39,9 @@ def hardness_of(
 
 
 def in_window(batch: PromptBatch, plan: Plan) -> PromptBatch:
-    """The batch with the negatives that lie in the window; a prompt without any keeps its nearest one.
+    """The batch with only the negatives in the window; a prompt with none in it keeps the nearest one.
 
-    So no prompt leaves the step, and the number of prompts that a loss is divided by stays.
+    So no prompt is dropped, and the number of prompts that the loss is divided by does not change.
     """
     means = [batch.completions[i].reference_mean_logp for i in batch.rejected.tolist()]
     keep = [mean is None or plan.takes(mean) for mean in means]
@@ -59,7 +59,7 @@ def _distance(mean: float | None, plan: Plan) -> float:
 def added_share(run: RunDir, step: int) -> float:
     """What the curriculum's plan at a step adds to the share of on-policy negatives; the same on all processes.
 
-    Read from the run, so that a round that is prepared again after a resume is the round that was begun.
+    It is read from the run folder, so that a resumed run prepares its round exactly as before.
     """
     known = [row for row in read_jsonl(run.path / FILE) if row["stage"] == "stage2" and row["step"] <= step]
     added: float = broadcast_object_list([known[-1].get("fresh", 0.0) if known else 0.0])[0]
@@ -67,14 +67,14 @@ def added_share(run: RunDir, step: int) -> float:
 
 
 class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Moves the plan after each measurement; the plan in force survives a resume.
+    """Updates the plan after each measurement; checkpoints contain the current plan.
 
-    :meth:`select` is what the trainer asks for every micro-batch, before it counts the step. Every change is a row of
-    ``curriculum.jsonl``.
+    The trainer calls :meth:`select` for every micro-batch before it counts the step. Every change of the plan is a row
+    of ``curriculum.jsonl``.
 
     Args:
-        probes: measures; must be called before this callback.
-        rows: the stage's examples with reference values, until the rows of a round take their place.
+        probes: makes the measurements; must be called before this callback.
+        rows: the stage's examples with reference values; used until a round provides its own.
     """
 
     def __init__(self, probes: ProbeCallback, rows: Sequence[EncodedExample]) -> None:
@@ -84,14 +84,14 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self.plan = next_round(self.curriculum, None, {}, self.hardness())
 
     def hardness(self) -> Hardness:
-        """On the scale of the objective in force, of the negatives that are trained on now."""
+        """The hardness of the negatives that are trained on now, with the current objective's floor and tau."""
         stage, rows = self.stage, self._rows
         if stage.in_rounds and stage.trainer is not None:
             rows = list(stage.trainer.train_dataset) or rows
         return hardness_of(stage.objective, rows, in_rounds=stage.in_rounds)
 
     def state(self) -> dict[str, Any]:
-        """For ``trainer_state.json``."""
+        """The state for ``trainer_state.json``."""
         return {"args": {}, "attributes": {"plan": self.plan.to_json()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -104,12 +104,12 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             self._note(state.global_step, self.hardness())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The next plan, if there was a measurement."""
+        """Update the plan if there was a measurement at this step."""
         if self.probes.last_step != state.global_step or control.should_training_stop:
             return
         readings = {name: reading.value for name, reading in self.probes.last.items()}
         hardness = self.hardness()
-        # Every process must take the same negatives, whatever the last bits of its readings.
+        # All processes use the plan of the first one: their readings may differ in the last bits.
         plan: Plan = broadcast_object_list([next_round(self.curriculum, self.plan, readings, hardness)])[0]
         if plan != self.plan:
             self.plan = plan
@@ -121,5 +121,5 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self.stage.run.append(FILE, [{**row, "negatives": taken, "of": len(hardness.mean_logps)}])
 
     def select(self, batch: PromptBatch) -> PromptBatch:
-        """The micro-batch with the negatives of the plan."""
+        """The micro-batch with only the negatives that the plan selects."""
         return in_window(batch, self.plan)

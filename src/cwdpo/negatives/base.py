@@ -1,4 +1,4 @@
-"""What a source of negatives is, and the registry that finds them."""
+"""The interface of a source of negatives, and the registry of sources."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from cwdpo.registry import Component, Registry
 
 
 class NegativeSource(Component, ABC):
-    """Offers completions to reject for an example."""
+    """Makes negatives for an example."""
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Get ready for all examples at once, before any is asked for; most sources have nothing to do."""
+        """Called once with all examples, before the first call of :meth:`completions`; does nothing by default."""
 
     @abstractmethod
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
-        """Negatives for ``example``, in order of preference; empty where the source has none.
+        """Negatives for ``example``, best first; empty if the source has none.
 
         Args:
-            example: the prompt, its chosen response and its references; never changed.
-            pool: all examples of the same split, ``example`` included.
-            rng: the only source of chance; equal state and arguments give equal negatives.
+            example: the prompt, its chosen response and its references; must not be changed.
+            pool: all examples of the same split, including ``example``.
+            rng: the only source of randomness: the same state and arguments give the same negatives.
 
         Returns:
-            Completions with ``origin``, ``kind`` and ``made`` set; their texts differ from one another.
+            Completions with ``origin``, ``kind`` and ``made`` set, all with different texts.
         """
 
 
@@ -38,10 +38,10 @@ NEGATIVES: Registry[NegativeSource] = Registry(
 
 
 def normalised(text: str) -> str:
-    """``text`` in lower case without any white space: what counts as the same response."""
+    """``text`` in lower case without white space; two responses are the same if these are equal."""
     return "".join(text.split()).casefold()
 
 
 def known_true(example: Example) -> frozenset[str]:
-    """The chosen response and the references, :func:`normalised`; no negative that we make may be one."""
+    """The chosen response and the references, :func:`normalised`; a generated negative must be none of them."""
     return frozenset(normalised(text) for text in (example.chosen.text, *example.references))

@@ -1,6 +1,6 @@
-"""Words that may replace one another: reading lexicon.yaml, a user's extension, and matching both to a text.
+"""Words that may replace each other: reads lexicon.yaml and a user's extension, and matches them to a text.
 
-The format is described at the head of lexicon.yaml.
+The format is described at the top of lexicon.yaml.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ Phrase = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Context:
-    """Where a swap may happen: phrases next to the replaced one, all in lower case.
+    """Where a swap is allowed. All phrases are in lower case.
 
-    ``before`` and ``after``: the replaced phrase must stand directly before (after) one of them;
-    ``not_before`` and ``not_after``: it must not. ``without``: the text holds none of them anywhere.
-    ``alone``: it must (``False``: must not) be the whole text.
+    Attributes:
+        before, after: the replaced phrase must be directly before (after) one of these.
+        not_before, not_after: it must not be directly before (after) any of these.
+        without: the text must not contain any of these.
+        alone: ``True``: the replaced phrase must be the whole text; ``False``: it must not be.
     """
 
     before: frozenset[Phrase] | None = None
@@ -47,7 +49,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Swap:
-    """One allowed replacement; ``means`` holds every phrase that says the same as ``to`` or may do so."""
+    """One allowed replacement; ``means`` is the set of all phrases that mean the same as ``to``, or may."""
 
     kind: Kind
     to: str
@@ -57,7 +59,7 @@ class Swap:
 
 @dataclass
 class Lexicon:
-    """Swaps by the phrase that they replace, and phrases that are never edited."""
+    """Swaps by the phrase that they replace, and in ``keep`` the phrases that are never edited."""
 
     swaps: dict[Phrase, list[Swap]] = field(default_factory=dict)
     keep: set[Phrase] = field(default_factory=set)
@@ -66,7 +68,7 @@ class Lexicon:
     def matches(self, text: Words) -> Iterator[tuple[int, int, list[Swap]]]:
         """Word ranges ``[first, last)`` of ``text`` that may be replaced, each with its swaps.
 
-        Ranges do not overlap; at each word the longest phrase wins, be it a kept one.
+        Ranges do not overlap: at each word the longest phrase is used, even if it is one to keep.
         """
         first = 0
         while first < len(text.lower):
@@ -88,7 +90,7 @@ class Lexicon:
 
 
 class Words:
-    """A text cut into words (letters with inner ' or -, or digits), with their places."""
+    """A text split into words (letters with ' or - inside, or digits), with their positions."""
 
     def __init__(self, text: str) -> None:
         found = list(_WORD.finditer(text))
@@ -100,7 +102,7 @@ class Words:
         self._joined = [gap.isspace() for gap in gaps] + [False] if found else []
 
     def run(self, first: int) -> int:
-        """How many words from ``first`` on stand in a row with nothing but white space between them."""
+        """How many words, starting with ``first``, follow each other with only white space in between."""
         last = first
         while self._joined[last]:
             last += 1
@@ -118,11 +120,12 @@ class Words:
         )
 
     def fits(self, context: Context, first: int, last: int) -> bool:
-        """Whether the words ``[first, last)`` stand where ``context`` wants them."""
+        """Whether the words ``[first, last)`` are in a place that ``context`` allows."""
         if context.alone not in (None, (first, last) == (0, len(self.lower))) or self.contains(
             context.without
         ):
             return False
+        # `left` and `right` are the words before and after, up to the nearest punctuation.
         begin = first
         while begin > 0 and self._joined[begin - 1]:
             begin -= 1
@@ -139,7 +142,7 @@ class Words:
 
 @functools.lru_cache(maxsize=8)
 def load_lexicon(extension: str = "") -> Lexicon:
-    """The shipped lexicon, extended by the YAML file ``extension`` where one is named.
+    """The shipped lexicon, extended by the YAML file ``extension`` if one is given.
 
     Raises:
         DataError: a file is missing or malformed; the message names file and key.
@@ -160,12 +163,12 @@ def load_lexicon(extension: str = "") -> Lexicon:
 
 
 class _File:
-    """One lexicon file; every complaint names it and the key."""
+    """One lexicon file; every error names the file and the key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # BaseLoader keeps every scalar a string: yes, no, on and 1 are words here, not values.
+            # BaseLoader keeps every scalar a string: here yes, no, on and 1 are words, not booleans and numbers.
             tree = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         except OSError as error:
             raise DataError(f"lexicon {path}: cannot be read ({error.strerror}); name a YAML file") from None
@@ -197,7 +200,7 @@ class _File:
         return {name: self.strings(f"lists.{name}", value) for name, value in named.items()}
 
     def phrases(self, key: str, value: Any, lists: Mapping[str, list[str]]) -> set[Phrase]:
-        """Phrases in lower case, every ``$name`` replaced by each word of that list in turn."""
+        """Phrases in lower case; a ``$name`` is replaced by each word of that list, one phrase per word."""
         found: set[Phrase] = set()
         for text in self.strings(key, value):
             choices: list[list[Phrase]] = []
@@ -219,7 +222,7 @@ class _File:
         return value
 
     def synonyms(self) -> list[frozenset[Phrase]]:
-        """Sets of phrases that may be true together, from ``same`` and ``covers``."""
+        """Sets of phrases that may be true at the same time, from ``same`` and ``covers``."""
         together = [self.strings(f"same[{i}]", group) for i, group in enumerate(self.groups("same"))]
         for wide, narrow in self.mapping("covers", self.tree.get("covers", {})).items():
             together += [[wide, entry] for entry in self.strings(f"covers.{wide}", narrow)]
@@ -265,5 +268,5 @@ class _File:
 
 
 def _forms(entry: str) -> list[Phrase]:
-    """``dog/dogs`` -> its forms as phrases; ``-`` stands for a form that there is not."""
+    """The forms of an entry such as ``dog/dogs``, as phrases; ``-`` is a form that does not exist."""
     return [() if form.strip() == "-" else tuple(form.lower().split()) for form in entry.split("/")]

@@ -1,7 +1,7 @@
-"""Which negatives an example gets: a mix of sources for stage 2, gentle ones for stage 1.
+"""Which negatives an example gets: from a mix of sources for stage 2, gentle ones for stage 1.
 
-What an example gets depends on the seed, its id and, where a source looks at the pool, on the set of
-examples; never on their order.
+The negatives of an example depend on the seed, on its id and, for sources that use the pool, on the set of examples.
+They do not depend on the order of the examples.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from cwdpo.records import Completion, Example
 
 Gentle = Literal["auto", "dataset", "perturb", "none"]
 
-_ASKS = 4  # how often a source is asked again for a text that the example does not have yet
+_ASKS = 4  # how often a source is called for a text that the example does not have yet
 
 
 @dataclass
 class MixCounts:
-    """What :func:`attach_negatives` did.
+    """Counts of what :func:`attach_negatives` did.
 
-    ``by_source`` and ``by_kind`` (:attr:`Completion.kind`) count negatives, ``gentle_by_kind`` gentle ones
-    by their edit (or kind); ``dropped`` and ``without_gentle`` count examples; ``short`` counts kept
-    examples with fewer negatives than asked.
+    Attributes:
+        examples: examples that were given.
+        dropped: examples left out because they have no negative.
+        short: kept examples with fewer negatives than ``per_prompt``.
+        without_gentle: kept examples without a gentle negative.
+        by_source, by_kind: negatives by source and by :attr:`Completion.kind`.
+        gentle_by_kind: gentle negatives by their edit (or kind).
     """
 
     examples: int = 0
@@ -50,25 +54,25 @@ def attach_negatives(
     *,
     sources: Mapping[str, NegativeSource] | None = None,
 ) -> tuple[list[Example], MixCounts]:
-    """The examples with ``rejected`` and ``gentle`` set, in their order, and the counts.
+    """Set ``rejected`` and ``gentle`` of the examples; returns them in the same order, with counts.
 
-    Each of the ``per_prompt`` draws chooses a source by its share; one that has nothing new for the example
-    passes the draw on to the next of the mix (in the order given, round once). No text is drawn twice for an
-    example. Examples that end without a negative are left out and counted.
+    Each of the ``per_prompt`` negatives is drawn from a source that is chosen at random by its share. If that source
+    has no new text for the example, the next source of the mix is tried, in the order given, until all were tried. No
+    example gets the same text twice. Examples that end up without a negative are left out and counted.
 
     Args:
-        examples: examples of one split, with different ids; they are also the pool of the sources.
-        mix: share by source name; at least 0, of any positive sum.
-        per_prompt: negatives per example; ``None`` with ``{"dataset": 1.0}`` keeps all that came with it.
-        seed: with the example's id, decides everything that is drawn.
-        gentle: ``dataset`` keeps the example's own, ``perturb`` makes them, ``auto`` makes them where the
-            example has none, ``none`` leaves them out.
-        sources: sources with settings, by their name in ``mix`` (``perturb`` here also makes the gentle
-            ones); names that are missing here are built from the registry with their defaults.
+        examples: examples of one split, with different ids; sources also use them as the pool.
+        mix: share by source name; each at least 0, with a positive sum.
+        per_prompt: negatives per example; ``None`` (only with ``{"dataset": 1.0}``) keeps all negatives of the data.
+        seed: together with the example's id, decides all random choices.
+        gentle: ``dataset`` keeps the gentle negatives of the data, ``perturb`` generates them, ``auto`` generates them
+            for examples that have none, ``none`` leaves them out.
+        sources: sources with settings, by their name in ``mix``. ``perturb`` also generates the gentle negatives.
+            Sources that are missing here are built with their default settings.
 
     Raises:
-        RecipeError: a share, ``per_prompt`` or ``gentle`` that cannot be.
-        UnknownComponentError: a name in ``mix`` that no registry knows.
+        RecipeError: an invalid share, ``per_prompt`` or ``gentle``.
+        UnknownComponentError: a name in ``mix`` that is not a source.
     """
     shares = _checked(mix, per_prompt, gentle)
     built = dict(sources or {})
@@ -102,14 +106,14 @@ def attach_negatives(
 def _checked(mix: Mapping[str, float], per_prompt: int | None, gentle: str) -> dict[str, float]:
     for name, share in mix.items():
         if not (math.isfinite(share) and share >= 0):
-            raise RecipeError(f"negatives.mix.{name}: a share must be a number of at least 0, got {share!r}")
+            raise RecipeError(f"negatives.mix.{name}: a share must be a number, at least 0, got {share!r}")
     shares = {name: share for name, share in mix.items() if share > 0}
     if not shares:
         raise RecipeError(f"negatives.mix: give at least one source a positive share, got {dict(mix)!r}")
     if per_prompt is None and list(shares) != ["dataset"]:
         raise RecipeError(
             f"negatives.per_prompt: must be a number with the mix {dict(mix)!r}; "
-            "only {'dataset': 1.0} may go without one (it keeps all)"
+            "only {'dataset': 1.0} may leave it out (and keeps all negatives)"
         )
     if per_prompt is not None and per_prompt < 1:
         raise RecipeError(f"negatives.per_prompt: must be at least 1, got {per_prompt}")
@@ -120,7 +124,7 @@ def _checked(mix: Mapping[str, float], per_prompt: int | None, gentle: str) -> d
 
 
 def seeded(seed: int, *key: object) -> random.Random:
-    """A generator that seed and key alone decide."""
+    """A random generator that depends on seed and key only."""
     text = "\0".join(map(str, (seed, *key)))
     return random.Random(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
@@ -134,7 +138,13 @@ def draw_negatives(
     seed: int,
     taken: Collection[str] = (),
 ) -> list[tuple[str, Completion]]:
-    """Up to ``per_prompt`` negatives with the names of their sources, none of them (:func:`normalised`) ``taken``."""
+    """Draw up to ``per_prompt`` negatives for an example, each with the name of its source.
+
+    Args:
+        taken: :func:`normalised` texts that must not be drawn.
+
+    For the other arguments see :func:`attach_negatives`.
+    """
     names = list(shares)
     choose = seeded(seed, example.id)
     used = set(taken)

@@ -1,4 +1,4 @@
-"""Edits that no single word of a lexicon makes: attributes of two objects exchanged, and negation."""
+"""Edits that change more than one word: two objects exchange an attribute, and negation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _DENIALS = frozenset({("not",), ("no",), ("without",), ("never",), ("none",)})
 
 
 def exchanges(words: Words, references: Sequence[Words], lexicon: Lexicon) -> Iterator[tuple[int, int]]:
-    """Places of two attributes of one kind, each before a noun of its own, whose exchange says something else.
+    """Word positions of two attributes of the same kind that can be exchanged to change the meaning.
 
-    "a red ball and a blue car": the places of red and blue. Where a reference says what the exchange would say of
-    either noun, the pair is left out.
+    Each attribute must be directly before a noun: in "a red ball and a blue car", red and blue. A pair is left out if
+    a reference contains what the exchanged text would say about one of the nouns.
     """
     found: list[tuple[int, Kind, list[Swap]]] = []
     for first, last, swaps in lexicon.matches(words):
         kind = swaps[0].kind
-        # Before a comma, and on both sides of an "and", it shares its noun with another attribute.
+        # Before a comma, or next to an "and", an attribute shares its noun with another one ("red and blue ball").
         shared = "and" in words.lower[last : last + 1] or (
             words.lower[first - 1 : first] == ("and",) and words.lower[first - 2 : first - 1] in lexicon.swaps
         )
@@ -33,7 +33,8 @@ def exchanges(words: Words, references: Sequence[Words], lexicon: Lexicon) -> It
             one, two = words.lower[i], words.lower[j]
             if kind != kind_of_j or j == i + 1 or words.lower[i + 1] == words.lower[j + 1]:
                 continue
-            # Never two that may be true together; and of colours what the lexicon would put there: no blue dogs.
+            # Both attributes must not be true at once, so the lexicon must list one as a replacement of the other. For
+            # colours it must list both directions, or the exchange could make a blue dog.
             ways = [any(s.to == two for s in swaps), any(s.to == one for s in back)]
             if not (all(ways) if kind == "colour" else any(ways)):
                 continue
@@ -43,9 +44,9 @@ def exchanges(words: Words, references: Sequence[Words], lexicon: Lexicon) -> It
 
 
 def negations(words: Words, references: Sequence[Words], lexicon: Lexicon) -> Iterator[tuple[int, int, str]]:
-    """Word ranges ``[first, last)`` and the words that deny what they say: is -> is not, with -> without.
+    """Word ranges ``[first, last)`` and the negated words to put there: is -> is not, with -> without.
 
-    None where a reference denies anything: it might be the same thing.
+    Nothing if the text or a reference already contains a negation: the result might be true.
     """
     if any(reference.contains(_DENIALS) for reference in (words, *references)):
         return

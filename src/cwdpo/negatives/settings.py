@@ -1,4 +1,4 @@
-"""The recipe's ``negatives`` section: sources, their blend, the sampler, the judge, rounds."""
+"""The recipe's ``negatives`` section: mix of sources, sampler, judge, rounds."""
 
 from __future__ import annotations
 
@@ -13,68 +13,70 @@ from cwdpo.remote import ServerSettings
 
 
 class SamplerSettings(Settings):
-    """How on-policy samples are drawn: by this process, or by a server."""
+    """How on-policy samples are generated: by this process or by a server."""
 
-    samples: int = Field(4, gt=0, description="drawn per prompt and round; negatives are chosen among them")
+    samples: int = Field(4, gt=0, description="samples per prompt and round; negatives are chosen from them")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(48, gt=0)
-    batch_size: int = Field(16, gt=0, description="prompts per forward; each has all of its samples there")
+    batch_size: int = Field(16, gt=0, description="prompts per forward pass, each with all of its samples")
     keep_cut: bool = Field(False, description="keep samples that did not end within max_new_tokens")
-    server: ServerSettings | None = Field(None, description="sample there instead of in this process")
+    server: ServerSettings | None = Field(None, description="sample from this server, not in this process")
     serve_folder: bool = Field(
         False,
-        description="write the policy to the run before each round and ask the server for that folder's path "
-        "as its model (transformers serve loads it)",
+        description="before each round, write the policy to the run folder and request that folder's path as the "
+        "server's model (transformers serve loads it)",
     )
 
 
 WITHOUT_NEGATIVES = (
-    "the data has no rejected responses and negatives.mix takes all from there; set the mix, for instance "
+    "the data has no rejected responses, but negatives.mix takes all negatives from the data; set the mix, for example "
     "negatives.mix='{perturb: 0.6, other_prompt: 0.4}', or negatives.on_policy_fraction=1.0"
 )
 
 
 class NegativeSettings(Settings):
-    """Where negatives come from: shares by source, and the share of on-policy ones.
+    """Where negatives come from.
 
-    ``gentle`` are the negatives of stage 1. Without ``on_policy_fraction`` stage 2's negatives are made once,
-    before training; with it, stage 2 runs in rounds.
+    ``mix`` and ``on_policy_fraction`` are for stage 2, ``gentle`` is for stage 1. Without ``on_policy_fraction`` the
+    negatives of stage 2 are made once, before training; with it, stage 2 runs in rounds.
     """
 
     mix: dict[str, float] = Field(default_factory=lambda: {"dataset": 1.0})
     per_prompt: int | None = Field(
-        None, gt=0, description="default: all of the dataset's; one from any other mix, or in rounds"
+        None, gt=0, description="default: all negatives of the data; with another mix, or in rounds: 1"
     )
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings by source, e.g. {perturb: {kinds: [colour, object]}}"
     )
     gentle: Literal["auto", "dataset", "perturb", "none"] = "auto"
     on_policy_fraction: float | tuple[float, ...] | None = Field(
-        None, description="share of samples of the current policy; a list has one for each round"
+        None, description="share of on-policy negatives; a list gives one share per round"
     )
-    rounds: int = Field(1, gt=0, description="of stage 2; each begins with new samples of the policy")
+    rounds: int = Field(1, gt=0, description="rounds of stage 2; each starts with new samples of the policy")
     on_policy_chosen: bool = Field(
-        False, description="a sample that the judge finds right replaces the chosen response"
+        False, description="a sample that the judge calls right replaces the chosen response"
     )
     easy_cut: float | None = Field(
-        None, description="leave out negatives with a lower mean_logp, nats per token"
+        None, description="leave out negatives with a lower mean_logp, in nats per token"
     )
-    hard_cut: float | None = Field(None, description="leave out negatives with a higher mean_logp")
+    hard_cut: float | None = Field(
+        None, description="leave out negatives with a higher mean_logp, in nats per token"
+    )
     recalibrate: bool = Field(
-        False, description="find floor and tau again from each round's samples, where they are auto"
+        False, description="calibrate floor and tau (if auto) again in each round, from its samples"
     )
     sampler: SamplerSettings = SamplerSettings()
     judge: JudgeSpec = Field(
         default_factory=lambda: {"name": AUTO},
-        description="name and settings of the judge that says which samples are right, and so are no negatives; auto: "
-        "the world's where the data is the world's, else none",
+        description="name and settings of the judge; samples that it calls right do not become negatives. auto: "
+        "judge world if the data is from the embedded world, else none",
     )
 
     @field_validator("judge", mode="before")
     @classmethod
     def _written_by_an_older_version(cls, spec: Any) -> Any:
-        """Recipes stored in runs had one section for all judges: what it spelled out for others is left out."""
+        """Recipes of older runs list the settings of all judges in one section; keep those of the named judge."""
         if isinstance(spec, dict) and "server" in spec and spec["server"] is None:
             kept = ("name", "threshold") if spec.get("name") == "references" else ("name",)
             return {key: spec[key] for key in kept if key in spec}
@@ -85,8 +87,8 @@ class NegativeSettings(Settings):
     def _judges_in_batches(cls, spec: dict[str, Any]) -> dict[str, Any]:
         if spec["name"] not in (AUTO, NONE) and JUDGES.build(spec).needs_whole_set:
             raise ValueError(
-                f"judge {spec['name']}: its scores depend on the other examples of a call, and samples are judged "
-                "batch by batch: name another judge, or another metric of judge metric"
+                f"judge {spec['name']}: its scores depend on the other examples of the call, but samples are judged "
+                "in batches: name another judge, or another metric for judge metric"
             )
         return spec
 
@@ -117,23 +119,23 @@ class NegativeSettings(Settings):
             for name in ("rounds", "on_policy_chosen", "easy_cut", "hard_cut", "recalibrate"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
-                        f"{name} needs on_policy_fraction (0 samples nothing, and runs in rounds)"
+                        f"{name} needs on_policy_fraction (with 0, stage 2 runs in rounds without sampling)"
                     )
         if self.easy_cut is not None and self.hard_cut is not None and self.easy_cut >= self.hard_cut:
             raise ValueError("easy_cut must be below hard_cut")
         fixed = self.sampler.server is not None and not self.sampler.serve_folder
         if fixed and rounds > 1:
             raise ValueError(
-                "sampler.server answers with one model; with rounds > 1 set sampler.serve_folder"
+                "sampler.server serves the same model in every round; with rounds > 1 set sampler.serve_folder"
             )
         return self
 
     def build_sources(self) -> dict[str, NegativeSource]:
-        """The sources that have settings of their own, by name."""
+        """The sources with settings in the recipe, by name."""
         return {name: NEGATIVES.build({"name": name, **own}) for name, own in self.settings.items()}
 
     def fraction(self, round_: int) -> float:
-        """Share of on-policy negatives asked of a round."""
+        """The share of on-policy negatives for a round, counted from 0."""
         value = self.on_policy_fraction
         assert value is not None
         return value[round_] if isinstance(value, tuple) else value

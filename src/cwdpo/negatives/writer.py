@@ -1,4 +1,4 @@
-"""Minimal edits written by a language model behind a server, checked here before they count."""
+"""Minimal edits written by a language model on a server, and checked here before they are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cwdpo.remote import Ask, Client, ServerSettings
 
 _ASKED = 4
 _LONGEST = 8
-"""Most words that an edit may replace or put in."""
+"""Largest number of words that an edit may remove or insert."""
 _WORD = re.compile(r"\s+|\S+")
 _logger = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ QUESTION = (
 
 
 class Writer:
-    """Asks a server for edits; answers are kept in the user's cache folder and are not asked for again.
+    """Requests edits from a server; answers are cached in the user's cache folder and not requested again.
 
     Args:
-        server: who writes.
-        kinds: names of the wanted kinds of edits.
+        server: settings of the server.
+        kinds: names of the kinds of edits to request.
     """
 
     def __init__(self, server: ServerSettings, kinds: Sequence[str]) -> None:
@@ -41,10 +41,10 @@ class Writer:
         self.client = Client(server, cache / "cwdpo" / "edits.jsonl")
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Have the answers for all examples, several requests at a time; the estimate is logged first.
+        """Request the edits of all examples, several at a time, after logging an estimate of the cost.
 
         Raises:
-            ServerError: the estimate is too high, or the server does not answer.
+            ServerError: the estimate is above the limit, or the server does not answer.
         """
         asks = [self._ask(e) for e in examples]
         estimate = self.client.estimate(asks)
@@ -53,7 +53,7 @@ class Writer:
             self.client.ask(asks)
 
     def edits(self, example: Example) -> list[Completion]:
-        """The edits of one example's chosen response that are small, new and not known to be true."""
+        """The edits of an example's chosen response that are small, different from each other and not known true."""
         (answer,) = self.client.ask([self._ask(example)])
         taken, found = set(known_true(example)), []
         for kind, text in _listed(answer.text):
@@ -87,7 +87,7 @@ class Writer:
 
 
 def _listed(answer: str) -> Iterator[tuple[str, str]]:
-    """(kind, text) of a JSON list, wherever it stands in the answer; nothing of anything else."""
+    """The ``(kind, text)`` of the JSON list in the answer; nothing if there is none."""
     begin, end = answer.find("["), answer.rfind("]")
     try:
         rows = json.loads(answer[begin : end + 1]) if 0 <= begin < end else []
@@ -99,9 +99,9 @@ def _listed(answer: str) -> Iterator[tuple[str, str]]:
 
 
 def differing(chosen: str, text: str) -> tuple[int, int, str, str] | None:
-    """Where the texts differ: characters ``[start, end)`` of chosen, what stood there and what stands there now.
+    """Where the texts differ: ``(start, end, old, new)``, with ``chosen[start:end] == old`` replaced by ``new``.
 
-    ``None`` where they do not differ, or by more than eight words.
+    ``None`` if they do not differ, or differ by more than eight words.
 
     >>> differing("a red dog runs", "a blue dog runs")
     (2, 5, 'red', 'blue')

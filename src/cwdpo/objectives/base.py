@@ -1,7 +1,9 @@
-"""What an objective receives and returns. Tensors are used through their own methods: no torch import,
-so that settings, schema and help stay light.
+"""What an objective receives and what it returns.
 
-Notation: B prompts, P pairs, all log-probabilities in nats.
+This room does not import torch: it uses tensors through their methods only. Recipes, the schema and the command-line
+help import the objectives for their settings, and must start fast.
+
+Notation: B prompts, P pairs, n completions of at most C tokens. All log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 NegativeMask = Literal["none", "differing_span"]
 TokenStat = Callable[["Tensor", "Tensor"], "Tensor"]
-"""A statistic of each token: log-probabilities over the vocabulary [M, V] and the tokens [M] -> [M]."""
+"""One number per token, from the log-probabilities over the vocabulary [M, V] and the token ids [M]; returns [M]."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,14 @@ class Scored:
 
     Attributes:
         sum_logp: log-likelihood under the policy, summed over tokens; carries the gradient.
-        n_tokens: completion tokens, the end token included.
-        reference_sum_logp: the same under the frozen reference; ``None`` when no reference is used.
-        span_sum_logp, span_reference_sum_logp: the sums over the differing span only.
-        stats: [n] sums over tokens of the objective's ``token_stats``, by name.
-        token_logp: [n, C] log-likelihood of each token, right-padded; carries the gradient.
-        token_mask, token_span: [n, C] where there is a token, and which are of the differing span.
-        reward_margin: of a pair, what a reward model finds chosen better by (``Completion.made``); no gradient.
+        n_tokens: number of completion tokens, including the end token.
+        reference_sum_logp: log-likelihood under the frozen reference model; ``None`` when no reference is used.
+        span_sum_logp, span_reference_sum_logp: the same two sums over the tokens of the differing span only.
+        stats: for each of the objective's ``token_stats``, by name: [n] its sum over the completion's tokens.
+        token_logp: [n, C] log-probability of each token, right-padded; carries the gradient.
+        token_mask: [n, C] True on tokens, False on padding.
+        token_span: [n, C] True on the tokens of the differing span.
+        reward_margin: r(chosen) - r(rejected) of a reward model, for each negative (``Completion.made``); no gradient.
     """
 
     sum_logp: Tensor
@@ -54,12 +57,12 @@ class Scored:
 
     @property
     def shift(self) -> Tensor:
-        """[n] ``sum_logp(policy) - sum_logp(reference)`` (the paper's Delta)."""
+        """[n] ``sum_logp(policy) - sum_logp(reference)`` in nats (the paper's Delta)."""
         assert self.reference_sum_logp is not None, "this objective needs reference log-probabilities"
         return self.sum_logp - self.reference_sum_logp
 
     def masked_shift(self, mask: NegativeMask) -> Tensor:
-        """[n] the shift, over all tokens or over the differing span only."""
+        """[n] the shift in nats, summed over all tokens or over the differing span only."""
         if mask == "none":
             return self.shift
         assert self.span_sum_logp is not None
@@ -71,15 +74,16 @@ class Scored:
 class StepTotals:
     """Counts over the whole optimizer step: all micro-batches of all processes.
 
-    A loss is a sum over its micro-batch divided by these, so that the losses of the micro-batches add up
-    to the loss of the step. Objectives that are no such sums ask for more by ``looks_ahead``:
+    The loss of a micro-batch is a sum over the micro-batch, divided by these counts. The losses of the micro-batches
+    therefore add up to the loss of the step. An objective whose loss is not such a sum sets ``looks_ahead`` and uses
+    the last two attributes.
 
     Attributes:
-        prompts: prompts with at least one negative.
-        chosen_tokens, rejected_tokens: completion tokens.
-        ahead: what :meth:`Objective.ahead` gave for every micro-batch of the step; ``None`` if nobody asked, or if
-            this micro-batch is the whole step.
-        memory: what :meth:`Objective.remember` kept of the steps before this one; empty at the first.
+        prompts: number of prompts with at least one negative.
+        chosen_tokens, rejected_tokens: number of completion tokens.
+        ahead: the values that :meth:`Objective.ahead` returned for all micro-batches of the step; ``None`` if the
+            objective does not look ahead, or if this micro-batch is the whole step.
+        memory: the values that :meth:`Objective.remember` kept from earlier steps; empty at the first step.
     """
 
     prompts: float
@@ -96,7 +100,7 @@ class ScoredPairs:
     Attributes:
         chosen: scores of the B chosen responses.
         rejected: scores of the P negatives.
-        prompt: [P] index into the prompts; a prompt may have several negatives.
+        prompt: [P] the index of each negative's prompt, in 0..B-1; a prompt may have several negatives.
         totals: counts of the optimizer step; ``None`` means that this batch is the whole step.
     """
 
@@ -107,40 +111,40 @@ class ScoredPairs:
 
     @property
     def chosen_shift(self) -> Tensor:
-        """[P] shift of each pair's chosen response."""
+        """[P] shift of each pair's chosen response, in nats."""
         return self.chosen.shift[self.prompt]
 
     def _count(self, name: str, own: float) -> float:
         return own if self.totals is None else float(getattr(self.totals, name))
 
     def mean_over_prompts(self, per_pair: Tensor) -> Tensor:
-        """Scalar from per-pair values [P]: the mean over prompts of the mean over a prompt's pairs.
+        """Average per-pair values [P] over the pairs of each prompt, then over prompts; returns a scalar.
 
-        Prompts without a pair do not count.
+        Prompts without a pair are not counted.
         """
         pairs = self.prompt.bincount(minlength=len(self.chosen.sum_logp))
         total = (per_pair / pairs[self.prompt]).sum()
         return total / self._count("prompts", float((pairs > 0).sum()))
 
     def chosen_nll(self) -> Tensor:
-        """NLL of the chosen responses, nats per token: sum over tokens by number of tokens."""
+        """This micro-batch's share of the step's mean NLL of the chosen responses, in nats per token."""
         own = float(self.chosen.n_tokens.sum())
         return -self.chosen.sum_logp.sum() / self._count("chosen_tokens", own)
 
     def rejected_nll(self) -> Tensor:
-        """This batch's share of the step's NLL of the negatives, nats per token."""
+        """This micro-batch's share of the step's mean NLL of the negatives, in nats per token."""
         own = float(self.rejected.n_tokens.sum())
         return -self.rejected.sum_logp.sum() / max(self._count("rejected_tokens", own), 1.0)
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """A loss and what to log of it.
+    """A loss and the values to log with it.
 
     Attributes:
         loss: scalar; this micro-batch's share of the step's loss.
-        per_pair: named detached values [P] (``loss``, ``rewards/chosen``, ``cooling/weight``, ...).
-        parts: named detached scalars that add up over micro-batches (``loss/nll``, ``loss/penalty``, ...).
+        per_pair: detached values [P] by name (``loss/pair``, ``rewards/chosen``, ``cooling/weight``, ...).
+        parts: detached scalars by name that add up over micro-batches (``loss/nll``, ``loss/penalty``, ...).
     """
 
     loss: Tensor
@@ -150,12 +154,12 @@ class ObjectiveOutput:
 
 @dataclass(frozen=True)
 class Scale:
-    """What probes and curricula need to know of an objective.
+    """What probes and curricula need to know about an objective.
 
     Attributes:
-        floor, tau: of the cooling, nats per token; ``None`` if the objective does not cool adaptively.
+        floor, tau: of the adaptive cooling weight, in nats per token; ``None`` if the objective has none.
         beta: inverse temperature, per nat; ``None`` if the objective has no preference term.
-        weight: the fixed weight of negatives if the objective does not cool; 1 is DPO.
+        weight: the constant weight of negatives if there is no adaptive cooling; 1 is DPO.
     """
 
     floor: float | None = None
@@ -165,15 +169,16 @@ class Scale:
 
 
 class Objective(Component):
-    """A pure function :class:`ScoredPairs` -> :class:`ObjectiveOutput` with its settings.
+    """A loss: a pure function from :class:`ScoredPairs` to :class:`ObjectiveOutput`, and its settings.
 
-    The class attributes say what it needs; everything else of the project asks these and no class by name.
+    Class attributes declare what the objective needs. The rest of the project reads these and never tests for a
+    certain class.
 
-    ``needs_negatives``: prompts without a negative are left out of this objective's data.
-    ``needs_reference``: reference log-probabilities are computed before training.
-    ``token_stats``: further statistics of every token, read as ``Scored.stats``: names of
-    :data:`cwdpo.scoring.token_stats.TOKEN_STATS`, or functions like those.
-    ``calibrates``: settings that may be ``auto``: :meth:`calibrated` finds them before training.
+    ``needs_negatives``: prompts without a negative are left out of the training data.
+    ``needs_reference``: the log-probabilities of the reference model are computed before training.
+    ``token_stats``: statistics to compute for every token: names from :data:`cwdpo.scoring.token_stats.TOKEN_STATS`,
+    or functions with the same signature. The objective receives them as ``Scored.stats``.
+    ``calibrates``: names of the settings that may be ``auto``; :meth:`calibrated` computes them before training.
     """
 
     needs_negatives: ClassVar[bool] = True
@@ -186,7 +191,7 @@ class Objective(Component):
         """Compute the loss of one micro-batch."""
 
     def keeps(self, reference_mean_logp: float) -> bool:
-        """Whether a negative takes part, given its mean_logp under the reference (nats per token)."""
+        """Whether to train on a negative, given its mean_logp under the reference model (nats per token)."""
         del reference_mean_logp
         return True
 
@@ -197,39 +202,51 @@ class Objective(Component):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a setting of ``calibrates`` must be found before training."""
+        """Whether a setting of ``calibrates`` is still ``auto``."""
         return any(getattr(self, name) == "auto" for name in self.calibrates)
 
-    def calibrated(self, mean_logps: Sequence[float]) -> Self:
+    @property
+    def calibrates_on_negatives(self) -> bool:
+        """Whether :meth:`calibrated` also needs the negatives that the stage trains on."""
+        return False
+
+    def calibrated(self, mean_logps: Sequence[float], negatives: Sequence[float] = ()) -> Self:
         """The same objective with its ``auto`` settings replaced by numbers.
 
         Args:
-            mean_logps: of samples that the reference drew, in nats per token. In rounds with
-                ``negatives.recalibrate`` it is called again with the samples of the round's policy.
+            mean_logps: mean_logp of samples of the reference model, in nats per token. With
+                ``negatives.recalibrate`` this is called again in each round, with samples of the current policy.
+            negatives: with ``calibrates_on_negatives``: mean_logp of negatives of the stage under the reference model,
+                in nats per token; else empty.
         """
-        del mean_logps
+        del mean_logps, negatives
         return self
 
     def probe_scale(self) -> Scale:
-        """Of the calibrated objective."""
+        """The :class:`Scale` of the calibrated objective."""
         return Scale(beta=getattr(self, "beta", None))
 
     def logged(self) -> Mapping[str, float]:
-        """Settings to log with every row of training metrics, because calibration may have moved them."""
+        """Calibrated settings to log with every row of training metrics, because calibration may change them."""
         return {}
 
     def ahead(self, pairs: ScoredPairs) -> Sequence[float]:
-        """With ``looks_ahead``: what must be known of every micro-batch before the first loss of a step.
+        """With ``looks_ahead``: the values of a micro-batch that the loss of every micro-batch of the step needs.
 
-        Computed without gradient; the values of all micro-batches and processes are joined in ``totals.ahead``. A step
-        of one micro-batch is not scored twice for it: ``totals.ahead`` is ``None``, and the objective has the pairs.
+        The trainer calls this without gradient for all micro-batches before it computes the first loss of the step,
+        and puts the values of all micro-batches and processes into ``totals.ahead``. A step of one micro-batch is not
+        scored twice: there ``totals.ahead`` is ``None``, and the objective computes the values from its pairs.
         """
-        raise NotImplementedError(f"{type(self).__name__} looks ahead and does not say at what")
+        raise NotImplementedError(f"{type(self).__name__} sets looks_ahead but does not define ahead()")
 
     def remember(self, memory: tuple[float, ...], ahead: tuple[float, ...]) -> tuple[float, ...]:
-        """With ``looks_ahead``: what to keep for later steps, from what was kept and the values of this step.
+        """With ``looks_ahead``: the values to keep for later steps.
 
-        Stored in checkpoints; the loss of a step sees what was kept before it, as ``totals.memory``.
+        The loss of the next step receives them as ``totals.memory``. They are stored in checkpoints.
+
+        Args:
+            memory: the values kept so far.
+            ahead: the values of :meth:`ahead` of all micro-batches of this step.
         """
         del memory, ahead
         return ()
@@ -237,8 +254,10 @@ class Objective(Component):
 
 @dataclass
 class InForce:
-    """The objective that a stage trains with now. Trainer, probes, rounds and curriculum share one of these, so
-    that a new calibration reaches all of them."""
+    """The objective that a stage trains with now.
+
+    Trainer, probes, rounds and curriculum share one instance, so that all of them see a new calibration.
+    """
 
     objective: Objective
 
@@ -254,7 +273,7 @@ def negative_log_sigmoid(x: Tensor) -> Tensor:
 
 
 def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Tensor]:
-    """TRL's implicit rewards ``beta * shift`` of both sides, detached, each [P]."""
+    """The implicit rewards ``beta * shift`` of chosen and rejected under TRL's names, detached, each [P]."""
     chosen, rejected = beta * pairs.chosen_shift.detach(), beta * pairs.rejected.shift.detach()
     return {
         "rewards/chosen": chosen,
@@ -265,7 +284,14 @@ def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Tensor]:
 
 
 def pair_output(pairs: ScoredPairs, per_pair: Tensor, beta: float, **also: Tensor) -> ObjectiveOutput:
-    """The output of a loss that is a mean of pairs: their losses [P], the rewards, and whatever else is named."""
+    """The output of a loss that is a mean over pairs.
+
+    Args:
+        pairs: the scored pairs.
+        per_pair: [P] the loss of each pair.
+        beta: inverse temperature of the logged rewards, per nat.
+        also: further values [P] to log, by name.
+    """
     loss = pairs.mean_over_prompts(per_pair)
     logged = {"loss/pair": per_pair.detach(), **{k: v.detach() for k, v in also.items()}}
     return ObjectiveOutput(

@@ -1,4 +1,4 @@
-"""beta-DPO: beta follows how far apart the step's pairs are, and pairs far from the usual are left out.
+"""beta-DPO: beta grows with the mean margin of the step's pairs, and pairs with an unusual margin are left out.
 
 Source: Wu et al., "beta-DPO: Direct Preference Optimization with Dynamic beta" (arXiv 2407.08639): the
 batch's beta (eq. 8), its threshold as a running mean (eq. 9), beta-guided filtering (section 4.2).
@@ -13,27 +13,27 @@ from pydantic import Field
 from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, negative_log_sigmoid, pair_output
 
 MOMENTUM = 0.9
-"""Of the running mean."""
+"""Momentum of the running mean of the margins."""
 
 MIN_BETA = 1e-3
-"""The linear rule can turn beta negative; this is the smallest that is used."""
+"""Lower limit of beta; without it the linear rule could make beta negative."""
 
 TIE = 1e-3
-"""Nats: margins this close count as equal. The same pair scored in another batch differs in its last bits."""
+"""Margins closer than this, in nats, count as equal: a pair scored in another batch differs in its last bits."""
 
 
 class BetaDpo(Objective):
     """``L = mean over kept pairs of -log sigmoid(b * (chosen_shift - rejected_shift))``.
 
-    ``b = beta * (1 + alpha * (mean M - M0))``, M = beta * (chosen_shift - rejected_shift) of the whole optimizer
-    step's pairs and M0 their running mean (momentum 0.9, from 0). Kept are the pairs whose
-    M is nearest to M0. The paper draws them with a Gaussian density around M0; taking the likeliest instead
-    makes the loss a function of the step.
+    ``b = beta * (1 + alpha * (mean M - M0))``. M is ``beta * (chosen_shift - rejected_shift)`` of all pairs of the
+    optimizer step, and M0 its running mean over steps (momentum 0.9, starting at 0). The pairs whose M is nearest to
+    M0 are kept. The paper draws the kept pairs with a Gaussian density around M0; taking the nearest ones makes the
+    loss deterministic.
 
     Args:
         beta: inverse temperature at M = M0, per nat.
-        alpha: how strongly beta follows the margin; 0 keeps it fixed.
-        keep: share of the step's pairs that take part.
+        alpha: how strongly beta depends on the margin; 0 makes it constant.
+        keep: share of the step's pairs to keep.
     """
 
     beta: float = Field(0.3, gt=0)
@@ -56,6 +56,8 @@ class BetaDpo(Objective):
             if pairs.totals.ahead is not None:
                 step = own.new_tensor(pairs.totals.ahead)
         beta = max(MIN_BETA, self.beta * (1 + self.alpha * self.beta * (float(step.mean()) - usual)))
+        # Keep the share `keep` of the step's pairs that is nearest to the running mean. Dividing by the share that was
+        # really kept (ties included) makes the loss a mean over the kept pairs.
         distance = (step - usual).abs().sort().values
         limit = distance[math.ceil(self.keep * len(step)) - 1] + TIE if len(step) else math.inf
         kept = ((own - usual).abs() <= limit).to(margin.dtype)
@@ -77,5 +79,5 @@ class BetaDpo(Objective):
 
 
 def _usual(memory: tuple[float, ...]) -> float:
-    """The running mean before a step; 0 at the first, where policy and reference are alike."""
+    """The running mean before this step, in nats; 0 at the first step, where policy and reference are equal."""
     return memory[0] if memory else 0.0

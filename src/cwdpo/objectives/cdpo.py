@@ -1,4 +1,4 @@
-"""Conservative DPO: a label is taken to be flipped with a known probability.
+"""Conservative DPO: assumes that each label is flipped with a known probability.
 
 Source: Mitchell, "A note on DPO with noisy preferences & relationship to IPO" (2023), eq. 3.
 """
@@ -15,7 +15,7 @@ class Cdpo(Objective):
 
     Args:
         beta: inverse temperature, per nat.
-        label_smoothing: e, the chance that a label is flipped; 0 is DPO.
+        label_smoothing: e, the probability that a label is flipped; 0 is DPO.
     """
 
     beta: float = Field(0.3, gt=0)

@@ -1,4 +1,4 @@
-"""Cooling-Weighted DPO: the rejected side fades for negatives that the policy already finds unlikely.
+"""Cooling-Weighted DPO: negatives that are already unlikely under the policy get a small weight.
 
 Source: "Learning Dynamics of VLM Finetuning" (arXiv 2510.11978), stage 2:
 ``w = sigmoid((mean_logp_policy(rejected) - floor) / tau)``,
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_TAU = 0.05
-"""Smallest calibrated tau, nats per token: below it the weight is a step."""
+"""Smallest calibrated tau, in nats per token. With a smaller one the weight would be almost a step function."""
 
 
 def cooling_weight(mean_logp: Tensor, floor: float, tau: float) -> Tensor:
-    """``sigmoid((mean_logp - floor) / tau)``, in (0, 1): 0 for easy negatives, 1 for hard ones.
+    """``sigmoid((mean_logp - floor) / tau)`` [P], in (0, 1): near 0 for easy negatives, near 1 for hard ones.
 
     >>> import torch
     >>> [f"{w:.4f}" for w in cooling_weight(torch.tensor([-0.5, -5.0]), floor=-0.5, tau=0.5)]
@@ -42,12 +42,12 @@ def cooling_weight(mean_logp: Tensor, floor: float, tau: float) -> Tensor:
 
 
 def calibrate(mean_logps: Sequence[float]) -> tuple[float, float]:
-    """``(floor, tau)`` in nats per token from the reference policy's own samples.
+    """``(floor, tau)`` in nats per token, from the mean_logp of samples of the reference model.
 
-    ``floor`` is the 10th percentile of their mean_logp, ``tau`` the median minus that (at least
-    :data:`MIN_TAU`): a negative as likely as the policy's typical sample keeps most of its weight, one
-    that the policy would hardly write loses it. The dataset's negatives are *not* used: mixed
-    pools give a tau so wide that nothing cools (docs/decisions.md).
+    ``floor`` is the 10th percentile, and ``tau`` is the median minus the 10th percentile (at least :data:`MIN_TAU`).
+    So a negative as likely as a typical sample keeps most of its weight, and a negative that the model would hardly
+    generate loses it. The negatives of the data set are *not* used: with a mixed pool tau becomes so large that
+    no weight falls (docs/decisions.md).
 
     >>> floor, tau = calibrate([-1.0, -0.8, -0.6, -0.4, -0.2])
     >>> round(floor, 2), round(tau, 2)
@@ -57,10 +57,37 @@ def calibrate(mean_logps: Sequence[float]) -> tuple[float, float]:
 
     if len(mean_logps) < 2:
         raise RecipeError(
-            f"cooling cannot be calibrated from {len(mean_logps)} sample(s): give floor and tau as numbers"
+            f"cooling cannot be calibrated from {len(mean_logps)} sample(s), it needs two: "
+            "give floor and tau as numbers"
         )
     low, median = np.quantile(np.asarray(mean_logps, dtype=float), [0.1, 0.5])
     return float(low), max(MIN_TAU, float(median - low))
+
+
+def floor_for_weight(target: float, mean_logps: Sequence[float], tau: float) -> float:
+    """The floor (nats per token) at which the mean of ``sigmoid((mean_logp - floor) / tau)`` is ``target``.
+
+    The mean weight falls as the floor rises, so that there is exactly one such floor; bisection finds it.
+
+    Args:
+        target: the mean weight, between 0 and 1.
+        mean_logps: mean_logp of the negatives, nats per token; at least one.
+        tau: nats per token.
+
+    >>> round(floor_for_weight(0.5, [-3.0, -1.0], tau=0.5), 6)
+    -2.0
+    """
+    import numpy as np
+
+    values = np.asarray(mean_logps, dtype=float)
+    # A single negative with this weight has its floor at mean_logp - tau * log(target / (1 - target)).
+    offset = tau * float(np.log(target / (1 - target)))
+    low, high = float(values.min()) - offset, float(values.max()) - offset
+    for _ in range(100):
+        middle = (low + high) / 2
+        weight = float((1 / (1 + np.exp(np.clip((middle - values) / tau, -700, 700)))).mean())
+        low, high = (middle, high) if weight > target else (low, middle)
+    return (low + high) / 2
 
 
 class CwDpo(Objective):
@@ -68,16 +95,20 @@ class CwDpo(Objective):
 
     Args:
         beta: inverse temperature, per nat.
-        cooling: ``adaptive`` is the method. Ablations: ``constant`` fixes w to ``constant_weight``; ``permuted`` gives
-            each pair of the step the adaptive weight of another one, by chance; ``matched`` gives all of them the mean
-            of the step's adaptive weights. The last two have the method's weights and leave out what it adapts to.
-        floor, tau: nats per token; ``auto`` calibrates both before stage 2, see :func:`calibrate`.
-        constant_weight: w when ``cooling`` is constant; 1 is vanilla DPO.
-        weight_gradient: ``detach`` treats w as a constant. ``through`` differentiates it, which pushes a
-            negative *up* once ``rejected_shift / n_tokens < -tau / (1 - w)``.
-        filter_below: negatives whose mean_logp under the reference is lower (nats per token) are left out.
+        cooling: ``adaptive`` is the method; the others are ablations. ``constant``: w is ``constant_weight``.
+            ``permuted``: the adaptive weights of the step are shuffled among its pairs. ``matched``: every pair gets
+            the mean of the step's adaptive weights. The last two keep the size of the weights, but a weight no longer
+            depends on its own negative.
+        floor, tau: in nats per token; ``auto`` calibrates them before stage 2, see :func:`calibrate`.
+        target_weight: with ``floor: auto``: the floor is set so that the mean weight over the negatives of the run is
+            this when stage 2 begins, instead of the percentile of :func:`calibrate`. It makes the strength of the
+            cooling comparable between models and data sets.
+        constant_weight: w when ``cooling`` is ``constant``; 1 is vanilla DPO.
+        weight_gradient: ``detach`` treats w as a constant. ``through`` differentiates it, which makes a negative
+            *more* likely once ``rejected_shift / n_tokens < -tau / (1 - w)``.
+        filter_below: negatives with a lower mean_logp under the reference (nats per token) are left out.
         sft_weight: weight of an SFT term on chosen.
-        negative_mask: see :class:`cwdpo.objectives.dpo.Dpo`; w is always computed from the whole negative.
+        negative_mask: see :class:`cwdpo.objectives.dpo.Dpo`; w is always computed from all tokens of the negative.
     """
 
     calibrates: ClassVar[tuple[str, ...]] = ("floor", "tau")
@@ -86,6 +117,7 @@ class CwDpo(Objective):
     cooling: Literal["adaptive", "constant", "permuted", "matched"] = "adaptive"
     floor: float | Literal["auto"] = "auto"
     tau: float | Literal["auto"] = "auto"
+    target_weight: float | None = Field(None, gt=0, lt=1)
     constant_weight: float = Field(1.0, ge=0, le=1)
     weight_gradient: Literal["detach", "through"] = "detach"
     filter_below: float | None = None
@@ -98,27 +130,49 @@ class CwDpo(Objective):
             raise ValueError(f"tau must be greater than 0 nats per token, got {self.tau}")
         return self
 
+    @model_validator(mode="after")
+    def _one_floor(self) -> CwDpo:
+        if self.target_weight is None:
+            return self
+        if self.cooling == "constant":
+            raise ValueError("target_weight sets the floor of an adaptive weight: here set constant_weight")
+        if self.floor != "auto":
+            raise ValueError("target_weight sets the floor: leave out one of the two")
+        return self
+
     @property
     def needs_calibration(self) -> bool:
-        """Whether floor or tau must be found before training; a constant weight needs neither."""
+        """Whether floor or tau is still ``auto``; a constant weight needs neither."""
         return self.cooling != "constant" and super().needs_calibration
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether the weight of a pair depends on the others of the step."""
+        """Whether the weight of a pair depends on the other pairs of the step."""
         return self.cooling in ("permuted", "matched")
 
-    def calibrated(self, mean_logps: Sequence[float]) -> Self:
-        """See :func:`calibrate`; a floor or tau that was given as a number stays.
+    @property
+    def calibrates_on_negatives(self) -> bool:
+        """Whether the floor follows from ``target_weight``."""
+        return self.target_weight is not None and self.needs_calibration
+
+    def calibrated(self, mean_logps: Sequence[float], negatives: Sequence[float] = ()) -> Self:
+        """Replace ``auto`` by the values of :func:`calibrate`; a floor or tau given as a number is kept.
+
+        With ``target_weight`` the floor is that of :func:`floor_for_weight` over the negatives.
 
         Raises:
-            RecipeError: fewer than two samples.
+            RecipeError: fewer than two samples; ``target_weight`` without negatives.
         """
         values = dict(zip(self.calibrates, calibrate(mean_logps), strict=True))
+        if self.calibrates_on_negatives and self.target_weight is not None:
+            if not negatives:
+                raise RecipeError("cw_dpo: target_weight: there is no negative to set the floor by")
+            tau = values["tau"] if self.tau == "auto" else self.tau
+            values["floor"] = floor_for_weight(self.target_weight, negatives, tau)
         return self.model_copy(update={k: v for k, v in values.items() if getattr(self, k) == "auto"})
 
     def probe_scale(self) -> Scale:
-        """Floor and tau, or the constant weight."""
+        """Floor and tau, or the constant weight, and beta."""
         if self.cooling == "constant":
             return Scale(beta=self.beta, weight=self.constant_weight)
         return Scale(*self._floor_and_tau(), beta=self.beta)
@@ -132,7 +186,7 @@ class CwDpo(Objective):
 
     def _floor_and_tau(self) -> tuple[float, float]:
         if self.floor == "auto" or self.tau == "auto":
-            raise RecipeError("cw_dpo: floor and tau are 'auto': calibrate first, or give numbers")
+            raise RecipeError("cw_dpo: floor or tau is 'auto': calibrate first, or give both as numbers")
         return self.floor, self.tau
 
     def weight(self, pairs: ScoredPairs) -> Tensor:
@@ -147,7 +201,7 @@ class CwDpo(Objective):
         return cooling_weight(mean_logp, *self._floor_and_tau())
 
     def _of_the_step(self, pairs: ScoredPairs) -> Tensor:
-        """[P] the weights of the ablations, from those of all pairs of the step; without gradient."""
+        """[P] the weights of the ablations, computed from the negatives of the whole step; without gradient."""
         mean_logp = pairs.rejected.mean_logp.detach()
         whole = None if pairs.totals is None else pairs.totals.ahead
         everyone = mean_logp if whole is None else mean_logp.new_tensor(whole)
@@ -156,21 +210,21 @@ class CwDpo(Objective):
             return weights.mean().expand(len(mean_logp)) if len(weights) else weights
         if whole is not None:
             raise RecipeError(
-                "cw_dpo: cooling: permuted deals weights among the pairs of one forward pass: take "
-                "train.gradient_accumulation_steps: 1 and one process"
+                "cw_dpo: cooling: permuted shuffles the weights within one forward pass: set "
+                "train.gradient_accumulation_steps: 1 and use one process"
             )
-        # By chance, and the same in a run that is repeated: the values themselves seed the deal.
+        # A random order, seeded by the values themselves, so that a repeated run draws the same order.
         values = mean_logp.tolist()
         order = random.Random(repr(values)).sample(range(len(values)), len(values))
         return weights[order]
 
     def ahead(self, pairs: ScoredPairs) -> list[float]:
-        """mean_logp of the negatives, nats per token."""
+        """mean_logp of the micro-batch's negatives, in nats per token."""
         values: list[float] = pairs.rejected.mean_logp.detach().tolist()
         return values
 
     def keeps(self, reference_mean_logp: float) -> bool:
-        """Whether a negative survives ``filter_below``."""
+        """Whether a negative's mean_logp under the reference (nats per token) is at least ``filter_below``."""
         return self.filter_below is None or reference_mean_logp >= self.filter_below
 
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:

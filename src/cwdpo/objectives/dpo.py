@@ -21,13 +21,13 @@ from cwdpo.objectives.base import (
 class Dpo(Objective):
     """``L = mean -log sigmoid(beta * (chosen_shift - rejected_shift)) + sft_weight * mean NLL(chosen)``.
 
-    The first mean runs over prompts (over a prompt's pairs first), the second over chosen tokens.
+    The first mean is over the pairs of each prompt and then over prompts; the second is over the chosen tokens.
 
     Args:
         beta: inverse temperature, per nat.
-        sft_weight: weight of the SFT term, 0 to leave it out.
-        negative_mask: ``differing_span`` restricts the rejected side to the tokens of the negative outside
-            its longest common prefix and suffix with chosen (beyond the paper).
+        sft_weight: weight of the SFT term; 0 leaves it out.
+        negative_mask: ``differing_span`` counts only those tokens of the negative that are outside its longest common
+            prefix and suffix with chosen (not in the paper).
     """
 
     beta: float = Field(0.1, gt=0)

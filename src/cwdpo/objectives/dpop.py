@@ -1,4 +1,4 @@
-"""DPO-Positive: DPO that pays for making chosen less likely than the reference does.
+"""DPO-Positive: DPO with a penalty when chosen becomes less likely than under the reference.
 
 Source: Pal et al., "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive"
 (arXiv 2402.13228), eq. 3.

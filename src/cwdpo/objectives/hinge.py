@@ -1,7 +1,7 @@
-"""Hinge on the margin: pairs that are far enough apart have no gradient at all.
+"""Hinge loss on the margin: pairs with a large enough margin have no gradient.
 
-Source: Zhao et al., "SLiC-HF" (arXiv 2305.10425), with DPO's implicit reward as Liu et al., "Statistical
-Rejection Sampling Improves Preference Optimization" (arXiv 2309.06657), normalise it.
+Source: Zhao et al., "SLiC-HF" (arXiv 2305.10425), with DPO's implicit reward as normalised by Liu et al.,
+"Statistical Rejection Sampling Improves Preference Optimization" (arXiv 2309.06657).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Hinge(Objective):
     """``L = mean relu(1 - beta * (chosen_shift - rejected_shift))``.
 
     Args:
-        beta: per nat; ``1 / beta`` is the margin that satisfies a pair.
+        beta: inverse temperature, per nat; from a margin of ``1 / beta`` on, a pair has no loss.
     """
 
     beta: float = Field(0.3, gt=0)

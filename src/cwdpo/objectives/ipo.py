@@ -1,4 +1,4 @@
-"""IPO: regression of the margin on a finite target, so that it does not grow without end.
+"""IPO: regression of the margin to a finite target, so that the margin does not grow without limit.
 
 Source: Azar et al., "A General Theoretical Paradigm to Understand Learning from Human Preferences"
 (arXiv 2310.12036), eq. 17, with tau = beta.
@@ -16,8 +16,8 @@ class Ipo(Objective):
 
     Args:
         beta: the paper's tau, per nat; the target margin is ``1 / (2 beta)``.
-        per_token: shifts divided by their number of tokens, as TRL does and the authors confirmed to it;
-            ``False`` takes the equation's sums.
+        per_token: divide each shift by its number of tokens, as TRL does (the paper's authors confirmed this to TRL);
+            ``False`` uses sums, as the equation is written.
     """
 
     beta: float = Field(0.3, gt=0)

@@ -1,7 +1,7 @@
-"""MADPO: DPO whose pairs weigh by a reward margin that was estimated first.
+"""MADPO: DPO with a weight per pair that depends on the reward margin of a reward model.
 
-Source: Rho, "Margin Adaptive DPO" (arXiv 2510.05342) and its official code: the weight makes ``beta m = c(h) h`` the
-stationary point, where m is the policy's margin and h that of a reward model.
+Source: Rho, "Margin Adaptive DPO" (arXiv 2510.05342) and its official code. With this weight the stationary point is
+``beta m = c(h) h``, where m is the policy's margin and h the reward model's.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Madpo(Objective):
     """``L = mean -w(h) log sigmoid(beta * (chosen_shift - rejected_shift))``.
 
     ``w(h) = sigmoid(c(h) h) / sigmoid(h)`` for ``h > -tau``, else 1, with
-    ``c(h) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * exp(rate * (|h| - tau)))``: small margins are
-    amplified towards ``c_max``, pairs that the reward model contradicts (h < 0) are dampened, and far from 0 the weight
-    is 1. h is each negative's ``made: {reward_margin: h}``, which ``cwdpo margins`` writes.
+    ``c(h) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * exp(rate * (|h| - tau)))``. Small margins are
+    amplified by up to ``c_max``, pairs whose label the reward model contradicts (h < 0) get a smaller weight, and far
+    from 0 the weight is 1. h is each negative's ``made: {reward_margin: h}``; the command ``cwdpo margins`` writes it.
 
     Args:
         beta: inverse temperature, per nat.
         c_max: amplification of the reward margin near h = 0.
-        c_min: its limit far from 0; ``None`` is ``1 / c_max``.
-        rate: of the transition between the two, lambda.
-        tau: |h| at which c is 1.
+        c_min: amplification far from h = 0; ``None`` means ``1 / c_max``.
+        rate: lambda, how fast c changes from ``c_max`` to ``c_min``.
+        tau: the |h| at which c is 1.
     """
 
     beta: float = Field(0.1, gt=0)
@@ -48,13 +48,13 @@ class Madpo(Objective):
         h = pairs.rejected.reward_margin
         if h is None:
             raise DataError(
-                "madpo: a negative has no made.reward_margin: write them first, with "
+                "madpo: a negative has no made.reward_margin: write the margins first, with "
                 "`cwdpo margins RUN --data DATA --out FILE`, where RUN was trained with dpo on the same data"
             )
         low = 1 / self.c_max if self.c_min is None else self.c_min
         turn = (self.c_max - 1) / (1 - low) * (self.rate * (h.abs() - self.tau)).exp()
         c = low + (self.c_max - low) / (1 + turn)
-        # As a difference of logarithms: for h far below 0 both sigmoids are 0.
+        # Divide the sigmoids as a difference of logarithms: for h far below 0 both round to 0.
         ratio = (negative_log_sigmoid(h) - negative_log_sigmoid(c * h)).exp()
         weight = ratio.where(h > -self.tau, ratio.new_ones(()))
         per_pair = weight * negative_log_sigmoid(self.beta * (pairs.chosen_shift - pairs.rejected.shift))

@@ -1,4 +1,4 @@
-"""MPO: preference, quality and generation at once, as InternVL trains it on MMPR.
+"""MPO: a weighted sum of a preference, a quality and a generation loss, as InternVL is trained on MMPR.
 
 Source: Wang et al., "Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference
 Optimization" (arXiv 2411.10442), eq. 1 to 6; its quality loss is BCO (Jung et al., arXiv 2404.04656).
@@ -22,13 +22,13 @@ class Mpo(Objective):
 
     ``L_p = mean -log sigmoid(beta (chosen_shift - rejected_shift))`` (DPO),
     ``L_q = mean -log sigmoid(beta chosen_shift - delta) - log sigmoid(-(beta rejected_shift - delta))`` (BCO: each
-    response by itself against a running reward shift), ``L_g = NLL(chosen)``, nats per token. ``delta`` is the mean
-    over the steps so far, this one included, of the mean of a step's rewards; it carries no gradient.
+    response is compared with a running reward shift), ``L_g = NLL(chosen)`` in nats per token. ``delta`` is the mean
+    reward of a step, averaged over all steps up to and including this one; it carries no gradient.
 
     Args:
         beta: inverse temperature, per nat.
         preference_weight, quality_weight, generation_weight: the paper's w_p, w_q, w_g.
-        reward_shift: ``False`` leaves delta at 0, as TRL 1.16 does (``loss_type="bco_pair"``).
+        reward_shift: ``False`` sets delta to 0, as TRL 1.16 does (``loss_type="bco_pair"``).
     """
 
     beta: float = Field(0.1, gt=0)
@@ -39,7 +39,7 @@ class Mpo(Objective):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether the loss depends on the whole optimizer step: the shift is the step's."""
+        """Whether the loss depends on the whole optimizer step: the reward shift does."""
         return self.reward_shift
 
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
@@ -71,7 +71,7 @@ class Mpo(Objective):
         return memory[0] if memory else 0.0
 
     def ahead(self, pairs: ScoredPairs) -> list[float]:
-        """The rewards of both sides of every pair."""
+        """The rewards ``beta * shift`` of chosen and rejected of every pair."""
         both: list[float] = [
             *(self.beta * pairs.chosen_shift.detach()).tolist(),
             *(self.beta * pairs.rejected.shift.detach()).tolist(),
@@ -79,7 +79,7 @@ class Mpo(Objective):
         return both
 
     def remember(self, memory: tuple[float, ...], ahead: tuple[float, ...]) -> tuple[float, ...]:
-        """(mean over steps of their mean reward, number of steps)."""
+        """``(mean over steps of the mean reward, number of steps)``."""
         if not ahead:
             return memory
         mean, steps = memory or (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Robust DPO: the loss of clean labels, estimated without bias from labels that are flipped at a known rate.
+"""Robust DPO: an unbiased estimate of the loss on clean labels, from labels that are flipped at a known rate.
 
 Source: Chowdhury et al., "Provably Robust DPO: Aligning Language Models with Noisy Feedback"
 (arXiv 2403.00409), eq. 12.
@@ -14,11 +14,11 @@ from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, negat
 class RobustDpo(Objective):
     """``L = mean (-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)``.
 
-    m = chosen_shift - rejected_shift, in nats. Without bound below: a pair that is fitted too well keeps paying.
+    m = chosen_shift - rejected_shift, in nats. The loss has no lower bound: it keeps falling as m grows.
 
     Args:
         beta: inverse temperature, per nat.
-        label_smoothing: e, the chance that a label is flipped; 0 is DPO.
+        label_smoothing: e, the probability that a label is flipped; 0 is DPO.
     """
 
     beta: float = Field(0.3, gt=0)

@@ -1,4 +1,4 @@
-"""Supervised finetuning: the likelihood of the chosen responses and nothing else."""
+"""Supervised finetuning: maximise the likelihood of the chosen responses; negatives are not used."""
 
 from __future__ import annotations
 

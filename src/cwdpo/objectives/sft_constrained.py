@@ -1,4 +1,4 @@
-"""Stage 1 by the equations: SFT under the constraint that gentle negatives stay unlikely enough.
+"""Stage 1 as the paper's equations define it: SFT with a constraint on the NLL of gentle negatives.
 
 Source: "Learning Dynamics of VLM Finetuning" (arXiv 2510.11978), stage 1:
 minimise E[NLL(chosen)] subject to E[NLL(negative)] >= C, relaxed to
@@ -17,14 +17,14 @@ from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs
 class SftConstrained(Objective):
     """``L = mean NLL(chosen) + lambda * relu(C - mean NLL(negative))``, NLL in nats per token.
 
-    Both means run over the whole optimizer step, so the penalty's switch is the step's, not a
-    micro-batch's: it acts only while the step's negatives are on average likelier than C allows.
+    Both means are over the whole optimizer step. The penalty is active for all micro-batches of a step or for none:
+    it is active while the mean NLL of the step's negatives is below C.
 
     Args:
         penalty: lambda; 0 is the ``sft`` objective.
-        constraint: C, nats per token.
-        slack: ``False`` is the paper's "hard constraint" ablation: the penalty ``lambda * (C - NLL)`` goes
-            on pushing after the constraint holds.
+        constraint: C, in nats per token.
+        slack: ``False`` is the paper's "hard constraint" ablation: the penalty ``lambda * (C - NLL)`` stays active
+            when the constraint is met.
     """
 
     needs_negatives: ClassVar[bool] = False
@@ -46,11 +46,12 @@ class SftConstrained(Objective):
             return ObjectiveOutput(nll, parts={"loss/nll": nll.detach()})
         negative = pairs.rejected_nll()
         totals = pairs.totals
-        # This micro-batch's share of C - NLL: C is spread over the step's tokens.
+        # `negative` is this micro-batch's share of the step's mean NLL, so C is divided among the micro-batches too,
+        # by their share of the step's tokens.
         tokens = float(pairs.rejected.n_tokens.sum())
         share = 1.0 if totals is None else tokens / max(totals.rejected_tokens, 1.0)
         if totals is None or totals.ahead is None:
-            assert share == 1.0, "for a step of several micro-batches, totals.ahead must be given"
+            assert share == 1.0, "totals.ahead is missing for a step of several micro-batches"
             whole = float(negative.detach())
         else:
             whole = sum(totals.ahead) / max(totals.rejected_tokens, 1.0)
@@ -66,5 +67,5 @@ class SftConstrained(Objective):
         )
 
     def ahead(self, pairs: ScoredPairs) -> list[float]:
-        """NLL of the micro-batch's negatives, nats summed over tokens: the penalty switches on the step's mean."""
+        """NLL of the micro-batch's negatives, in nats, summed over tokens."""
         return [-float(pairs.rejected.sum_logp.sum())]

@@ -1,4 +1,4 @@
-"""SimPO: preference by likelihood per token, with a target margin and without a reference.
+"""SimPO: compares the log-likelihood per token of chosen and rejected, with a target margin and no reference.
 
 Source: Meng et al., "SimPO: Simple Preference Optimization with a Reference-Free Reward" (arXiv 2405.14734), eq. 6.
 """
@@ -15,7 +15,7 @@ from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, negat
 class Simpo(Objective):
     """``L = mean -log sigmoid(beta * (mean_logp(chosen) - mean_logp(rejected)) - gamma)``, nats per token.
 
-    The logged rewards are ``beta * mean_logp``: there is no reference to shift from.
+    The logged rewards are ``beta * mean_logp``, since there is no reference.
 
     Args:
         beta: scale of the reward, per nat per token.

@@ -1,4 +1,4 @@
-"""Unlikelihood for stage 1: SFT that makes the tokens of gentle negatives unlikely, one by one.
+"""Unlikelihood for stage 1: SFT plus a term that lowers the probability of each token of the gentle negatives.
 
 Source: Welleck et al., "Neural Text Generation with Unlikelihood Training" (arXiv 1908.04319), eq. 4.
 """
@@ -12,17 +12,18 @@ from pydantic import Field
 from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs
 
 CERTAIN = -1e-6
-"""log p is cut here: of a token that is certain, -log(1 - p) has no end."""
+"""Upper limit of log p: for p = 1 the term -log(1 - p) would be infinite."""
 
 
 class Unlikelihood(Objective):
     """``L = mean NLL(chosen) + weight * mean -log(1 - p(token))`` over the tokens of negatives, nats per token.
 
-    Tokens that a negative shares with chosen are left out by default: to push them down would undo the first term.
+    By default the term covers the differing span only: the other tokens occur in chosen too, and lowering their
+    probability would work against the first term.
 
     Args:
-        weight: of the unlikelihood term; 0 is ``sft``.
-        shared: also punish the tokens outside the differing span.
+        weight: weight of the unlikelihood term; 0 is ``sft``.
+        shared: also cover the tokens outside the differing span.
     """
 
     needs_negatives: ClassVar[bool] = False
@@ -40,7 +41,8 @@ class Unlikelihood(Objective):
         mask = pairs.rejected.token_mask if self.shared else pairs.rejected.token_span
         assert logp is not None
         assert mask is not None
-        # log(1 - p) from log p without cancellation; masked before the log, or padding would give NaN gradients.
+        # log(1 - p) = log(-expm1(log p)) loses no precision for small p. Masked positions get a harmless value before
+        # the log, since the padding's log p = 0 would give NaN gradients even if the result were masked.
         inside = logp.where(mask, logp.new_full((), -1.0)).clamp_max(CERTAIN)
         penalty = -((-inside.expm1()).log() * mask).sum()
         own = float(pairs.rejected.n_tokens.sum())

@@ -1,4 +1,4 @@
-"""WPO: DPO whose pairs weigh by how likely the current policy would write them.
+"""WPO: DPO with a weight per pair: how likely its two responses are under the current policy.
 
 Source: Zhou et al., "WPO: Enhancing RLHF with Weighted Preference Optimization" (arXiv 2406.11827), eq. 2 and
 3 (sampled alignment).
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def alignment(scored: Scored) -> Tensor:
     """[n] ``exp(mean over tokens of log p(token) - log sum over the vocabulary of p^2)``, without gradient.
 
-    The second term is what a token drawn from the policy scores on average, so a response that the policy
-    would draw weighs about 1.
+    The sum of p^2 is the expected probability of a token sampled from the policy, so a response that the policy
+    would sample has a weight of about 1.
     """
     weight: Tensor = ((scored.sum_logp.detach() - scored.stats["collision"]) / scored.n_tokens).exp()
     return weight

@@ -1,7 +1,7 @@
-"""Negatives of one round: on-policy samples and those of the mix, in the share that was asked for.
+"""The negatives of one round: on-policy samples and negatives from the mix of sources, in the requested shares.
 
-What an example gets depends on the seed, the round, its id and the samples at hand; never on batches, order or the
-number of processes.
+The negatives of an example depend on the seed, the round, its id and the usable samples. They do not depend on batches,
+on the order of examples or on the number of processes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ from cwdpo.records import Example
 
 @dataclass
 class BlendCounts:
-    """What :func:`blend` did: ``asked`` is the share asked for, counts are of negatives unless they say otherwise.
+    """Counts of what :func:`blend` did.
 
-    ``short``: slots that found no negative. ``left_out``: examples without any. ``replaced_chosen``: examples
-    whose chosen response is a sample now. ``dropped``: samples by the reason why they are no negatives.
+    Attributes:
+        asked: the requested share of on-policy negatives.
+        examples: examples that were given.
+        left_out: examples left out because they have no negative.
+        short: negatives that no source could provide.
+        replaced_chosen: examples whose chosen response was replaced by a sample.
+        samples: samples that were given.
+        by_origin: negatives by origin.
+        dropped: samples that did not become negatives, by reason.
     """
 
     asked: float
@@ -37,12 +44,12 @@ class BlendCounts:
 
     @property
     def realised(self) -> float | None:
-        """Share of on-policy negatives; ``None`` of none."""
+        """The actual share of on-policy negatives; ``None`` if there are no negatives."""
         n = self.by_origin.total()
         return self.by_origin["on_policy"] / n if n else None
 
     def to_json(self) -> dict[str, Any]:
-        """The counts by name, and the realised share."""
+        """The counts and the actual share by name, as JSON."""
         plain = {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(self).items()}
         return {**plain, "realised": self.realised}
 
@@ -56,20 +63,20 @@ def blend(
     *,
     need: bool = True,
 ) -> tuple[list[Example], BlendCounts]:
-    """The examples with ``rejected`` (and, where asked for, ``chosen``) set for one round.
+    """Set ``rejected`` (and, with ``on_policy_chosen``, ``chosen``) of the examples for one round.
 
-    Each example has K slots with a random number each. Of the slots that a sample could fill, those with the lowest
-    numbers are filled by one, so many that the round's share is the asked one although some prompts have no usable
-    sample. Where there are too few samples for that, slots of the other sources are left out instead, by the same
-    numbers.
+    Each example has K slots for negatives, and each slot a random number. A slot is eligible if its prompt has a usable
+    sample for it. On-policy samples are assigned to the eligible slots with the smallest random numbers until the
+    requested share over all slots is reached. If there are too few samples for that, some of the other slots, chosen by
+    the same random numbers, stay empty, so that the share is right over the remaining slots.
 
     Args:
-        examples: with different ids, their ``rejected`` as the data has them; also the pool of the sources.
-        sampled: usable samples by example id.
-        settings: mix, K, fraction of this round.
-        seed: with the round and an example's id, decides everything that is drawn.
-        round_: the round.
-        need: leave examples without a negative out.
+        examples: examples with different ids and the ``rejected`` of the data; the sources also use them as the pool.
+        sampled: sorted samples by example id.
+        settings: the mix, K (``per_prompt``) and the share of the round.
+        seed: together with the round and the example's id, decides all random choices.
+        round_: number of the round.
+        need: whether to leave out examples without a negative.
     """
     k, fraction = settings.per_prompt or 1, settings.fraction(round_)
     counts = BlendCounts(fraction, examples=len(examples))
@@ -88,7 +95,7 @@ def blend(
     for example in examples:
         rng = seeded(seed, "round", round_, example.id)
         if settings.on_policy_chosen and (right := sampled.get(example.id, Sorted()).right):
-            # The old one stays known as true, so that no source makes it a negative.
+            # The old chosen response becomes a reference, so that no source makes it a negative.
             references = (*example.references, example.chosen.text)
             example = replace(example, chosen=rng.choice(right), references=references)
             counts.replaced_chosen += 1
@@ -110,7 +117,10 @@ def blend(
 def _quotas(
     fraction: float, k: int, usable: Mapping[str, int], seed: int, round_: int
 ) -> tuple[Counter[str], Counter[str]]:
-    """By example id: how many of its slots get a sample, and how many another negative."""
+    """For each example id, the number of slots that get an on-policy sample, and the number that get another negative.
+
+    See :func:`blend`.
+    """
     able: list[tuple[float, str]] = []
     unable: list[tuple[float, str]] = []
     for id_, n in usable.items():

@@ -1,4 +1,4 @@
-"""Which prompts belong to which round."""
+"""How the steps and prompts of stage 2 are divided into rounds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from cwdpo.negatives.mix import seeded
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """Steps and prompts by round.
+    """Steps and prompts of the rounds.
 
-    ``steps``: optimizer steps of the stage; ``per_round``: of every round but the last, which may be shorter;
-    ``batch``: prompts of one optimizer step over all processes.
+    Attributes:
+        steps: optimizer steps of the stage.
+        per_round: optimizer steps of a round; the last round may be shorter.
+        batch: prompts of one optimizer step over all processes.
     """
 
     steps: int
@@ -25,7 +27,7 @@ class RoundPlan:
 
     @classmethod
     def of(cls, steps: int, rounds: int, batch: int) -> RoundPlan:
-        """The steps of a stage in equal rounds.
+        """Divide the steps of a stage into equal rounds.
 
         Raises:
             RecipeError: a round would have no step.
@@ -39,7 +41,11 @@ class RoundPlan:
         return cls(steps, per_round, batch)
 
     def prompts(self, ids: Sequence[str], round_: int, seed: int) -> list[str]:
-        """The ids that a round trains on: a stretch of an endless, reshuffled list of all ids."""
+        """The ids of the examples that a round trains on, in order.
+
+        All rounds together go through the ids again and again, each time in a new random order; a round is a part of
+        this sequence.
+        """
         first, n = round_ * self.per_round * self.batch, self.per_round * self.batch
         epochs = range(first // len(ids), (first + n - 1) // len(ids) + 1)
         order: list[str] = []

@@ -1,4 +1,4 @@
-"""The pool of a run: what its policies said, an append-only ``pool.jsonl`` that a resumed run goes on with."""
+"""The pool of a run: all samples of its policies, in an append-only ``pool.jsonl`` that a resumed run uses again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.base import Judge
 from cwdpo.models.sample import by_length
 from cwdpo.onpolicy.sampler import Sampler
 from cwdpo.onpolicy.samples import PromptSamples, texts_to_judge
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, read_jsonl
+from cwdpo.rundir import RunDir
 
 FILE = "pool.jsonl"
 _NOT_SAMPLING = ("name", "evaluation", "probes")
@@ -29,14 +30,14 @@ _NOT_SAMPLING = ("name", "evaluation", "probes")
 class Pool:
     """Samples by round and example, stored batch by batch.
 
-    Rows of other settings, another round's or another prompt's never match: the key covers the recipe (without
-    what is measured after or beside training), the round, the id and the prompt's tokens and pictures.
+    A stored row is used only for the same recipe (except its name, evaluation and probes), round, example id, prompt
+    tokens and images: its key is a digest of all of these.
 
     Args:
-        run: whose ``pool.jsonl`` it is; nothing is written where ``run.writes`` is not set.
-        recipe: of the run.
-        encoder: orders the prompts by length.
-        judge: says which samples are right; ``None`` for no judge.
+        run: the run with ``pool.jsonl``; only a process with ``run.writes`` writes it.
+        recipe: the run's recipe.
+        encoder: gives the prompts' lengths, so that prompts of similar length are sampled together.
+        judge: decides which samples are right; ``None`` for no judge.
     """
 
     def __init__(self, run: RunDir, recipe: Recipe, encoder: Encoder, judge: Judge | None) -> None:
@@ -44,7 +45,7 @@ class Pool:
         self.encoder, self.judge = encoder, judge
         tree = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_SAMPLING}
         self._mark = yaml.safe_dump(tree)
-        # One process writes while others might read: all take what the first one read.
+        # The first process reads the file and sends its rows to the others, which must not read while it writes.
         stored = {row["key"]: row for row in read_jsonl(run.path / FILE)} if run.writes else {}
         self._stored: dict[str, dict[str, Any]] = broadcast_object_list([stored])[0]
 
@@ -56,17 +57,17 @@ class Pool:
         step: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, PromptSamples]:
-        """Samples for each example: those that are stored, and new ones for the rest.
+        """Samples for each example, by id: the stored ones, and new ones for the other examples.
 
-        A batch that is stored in part is drawn again as a whole, because a row's last bits depend on the rows that
-        it was padded with. All processes call this together; each draws its share of the batches.
+        A batch that is stored only in part is sampled again completely, because the last bits of a row depend on the
+        other rows of its batch. All processes call this together; each samples a part of the batches.
 
         Args:
-            examples: with different ids.
-            sampler: of the current policy.
-            round_: the round.
-            step: the policy's step.
-            progress: called with completions done and in all.
+            examples: examples with different ids.
+            sampler: samples the current policy.
+            round_: number of the round.
+            step: optimizer step of the policy.
+            progress: called with (completions done, completions in all).
         """
         state, found = PartialState(), dict[str, PromptSamples]()
         keys = {e.id: self._key(e, round_) for e in examples}
@@ -106,10 +107,10 @@ class Pool:
         rows: list[PromptSamples],
         keys: dict[str, str],
     ) -> list[PromptSamples]:
-        """Judge what is new, append it, whole lines at once."""
+        """Judge the new rows and append them to the file; return all rows with their judgements."""
         by_id = {e.id: e for batch in batches for e in batch}
         new = [row for row in rows if keys[row.id] not in self._stored]
-        # Of a batch that was stored in part, what is stored counts: it has been judged already.
+        # If a batch was stored in part, use its stored rows: they have been judged already.
         rows = [PromptSamples.from_json(self._stored.get(keys[row.id], row.to_json())) for row in rows]
         if self.judge is not None and new:
             judged = judge_rows(self.judge, [by_id[row.id] for row in new], new, self.run.path)
@@ -128,7 +129,7 @@ class Pool:
 def judge_rows(
     judge: Judge, examples: Sequence[Example], rows: Sequence[PromptSamples], store: Path | None = None
 ) -> list[PromptSamples]:
-    """The rows, their samples marked right or wrong by the judge; ``store``: folder of its answers."""
+    """The rows with each sample marked right or wrong by the judge; ``store`` is the folder for the judge's answers."""
     places = texts_to_judge(rows)
     asked = [examples[i] for i, _ in places]
     right = judge.right(asked, [rows[i].samples[k].text for i, k in places], store=store)

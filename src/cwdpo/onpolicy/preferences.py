@@ -1,10 +1,9 @@
-"""``cwdpo sample``: prompts in, a preference data set out, in TRL's vision-preference format."""
+"""``cwdpo sample``: makes a preference data set in TRL's vision format from prompts and samples of a policy."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import set_seed
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import DataError
+from cwdpo.files.writing import replacing, write_text
 from cwdpo.judging.base import judge_for
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings
@@ -25,7 +25,7 @@ from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
 from cwdpo.onpolicy.samples import sort_samples
 from cwdpo.records import Example, ImageRef, Message
-from cwdpo.rundir import RunDir, write_text
+from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import autocast
@@ -35,7 +35,7 @@ FORMATS = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Made:
-    """What was written: the file, its rows (pairs), and how they came about."""
+    """The written file, its number of rows (pairs), and the counts of their negatives."""
 
     path: Path
     rows: int
@@ -43,13 +43,18 @@ class Made:
 
 
 def sampling_recipe(recipe: Recipe, model: str | None) -> Recipe:
-    """The recipe as ``cwdpo sample`` uses it: every training example in one round, on-policy unless it says more."""
+    """The recipe for ``cwdpo sample``: one round over all training examples, by default with on-policy negatives only.
+
+    Args:
+        recipe: the user's recipe.
+        model: a model to use instead of ``model.path``.
+    """
     negatives = recipe.negatives
     fraction = 1.0 if negatives.on_policy_fraction is None else negatives.fraction(0)
     alone = {"enabled": False}
     return recipe.model_copy(
         update={
-            # Of an adapter its own settings hold.
+            # If `model` is an adapter, its own LoRA settings are used.
             "model": recipe.model
             if model is None
             else recipe.model.model_copy(update={"path": model, "lora": LoraSettings()}),
@@ -63,25 +68,25 @@ def sampling_recipe(recipe: Recipe, model: str | None) -> Recipe:
 def make_preferences(
     recipe: Recipe, out: str | Path, *, model: str | None = None, listener: Listener | None = None
 ) -> Made:
-    """Sample a policy for every training prompt of a recipe and write pairs of chosen and rejected responses.
+    """Sample a policy for every training prompt of a recipe, and write pairs of chosen and rejected responses.
 
-    What is drawn is kept beside the file in ``.<name>.work`` until it is finished: started again after a
-    kill, the command goes on from there and ends with the same file.
+    Until the file is complete, the samples are kept in the folder ``.<name>.work`` next to it. If the command was
+    killed and is started again, it continues from there and writes the same file.
 
     Args:
-        recipe: data, sampler, judge, and the blend with other sources.
-        out: a new ``.jsonl`` file (pictures are copied beside it) or ``.parquet`` file (pictures inside).
-        model: the policy, in place of ``model.path``.
-        listener: hears phases and progress.
+        recipe: gives data, sampler, judge, and the mix with other sources.
+        out: a new ``.jsonl`` file (images are copied to a folder next to it) or ``.parquet`` file (with the images).
+        model: the policy, instead of ``model.path``.
+        listener: progress callbacks.
 
     Raises:
-        DataError: the file exists or has another ending; no pair could be made.
+        DataError: the file exists, has another ending, or no pair could be made.
     """
     out, listener = Path(out), listener or Listener()
     if out.suffix not in FORMATS:
         raise DataError(f"{out}: unknown ending {out.suffix!r}; allowed: {', '.join(FORMATS)}")
     if out.exists():
-        raise DataError(f"{out}: exists; remove it, or choose another --out")
+        raise DataError(f"{out}: exists already; remove it, or choose another --out")
     recipe = sampling_recipe(recipe, model)
     PartialState(cpu=recipe.model.device == "cpu")
     run = RunDir(out.with_name(f".{out.name}.work"))
@@ -117,7 +122,9 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in readable}
     pairs, counts = blend(readable, sampled, settings, recipe.seed, 0)
     if not pairs:
-        raise DataError(f"no pair: samples of {len(readable)} prompts were dropped as {dict(counts.dropped)}")
+        raise DataError(
+            f"no pair could be made: samples of {len(readable)} prompts were dropped as {dict(counts.dropped)}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = list(trl_rows(pairs))
     if out.suffix == ".parquet":
@@ -128,9 +135,10 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
 
 
 def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
-    """A row for each pair: TRL's columns, and ``negatives``, which tells where the rejected response came from.
+    """One row per pair: TRL's columns, and ``negatives`` with the origin of the rejected response.
 
-    ``images`` holds :class:`ImageRef` still. What a judge needs (``references``, the world's scene) stays.
+    ``images`` contains :class:`ImageRef` objects. The columns that a judge needs (``references``, the world's scene)
+    are kept.
     """
     for example in examples:
         for k, c in enumerate(example.rejected):
@@ -147,7 +155,7 @@ def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
 
 
 def _blocks(message: Message) -> dict[str, Any]:
-    # Every block has both keys: a table has one shape for all of its rows.
+    # Every block has both keys, because all rows of a table must have the same type.
     content = [{"type": "image" if p is None else "text", "text": p or ""} for p in message.parts]
     return {"role": message.role, "content": content}
 
@@ -170,23 +178,21 @@ def _write_jsonl(out: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _copy(image: ImageRef, folder: Path) -> str:
-    """Write a picture as it is under a name of its content, once."""
+    """Write an image unchanged to ``folder``, named by a digest of its content; returns the name."""
     data = image.encoded()
     ending = image.path.suffix if image.path is not None else ".img"
     path = folder / (hashlib.blake2b(data, digest_size=12).hexdigest() + ending)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     return path.name
 
 
 def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     import datasets
 
-    # Mappings whose keys differ from row to row have no column type: they go as JSON text... but readers want
-    # objects, so only what every row can have stays.
+    # A mapping whose keys differ between rows has no column type, so only keys that every row has are written.
     plain = [
         {
             **{k: row[k] for k in ("id", "prompt", "chosen", "rejected", "references")},
@@ -198,6 +204,5 @@ def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     table = datasets.Dataset.from_list(plain).cast_column(
         "images", datasets.List(datasets.Image(decode=False))
     )
-    temporary = out.with_name(f".{out.name}.tmp")
-    table.to_parquet(temporary)
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        table.to_parquet(temporary)

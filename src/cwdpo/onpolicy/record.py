@@ -1,4 +1,4 @@
-"""A row of ``rounds.jsonl``: what was asked of a round, what became of it, and some pairs to look at."""
+"""The parts of a row of ``rounds.jsonl``: numbers of a round's negatives, and some of its pairs for the report."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cwdpo.records import Example
 
 FILE = "rounds.jsonl"
 _SHOWN = 12
-"""Pairs of a round that its row keeps for the report."""
+"""Number of pairs of a round that its row contains."""
 
 
 def negatives_by_origin(rows: Sequence[EncodedExample]) -> dict[str, dict[str, float | None]]:
-    """Of the negatives of each origin: ``n``, ``share``, and the mean of their reference mean_logps, nats per token.
+    """For each origin: number ``n`` and ``share`` of its negatives, and their average mean_logp under the reference.
 
-    Rows that repeat an example count once.
+    The latter is in nats per token. An example that occurs several times is counted once.
     """
     means: dict[str, list[float | None]] = defaultdict(list)
     for example in {e.id: e for e in rows}.values():
@@ -35,7 +35,7 @@ def negatives_by_origin(rows: Sequence[EncodedExample]) -> dict[str, dict[str, f
 
 
 def shown_pairs(examples: Sequence[Example], rng: random.Random, home: Path) -> list[dict[str, Any]]:
-    """Some pairs, as many of each origin as there are."""
+    """Some pairs chosen at random, the same number for each origin if there are enough."""
     by_origin: dict[str, list[tuple[Example, int]]] = defaultdict(list)
     for example in examples:
         for k, c in enumerate(example.rejected):
@@ -60,7 +60,7 @@ def shown_pairs(examples: Sequence[Example], rng: random.Random, home: Path) -> 
 
 
 def _place(example: Example, home: Path) -> str | None:
-    """Path of the first picture, relative to the run folder if it lies there, so that the folder can be moved."""
+    """Path of the first image; relative to the run folder if it is inside, so that the folder can be moved."""
     path = example.images[0].path if example.images else None
     if path is None:
         return None

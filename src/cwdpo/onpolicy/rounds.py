@@ -1,8 +1,8 @@
-"""Stage 2 in rounds: one Trainer over all of them, whose data changes at each boundary.
+"""Stage 2 in rounds: one Trainer for all rounds, with new training data in each.
 
-A round is an epoch of a data set of fixed length. Before it begins, the current policy is sampled for the round's
-prompts, negatives are blended, and the new ones get their reference values. Nothing of a round is decided earlier:
-the loader reads its first batch after the boundary.
+A round is an epoch over a data set of fixed length. Before a round starts, the current policy is sampled for the
+round's prompts, negatives are chosen from samples and other sources, and the reference model scores them. All of this
+happens at the start of the round: the data loader reads its first batch afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.errors import DataError
+from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
 from cwdpo.models.write import save_weights
 from cwdpo.monitor.window import added_share
@@ -34,6 +34,7 @@ from cwdpo.stage.prepare import (
     calibration_row,
     encode,
     keep_negatives,
+    negative_mean_logps,
     with_reference_values,
 )
 from cwdpo.stage.stage import Stage
@@ -47,7 +48,7 @@ class RoundData(Dataset[EncodedExample]):
         self._length, self._rows = length, list[EncodedExample]()
 
     def fill(self, rows: Sequence[EncodedExample]) -> None:
-        """Take a round's examples, again from the first where there are fewer than the length."""
+        """Replace the examples by those of a round; they are repeated if there are fewer than the length."""
         self._rows = [rows[i % len(rows)] for i in range(self._length)]
 
     def __len__(self) -> int:
@@ -61,18 +62,18 @@ class RoundData(Dataset[EncodedExample]):
 
 
 class Rounds(TrainerCallback):  # type: ignore[misc]
-    """Prepares each round at its boundary; on resume, prepares the current round again.
+    """Prepares each round when it starts; on resume, prepares the current round again.
 
-    Making it encodes the stage's examples and calibrates its objective: the policy is the reference then.
+    The constructor encodes the stage's examples and calibrates its objective, while the policy is still the reference.
 
     Args:
-        stage: stage 2 of a recipe with ``negatives.on_policy_fraction``, before it trains.
+        stage: stage 2 of a recipe with ``negatives.on_policy_fraction``, before training.
 
     Attributes:
-        data: what the trainer trains on.
-        dataset_rows: the stage's examples with the negatives that the data has. Those of the rounds do not exist yet
-            when probes and curriculum are set up.
-        plan: steps and prompts by round.
+        data: the training data of the trainer.
+        dataset_rows: the encoded examples with the negatives of the data, for probes and curriculum, which are set up
+            before the first round has its negatives.
+        plan: steps and prompts of the rounds.
 
     Raises:
         DataError: too many examples cannot be used, none is left, or two have the same id.
@@ -80,7 +81,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, stage: Stage) -> None:
         if not stage.examples:
-            raise DataError("no example is left for stage 2; look at data.stage1_fraction")
+            raise DataError("no example is left for stage 2; check data.stage1_fraction")
         self.stage, self.settings = stage, stage.recipe.negatives
         self.dataset_rows = encode(stage, stage.examples, need_negative=False)
         usable = {row.id for row in self.dataset_rows}
@@ -88,10 +89,11 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.examples = {e.id: e for e in examples}
         if len(self.examples) < len(examples):
             raise DataError(
-                "stage 2 has two rows with the same id; rounds find samples by id: make them differ"
+                "stage 2 has two rows with the same id, but rounds store samples by id: give each row its own id"
             )
         self._auto = stage.objective.needs_calibration
-        calibrate(stage, examples)
+        self._on_negatives = stage.objective.calibrates_on_negatives
+        self._calibrate(examples)
         self.plan = RoundPlan.of(stage.steps(examples), self.settings.rounds, stage.prompts_per_step)
         self.data = RoundData(self.plan.per_round * self.plan.batch)
         self._judge = judge_for(self.settings.judge, examples)
@@ -100,11 +102,11 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self._start = Weights.of(stage.policy.model) if stage.objective.needs_reference else None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An epoch is a round."""
+        """Prepare the round of this epoch."""
         self.begin(state.global_step // self.plan.per_round)
 
     def begin(self, round_: int) -> None:
-        """Sample, blend, score, and put the round's examples into :attr:`data`.
+        """Sample, choose negatives, score them with the reference, and put the examples into :attr:`data`.
 
         Raises:
             DataError: no usable negative is left.
@@ -119,18 +121,19 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         blended, counts = blend(examples, sampled, settings, seed, round_, need=need)
         if not blended:
             raise DataError(
-                f"round {round_} of stage 2: no negative for any of {len(examples)} prompts; samples were dropped as "
-                f"{dict(counts.dropped)}: raise negatives.sampler.max_new_tokens or samples, or take a lower "
+                f"round {round_} of stage 2: none of {len(examples)} prompts has a negative; samples were dropped as "
+                f"{dict(counts.dropped)}: raise negatives.sampler.max_new_tokens or samples, or set a lower "
                 "negatives.on_policy_fraction with another source in negatives.mix"
             )
         self._calibrate_again(drawn, round_)
         by_id = {row.id: row for row in self._prepared(blended, round_)}
+        self._calibrate_on_negatives(list(by_id.values()), round_)
         rows = [by_id[i] for i in order if i in by_id]
         self.data.fill(rows)
         self._record(round_, order, blended, rows, counts)
 
     def _settings_of(self, round_: int, step: int) -> NegativeSettings:
-        """The recipe's, with the share of on-policy negatives that the curriculum makes of the round's."""
+        """The recipe's settings, with the round's share of on-policy negatives changed by the curriculum."""
         share = self.settings.fraction(round_) + added_share(self.stage.run, step)
         return self.settings.model_copy(update={"on_policy_fraction": min(max(share, 0.0), 1.0)})
 
@@ -158,8 +161,42 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 self.stage.policy.processor.save_pretrained(folder)
         return build_sampler(self.settings.sampler, model, self.stage.encoder, run.path / ANSWERS, served)
 
+    def _calibrate(self, examples: Sequence[Example]) -> None:
+        """Calibrate the objective before the first round.
+
+        Its negatives do not exist yet. An objective that calibrates on negatives takes those of the data and its own
+        samples until :meth:`_calibrate_on_negatives`; probes and curriculum need a floor before.
+
+        Raises:
+            RecipeError: it would have to be calibrated on negatives again in every round.
+        """
+        if self._on_negatives and self.settings.recalibrate:
+            raise RecipeError(
+                "negatives.recalibrate: the objective sets its floor by the negatives of the first round "
+                "(target_weight): leave out one of the two"
+            )
+        own = [row for row in self.dataset_rows if row.negatives]
+        self._mean_logps = calibrate(
+            self.stage,
+            examples,
+            lambda: with_reference_values(self.stage, own) if own else [],
+            sampled_share=self.settings.fraction(0),
+        )
+
+    def _calibrate_on_negatives(self, rows: Sequence[EncodedExample], round_: int) -> None:
+        """Calibrate again on the negatives that the first round has; later rounds keep this."""
+        if not self._on_negatives:
+            return
+        self._on_negatives = False
+        run, name = self.stage.run, "calibration-round0.json"
+        negatives = run.json(name)["negatives"] if round_ else negative_mean_logps(rows)
+        objective = self.stage.settings.build().calibrated(self._mean_logps, negatives)
+        self.stage.in_force.objective = objective
+        if not round_:
+            run.write_json(name, {**calibration_row(objective, self._mean_logps), "negatives": negatives})
+
     def _calibrate_again(self, drawn: dict[str, PromptSamples], round_: int) -> None:
-        """Calibrate the objective on the round's own samples; in the first round those are the reference's."""
+        """Calibrate the objective with the round's samples, except in round 0, whose samples are the reference's."""
         if not (self.settings.recalibrate and self._auto and round_):
             return
         mean_logps = [s.mean_logp for row in drawn.values() for s in row.samples if s.mean_logp is not None]
@@ -170,7 +207,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             self.stage.run.write_json(f"calibration-round{round_}.json", row)
 
     def _prepared(self, blended: Sequence[Example], round_: int) -> list[EncodedExample]:
-        """The round's rows; the reference is the policy with the weights of the stage's start."""
+        """Encode the round's examples and score them with the reference: the policy with the weights of the start."""
         encoded = encode(self.stage, blended, f"/round{round_}")
         model = self.stage.whole_model()
         start = contextlib.nullcontext() if self._start is None else self._start.in_force(model)
@@ -179,7 +216,10 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         return self._within_cuts(keep_negatives(self.stage.objective, rows))
 
     def _within_cuts(self, encoded: Sequence[EncodedExample]) -> list[EncodedExample]:
-        """Without negatives outside the cuts by the reference; the sampler's own were cut when they were drawn."""
+        """Leave out negatives whose mean_logp under the reference is outside ``easy_cut`` and ``hard_cut``.
+
+        Samples of the local policy are kept: :func:`sort_samples` has already compared their mean_logp with the cuts.
+        """
         local, need = self.settings.sampler.server is None, self.stage.objective.needs_negatives
         kept = []
         for example in encoded:
@@ -192,7 +232,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             if negatives or not need:
                 kept.append(replace(example, negatives=negatives))
         if not kept:
-            raise DataError("negatives.easy_cut and hard_cut leave no negative: widen them")
+            raise DataError("negatives.easy_cut and hard_cut leave no negative: move them apart")
         return kept
 
     def _record(
@@ -203,7 +243,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         rows: Sequence[EncodedExample],
         counts: BlendCounts,
     ) -> None:
-        """Put a row for the round into ``rounds.jsonl``, in place of one that a killed run left."""
+        """Write the round's row to ``rounds.jsonl``; it replaces the row of a killed run."""
         stage, run, step = f"stage2/round{round_}", self.stage.run, round_ * self.plan.per_round
         rng = seeded(self.stage.recipe.seed, "shown", round_)
         row = {

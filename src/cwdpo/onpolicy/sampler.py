@@ -1,4 +1,4 @@
-"""Who draws the samples of a round: this process, or a server."""
+"""Samplers of on-policy responses: the policy in this process, or a server."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from cwdpo.remote import Ask, Client
 
 ANSWERS = "answers.jsonl"
 _ENOUGH = 4
-"""Prompts whose samples are all alike before a server is thought to be greedy."""
+"""Number of prompts whose samples must all be equal before we conclude that a server decodes greedily."""
 
 
 class Sampler(Protocol):
-    """Draws the samples of one batch of prompts."""
+    """Generates the samples of one batch of prompts."""
 
     @property
     def together(self) -> bool:
-        """Whether every process draws a share; else the first draws all."""
+        """Whether every process samples a part of the prompts; else the first process samples all."""
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
-        """Samples of each example; what is drawn depends on the seed, the round and the example alone."""
+        """The samples of each example; they depend on the seed, the round and the example only."""
 
 
 class LocalSampler:
-    """Samples of a model in this process."""
+    """Samples the policy in this process."""
 
     together = True
 
@@ -42,22 +42,22 @@ class LocalSampler:
         self.model, self.encoder, self.settings = model, encoder, settings
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
-        """Draw; one prefill per prompt."""
+        """The samples of each example; a prompt is prefilled once for all its samples."""
         s = self.settings
         decoding = Decoding(s.temperature, s.top_p, s.max_new_tokens)
         keys = [f"round {round_}\0{e.id}" for e in examples]
         drawn = sample_batch(self.model, self.encoder, examples, s.samples, decoding, seed, keys)
         return [
-            # Rounded as it is stored: a resumed run reads the same number.
+            # Rounded as in the stored file, so that a resumed run reads the same number.
             tuple(replace(d, mean_logp=round(d.mean_logp or 0.0, 6)) for d in own)
             for own in drawn
         ]
 
 
 class ServerSampler:
-    """Samples of whatever model a server holds; they tell no mean_logp.
+    """Samples the model of a server; these samples have no mean_logp.
 
-    Log-probabilities of other engines differ from those that train (vllm#12699), so none is asked for.
+    The log-probabilities of other inference engines differ from those in training (vllm#12699), so they are not used.
     """
 
     together = False
@@ -68,14 +68,14 @@ class ServerSampler:
         self.client, self.settings = Client(server, store), settings
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
-        """Ask; every sample is a request of its own, with a seed of its own where the server heeds it."""
+        """The samples of each example; each sample is one request with its own seed, if the server supports seeds."""
         n = self.settings.samples
         answers = self.client.ask([self._ask(e, seed, round_, k) for e in examples for k in range(n)])
         drawn = [Sample(a.text, a.ended) for a in answers]
         found = [tuple(drawn[start : start + n]) for start in range(0, len(drawn), n)]
         if n > 1 and len(found) >= _ENOUGH and all(len({d.text for d in own}) == 1 for own in found):
             raise ServerError(
-                f"{self.client.settings.base_url}: all {n} samples of each of {len(found)} prompts are alike: the "
+                f"{self.client.settings.base_url}: all {n} samples of each of {len(found)} prompts are equal: the "
                 f"server ignores temperature = {self.settings.temperature:g}. transformers serve samples only with "
                 """sampler.server.extra_body: {generation_config: '{"do_sample": true, "top_k": 0}'}"""
             )
@@ -91,12 +91,14 @@ class ServerSampler:
 def build_sampler(
     settings: SamplerSettings, model: nn.Module, encoder: Encoder, store: Path, served: str | None = None
 ) -> Sampler:
-    """The sampler that the recipe asks for.
+    """The sampler of the recipe.
 
     Args:
-        model: sampled here, if no server is set.
-        store: file of a server's answers.
-        served: the model to ask the server for; default: the one of its settings.
+        settings: of the sampler.
+        model: the policy, sampled in this process if no server is set.
+        encoder: of the policy.
+        store: file for the server's answers.
+        served: name of the model to request from the server; default: the name in its settings.
     """
     if settings.server is None:
         return LocalSampler(model, encoder, settings)

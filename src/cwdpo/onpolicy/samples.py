@@ -1,4 +1,4 @@
-"""Samples of a policy, and which of them can be negatives."""
+"""Samples of a policy, and which of them become negatives."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cwdpo.data.texts import placeholder_in
 from cwdpo.negatives.base import known_true, normalised
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.records import Completion, Example, Sample
 
 _REPEATS = 4
-"""The same words this often in a row are degenerate."""
+"""A text that repeats the same words this often in a row is degenerate."""
 _LONGEST_REPEAT = 6
 KIND = "on_policy"
 
 
 @dataclass(frozen=True)
 class PromptSamples:
-    """All samples of one example in one round, and the policy step that drew them."""
+    """All samples of one example in one round, and the optimizer step of the policy that generated them."""
 
     id: str
     round: int
@@ -28,19 +29,19 @@ class PromptSamples:
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A row of the pool."""
+        """The samples as a row of the pool."""
         return {**asdict(self), "made": dict(self.made)}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> PromptSamples:
-        """What :meth:`to_json` wrote; other keys are left alone."""
+        """The samples from a row of :meth:`to_json`; other keys are ignored."""
         samples = tuple(Sample(**s) for s in row["samples"])
         return cls(row["id"], row["round"], row["step"], samples, row["made"])
 
 
 @dataclass(frozen=True)
 class Sorted:
-    """The samples of one example by what they are good for."""
+    """The samples of one example: negatives, right responses, and the number of dropped samples by reason."""
 
     negatives: tuple[Completion, ...] = ()
     right: tuple[Completion, ...] = ()
@@ -48,10 +49,10 @@ class Sorted:
 
 
 def degenerate(text: str) -> bool:
-    """Whether up to six words in a row stand there at least four times, one behind the other."""
+    """Whether a phrase of up to six words is repeated at least four times in a row."""
     words = text.lower().split()
     for size in range(1, _LONGEST_REPEAT + 1):
-        agree = 0  # words in a row that equal the one `size` places before
+        agree = 0  # number of consecutive words that equal the word `size` places before
         for place in range(size, len(words)):
             agree = agree + 1 if words[place] == words[place - size] else 0
             if agree >= (_REPEATS - 1) * size:
@@ -60,11 +61,12 @@ def degenerate(text: str) -> bool:
 
 
 def sort_samples(example: Example, drawn: PromptSamples, settings: NegativeSettings) -> Sorted:
-    """Negatives and right responses among an example's samples; everything else is counted by its reason.
+    """Sort an example's samples into negatives and right responses; count the dropped ones by reason.
 
-    Reasons: ``empty``, ``cut`` (did not end), ``degenerate`` (repeats itself), ``equal`` (to chosen or a
-    reference; case and white space aside), ``double`` (of an earlier sample), ``right`` (by the judge), ``easy`` and
-    ``hard`` (outside the cuts).
+    Reasons: ``empty``; ``cut`` (did not end); ``degenerate`` (repeats itself); ``equal`` (to chosen or a reference,
+    ignoring case and white space); ``double`` (equal to an earlier sample);
+    ``placeholder`` (holds what a model reads as a picture); ``right`` (according to the judge);
+    ``easy`` and ``hard`` (mean_logp outside ``easy_cut`` and ``hard_cut``).
     """
     true, seen = known_true(example), set[str]()
     dropped: Counter[str] = Counter()
@@ -93,6 +95,8 @@ def _useless(sample: Sample, settings: NegativeSettings, true: frozenset[str], s
         return "empty"
     if not sample.ended and not settings.sampler.keep_cut:
         return "cut"
+    if placeholder_in(sample.text) is not None:
+        return "placeholder"
     if degenerate(sample.text):
         return "degenerate"
     if text in true:
@@ -101,7 +105,7 @@ def _useless(sample: Sample, settings: NegativeSettings, true: frozenset[str], s
 
 
 def outside(mean_logp: float | None, settings: NegativeSettings) -> str | None:
-    """``easy`` or ``hard`` for a mean_logp outside the cuts, else ``None``."""
+    """``easy`` or ``hard`` if a mean_logp (nats per token) is outside the cuts, else ``None``."""
     if mean_logp is None:
         return None
     if settings.easy_cut is not None and mean_logp < settings.easy_cut:
@@ -110,5 +114,5 @@ def outside(mean_logp: float | None, settings: NegativeSettings) -> str | None:
 
 
 def texts_to_judge(rows: Sequence[PromptSamples]) -> list[tuple[int, int]]:
-    """(row, sample) of every sample with a text: what a judge is asked about."""
+    """The index pairs (row, sample) of all samples that are not empty; these are given to the judge."""
     return [(i, k) for i, row in enumerate(rows) for k, s in enumerate(row.samples) if s.text.strip()]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.config import Recipe, load_recipe
+from cwdpo.config import DataSettings, stored_data, stored_model
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError, ModelError, RunDirError
+from cwdpo.files.reading import read_object
+from cwdpo.files.writing import copy_folder, new_folder, write_text
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.merge import Rounding, merge, rounding, rounding_of_adapter
 from cwdpo.models.write import save_weights
 from cwdpo.report.model_card import Form, model_card
-from cwdpo.rundir import RunDir, replace_folder, sync_tree, write_text
+from cwdpo.rundir import RunDir
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from cwdpo.models.settings import ModelSettings
 
 CARD = "README.md"
 ROWS = 8
@@ -90,7 +92,6 @@ def export(
         raise RunDirError(f"{run}: no final model yet: finish the run with cwdpo train --resume")
     if out.exists() and any(out.iterdir()):
         raise RunDirError(f"{out} is not empty: choose another --out, or remove it first")
-    recipe = load_recipe(folder.path / "recipe.yaml")
     form: Form = "full"
     if (model / "adapter_config.json").is_file():
         form = "merged" if merge else "adapter"
@@ -98,32 +99,20 @@ def export(
             raise RunDirError(f"{run}: --dtype is of whole weights, and an adapter is copied: add --merge")
     if form == "merged":
         _refuse_quantized(model)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        found = _write(recipe, folder, temporary, form, dtype, data)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    card = model_card(folder.path, form)
-    write_text(temporary / CARD, card + "\n## Export\n\n" + " ".join(found.lines()) + "\n")
-    sync_tree(temporary)
-    if out.exists():
-        out.rmdir()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(temporary, out)
+    with new_folder(out) as temporary:
+        found = _write(folder, temporary, form, dtype, data)
+        card = model_card(folder.path, form)
+        write_text(temporary / CARD, card + "\n## Export\n\n" + " ".join(found.lines()) + "\n")
     return replace(found, path=out)
 
 
-def _write(
-    recipe: Recipe, run: RunDir, out: Path, form: Form, dtype: str | None, data: str | None
-) -> Exported:
+def _write(run: RunDir, out: Path, form: Form, dtype: str | None, data: str | None) -> Exported:
     """Write the folder, load it again, and compare."""
     import torch
 
-    model = run.path / "model"
-    policy = _load(recipe, model, tune="full" if form == "full" else "lora")
-    rows = _rows(recipe, run, policy, data)
+    model, settings = run.path / "model", stored_model(run.path / "recipe.yaml")
+    policy = _load(settings, model, tune="full" if form == "full" else "lora")
+    rows = _rows(run, policy, data)
     wanted = _log_probabilities(policy, rows)
     stored = _stored_dtype(model) if form == "full" else "float32"
     named = dtype or stored
@@ -131,10 +120,10 @@ def _write(
     rounded = named not in (stored, "float32")
     lost, due = None, wanted
     if form == "adapter":
-        shutil.copytree(model, out)
+        copy_folder(model, out)
     else:
         if rounded:
-            lost = _rounding(recipe, policy, form, kind)
+            lost = _rounding(settings, policy, form, kind)
         plain: Any = merge(policy.model) if form == "merged" else policy.model
         _check(wanted, _log_probabilities(Policy(plain, policy.processor, ""), rows), "merging the adapter")
         save_weights(plain.to(kind), out)
@@ -143,7 +132,7 @@ def _write(
             due = _log_probabilities(Policy(plain.float(), policy.processor, ""), rows)
         del plain
     del policy
-    written = _log_probabilities(_load(recipe, out, tune="lora" if form == "adapter" else "full"), rows)
+    written = _log_probabilities(_load(settings, out, tune="lora" if form == "adapter" else "full"), rows)
     _check(due, written, "loading what was written")
     gap = (written - wanted).abs()
     return Exported(
@@ -151,36 +140,25 @@ def _write(
     )  # fmt: skip
 
 
-def _load(recipe: Recipe, folder: Path, *, tune: str) -> Policy:
+def _load(settings: ModelSettings, folder: Path, *, tune: str) -> Policy:
     """A folder's model in float32 on the CPU, scored in plain rows."""
     update = {
         "path": str(folder), "tune": tune, "dtype": "float32", "device": "cpu", "freeze": (), "scoring": "plain",
-        "lora": type(recipe.model.lora)(), "vision_cache_gb": 0.0,
+        "lora": type(settings.lora)(), "vision_cache_gb": 0.0,
     }  # fmt: skip
-    policy = load_policy(recipe.model.model_copy(update=update))
+    policy = load_policy(settings.model_copy(update=update))
     policy.model.eval()
     return policy
 
 
-def _rows(recipe: Recipe, run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]:
+def _rows(run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]:
     """Rows to compare on, those with the run's own pictures and texts.
 
     Raises:
         RunDirError: none can be read.
     """
-    settings = recipe.data
-    world = run.path / "data" / "validation.jsonl"
-    own = str(world) if settings.world is not None else settings.validation_path or settings.path
-    source = data or own
+    source, how = (data, {}) if data else _own_rows(run)
     remedy = "name others, such as a .jsonl of a few rows, by --data"
-    assert source is not None
-    how: dict[str, Any] = {}
-    if data is None:
-        how = {
-            "format": settings.format, "default_prompt": settings.default_prompt,
-            "image_root": Path(settings.image_root) if settings.image_root else None,
-            "captions_per_image": settings.captions_per_image, "ignore_columns": settings.ignore_columns,
-        }  # fmt: skip
     try:
         examples = read_examples(source, max_bad_fraction=1.0, limit=ROWS, **how).examples
     except DataError as error:
@@ -196,6 +174,27 @@ def _rows(recipe: Recipe, run: RunDir, policy: Policy, data: str | None) -> list
             f"export on ({problems[0]}): {remedy}"
         )
     return encoded
+
+
+def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
+    """The run's held-out rows, or else its training rows, and how they are read.
+
+    Raises:
+        RunDirError: they are in a format of the user's own: a stored recipe loads no code.
+    """
+    settings: DataSettings = stored_data(run.path / "recipe.yaml")
+    if ".py:" in str(settings.format):
+        raise RunDirError(
+            f"{run.path}: its data are in a format of your own ({settings.format}), and a stored recipe loads no code: "
+            "name rows in one of the package's formats to compare the export on, by --data"
+        )
+    world = run.path / "data" / "validation.jsonl"
+    source = str(world) if settings.world is not None else settings.validation_path or settings.path
+    return str(source), {
+        "format": settings.format, "default_prompt": settings.default_prompt,
+        "image_root": Path(settings.image_root) if settings.image_root else None,
+        "captions_per_image": settings.captions_per_image, "ignore_columns": settings.ignore_columns,
+    }  # fmt: skip
 
 
 def _log_probabilities(policy: Policy, rows: Sequence[EncodedExample]) -> Tensor:
@@ -228,12 +227,12 @@ def _check(wanted: Tensor, found: Tensor, what: str) -> None:
         )
 
 
-def _rounding(recipe: Recipe, policy: Policy, form: Form, dtype: torch.dtype) -> Rounding | None:
+def _rounding(settings: ModelSettings, policy: Policy, form: Form, dtype: torch.dtype) -> Rounding | None:
     """What a dtype undoes of training; of a full fine-tuning only where its base can be loaded."""
     if form == "merged":
         return rounding_of_adapter(policy.model, dtype)
     try:
-        base = load_policy(recipe.model.model_copy(update={"device": "cpu", "tune": "full", "freeze": ()}))
+        base = load_policy(settings.model_copy(update={"device": "cpu", "tune": "full", "freeze": ()}))
     except ModelError:
         return None
     before: Mapping[str, Tensor] = dict(base.model.named_parameters())
@@ -246,7 +245,7 @@ def _rounding(recipe: Recipe, policy: Policy, form: Form, dtype: torch.dtype) ->
 
 def _stored_dtype(folder: Path) -> str:
     """The dtype that a checkpoint is stored in."""
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written = read_object(folder / "config.json")
     return str(written.get("dtype") or written.get("torch_dtype") or "float32")
 
 
@@ -258,8 +257,7 @@ def _refuse_quantized(adapter: Path) -> None:
     """
     from transformers import AutoConfig
 
-    written = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    base = written.get("base_model_name_or_path")
+    base = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
     try:
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError):

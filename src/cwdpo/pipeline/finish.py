@@ -8,10 +8,11 @@ from typing import Any
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.files.writing import write_text
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, write_text
+from cwdpo.rundir import RunDir
 
 
 def evaluate_policy(

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import broadcast_object_list
 
-from cwdpo.config import Recipe, parse_recipe
+from cwdpo.config import Recipe, code_names, parse_recipe, read_tree
 from cwdpo.errors import CwdpoError, RecipeError
-from cwdpo.rundir import RunDir, write_text
+from cwdpo.files.writing import write_text
+from cwdpo.rundir import RunDir
 
 ABSENT = "(absent)"
 # What these keys say is used after training only: the trained model stays as it is.
@@ -74,12 +74,14 @@ def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         RecipeError: the stored recipe is not YAML.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the run's recipe cannot be read ({error}); start a new run") from None
-    # One that another version wrote, and that this one cannot parse, is compared as it stands.
-    with contextlib.suppress(RecipeError, TypeError, AttributeError):
-        tree = parse_recipe(tree, where=str(path)).model_dump(mode="json")
+        tree = read_tree(path)
+    except RecipeError as error:
+        raise RecipeError(f"{error}: restore the run's recipe from a copy, or start a new run") from None
+    # One that names code, and one of another version that this one cannot parse, are compared as they stand: the file
+    # may be somebody else's, and parsing imports what it names.
+    if not code_names(tree):
+        with contextlib.suppress(RecipeError, TypeError, AttributeError):
+            tree = parse_recipe(tree, where=str(path)).model_dump(mode="json")
     old, new = _flat(tree), _flat(recipe.model_dump(mode="json"))
     return {
         key: (old.get(key, ABSENT), new.get(key, ABSENT))

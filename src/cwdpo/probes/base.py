@@ -1,5 +1,6 @@
-"""What a probe receives and returns. No torch is imported here at module level, so that the names of readings are at
-hand where a recipe is checked.
+"""What a probe receives and what it returns.
+
+Torch is not imported at module level: the recipe's checks need the names of the readings, and must start fast.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OneStep:
-    """U training examples against N held-out responses; each update starts from the same weights.
+    """The effect of one update on each of U training examples (u) on N held-out responses (o).
+
+    Each update starts from the same weights.
 
     Attributes:
-        kinds: N response types.
-        predicted: [U, N] ``<grad mean_logp(o), -eta * grad loss(u)>``, nats per token: first order in eta.
-        actual: [U, N] change of mean_logp after the weights went by ``-eta * grad loss(u)``.
-        eta: [U] lengths of the steps.
+        kinds: the N response types.
+        predicted: [U, N] ``<grad mean_logp(o), -eta * grad loss(u)>``, the change of mean_logp to first order in eta,
+            in nats per token.
+        actual: [U, N] measured change of mean_logp after the weights changed by ``-eta * grad loss(u)``, in nats per
+            token.
+        eta: [U] learning rate of each update.
         belief: [N] ``|A|``: L1 norm of ``e - p``, mean over the response's tokens.
         residual: [U] ``|G|``: L1 norm of d loss / d logits, summed over the example's tokens.
     """
@@ -39,21 +44,21 @@ class OneStep:
 
     @property
     def sign_agreement(self) -> float:
-        """Share of changes whose sign was predicted."""
+        """Share of the changes whose sign was predicted correctly."""
         return float((self.predicted.sign() == self.actual.sign()).double().mean())
 
     @property
     def correlation(self) -> float | None:
-        """Pearson of predicted and actual over all U * N; ``None`` where one does not vary."""
+        """Pearson correlation of predicted and actual changes, over all U * N; ``None`` if one of them is constant."""
         ours, theirs = self.predicted.flatten().double(), self.actual.flatten().double()
         varied = len(ours) > 1 and float(ours.std()) > 0 and float(theirs.std()) > 0
         return pearson(ours, theirs) if varied else None
 
     def kernel_of(self, kind: str) -> Tensor:
-        """[U * n] effective kernel of a type: predicted change per unit of eta, ``|A|`` and ``|G|``.
+        """[U * n] effective kernel for a response type: predicted change divided by ``eta * |A| * |G|``.
 
-        It is what of the empirical neural tangent kernel K couples the example with the response: positive
-        where learning from the example raises the response.
+        This is the part of the empirical neural tangent kernel K that connects the example with the response. It is
+        positive if training on the example makes the response more likely.
         """
         own = mask_of(self.kinds, kind)
         scale = self.eta[:, None] * self.residual[:, None] * self.belief[None, own]
@@ -65,22 +70,23 @@ class HeldOut:
     """One pass of the policy over the probe set: N completions, M tokens of chosen responses.
 
     Attributes:
-        kinds: N names of response types: ``chosen``, the kind of a negative, or a type of
+        kinds: the N response types: ``chosen``, the kind of a negative, or a type of
             :data:`cwdpo.dynamics.settings.TYPES`.
-        prompt: [N] index of the prompt.
-        sum_logp, start_sum_logp: [N] nats, now and at the start of the stage.
-        n_tokens: [N] tokens.
-        entropy, top1, correct: [M] of the policy on chosen tokens.
-        logp, start_logp: [m, V] log-probabilities on the chosen tokens of as many prompts as fit
-            :data:`MAX_STORED`, now and at the start of the stage; ``None`` where none fits.
-        scale: of the objective in force.
+        prompt: [N] index of the completion's prompt.
+        sum_logp, start_sum_logp: [N] log-likelihood in nats, now and at the start of the stage.
+        n_tokens: [N] number of tokens.
+        entropy, top1, correct: [M] token statistics of the policy on chosen tokens; entropy in nats.
+        logp, start_logp: [m, V] log-probabilities over the vocabulary, in nats, on the chosen tokens of the first
+            prompts, as many as memory allows, now and at the start of the stage; ``None`` if not even one prompt fits.
+        scale: of the current objective.
         step: optimizer step of the stage.
-        negative: [N] True for the negatives of the data's pairs; ``None``: all but ``chosen``.
-        origins: N origins, or empty where nobody asks.
+        negative: [N] True for the negatives of the data's pairs; ``None`` means all but ``chosen``.
+        origins: the N origins; may be empty.
         sum_p: [N] sum over tokens of the token's probability, or ``None``.
-        own: [m, V] pairs like (logp, start_logp), on the tokens of responses that the policy sampled, by type.
-        sampled: text and whether it ended by itself, of each response that the policy sampled, by type.
-        one_step: predicted and actual changes of one update, where they were asked for.
+        own: by type: the two tensors [m, V] like ``logp`` and ``start_logp``, on tokens of responses that the policy
+            sampled.
+        sampled: by type: each response that the policy sampled, as its text and whether it ended by itself.
+        one_step: predicted and actual changes after one update, if requested.
     """
 
     kinds: tuple[str, ...]
@@ -104,12 +110,12 @@ class HeldOut:
 
     @property
     def mean_logp(self) -> Tensor:
-        """[N] nats per token."""
+        """[N] log-likelihood per token, in nats."""
         return self.sum_logp / self.n_tokens
 
     @property
     def shift(self) -> Tensor:
-        """[N] change of sum_logp since the start of the stage, nats."""
+        """[N] change of sum_logp since the start of the stage, in nats."""
         return self.sum_logp - self.start_sum_logp
 
     def of(self, kind: str) -> Tensor:
@@ -123,7 +129,7 @@ class HeldOut:
 
     @property
     def pair_chosen_shift(self) -> Tensor:
-        """[P] shift of the chosen response of each negative, in the order of :attr:`negatives`."""
+        """[P] shift of the chosen response that belongs to each negative, in nats, in the order of the negatives."""
         by_prompt = self.shift.new_zeros(int(self.prompt.max()) + 1)
         chosen = self.of("chosen")
         by_prompt[self.prompt[chosen]] = self.shift[chosen]
@@ -138,7 +144,7 @@ class HeldOut:
         return sorted({k for k, n in zip(self.kinds, self.negatives.tolist(), strict=True) if n})
 
     def reading(self, name: str, values: Tensor, unit: str) -> Reading:
-        """The mean of ``values`` with its count and 95% t interval; the mean of nothing is ``None``."""
+        """The mean of ``values`` [n] with n and a 95% t interval; for n = 0 the value is ``None``."""
         from scipy.special import stdtrit
 
         if not values.numel():
@@ -150,7 +156,7 @@ class HeldOut:
         return Reading(name, mean, n, unit, self.step, low=low, high=high)
 
     def plus(self, part: HeldOut, kind: str) -> HeldOut:
-        """This pass and one over responses that a policy sampled, which are the chosen ones there."""
+        """This pass joined with a pass over sampled responses (the chosen ones of ``part``), as type ``kind``."""
         import torch
 
         both = {
@@ -170,24 +176,24 @@ class HeldOut:
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
-    """Correlation of two rows of numbers [n]."""
+    """Pearson correlation of two tensors [n]."""
     import torch
 
     return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
 
 
 def mask_of(names: Sequence[str], name: str) -> Tensor:
-    """[N] True for the places of a name."""
+    """[N] True where ``names`` holds ``name``."""
     import torch
 
     return torch.tensor([n == name for n in names])
 
 
 class Probe(Component):
-    """Reads numbers off one held-out pass.
+    """Computes readings from one held-out pass.
 
-    ``readings``: the names that it writes, for rules that stop a run; one that ends in ``/`` is followed by a response
-    type.
+    ``readings``: the names of its readings, which stopping rules may use. To a name that ends in ``/`` a response type
+    is appended.
     """
 
     readings: ClassVar[tuple[str, ...]] = ()
@@ -201,10 +207,10 @@ PROBES: Registry[Probe] = Registry("probe", "cwdpo.probes", Probe)
 
 
 def known_readings(extra: Iterable[Mapping[str, Any]] = ()) -> tuple[str, ...]:
-    """Names of the readings of all shipped probes and of further ones, as :attr:`Probe.readings` lists them.
+    """The names in :attr:`Probe.readings` of all shipped probes and of ``extra`` ones.
 
     Args:
-        extra: probes beside the shipped ones, each a mapping with ``name`` and settings.
+        extra: further probes, each a mapping with ``name`` and settings.
     """
     shipped = [PROBES.get(name) for name in PROBES.names()]
     more = [PROBES.get(str(spec["name"])) for spec in extra]

@@ -1,4 +1,4 @@
-"""Whether the policy's confidence in its next token is deserved."""
+"""Whether the policy's confidence in its next token agrees with how often that token is correct."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BINS = 15
 
 
 class Calibration(Probe):
-    """Token ECE: top-1 confidence against top-1 correctness on held-out chosen tokens, L1 over bins."""
+    """Token ECE: top-1 probability compared with top-1 correctness on held-out chosen tokens, L1 over bins."""
 
     readings: ClassVar[tuple[str, ...]] = ("ece",)
 

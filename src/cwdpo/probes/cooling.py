@@ -1,4 +1,4 @@
-"""The cooling weight that each kind of held-out negative would get now, and whether the cooling still fits."""
+"""The current cooling weight of each kind of held-out negative, and whether floor and tau are still right."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from cwdpo.probes.base import HeldOut, Probe, mask_of
 from cwdpo.records import Reading
 
 COOLED = 0.1
-"""A negative whose weight is lower counts as cooled."""
+"""A negative with a lower weight counts as cooled."""
 
 
 class Cooling(Probe):
-    """Weights by kind and by origin, and the distance of floor and tau from what they would be now.
+    """Weights by kind and by origin, and how far floor and tau are from what a new calibration would give.
 
-    Nothing where the objective does not cool. The distances need responses that the policy sampled: the
-    current policy's own where there are any, else the starting policy's, under the current policy.
+    No readings if the objective has no adaptive cooling. The two distances need sampled responses: those of the
+    current policy if there are any, else those of the starting policy, scored by the current policy.
     """
 
     readings: ClassVar[tuple[str, ...]] = (
@@ -45,7 +45,7 @@ class Cooling(Probe):
 
     @staticmethod
     def _gaps(held: HeldOut, floor: float, tau: float) -> list[Reading]:
-        """How far floor and tau lie above what the calibration would find on the policy's samples now."""
+        """Floor and tau minus the values that a calibration on the policy's samples would give now."""
         for kind in ("on_policy", "chosen_initial"):
             mean_logp = held.mean_logp[held.of(kind)]
             if len(mean_logp) > 1:

@@ -1,4 +1,4 @@
-"""Delta log p: how the likelihood of each response type moved since the start of the stage."""
+"""Delta log p: how the log-likelihood of each response type changed since the start of the stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cwdpo.records import Reading
 
 
 class DeltaLogp(Probe):
-    """Per type, the mean change of mean_logp (nats per token); and the held-out shifts and margin (nats).
+    """Mean change of mean_logp for each type (nats per token); and the held-out shifts and margin (nats).
 
     Source: Ren & Sutherland, "Learning Dynamics of LLM Finetuning" (arXiv 2407.10490).
     """

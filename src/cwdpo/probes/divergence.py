@@ -1,4 +1,4 @@
-"""How far the policy has moved from where the stage began, on chosen tokens and on tokens that it sampled."""
+"""How far the policy has moved since the start of the stage, on chosen tokens and on sampled tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Divergence(Probe):
     readings: ClassVar[tuple[str, ...]] = ("tv", "js", "kl", "tv/", "js/", "kl/")
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """Readings ``tv``, ``js``, ``kl`` on chosen, and ``kl/<type>``, ... on each sampled type that was measured.
+        """Readings ``tv``, ``js``, ``kl`` on chosen tokens, and ``kl/<type>``, ... for each sampled type.
 
-        Nothing where the distributions were too large to keep.
+        No readings if the distributions were too large to keep.
         """
         pairs = {f"/{kind}": pair for kind, pair in held.own.items()}
         if held.logp is not None and held.start_logp is not None:

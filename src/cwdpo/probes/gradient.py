@@ -1,6 +1,6 @@
-"""Where the loss still pushes: residuals by response type, the rejected side's share, the vulnerable zone.
+"""Where the gradient acts: residuals by response type, the share of the rejected side, the vulnerable zone.
 
-What the training step itself knows of this (norm, shares over the training pairs) is in ``trainer/gradient.py``.
+The measures of the training step itself (norm, shares over the training pairs) are in ``trainer/gradient.py``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from cwdpo.probes.base import HeldOut, Probe
 from cwdpo.records import Reading
 
 VULNERABLE = (0.8, 0.99)
-"""The paper's zone of a = sigmoid(beta * (chosen_shift - rejected_shift)): little loss left, large residuals."""
+"""The paper's zone of a = sigmoid(beta * (chosen_shift - rejected_shift)): small loss, but large residuals."""
 
 
 class Gradient(Probe):
     """The residual is ``1 - p(token)``, half the L1 norm of ``p - e`` (e: the token's one-hot vector).
 
-    A pair's loss pushes the logits of each token by ``c * (p - e)``, with ``c = beta * sigmoid(-z)`` on chosen and
-    ``w`` times that on rejected, ``z = beta * (chosen_shift - w * rejected_shift)``. The rejected side's share is
-    its part of the L1 norm of that push, summed over tokens and pairs. Source: the paper's G (arXiv 2510.11978).
+    The gradient of a pair's loss in the logits of a token is ``c * (p - e)`` up to its sign, with
+    ``c = beta * sigmoid(-z)`` on chosen and ``w`` times that on rejected, ``z = beta * (chosen_shift - w *
+    rejected_shift)``. The rejected side's share is its part of the L1 norm of this gradient, summed over tokens and
+    pairs. Source: the paper's G (arXiv 2510.11978).
     """
 
     readings: ClassVar[tuple[str, ...]] = (
@@ -30,7 +31,7 @@ class Gradient(Probe):
     )
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """Readings ``gradient/residual/<type>``, and where the objective has a beta, ``gradient/vulnerable`` and
+        """Readings ``gradient/residual/<type>``; if the objective has a beta also ``gradient/vulnerable`` and
         ``gradient/rejected_share``."""
         if held.sum_p is None:
             return []

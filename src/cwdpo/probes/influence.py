@@ -1,4 +1,4 @@
-"""One update taken apart: what it should do to each held-out response, and what it does."""
+"""The predicted and the actual effect of one update on each held-out response."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cwdpo.records import Reading
 
 
 class Influence(Probe):
-    """Predicted against actual change of mean_logp after one small step of gradient descent; off unless asked for.
+    """Predicted and actual change of mean_logp after one small step of gradient descent; off by default.
 
     Source: the paper's and Ren & Sutherland's one-step decomposition, ``-eta * A * K * G``; see
     :func:`cwdpo.monitor.influence.one_step` for how it is computed and what it costs.
@@ -24,8 +24,8 @@ class Influence(Probe):
     )
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """``influence/sign`` (share of predicted signs that came true), ``influence/correlation`` (Pearson), and the
-        mean norms ``influence/A``, ``influence/G`` and effective kernel ``influence/K/<type>``."""
+        """``influence/sign`` (share of correctly predicted signs), ``influence/correlation`` (Pearson), the mean norms
+        ``influence/A`` and ``influence/G``, and the mean effective kernel ``influence/K/<type>``."""
         found = held.one_step
         if found is None:
             return []

@@ -1,4 +1,4 @@
-"""Whether likelihood moves by length rather than by content."""
+"""Whether the change of the log-likelihood depends on the length of a response more than on its content."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from cwdpo.probes.base import HeldOut, Probe, pearson
 from cwdpo.records import Reading
 
 FEWEST = 3
-"""A correlation of fewer pairs says nothing."""
+"""Smallest number of pairs for a correlation."""
 
 
 class Length(Probe):
-    """A sum of log-probabilities falls faster for long negatives, so their length alone can win a margin."""
+    """Effects of length: the sum_logp of a long negative falls faster, so length alone can increase the margin."""
 
     readings: ClassVar[tuple[str, ...]] = ("length/ratio", "length/correlation")
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """``length/ratio``: tokens of negatives over tokens of their chosen responses, mean over pairs;
-        ``length/correlation``: Pearson, over pairs, of the fall of the negative (nats) with its length (tokens)."""
+        """``length/ratio``: tokens of a negative divided by tokens of its chosen response, mean over pairs;
+        ``length/correlation``: Pearson correlation over pairs of the negative's -shift (nats) and length (tokens)."""
         negatives, chosen = held.negatives, held.of("chosen")
         if not bool(negatives.any()):
             return []

@@ -11,8 +11,8 @@ from cwdpo.records import Reading
 class Peakedness(Probe):
     """Entropy (nats), top-1 probability, and the log-probability of the argmax (nats) of the next token.
 
-    ``argmax_logp`` is Ren & Sutherland's argmax confidence (arXiv 2407.10490): under the squeezing effect it
-    rises while every response that was trained on or near falls.
+    ``argmax_logp`` is Ren & Sutherland's argmax confidence (arXiv 2407.10490): under the squeezing effect it rises
+    while the likelihood of every trained or similar response falls.
     """
 
     readings: ClassVar[tuple[str, ...]] = ("entropy", "top1", "argmax_logp")

@@ -1,4 +1,4 @@
-"""Whether what the policy writes repeats itself, or does not end."""
+"""Whether the policy's samples repeat themselves, or do not end."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ GRAM = 4
 
 
 class Repetition(Probe):
-    """Of the responses that the policy sampled; nothing where no type is sampled."""
+    """Repetition and ending of the responses that the policy sampled; no readings if no type is sampled."""
 
     readings: ClassVar[tuple[str, ...]] = ("repetition/", "ended/")
 
     def __call__(self, held: HeldOut) -> list[Reading]:
-        """Readings ``repetition/<type>`` (mean :func:`repeated`) and ``ended/<type>`` (share that ended by itself)."""
+        """Readings ``repetition/<type>`` (mean of :func:`repeated`) and ``ended/<type>`` (share that ended)."""
         readings = []
         for kind, rows in held.sampled.items():
             shares = held.entropy.new_tensor([repeated(text) for text, _ in rows])
@@ -29,7 +29,7 @@ class Repetition(Probe):
 
 
 def repeated(text: str, n: int = GRAM) -> float:
-    """seq-rep-n: share of the word n-grams of a text that stand in it already; 0 for a text too short to have any.
+    """seq-rep-n: share of a text's word n-grams that occur earlier in it; 0 for a text of fewer than n words.
 
     Source: Welleck et al., "Neural text generation with unlikelihood training" (arXiv 1908.04319).
 

@@ -1,26 +1,25 @@
-"""What both kinds of page are made of: a tolerant reader of a folder, legends, panels."""
+"""Parts of all pages: a tolerant reader of a folder, legends, panels."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
-from cwdpo.errors import RunDirError
+from cwdpo.errors import FileError
+from cwdpo.files.reading import parse_json, read_bytes, read_jsonl
+from cwdpo.files.yamlfile import parse_yaml
 from cwdpo.report._text import finite
 from cwdpo.report.figures import Line, colour, dash, line_chart
-from cwdpo.rundir import read_jsonl
 
 
 class Folder:
-    """Reads files of a run; what is missing is empty, what cannot be read is empty and noted.
+    """Reads the files of a run. A missing file is empty; an unreadable file is empty and listed in ``troubles``.
 
-    A report is often the last thing that a long run writes, so it never fails on one bad file.
+    A report is often the last step of a long run, so one bad file must not make it fail.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,34 +27,41 @@ class Folder:
         self.troubles: list[str] = []
 
     def text(self, name: str) -> str:
-        """A file's text."""
+        """The text of a file."""
         path = self.path / name
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        try:
+            return read_bytes(path).decode(errors="replace") if path.is_file() else ""
+        except FileError as error:
+            self._note(name, error)
+            return ""
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object."""
+        """The JSON object in a file."""
         text = self.text(name)
         try:
-            return mapping(json.loads(text)) if text.strip() else {}
-        except json.JSONDecodeError as error:
-            self.troubles.append(f"{name} is not JSON ({error}); what it holds is missing below.")
+            return mapping(parse_json(text, name)) if text.strip() else {}
+        except FileError as error:
+            self._note(name, error)
             return {}
 
     def yaml(self, name: str) -> dict[str, Any]:
-        """A YAML mapping."""
+        """The YAML mapping in a file."""
         try:
-            return mapping(yaml.safe_load(self.text(name)))
-        except yaml.YAMLError:
-            self.troubles.append(f"{name} is not YAML; what it holds is missing below.")
+            return mapping(parse_yaml(self.text(name), name))
+        except FileError as error:
+            self._note(name, error)
             return {}
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The objects of a JSONL file."""
         try:
-            return [row for row in read_jsonl(self.path / name) if isinstance(row, dict)]
-        except (RunDirError, UnicodeDecodeError) as error:
-            self.troubles.append(f"{name} could not be read ({error}); what it holds is missing below.")
+            return read_jsonl(self.path / name)
+        except FileError as error:
+            self._note(name, error)
             return []
+
+    def _note(self, name: str, error: FileError) -> None:
+        self.troubles.append(f"{name} could not be read ({error}); its content is missing below.")
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -64,13 +70,13 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def records(value: Any) -> list[dict[str, Any]]:
-    """The mappings of a list; anything else is no mapping."""
+    """The mappings in a list; empty if the value is not a list."""
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
 @dataclass(frozen=True)
 class Legend:
-    """An entry of a legend: a stroke as in the chart, a name, and what else is to be said."""
+    """An entry of a legend: a line as in the chart, a name and a note."""
 
     label: str
     slot: int
@@ -89,7 +95,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart with its title, unit and legend (empty where a shared legend stands above)."""
+    """One chart with its title, unit and legend (empty if several charts share a legend)."""
 
     title: str
     unit: str
@@ -99,7 +105,7 @@ class Panel:
 
 @dataclass
 class Panels:
-    """Gathers the panels of a section, and the names of those that have no data."""
+    """Collects the panels of a section, and the titles of those that have no data."""
 
     keys: Iterator[str]
     found: list[Panel] = field(default_factory=list)
@@ -115,7 +121,15 @@ class Panels:
         whole: bool = False,
         limit: float | None = None,
     ) -> None:
-        """Draw lines over steps (``whole``: from 0 to 1) and a ``limit``; lines without a point are left out."""
+        """Add a chart of lines over steps; lines without a point are left out.
+
+        Args:
+            title, unit: shown above the chart.
+            lines: the lines.
+            legend: whether the panel has its own legend.
+            whole: whether the axis goes from 0 to 1.
+            limit: a value to mark with a horizontal line.
+        """
         drawn = [line for line in lines if len(line.x)]
         if not drawn:
             self.absent.append(title)
@@ -141,7 +155,8 @@ def points(
 
     Args:
         rows: each with ``step`` and the named keys.
-        y, low, high: keys; without ``low`` and ``high`` in every row there is no band.
+        label, slot: of the line.
+        y, low, high: keys; there is a band only if all rows have ``low`` and ``high``.
     """
     kept = [(float(r["step"]), finite(r.get(y)), r) for r in rows if finite(r.get("step")) is not None]
     full = sorted(((x, v, r) for x, v, r in kept if v is not None), key=lambda point: point[0])

@@ -1,22 +1,96 @@
-"""A run's page, served to this machine only: built anew at every look, refreshing itself, without any script."""
+"""A run's page, served to this machine only: drawn anew when the run has changed, refreshing itself, no script."""
 
 from __future__ import annotations
 
+import html
 import logging
+import threading
+import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from cwdpo.errors import RunDirError
+from cwdpo.errors import CwdpoError, RunDirError
 from cwdpo.report.render import render_report
+from cwdpo.rundir import RunDir
 
 _logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
+REST = 4.0
+"""After drawing for a second the page stays as it is for so many, however fast the run goes and whoever asks."""
+PATIENCE = 20.0
+"""Seconds that a client may take for its request."""
 
 
-class _Page(BaseHTTPRequestHandler):
+class Page:
+    """The page of one run folder, drawn by one thread at a time.
+
+    Matplotlib's settings belong to the whole process: two drawings at once would mix them up.
+
+    Args:
+        draw: gives the page's text; it may raise.
+        stamp: what the page depends on: equal stamps, equal pages.
+        rest: seconds without drawing per second of drawing.
+    """
+
+    def __init__(self, draw: Callable[[], str], stamp: Callable[[], object], rest: float = REST) -> None:
+        self._draw, self._stamp, self._rest = draw, stamp, rest
+        self._lock = threading.Lock()
+        self._text, self._status = "", 0
+        self._of: object = None
+        self._next = 0.0
+
+    def get(self) -> tuple[int, str]:
+        """Status and text: the newest page that is drawn, or a new one. While one is drawn others get the last one."""
+        if self._lock.acquire(blocking=self._status == 0):
+            try:
+                stamp = self._stamp()
+                if self._status == 0 or (stamp != self._of and time.monotonic() >= self._next):
+                    self._of = stamp
+                    self._renew()
+            finally:
+                self._lock.release()
+        return self._status, self._text
+
+    def _renew(self) -> None:
+        begun = time.monotonic()
+        try:
+            self._text, self._status = self._draw(), 200
+        except Exception as error:  # whatever a damaged file does, the next look may find it whole
+            _logger.debug("the page could not be drawn", exc_info=True)
+            said = (
+                str(error) if isinstance(error, CwdpoError | OSError) else f"{type(error).__name__}: {error}"
+            )
+            self._text, self._status = _trouble(said), 500
+        now = time.monotonic()
+        self._next = now + self._rest * (now - begun)
+
+
+def _trouble(said: str) -> str:
+    return (
+        '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="10"><title>cwdpo</title>'
+        f"<p>The run cannot be shown now: {html.escape(said)}</p>\n"
+    )
+
+
+def stamp_of(folder: Path) -> object:
+    """Names, sizes and times of the files that a page may show."""
+    found = []
+    for place in (folder, folder / "stage1", folder / "stage2"):
+        for path in sorted(place.glob("*")) if place.is_dir() else ():
+            try:
+                info = path.stat()
+            except OSError:
+                continue  # gone in between
+            found.append((path.name, info.st_size, info.st_mtime_ns))
+    return found
+
+
+class _Handler(BaseHTTPRequestHandler):
     """Answers ``GET /`` and nothing else."""
 
     server: WatchServer
+    timeout = PATIENCE
 
     def do_GET(self) -> None:
         """The page as the run stands."""
@@ -27,8 +101,9 @@ class _Page(BaseHTTPRequestHandler):
         elif self.path != "/":
             self.send_error(404)
         else:
-            body = render_report(self.server.folder, refresh=self.server.every).encode()
-            self.send_response(200)
+            status, text = self.server.page.get()
+            body = text.encode(errors="replace")
+            self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
@@ -47,6 +122,7 @@ class WatchServer(ThreadingHTTPServer):
         folder: of the run.
         port: 0 for any free one, then :attr:`server_port`.
         every: seconds between two looks of the page.
+        rest: see :class:`Page`.
 
     Raises:
         RunDirError: the port is taken.
@@ -54,16 +130,24 @@ class WatchServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int, every: int) -> None:
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, port: int, every: int, rest: float = REST) -> None:
+        def draw() -> str:
+            RunDir.open(folder)
+            return render_report(folder, refresh=every)
+
+        self.page = Page(draw, lambda: stamp_of(folder), rest)
         try:
-            super().__init__((HOST, port), _Page)
+            super().__init__((HOST, port), _Handler)
         except OSError as error:
             raise RunDirError(
                 f"port {port} cannot be used ({error.strerror}): choose another --port, or 0"
             ) from None
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no news for the terminal."""
+        _logger.debug("a request ended early", exc_info=True)
 
-def serve(folder: Path, port: int, every: int) -> WatchServer:
+
+def serve(folder: Path, port: int, every: int, rest: float = REST) -> WatchServer:
     """A server for a run folder, ready for ``serve_forever``."""
-    return WatchServer(folder, port, every)
+    return WatchServer(folder, port, every, rest)

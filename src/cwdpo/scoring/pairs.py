@@ -1,4 +1,4 @@
-"""Token scores of a batch to :class:`ScoredPairs`, and the reference pass."""
+"""Token scores of a batch -> :class:`ScoredPairs`; and the reference pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def span_mask(batch: PromptBatch, tokens: TokenScores) -> Tensor:
 
 
 def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | None = None) -> ScoredPairs:
-    """Sum token scores per completion and split them into chosen and rejected by the batch's indices."""
+    """Sum the token scores [N, C] over each completion and split the sums into B chosen and P rejected.
+
+    Reference values are passed on if every completion has one, reward margins if every negative has one.
+    """
     device = tokens.logp.device
     references = [(c.reference_sum_logp, c.reference_span_sum_logp) for c in batch.completions]
     known = all(value is not None for pair in references for value in pair)
@@ -54,7 +57,7 @@ def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | N
 
 
 def select(scored: Scored, index: Tensor) -> Scored:
-    """The scores of some completions."""
+    """The scores of the completions at ``index`` [n]."""
     stats = {name: values[index] for name, values in scored.stats.items()}
     tensors = {name: value[index] for name, value in vars(scored).items() if isinstance(value, Tensor)}
     return replace(scored, **tensors, stats=stats)
@@ -68,9 +71,15 @@ def reference_pass(
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[EncodedExample]:
-    """The examples with the model's own sums as reference values; the model is the reference here.
+    """Score the examples with the reference model and store its log-likelihoods in them, as reference values.
 
-    Rows are grouped by length to save padding; the order of the result is the order of the input.
+    Examples of similar length are scored together to save padding; the result keeps the order of the input.
+
+    Args:
+        model: the reference model.
+        examples: the examples to score.
+        batch_size: examples per forward pass.
+        progress: called with the number of examples after each forward pass.
     """
     was_training = model.training
     model.eval()

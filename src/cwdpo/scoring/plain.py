@@ -1,4 +1,4 @@
-"""Plain scoring: one full sequence per completion, right-padded. The oracle of every faster path."""
+"""Plain scoring: one full sequence per completion, right-padded. Tests compare every faster layout with it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cwdpo.scoring.token_logp import HeadRequest, TokenScores, score_rows
 
 
 def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadRequest]:
-    """Model inputs of one full sequence per completion, and where its completion tokens are predicted.
+    """Model inputs with one full sequence per completion, and the positions that predict completion tokens.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` [N, longest], the family's per-token rows of the same shape
-        (zero on completions) and image inputs; and the request for M = sum of completion lengths tokens.
+        The model inputs: ``input_ids`` and ``attention_mask`` [N, L] with L the longest sequence, the family's
+        per-token inputs [N, L] (zero on completions), and image inputs. And the request for all M completion tokens.
     """
     device = device_of(model)
     prompts = [batch.prompts[i] for i in batch.completion_prompt.tolist()]
@@ -35,6 +35,7 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
             [p.per_token.get(name, [0] * len(p.input_ids)) for p in prompts], device, longest
         )
     inputs |= vision_inputs(model, prompts, device)
+    # The hidden state at a position predicts the next token: token t of a completion is predicted one position earlier.
     where = [
         (row, len(p.input_ids) - 1 + t, token)
         for row, (p, c) in enumerate(zip(prompts, batch.completions, strict=True))
@@ -51,5 +52,5 @@ def score(
     stats: Iterable[str | TokenStat] = (),
     whole: Tensor | None = None,
 ) -> TokenScores:
-    """:func:`cwdpo.scoring.score.score` in plain rows, even if the model is switched to shared-prefix rows."""
+    """:func:`cwdpo.scoring.score.score` with plain rows, even if the model is in shared-prefix mode."""
     return score_rows(model, batch, lay_out, stats, whole)

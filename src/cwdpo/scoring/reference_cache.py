@@ -1,8 +1,9 @@
-"""The reference's log-likelihoods on disk: one Arrow row per completion, found by everything that they depend on.
+"""The reference model's log-likelihoods on disk: one Arrow row per completion.
 
-A folder holds one stream file per writer, so that runs share it without a lock. A file is a sequence of record
-batches, each with a digest of its content: a kill leaves a cut last batch, which does not count; anything else that
-cannot be read is damage, and refused.
+The key of a row is a digest of everything that its value depends on. Each process writes to a stream file of its own,
+so runs share a folder without a lock. A file is a sequence of record batches, each with a digest of its content. If
+the writer was killed, the last batch is incomplete and is ignored. Anything else that cannot be read is damage and
+raises an error.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ SCHEMA = pa.schema(
 
 
 class ReferenceCache:
-    """Values by key, read from every file of a folder, and one file of its own to append to.
+    """Values by key, read from all files of a folder; new values are appended to a file of this process's own.
 
     Args:
-        folder: shared between runs; made when the first value is stored.
-        read: whether what others stored is read now.
+        folder: shared between runs; created when the first value is stored.
+        read: whether to load the stored values now.
 
     Raises:
-        ReferenceCacheError: a file of the folder is damaged or of another kind.
+        ReferenceCacheError: a file of the folder is damaged or is not a reference cache.
     """
 
     def __init__(self, folder: Path, *, read: bool = True) -> None:
@@ -64,11 +65,11 @@ class ReferenceCache:
         return self._values.get(key)
 
     def add(self, values: Mapping[bytes, Value]) -> None:
-        """Remember values of this process's own; nothing is written."""
+        """Keep values in memory; nothing is written."""
         self._values |= values
 
     def append(self, values: Mapping[bytes, Value]) -> None:
-        """Store values as one record batch; whole on disk, or not there, whenever the process is killed."""
+        """Write values as one record batch. If the process is killed, the batch is on disk completely or is ignored."""
         self._values |= values
         if not values:
             return
@@ -83,7 +84,7 @@ class ReferenceCache:
         self._writer.write_batch(batch, custom_metadata={"digest": _content(batch)})
 
     def close(self) -> None:
-        """Have everything on disk and let go of the file."""
+        """Flush everything to disk and close the file."""
         if self._writer is not None:
             self._writer.close()
             os.fsync(self._file.fileno())
@@ -92,10 +93,10 @@ class ReferenceCache:
 
 
 def read_file(path: Path) -> dict[bytes, Value]:
-    """The values of one file; a last record batch that was cut off by a kill is left out.
+    """The values of one file; an incomplete last record batch (its writer was killed) is left out.
 
     Raises:
-        ReferenceCacheError: it is not a reference cache, or some record batch is not what was written.
+        ReferenceCacheError: the file is not a reference cache, or a record batch was changed after it was written.
     """
     data = path.read_bytes()
     if HEADER.startswith(data):
@@ -112,14 +113,14 @@ def read_file(path: Path) -> dict[bytes, Value]:
             columns = [column.to_pylist() for column in batch.batch.columns]
         except StopIteration:
             if source.tell() < len(data):
-                raise ReferenceCacheError(_damage(path, "its end stands before its last byte")) from None
+                raise ReferenceCacheError(_damage(path, "data follow its end mark")) from None
             return values
-        except Exception as error:  # Arrow raises nearly anything on bytes that are not its own
+        except Exception as error:  # on damaged bytes Arrow raises many types of error
             if not data.endswith(END):
-                return values  # its writer was killed here
+                return values  # no end mark: the writer was killed while it wrote this batch
             raise ReferenceCacheError(_damage(path, str(error).partition("\n")[0])) from None
         if told != content:
-            raise ReferenceCacheError(_damage(path, f"the rows behind the first {len(values)} were changed"))
+            raise ReferenceCacheError(_damage(path, f"the rows after the first {len(values)} were changed"))
         values |= {key: (total, span) for key, total, span in zip(*columns, strict=True)}
 
 
@@ -132,7 +133,7 @@ def _header() -> bytes:
 
 
 END = b"\xff\xff\xff\xff\0\0\0\0"
-"""How an Arrow stream ends that was closed."""
+"""The last bytes of an Arrow stream that was closed properly."""
 HEADER = _header()
 
 
@@ -151,13 +152,13 @@ def _content(batch: Any) -> bytes:
 
 
 def row_keys(reference: str, prompt: EncodedPrompt, completions: Sequence[EncodedCompletion]) -> list[bytes]:
-    """What each completion's value depends on, as digests of 16 bytes.
+    """The cache keys of a prompt's completions: 16-byte digests of everything that their values depend on.
 
     Args:
-        reference: of :func:`reference_digest`.
-        prompt: its ids (after template and image expansion), and the digest of its picture as the processor made it:
-            another pixel or another processor setting gives another one.
-        completions: their ids and differing spans.
+        reference: the result of :func:`reference_digest`.
+        prompt: its token ids (after chat template and image expansion) and the digest of its processed image enter
+            the key. The image digest changes with every pixel and with every processor setting.
+        completions: their token ids and differing spans enter the key.
     """
     start = _digest(f"{VERSION} {reference} {prompt.image_digest}".encode(), _bytes(prompt.input_ids))
     return [_digest(start, _bytes(c.span), _bytes(c.ids)) for c in completions]
@@ -176,14 +177,14 @@ def _bytes(numbers: Sequence[int]) -> bytes:
 
 @torch.no_grad()
 def reference_digest(model: nn.Module, *, bf16: bool = False) -> str:
-    """A digest of what scores: all weights, their dtype, the attention, the layout of rows, transformers' version.
+    """A digest of the reference model: weights and their dtypes, attention kernel, row layout, transformers version.
 
-    A fresh adapter changes nothing of what the model says and does not count, so that runs of other seeds find the
-    values of the same base.
+    An untrained LoRA adapter (all ``lora_B`` are zero) does not change the model's output. It is left out of the
+    digest, so that runs with other seeds find the values of the same base model.
 
     Args:
-        model: the reference, bare or wrapped.
-        bf16: whether it is run under bfloat16 autocast.
+        model: the reference model, bare or wrapped.
+        bf16: whether it runs under bfloat16 autocast.
     """
     config = unwrapped(model).config
     attention = [getattr(config, "_attn_implementation", None), config.get_text_config()._attn_implementation]
@@ -208,9 +209,15 @@ def _weight_digest(parameter: Tensor) -> str:
 def differs(
     stored: Sequence[Value], now: Sequence[Value], tokens: Sequence[int], *, rounded: bool
 ) -> int | None:
-    """Index of the first value that is not what the reference says now; ``None`` where all agree.
+    """Index of the first stored value that differs from the one computed now; ``None`` if all agree.
 
-    Values depend a little on the company of a row: nats per token may differ by 1e-3 in fp32, by 0.1 in bfloat16.
+    A value depends slightly on the other rows of its batch. The tolerance in nats per token is 1e-3, or 0.1 if
+    ``rounded`` (bfloat16).
+
+    Args:
+        stored, now: values of the same completions, from the cache and computed now.
+        tokens: number of tokens of each completion.
+        rounded: whether the reference model ran in bfloat16.
     """
     limit = 0.1 if rounded else 1e-3
     for index, (old, new, n) in enumerate(zip(stored, now, tokens, strict=True)):

@@ -1,4 +1,4 @@
-"""Token scores of a batch, by the path that the model is switched to."""
+"""Token scores of a batch, in the row layout that the model is set to."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ def score(
     stats: Iterable[str | TokenStat] = (),
     whole: Tensor | None = None,
 ) -> TokenScores:
-    """Score every completion of a batch, in shared-prefix rows where the model is switched to them.
+    """Score every completion of a batch, with shared-prefix rows if the model is in shared-prefix mode.
 
     Args:
         model: a causal vision-language model, bare or wrapped.
         batch: B prompts with N completions.
-        stats: further statistics of every token: names of :data:`cwdpo.scoring.token_stats.TOKEN_STATS`, or functions
-            like those.
-        whole: [N] True for completions whose log-probabilities over the vocabulary are kept; only without gradient
-            and for few, since they are the tensor that scoring avoids.
+        stats: statistics to compute for every token: names of :data:`cwdpo.scoring.token_stats.TOKEN_STATS`, or
+            functions with the same signature.
+        whole: [N] True for the completions whose log-probabilities over the whole vocabulary are kept. Use it for few
+            completions and without gradient: these are the large tensors that scoring otherwise avoids.
 
     Returns:
-        [N, C] per-token scores, C the longest completion, in nats.
+        Scores [N, C] per token, C the length of the longest completion, in nats.
 
     Raises:
-        ModelError: a prompt that this family would score silently wrong.
+        ModelError: a prompt that this model family would score wrongly without an error.
     """
     return score_rows(model, batch, _lay_out, stats, whole)
 
 
 def row_tokens(batch: PromptBatch, *, shared: bool) -> tuple[int, int]:
-    """(tokens, tokens with padding) that the model's text tower runs for a batch."""
+    """``(tokens, tokens with padding)`` that the language model processes for a batch."""
     completions = [len(c.ids) for c in batch.completions]
     prompts = [len(p.input_ids) for p in batch.prompts]
     own = batch.completion_prompt.tolist()

@@ -1,7 +1,8 @@
-"""Shared-prefix scoring: image and prompt once for all completions, the fast twin of :mod:`cwdpo.scoring.plain`.
+"""Shared-prefix scoring: image and prompt are processed once for all completions; faster than plain scoring.
 
-A row is ``[prompt | completion | completion | ...]``. Positions of each completion go on behind the prompt, and a
-completion sees the prompt and itself only, so every token's log-probability is that of plain scoring.
+A row is ``[prompt | completion | completion | ...]``. The positions of each completion continue those of the prompt,
+and a completion attends to the prompt and to itself only. So every token gets the log-probability that
+:mod:`cwdpo.scoring.plain` computes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from cwdpo.scoring.token_logp import HeadRequest
 
 
 def rows_of(batch: PromptBatch, device: torch.device) -> tuple[Rows, HeadRequest]:
-    """The layout of B prompts with their N completions, and where completion tokens are predicted.
+    """The row layout of B prompts with their N completions, and the positions that predict completion tokens.
 
-    The first token of a completion is predicted at the prompt's last token, every other one at the token before it.
+    The first token of a completion is predicted at the prompt's last token, every other token at the one before it.
     """
     members: list[list[int]] = [[] for _ in batch.prompts]
     for index, prompt in enumerate(batch.completion_prompt.tolist()):
@@ -44,6 +45,7 @@ def rows_of(batch: PromptBatch, device: torch.device) -> tuple[Rows, HeadRequest
         ids.append([*prompt.input_ids, *[0] * (width - lengths[row]), *completions])
         segment.append(parts)
         offset.append(offsets)
+    # Segments were numbered from 1 so that padding is 0; after the subtraction they start at 0 and padding is -1.
     rows = Rows(
         batch.prompts,
         padded(ids, device),
@@ -59,11 +61,12 @@ def rows_of(batch: PromptBatch, device: torch.device) -> tuple[Rows, HeadRequest
 
 
 def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadRequest]:
-    """Model inputs of one row per prompt, and where its completion tokens are predicted.
+    """Model inputs with one row per prompt, and the positions that predict completion tokens.
 
     Returns:
-        ``input_ids`` [B, P + M], ``position_ids`` [..., B, P + M], the family's ``attention_mask`` and image inputs;
-        and the request for all completion tokens, completion by completion.
+        The model inputs: ``input_ids`` [B, L], ``position_ids`` [..., B, L], the family's ``attention_mask`` and image
+        inputs, with L = longest prompt + most completion tokens of a prompt. And the request for all completion
+        tokens, completion by completion.
     """
     device = device_of(model)
     rows, request = rows_of(batch, device)

@@ -1,8 +1,8 @@
-"""Log-probabilities of completion tokens at the model's own head, without the logits of a whole batch.
+"""Log-probabilities of completion tokens, computed inside the model's output head, without the logits of a batch.
 
-The head's ``forward`` is replaced for one call: it keeps the hidden states that predict completion
-tokens, goes through the vocabulary in chunks (recomputed in backward), and returns a few numbers a
-token. The model is called as it is, so wrappers (peft, DDP, FSDP) see an ordinary forward.
+During one call the head's ``forward`` is replaced. The replacement selects the hidden states that predict completion
+tokens, computes their logits in chunks (recomputed in backward), and returns a few numbers per token. The model itself
+is called as usual, so wrappers (peft, DDP, FSDP) see an ordinary forward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cwdpo.objectives.base import TokenStat
 from cwdpo.scoring.token_stats import resolve
 
 CHUNK_VALUES = 1 << 24
-"""Most values of one chunk of logits: 2^24 fp32 values are 64 MiB."""
+"""Largest number of logits in a chunk: 2^24 fp32 values are 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class TokenScores:
     """Per-token results of N completions, right-padded to C tokens.
 
     Attributes:
-        logp: [N, C] log-probability of each token in nats, 0 where padded; carries the gradient.
-        mask: [N, C] True on completion tokens.
-        stats: by name, [N, C]: the statistics that were asked for, 0 where padded.
-        whole: [W, V] log-probabilities over the vocabulary, detached, of the tokens of completions that were asked
-            for, completion by completion; else ``None``.
+        logp: [N, C] log-probability of each token in nats, 0 on padding; carries the gradient.
+        mask: [N, C] True on completion tokens, False on padding.
+        stats: the requested statistics by name, each [N, C], 0 on padding.
+        whole: [W, V] detached log-probabilities over the vocabulary, for the W tokens of the requested completions,
+            completion by completion; ``None`` if none were requested.
     """
 
     logp: Tensor
@@ -46,14 +46,14 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """Which hidden states to read and what to compute: M tokens in all.
+    """Which hidden states to read, and what to compute from them, for M tokens.
 
     Attributes:
-        rows, positions: [M] where each predicting hidden state stands in the [rows, length] batch.
-        targets: [M] the token each of them must predict.
-        stats: further statistics of each token, by name, see :mod:`cwdpo.scoring.token_stats`.
-        whole: [M] True where the log-probabilities over the vocabulary are wanted themselves (for divergences on
-            few tokens; without gradient). They are put into ``distributions``, chunk by chunk.
+        rows, positions: [M] the indices, in the batch [rows, length], of the hidden states that predict the tokens.
+        targets: [M] the ids of the tokens.
+        stats: statistics to compute for each token, by name, see :mod:`cwdpo.scoring.token_stats`.
+        whole: [M] True for the tokens whose log-probabilities over the vocabulary are kept (few tokens, without
+            gradient). They are appended to ``distributions``, chunk by chunk.
     """
 
     rows: Tensor
@@ -65,7 +65,7 @@ class HeadRequest:
 
 
 def _columns(logp: Tensor, targets: Tensor, request: HeadRequest) -> Tensor:
-    """[M, 1 + statistics] from log-probabilities over the vocabulary [M, V] and the tokens [M]; see :func:`unpack`."""
+    """[M, 1 + statistics]: log-probability and statistics of each token, from ``logp`` [M, V] and ``targets`` [M]."""
     columns = [logp.gather(-1, targets[:, None])[:, 0]]
     columns += [stat(logp, targets) for stat in request.stats.values()]
     return torch.stack(columns, dim=-1)
@@ -79,6 +79,8 @@ def _through_head(head: Callable[[Tensor], Tensor], hidden: Tensor, request: Hea
     vocabulary = _vocabulary_size(head, selected)
     size = max(1, CHUNK_VALUES // vocabulary)
 
+    # Only one chunk of logits is in memory at a time. With a gradient each chunk is checkpointed: its logits are freed
+    # after the forward pass and computed again in backward.
     def one(part: Tensor, wanted: Tensor, kept: Tensor | None = None) -> Tensor:
         logp = head(part).float().log_softmax(-1)
         if kept is not None:
@@ -106,7 +108,7 @@ def output_head(model: nn.Module) -> nn.Module:
     """The module that maps hidden states to logits.
 
     Raises:
-        ModelError: the model has none, or changes its logits behind the head.
+        ModelError: the model has none, or changes its logits after the head.
     """
     inner = unwrapped(model)
     head = inner.get_output_embeddings()
@@ -118,8 +120,8 @@ def output_head(model: nn.Module) -> nn.Module:
     for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
         if getattr(text, name, neutral) not in (neutral, None):
             raise ModelError(
-                f"{type(inner).__name__} changes its logits behind the head ({name} = {getattr(text, name)}): "
-                "its token log-probabilities cannot be read at the head yet"
+                f"{type(inner).__name__} changes its logits after the head ({name} = {getattr(text, name)}): "
+                "the log-probabilities computed at the head would be wrong, so this model is not supported"
             )
     assert isinstance(head, nn.Module)
     return head
@@ -127,10 +129,10 @@ def output_head(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def scoring_head(model: nn.Module, request: HeadRequest) -> Iterator[None]:
-    """While active, the model's ``logits`` are the request's numbers, [M, columns], instead of logits."""
+    """While active, the model returns the numbers of the request [M, columns] in place of its logits."""
     head = output_head(model)
     original = head.forward
-    hooked = vars(head).get("forward")  # accelerate's device maps hang theirs on the instance
+    hooked = vars(head).get("forward")  # with a device map, accelerate sets a forward on the instance
     head.forward = lambda hidden: _through_head(original, hidden, request)  # type: ignore[method-assign]
     try:
         yield
@@ -147,9 +149,12 @@ def score_rows(
     stats: Iterable[str | TokenStat] = (),
     whole: Tensor | None = None,
 ) -> TokenScores:
-    """Call the model on rows as ``lay_out`` makes them, and read its head; the body of every way of scoring.
+    """Score a batch in the row layout of ``lay_out``; all layouts use this function.
 
     Args:
+        model: a causal vision-language model, bare or wrapped.
+        batch: B prompts with N completions.
+        lay_out: builds model inputs and the request from the model and the batch.
         stats, whole: see :func:`cwdpo.scoring.score.score`.
     """
     inputs, request = lay_out(model, batch)
@@ -160,7 +165,7 @@ def score_rows(
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Tensor:
-    """Call the model with its head answering ``request``: [M, columns]."""
+    """Call the model with the replaced head; returns the numbers of the request, [M, columns]."""
     with scoring_head(model, request):
         logits = model(**inputs, use_cache=False).logits
     assert isinstance(logits, Tensor)
@@ -168,7 +173,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Te
 
 
 def unpack(stats: Tensor, request: HeadRequest, lengths: list[int]) -> TokenScores:
-    """Scatter [M, columns] back to [N, C], completion by completion."""
+    """Turn the numbers [M, columns] into per-token scores [N, C]; ``lengths`` are the N completion lengths."""
     n, longest = len(lengths), max(lengths)
     device = stats.device
     mask = torch.arange(longest, device=device)[None] < torch.tensor(lengths, device=device)[:, None]

@@ -1,7 +1,7 @@
-"""The table of token statistics: what can be read off the distribution that predicts a token.
+"""The table of token statistics: numbers computed from the distribution that predicts a token.
 
-An objective names the ones that it uses (``Objective.token_stats``), probes and metrics ask for theirs by name. To
-add one for everybody, add a line to :data:`TOKEN_STATS`; an objective of your own may bring its function along.
+An objective names the ones that it uses in ``Objective.token_stats``; probes and metrics request theirs by name. To
+add one for all users, add a line to :data:`TOKEN_STATS`. An objective outside the package may pass a function.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def uniform(logp: Tensor, token: Tensor) -> Tensor:
 
 
 def collision(logp: Tensor, token: Tensor) -> Tensor:
-    """[M] ``log sum over the vocabulary of p^2``, in nats: how likely two draws agree (WPO)."""
+    """[M] ``log sum over the vocabulary of p^2``, in nats: the log-probability that two samples agree (for WPO)."""
     return (2 * logp.detach()).logsumexp(-1)
 
 
 def entropy(logp: Tensor, token: Tensor) -> Tensor:
-    """[M] entropy in nats."""
+    """[M] entropy of the distribution, in nats."""
     fixed = logp.detach()
     return -(fixed.exp() * fixed).sum(-1)
 
@@ -35,21 +35,21 @@ def top1(logp: Tensor, token: Tensor) -> Tensor:
 
 
 def correct(logp: Tensor, token: Tensor) -> Tensor:
-    """[M] 1 where the likeliest token is the one that stands there, else 0."""
+    """[M] 1 where the most likely token is the completion's token, else 0."""
     return (logp.argmax(-1) == token).to(logp.dtype)
 
 
 TOKEN_STATS: dict[str, TokenStat] = {
     stat.__name__: stat for stat in (uniform, collision, entropy, top1, correct)
 }
-"""By name: functions of log-probabilities over the vocabulary [M, V] and the tokens [M], giving [M]."""
+"""Functions by name; each maps log-probabilities over the vocabulary [M, V] and the token ids [M] to [M]."""
 
 DETAILS = ("entropy", "top1", "correct")
-"""What probes and calibration metrics read of every token."""
+"""The statistics that probes and the calibration metrics use."""
 
 
 def resolve(stats: Iterable[str | TokenStat]) -> dict[str, TokenStat]:
-    """Statistics by name; a function that is not of the table goes by its own name.
+    """Statistics by name; a function that is not in the table is listed under its ``__name__``.
 
     Raises:
         KeyError: a name that is not in the table.

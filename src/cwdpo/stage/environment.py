@@ -1,4 +1,4 @@
-"""Settings that reach transformers around the recipe, by the environment: those that contradict it are refused."""
+"""Checks environment variables of accelerate that would change training without the recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from cwdpo.errors import RecipeError
 
 _UNUSED = {
-    "ACCELERATE_DYNAMO_BACKEND": "compiled models are not scored: leave dynamo_backend out of accelerate's settings",
+    "ACCELERATE_DYNAMO_BACKEND": "compiled models cannot be scored: leave dynamo_backend out of accelerate's settings",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not used: leave it out of accelerate's settings",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor and context parallelism are not used: leave parallelism_config out",
 }
@@ -15,17 +15,17 @@ _OFF = ("", "no", "none", "false", "0")
 
 
 def check_environment(bf16: bool, setting: str = "train.bf16") -> None:
-    """Refuse what accelerate's environment asks for against the recipe.
+    """Raise an error if accelerate's environment variables contradict the recipe.
 
-    The reference pass, calibration and probes run under the recipe's own precision. A training step under another
-    one starts away from its reference: the first DPO loss is then not ln 2.
+    The reference pass, calibration and probes use the recipe's precision. If training used another one, policy and
+    reference would differ before the first update, and the first DPO loss would not be ln 2.
 
     Args:
-        bf16: what the recipe says.
-        setting: what that is called, for messages.
+        bf16: the recipe's setting.
+        setting: its name, for messages.
 
     Raises:
-        RecipeError: the variable, its value, and what to set.
+        RecipeError: names the variable, its value, and what to set.
     """
     name = "ACCELERATE_MIXED_PRECISION"
     asked = os.environ.get(name, "").lower()
@@ -35,7 +35,7 @@ def check_environment(bf16: bool, setting: str = "train.bf16") -> None:
         )
         raise RecipeError(
             f"{name}={asked} (accelerate's mixed_precision) contradicts {setting} = {str(bf16).lower()}: the policy "
-            f"would train in another precision than its reference was computed in; {remedy}, or leave the variable out"
+            f"would train in another precision than the reference was scored in; {remedy}, or unset the variable"
         )
     for name, remedy in _UNUSED.items():
         if os.environ.get(name, "").lower() not in _OFF:

@@ -1,4 +1,4 @@
-"""What a run tells its caller while it goes on."""
+"""Callbacks through which a run reports its progress to its caller."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cwdpo.records import Reading
 
 @dataclass
 class Listener:
-    """What a caller wants to hear while a run goes on; the default hears nothing.
+    """Progress callbacks; by default they do nothing.
 
     Attributes:
-        phase: called with a text when something begins (``reference pass``, ``stage2``, ...).
-        note: called with a text that the user should see once (columns that are not read, no held-out data, ...).
+        phase: called with a text when a part of the run starts (``reference pass``, ``stage2``, ...).
+        note: called with a text that the user should see once (columns that are not used, no held-out data, ...).
         step: called with (stage, step, steps) after every optimizer step.
         sampled: called with (round, completions done, completions) while a round's negatives are sampled.
         measured: called with (stage, step, policy) after every held-out measurement.

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from transformers import set_seed
 
 from cwdpo.config import Recipe
+from cwdpo.files.writing import new_folder
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.tiny import init_model
 from cwdpo.models.write import save_weights
-from cwdpo.rundir import RunDir, replace_folder, sync_tree
+from cwdpo.rundir import RunDir
 from cwdpo.stage.splits import Splits
 
 
 def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
-    """The policy to train; ``path: init`` first makes a small LLaVA with a tokenizer of the data."""
+    """Load the policy; ``path: init`` first creates a small LLaVA model with a tokenizer trained on the data."""
     if recipe.model.path != "init":
         return load_policy(recipe.model)
     folder = run.path / "init"
     if not folder.exists():
-        temporary = folder.with_name(".init.tmp")
-        init_model(temporary, splits.texts, recipe.model.init)
-        sync_tree(temporary)
-        replace_folder(temporary, folder)
-        # A process that finds the folder draws nothing to make it: a new adapter must start alike in both.
+        with new_folder(folder) as temporary:
+            init_model(temporary, splits.texts, recipe.model.init)
+        # Creating the model used random numbers; a run that finds the folder uses none. Set the seed again, so that a
+        # new adapter starts with the same weights in both cases.
         set_seed(recipe.seed)
     return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
 
 
 def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
-    """Write the model (or its adapter) and the processor; a half-written folder never has the final name."""
+    """Write the model (or its adapter) and the processor; the folder gets its name only when it is complete."""
     if not run.writes:
         return
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_weights(policy.model, temporary)
-    policy.processor.save_pretrained(temporary)
-    sync_tree(temporary)
-    replace_folder(temporary, folder)
+    with new_folder(folder) as temporary:
+        save_weights(policy.model, temporary)
+        policy.processor.save_pretrained(temporary)

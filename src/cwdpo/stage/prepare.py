@@ -1,14 +1,13 @@
-"""From examples to rows that a stage can train on: encode, score with the reference, filter, calibrate.
+"""Turns examples into encoded examples that a stage can train on: encode, score with the reference, filter, calibrate.
 
-Every road to a first step goes through here: a stage on fixed negatives, each round of a stage on sampled ones, and
-the front for users of TRL.
+Stages with fixed negatives, each round of a stage with sampled negatives, and ``CWDPOTrainer`` all use these functions.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,30 +28,37 @@ from cwdpo.stage.reference import stored_reference_pass
 from cwdpo.stage.stage import Stage
 
 logger = logging.getLogger("cwdpo")
+NEGATIVES = 1000
+"""How many values stand for the negatives of a stage, where its objective calibrates on them."""
 MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
-"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 up."""
+"""Largest mean difference between the two row layouts, in nats per token, in fp32 and in bf16.
+
+The known errors make a difference of at least 0.2.
+"""
 
 
 def prepare(stage: Stage) -> list[EncodedExample]:
-    """Rows of a stage whose negatives are fixed, and its objective calibrated.
+    """Encode the examples of a stage with fixed negatives, and calibrate its objective.
 
     Raises:
         DataError: too many examples cannot be used, or none is left.
     """
     rows = keep_negatives(stage.objective, with_reference_values(stage, encode(stage, stage.examples)))
     kept = {row.id for row in rows}
-    calibrate(stage, [e for e in stage.examples if e.id in kept])
+    calibrate(stage, [e for e in stage.examples if e.id in kept], lambda: rows)
     return rows
 
 
 def encode(
     stage: Stage, examples: Sequence[Example], part: str = "", *, need_negative: bool | None = None
 ) -> list[EncodedExample]:
-    """Encode examples; what cannot be used goes to ``problems.jsonl``.
+    """Encode examples; those that cannot be used are listed in ``problems.jsonl``.
 
     Args:
-        part: of the stage, for ``problems.jsonl``.
-        need_negative: leave out examples without a negative; default: as the objective needs.
+        stage: the stage.
+        examples: the examples to encode.
+        part: name of the part of the stage, for ``problems.jsonl``.
+        need_negative: leave out examples without a negative; default: if the objective needs negatives.
 
     Raises:
         DataError: more than ``data.max_bad_fraction`` of them cannot be used, or none is left.
@@ -61,7 +67,7 @@ def encode(
     if not examples:
         raise DataError(
             "no example is left to train on: the data has no row for this stage with "
-            f"{'a negative' if needed else 'a response'}; look at data.stage1_fraction and negatives"
+            f"{'a negative' if needed else 'a response'}; check data.stage1_fraction and negatives"
         )
     encoded, problems = stage.encoder.encode_all(examples, stage.negatives, require_negative=needed)
     fraction = stage.recipe.data.max_bad_fraction
@@ -78,10 +84,12 @@ def encode(
 def with_reference_values(
     stage: Stage, encoded: Sequence[EncodedExample], model: nn.Module | None = None
 ) -> list[EncodedExample]:
-    """Rows with the reference's sums; unchanged if the objective uses none.
+    """Add the reference model's log-likelihoods; if the objective uses no reference, the examples are unchanged.
 
     Args:
-        model: the reference; default: the stage's, which is the policy before it trains.
+        stage: the stage.
+        encoded: the examples.
+        model: the reference model; default: the stage's, which is the policy before training.
     """
     if not stage.objective.needs_reference:
         return list(encoded)
@@ -96,10 +104,10 @@ def with_reference_values(
 
 
 def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """Leave out negatives that the objective filters, and prompts that lose all of theirs.
+    """Leave out the negatives that the objective filters, and the prompts that lose all their negatives.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no pair is left.
     """
     kept = []
     for example in examples:
@@ -115,30 +123,66 @@ def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> 
     return kept
 
 
-def calibrate(stage: Stage, prompts: Sequence[Example]) -> None:
-    """Replace the ``auto`` settings of the objective in force, from samples of the reference.
+def calibrate(
+    stage: Stage,
+    prompts: Sequence[Example],
+    rows: Callable[[], Sequence[EncodedExample]] = tuple,
+    *,
+    sampled_share: float = 0.0,
+) -> list[float]:
+    """Calibrate the ``auto`` settings of the current objective with samples of the reference model.
 
-    Values and the mean_logps that they come from are stored in the run; a resumed run uses those.
+    The settings and the mean_logps of the samples are stored in the run folder; a resumed run uses the stored ones.
+
+    Args:
+        prompts: what the reference answers.
+        rows: gives rows with reference values; called if the objective calibrates on its negatives.
+        sampled_share: share of the negatives that will be samples of the policy instead of negatives of ``rows``.
+
+    Returns:
+        The mean_logps of the samples, nats per token; empty if the objective needs no calibration.
     """
     if not stage.objective.needs_calibration:
-        return
+        return []
     name = "calibration.json" if stage.name == "stage2" else f"calibration-{stage.name}.json"
-    stored = stage.run.json(name).get("mean_logps") if stage.resume else None
-    mean_logps = stored or reference_mean_logps(stage, prompts)
-    stage.in_force.objective = stage.objective.calibrated(mean_logps)
-    if not stored:
-        stage.run.write_json(name, {**calibration_row(stage.objective, mean_logps), "mean_logps": mean_logps})
+    stored = stage.run.json(name) if stage.resume else {}
+    mean_logps: list[float] = stored.get("mean_logps") or reference_mean_logps(stage, prompts)
+    negatives: list[float] = stored.get("negatives", [])
+    if stage.objective.calibrates_on_negatives and not negatives:
+        negatives = negative_mean_logps(rows(), mean_logps, sampled_share)
+    given = (mean_logps, negatives) if negatives else (mean_logps,)
+    stage.in_force.objective = stage.objective.calibrated(*given)
+    if not stored.get("mean_logps"):
+        row = {**calibration_row(stage.objective, mean_logps), "mean_logps": mean_logps}
+        stage.run.write_json(name, row | ({"negatives": negatives} if negatives else {}))
+    return mean_logps
+
+
+def negative_mean_logps(
+    rows: Sequence[EncodedExample], samples: Sequence[float] = (), sampled_share: float = 0.0
+) -> list[float]:
+    """:data:`NEGATIVES` mean_logps (nats per token) that stand for the negatives of a stage under the reference.
+
+    They are evenly spaced quantiles of the rows' negatives and of the samples, in the proportion of the two.
+    """
+    import numpy as np
+
+    own = [c.reference_mean_logp for row in rows for c in row.negatives if c.reference_mean_logp is not None]
+    drawn = round(NEGATIVES * sampled_share) if own else NEGATIVES * bool(samples)
+    parts = ((own, (NEGATIVES - drawn) * bool(own)), (samples, drawn))
+    found = [np.quantile(values, (np.arange(n) + 0.5) / n) for values, n in parts if n]
+    return [round(float(v), 6) for part in found for v in part]
 
 
 def calibration_row(objective: Objective, mean_logps: Sequence[float]) -> dict[str, float]:
-    """The settings that calibration may find, and the number of samples."""
+    """The calibrated settings and the number of samples, as a row to store."""
     return {**{name: getattr(objective, name) for name in objective.calibrates}, "n": len(mean_logps)}
 
 
 def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float]:
-    """mean_logp (nats per token) of samples that the reference draws for prompts drawn by the recipe's seed.
+    """mean_logp (nats per token) of samples of the reference model, for prompts chosen with the recipe's seed.
 
-    All processes must cool alike to the last bit, so those of the first process count.
+    All processes use the values of the first one, so that floor and tau are the same to the last bit.
     """
     settings, seed = stage.recipe.calibration, stage.recipe.seed
     reference = stage.reference_model or stage.policy.model
@@ -154,19 +198,25 @@ def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float
 
 @torch.no_grad()
 def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
-    """Compare shared-prefix with plain scoring on one prompt before anything relies on it.
+    """Compare shared-prefix scoring with plain scoring on one prompt, before shared-prefix scoring is used.
 
-    Families are known by their type, and what a release of transformers does with it may change. Where the two
-    differ, ``auto`` falls back to plain rows, with a line in the log.
+    The row layout of a model family is chosen by its model type, but another release of transformers may change what
+    the model does. If the results differ, ``auto`` switches to plain rows and logs a warning.
+
+    Args:
+        model: the policy.
+        encoder: of the policy.
+        examples: the first readable one is used.
+        scoring: ``model.scoring`` of the recipe.
 
     Raises:
-        ModelError: they differ, and ``model.scoring`` is ``shared_prefix``.
+        ModelError: the results differ, and ``model.scoring`` is ``shared_prefix``.
     """
     if not shares_prefix(model):
         return
     encoded = encoder.encode_all(encoder.readable(examples, 1), "rejected", require_negative=False)[0]
     if not encoded:
-        return  # encode() reports what is wrong with the data
+        return  # encode() reports the problems of the data
     batch = collate(encoded)
     was_training = model.training
     model.eval()
@@ -177,7 +227,7 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     difference = float((ours - wanted).abs().mean())
     if not bool(wanted.isfinite().all()) or difference <= (MOST_ROUNDED if rounded else MOST_EXACT):
         return
-    problem = f"it gives other log-probabilities than plain scoring here (by {difference:.2g} nats per token)"
+    problem = f"its log-probabilities differ from those of plain scoring (by {difference:.2g} nats per token)"
     if scoring == "shared_prefix":
         raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
     logger.warning("scoring is plain, one full sequence per completion: %s", problem)

@@ -1,4 +1,4 @@
-"""The reference pass of a run: values are read from the cache, and what is missing is scored and stored as it comes."""
+"""The reference pass of a run: reads log-likelihoods from the cache, and scores and stores those that are missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cwdpo.scoring.reference_cache import ReferenceCache, Value, differs, refere
 
 FOLDER = "reference"
 CANARIES = 4
-"""Examples whose stored values are compared with what the reference says now, before any is used."""
+"""Number of examples whose stored values are checked against the reference model before the cache is used."""
 
 
 def stored_reference_pass(
@@ -33,25 +33,25 @@ def stored_reference_pass(
     folder: Path | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[EncodedExample]:
-    """As :func:`cwdpo.scoring.pairs.reference_pass`, but only for completions that the cache lacks.
+    """Like :func:`cwdpo.scoring.pairs.reference_pass`, but scores only the completions that the cache lacks.
 
-    Several processes share the work; the main one reads and writes. Batches are the same whatever is stored, and each
-    is stored as a whole: a resumed run ends with the same values to the last bit.
+    Several processes share the work; the main one reads and writes the cache. The batches do not depend on what is
+    stored, and each is stored completely. So a resumed run gets the same values, bit for bit.
 
     Args:
-        model: the reference.
-        examples: P prompts with their completions.
-        run: the run; its process with ``run.writes`` stores.
-        batch_size: prompts per forward.
-        bf16: whether the caller scores under bfloat16.
-        folder: where values are kept, shared between runs; default ``reference/`` in the run folder.
+        model: the reference model.
+        examples: the examples to score.
+        run: the run; only a process with ``run.writes`` stores values.
+        batch_size: prompts per forward pass.
+        bf16: whether the caller scores under bfloat16 autocast.
+        folder: folder of the cache, shared between runs; default: ``reference/`` in the run folder.
         progress: called with the number of finished prompts.
 
     Returns:
-        The examples with reference sums (nats), in their order.
+        The examples with reference values (nats), in the same order.
 
     Raises:
-        NonFiniteError, ReferenceCacheError: an example's value is not finite; a stored one is damaged or stale.
+        NonFiniteError, ReferenceCacheError: a value is not finite; a stored value is damaged or no longer right.
     """
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
@@ -70,7 +70,7 @@ def stored_reference_pass(
             problem = str(error)
         parts = gather_object([(scored, problem)]) if state.num_processes > 1 else [(scored, problem)]
         problems = [text for _, text in parts if text]
-        if problems:  # on every process: the others would wait for ever
+        if problems:  # raise on every process, or the others would wait forever
             raise NonFiniteError(problems[0])
         scored = {key: value for part, _ in parts for key, value in part.items()}
         if run.writes:
@@ -93,7 +93,7 @@ def _opened(
     *,
     rounded: bool,
 ) -> ReferenceCache:
-    """The cache as the main process reads it, with what it holds of ``keys``; an error there is everyone's error."""
+    """The cache with the stored values of ``keys``. The main process reads it; its error is raised on all processes."""
     state = PartialState()
     cache = ReferenceCache(folder, read=False)
     found: dict[bytes, Value] = {}
@@ -125,7 +125,7 @@ def _missing(
     keys: Sequence[Sequence[bytes]],
     cache: ReferenceCache,
 ) -> dict[bytes, Value]:
-    """Values of the completions of one batch that the cache lacks."""
+    """Score those completions of one batch that the cache lacks."""
     wanted: list[EncodedExample] = []
     names: list[list[bytes]] = []
     for example, own in zip(examples, keys, strict=True):
@@ -152,8 +152,8 @@ def _finite_values(example: EncodedExample) -> list[Value]:
         assert span is not None
         if not (math.isfinite(total) and math.isfinite(span)):
             raise NonFiniteError(
-                f"example {example.id}: the reference gives one of its responses the log-likelihood {total}; nothing "
-                "was trained. Look at its picture and texts with `cwdpo validate`, or at the model's weights"
+                f"example {example.id}: the log-likelihood of a response under the reference is {total}; nothing "
+                "was trained. Check its image and texts with `cwdpo validate`, or the model's weights"
             )
         values.append((total, span))
     return values
@@ -167,10 +167,10 @@ def _check_canaries(
     *,
     rounded: bool,
 ) -> None:
-    """Score a few examples again whose values are all stored.
+    """Score a few examples again whose values are all stored, and compare.
 
     Raises:
-        ReferenceCacheError: the reference says something else now.
+        ReferenceCacheError: the reference model gives other values now.
     """
     stored = [i for i, own in enumerate(keys) if all(cache.get(key) is not None for key in own)]
     for i in stored[:: max(1, len(stored) // CANARIES)][:CANARIES]:
@@ -179,7 +179,7 @@ def _check_canaries(
         wrong = differs(old, now, [len(c.ids) for c in examples[i].completions], rounded=rounded)
         if wrong is not None:
             raise ReferenceCacheError(
-                f"{cache.folder}: stale: of example {examples[i].id}, response {wrong}, it holds the log-likelihood "
-                f"{old[wrong][0]:.4f}, and the reference says {now[wrong][0]:.4f} now, on another machine perhaps or "
-                "with other kernels; delete the folder, or name another in train.reference_cache"
+                f"{cache.folder}: stale: for example {examples[i].id}, response {wrong}, the stored log-likelihood is "
+                f"{old[wrong][0]:.4f}, but the reference gives {now[wrong][0]:.4f} now (another machine or other "
+                "kernels?); delete the folder, or name another one in train.reference_cache"
             )

@@ -1,4 +1,4 @@
-"""The data of a run: read, split by image, with its negatives."""
+"""The data of a run: read, split by image, and with negatives attached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cwdpo.rundir import RunDir
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples by use; no picture is in two of them. ``notes`` are lines for the user about how they were read."""
+    """The examples of each split; no image is in two splits. ``notes`` are lines for the user about the data."""
 
     stage1: list[Example]
     stage2: list[Example]
@@ -28,18 +28,18 @@ class Splits:
 
     @property
     def texts(self) -> list[str]:
-        """Every training text, for a tokenizer trained on the data."""
+        """All texts of the training splits, to train a tokenizer on."""
         train = (*self.stage1, *self.stage2)
         return [t for e in train for t in (e.prompt_text, e.chosen.text, *(r.text for r in e.rejected))]
 
 
 def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
-    """Read, split by image, and attach negatives.
+    """Read the data, split it by image, and attach negatives.
 
-    An embedded world is first written to the run's own ``data/`` folder and then read like any other data.
+    An embedded world is first written to the ``data/`` folder of the run and then read like any other data.
 
     Raises:
-        DataError: unreadable or empty data, or too many bad rows.
+        DataError: the data cannot be read or is empty, or too many rows are bad.
     """
     data = recipe.data
     path, validation_path = data.path, data.validation_path
@@ -96,20 +96,20 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
 def _without_validation(recipe: Recipe) -> str:
     data = recipe.data
     return (
-        f"{data.path}: data.validation_fraction = {data.validation_fraction:g} of its pictures is none: there are no "
-        "probes, no stop rules and no evaluation; name held-out data by data.validation_path, or raise the fraction"
+        f"{data.path}: data.validation_fraction = {data.validation_fraction:g} leaves no image for validation: there "
+        "are no probes, no stop rules and no evaluation; set data.validation_path, or raise the fraction"
     )
 
 
 def stage1_share(recipe: Recipe) -> float:
-    """Share of the training images for stage 1: all of them when the other stage is off."""
+    """Share of the training images for stage 1; all of them if stage 2 is off."""
     if not recipe.stage2.enabled:
         return 1.0
     return recipe.data.stage1_fraction if recipe.stage1.enabled else 0.0
 
 
 def with_negatives(examples: Sequence[Example], recipe: Recipe, run: RunDir, *, need: bool) -> list[Example]:
-    """Attach negatives by the recipe's mix; where none is needed, examples without one are kept."""
+    """Attach negatives with the recipe's mix; unless ``need``, examples without a negative are kept."""
     settings = recipe.negatives
     per_prompt = settings.per_prompt or (None if set(settings.mix) == {"dataset"} else 1)
     attached, _ = attach_negatives(

@@ -1,4 +1,4 @@
-"""A stage in progress: what its parts share, in one object."""
+"""A stage in progress: one object with everything that the parts of a stage share."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ StageName = Literal["stage1", "stage2"]
 def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
     """The precision of the training step, for everything that is compared with it.
 
-    The Trainer casts only its own forward: a reference scored without this would differ from the policy
-    before anything is learned.
+    The Trainer applies autocast only to its own forward pass. A reference scored without it would differ from the
+    policy before the first update.
     """
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
@@ -43,17 +43,17 @@ class Stage:
 
     Attributes:
         name: ``stage1`` or ``stage2``.
-        recipe: of the run.
-        policy: trained in place; its weights when the stage begins are the reference.
+        recipe: the run's recipe.
+        policy: trained in place; its weights at the start of the stage are the reference.
         encoder: of the policy's checkpoint.
-        run: where metrics, readings and checkpoints go.
-        examples: to train on, with their negatives.
-        held_out: for the probes.
+        run: the run folder, for metrics, readings and checkpoints.
+        examples: the training examples, with their negatives.
+        held_out: the held-out examples, for the probes.
         listener: progress callbacks.
-        resume: continue from what the run folder holds of this stage.
-        reference_model: another reference than the policy itself.
-        in_force: the objective, calibrated once the stage is prepared.
-        trainer: once there is one; under FSDP2 it holds the weights.
+        resume: whether to continue from the stage's files in the run folder.
+        reference_model: a reference model other than the policy at the start.
+        in_force: the current objective; calibrated when the stage is prepared.
+        trainer: ``None`` until it is created; under FSDP2 it has the weights.
     """
 
     name: StageName
@@ -79,7 +79,7 @@ class Stage:
 
     @property
     def objective(self) -> Objective:
-        """The objective in force."""
+        """The current objective."""
         return self.in_force.objective
 
     @property
@@ -89,22 +89,22 @@ class Stage:
 
     @property
     def in_rounds(self) -> bool:
-        """Whether negatives are made anew before each round of the stage."""
+        """Whether the stage runs in rounds, each with new negatives."""
         return self.name == "stage2" and self.recipe.negatives.on_policy_fraction is not None
 
     @property
     def shared(self) -> bool:
-        """Whether the policy scores shared-prefix rows."""
+        """Whether the policy is scored with shared-prefix rows."""
         return shares_prefix(self.policy.model)
 
     @property
     def prompts_per_step(self) -> int:
-        """Of one optimizer step over all processes."""
+        """Number of prompts in one optimizer step over all processes."""
         train = self.recipe.train
         return int(train.batch_size * train.gradient_accumulation_steps * PartialState().num_processes)
 
     def steps(self, rows: Sequence[EncodedExample | Example]) -> int:
-        """Optimizer steps of the whole stage on these rows; the Trainer counts the same number."""
+        """Number of optimizer steps of the whole stage on these rows, as the Trainer counts them."""
         train, processes = self.recipe.train, PartialState().num_processes
         if train.max_tokens_per_batch is None:
             batches = math.ceil(len(rows) / (train.batch_size * processes))
@@ -117,15 +117,15 @@ class Stage:
         return optimizer_steps(settings.steps, settings.epochs, batches, accumulation)
 
     def autocast(self, model: nn.Module | None = None) -> torch.autocast:
-        """See :func:`autocast`; of the policy if no other model is named."""
+        """See :func:`autocast`; for the policy if no other model is given."""
         return autocast(self.policy.model if model is None else model, self.recipe.train.bf16)
 
     def whole_model(self) -> nn.Module:
-        """The policy with all of its weights, also while it trains; all processes call this together."""
+        """The policy with all its weights, also during training; all processes call this together."""
         return self.policy.model if self.trainer is None else self.trainer.whole_model()
 
     def note_problems(self, texts: Sequence[str], part: str = "") -> None:
-        """Put what was left out into ``problems.jsonl``, in place of what stood there for this part of the stage."""
+        """Write problems to ``problems.jsonl``; they replace earlier ones of the same part of the stage."""
         name = self.name + part
         self.run.drop_stages("problems.jsonl", {name})
         self.run.append("problems.jsonl", ({"stage": name, "problem": text} for text in texts))

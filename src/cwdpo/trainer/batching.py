@@ -1,4 +1,4 @@
-"""Micro-batches of rows of like length: little padding, the same for the same seed and epoch, resumable."""
+"""Micro-batches of examples of similar length, to save padding; they depend on seed and epoch only."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch.utils.data import BatchSampler, Sampler
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError
 
-_GROUP = 50  # micro-batches among whose rows a batch's companions are found
+_GROUP = 50  # number of batches whose examples are sorted by length together
 
 
 def row_lengths(example: EncodedExample, *, shared: bool) -> tuple[int, int]:
-    """(number of rows, tokens of the longest) that an example adds to a micro-batch."""
+    """``(number of rows, tokens of the longest row)`` that an example adds to a micro-batch."""
     rows = example.row_tokens(shared=shared)
     return len(rows), max(rows)
 
 
 def optimizer_steps(steps: int | None, epochs: float, batches: int, accumulation: int) -> int:
-    """Optimizer steps of a stage, as transformers counts them.
+    """Number of optimizer steps of a stage, counted as transformers does.
 
     Args:
-        steps: the number that was asked for; wins over ``epochs``.
+        steps: the number set in the recipe, if any; then ``epochs`` is not used.
         epochs: passes over the data.
-        batches: micro-batches of a pass on one process.
-        accumulation: micro-batches of an optimizer step.
+        batches: micro-batches per epoch on one process.
+        accumulation: micro-batches per optimizer step.
     """
     return steps or math.ceil(epochs * max(math.ceil(batches / accumulation), 1))
 
 
 class LengthGrouped(Sampler[int]):
-    """Indices in an order whose consecutive batches hold rows of like length, in random order of batches.
+    """Orders examples so that each batch has examples of similar length, with the batches in random order.
 
-    Lengths are asked when an epoch begins, because the rows of an epoch may be new.
+    Lengths are computed at the start of each epoch, because a round may bring new examples.
 
     Args:
-        length: tokens of row ``i``.
-        rows: number of rows.
-        batch: rows per batch.
-        seed: with the epoch, decides everything.
+        length: number of tokens of example ``i``.
+        rows: number of examples.
+        batch: examples per batch.
+        seed: together with the epoch, decides the order.
     """
 
     def __init__(self, length: Callable[[int], int], rows: int, batch: int, seed: int) -> None:
@@ -52,7 +52,7 @@ class LengthGrouped(Sampler[int]):
         return self.rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate when an epoch begins."""
+        """Called by accelerate at the start of an epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -61,29 +61,30 @@ class LengthGrouped(Sampler[int]):
         size = self.batch * max(1, min(self.rows // (self.batch * 4), _GROUP))
         batches: list[list[int]] = []
         for start in range(0, self.rows, size):
-            # Stable: rows of one length keep their random order.
+            # The sort is stable: examples of the same length keep their random order.
             group = sorted(order[start : start + size], key=self.length)
             batches += [group[i : i + self.batch] for i in range(0, len(group), self.batch)]
         short = [b for b in batches if len(b) < self.batch]
         whole = [b for b in batches if len(b) == self.batch]
         draw.shuffle(whole)
-        for batch in (*whole, *short):  # a short one anywhere else would shift all that follow
+        for batch in (*whole, *short):  # a short batch elsewhere would shift the borders of all later batches
             yield from batch
 
 
 class TokenBatches(BatchSampler):
-    """Batches of as many rows as fit a number of tokens, padding included; in random order.
+    """Batches with as many examples as fit into a number of tokens, including padding; in random order.
 
-    Rows are sorted by length, ties in an order of the epoch's own, and cut greedily: every epoch has as many batches.
+    Examples are sorted by length (ties in random order) and added to a batch until it is full. Every epoch has the same
+    number of batches.
 
     Args:
-        lengths: (rows, tokens of the longest) of each example, see :func:`row_lengths`.
-        max_tokens: most tokens of a batch, rows times longest.
-        seed: with the epoch, decides everything.
-        processes: the number of batches is a multiple of it.
+        lengths: (number of rows, tokens of the longest row) of each example, see :func:`row_lengths`.
+        max_tokens: largest number of tokens in a batch: rows times the longest row.
+        seed: together with the epoch, decides the order.
+        processes: the number of batches is a multiple of this.
 
     Raises:
-        DataError: an example alone has more tokens.
+        DataError: a single example has more tokens.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class TokenBatches(BatchSampler):
         if over:
             rows, longest = lengths[over[0]]
             raise DataError(
-                f"train.max_tokens_per_batch = {max_tokens}: {len(over)} of {len(lengths)} examples are longer alone, "
+                f"train.max_tokens_per_batch = {max_tokens}: {len(over)} of {len(lengths)} examples have more tokens, "
                 f"the first (number {over[0]}) has {rows * longest} tokens; raise it, or set data.max_length"
             )
         self.lengths, self.max_tokens, self.seed, self.processes = lengths, max_tokens, seed, processes
@@ -104,18 +105,18 @@ class TokenBatches(BatchSampler):
 
     @property
     def sampler(self) -> TokenBatches:
-        """Where accelerate looks for ``set_epoch`` when it shards batches over processes."""
+        """accelerate calls ``set_epoch`` on this attribute when it distributes batches over processes."""
         return self
 
     @sampler.setter
     def sampler(self, value: object) -> None:
-        raise AttributeError("the batches are their own sampler")
+        raise AttributeError("TokenBatches is its own sampler; it cannot be replaced")
 
     def __len__(self) -> int:
         return self._count
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate when an epoch begins."""
+        """Called by accelerate at the start of an epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -139,12 +140,12 @@ class TokenBatches(BatchSampler):
         return self._even(batches)
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
-        """Split the fullest batches until every process has as many."""
+        """Split the largest batches until the number of batches is a multiple of the number of processes."""
         while len(batches) % self.processes:
             fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
             batch = batches[fullest]
             if len(batch) < 2:
-                batches.append([])  # that process runs a silent row
+                batches.append([])  # the process that gets it runs a silent row, see processes.together
                 continue
             batches[fullest : fullest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         return batches

@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from cwdpo.rundir import discard, replace_folder, sync_tree
+from cwdpo.files.writing import discard, replace_folder, sync_tree, temporary_name
 
 
 class CompleteCheckpoints(Trainer):  # type: ignore[misc]
     """A Trainer whose ``checkpoint-N`` exists under that name only when everything of it is on disk.
 
     transformers writes into ``checkpoint-N`` file by file and knows of no half-written one. Here it writes
-    into ``.checkpoint-N.tmp``, which is renamed at the end, and older checkpoints are deleted after that:
+    into ``.checkpoint-N.<random>.tmp``, which is renamed at the end, and older checkpoints are deleted after that:
     a kill at any instant leaves the last complete checkpoint.
 
     Attributes:
@@ -48,10 +49,8 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside = folder / f".{name}.tmp"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        # Every process writes its part there.
+        aside = Path(broadcast_object_list([str(temporary_name(folder / name))])[0])
         self._writing = aside
         try:
             super()._save_checkpoint(model, trial)

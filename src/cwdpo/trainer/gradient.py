@@ -1,4 +1,4 @@
-"""Which responses carry the gradient of a step, from its own forward pass."""
+"""Which responses the gradient of a step comes from, computed from the step's own forward pass."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
 from cwdpo.scoring.token_logp import TokenScores
 
 EASY = 2.0
-"""A negative is easy when its mean_logp lies this many nats per token below its chosen response's."""
+"""A negative is easy if its mean_logp is this many nats per token below that of its chosen response."""
 
 
 def pushes(loss: Tensor, tokens: TokenScores) -> Tensor:
     """[N] L1 norm of d loss / d logits of each completion, summed over its tokens.
 
-    A loss over log-probabilities moves the logits of a token by ``c * (e - p)``, ``c`` being its derivative by the
-    token's log-probability; the L1 norm of ``e - p`` is ``2 * (1 - p(token))``. So nothing but the short way from the
-    loss to the log-probabilities is differentiated: the model runs no second time. The label-smoothed term of
-    ``sft_smoothed`` goes another way and is not counted.
+    The gradient of the loss in a token's logits is ``c * (e - p)``, where ``c`` is the derivative of the loss by the
+    token's log-probability, and the L1 norm of ``e - p`` is ``2 * (1 - p(token))``. So only the step from the loss to
+    the log-probabilities is differentiated, without another pass through the model. The label-smoothed term of
+    ``sft_smoothed`` does not depend on these log-probabilities alone and is not counted.
     """
     if not loss.requires_grad:
         return tokens.logp.new_zeros(len(tokens.logp))
@@ -35,7 +35,7 @@ def pushes(loss: Tensor, tokens: TokenScores) -> Tensor:
 def gradient_sums(
     batch: PromptBatch, tokens: TokenScores, pairs: ScoredPairs, output: ObjectiveOutput
 ) -> dict[str, float]:
-    """Sums of one micro-batch that :func:`gradient_metrics` divides."""
+    """Sums over one micro-batch, from which :func:`gradient_metrics` computes means and shares."""
     push, logp = pushes(output.loss, tokens), tokens.logp.detach()
     residual = ((1 - logp.exp()) * tokens.mask).sum(1)
     length = tokens.mask.sum(1)
@@ -59,9 +59,9 @@ def gradient_sums(
 
 
 def gradient_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """``gradient/*`` and ``pairs/*`` over the steps since the last log; what has no denominator is left out.
+    """``gradient/*`` and ``pairs/*`` over the steps since the last log; a metric whose denominator is 0 is left out.
 
-    ``pairs/gap`` is the mean of mean_logp(chosen) - mean_logp(rejected), nats per token.
+    ``pairs/gap`` is the mean of mean_logp(chosen) - mean_logp(rejected), in nats per token.
     """
     push = sums.get("push/chosen", 0.0) + sums.get("push/rejected", 0.0)
     parts = {

@@ -1,6 +1,6 @@
-"""Stops a run before a non-finite update and leaves out updates whose gradient is a spike.
+"""Stops a run before a non-finite update, and skips updates with a gradient spike.
 
-All processes decide alike: every flag and every gradient norm is reduced before anything follows from it.
+All processes decide the same, because every flag and every gradient norm is reduced over processes first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import NonFiniteError
+from cwdpo.files.writing import write_json
 from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
-from cwdpo.rundir import write_json
 
 Found = Literal["loss", "gradient", "parameter"]
 FILE = "nonfinite.json"
@@ -41,7 +41,7 @@ class MicroBatch:
     output: ObjectiveOutput
 
     def to_json(self, process: int) -> dict[str, Any]:
-        """Loss, its parts, and the lengths of every example in tokens."""
+        """The loss, its parts, and the lengths of every example in tokens, as JSON."""
         return {
             "process": process,
             "loss": _number(self.output.loss),
@@ -62,20 +62,20 @@ class MicroBatch:
 
 
 class Guard(TrainerCallback):  # type: ignore[misc]
-    """Looks at the loss of every micro-batch, at the gradient of every step and at what each update left.
+    """Checks the loss of every micro-batch, the gradient of every step, and the parameters after every update.
 
-    A gradient norm above ``spike_factor`` times the median of the last ``spike_window`` norms is a spike: its
-    update is left out, momentum and weight decay included, while the step and the learning-rate schedule
-    count on. The rule acts once the window is full. Spikes enter the window too, so that a lasting rise is
-    accepted after half a window. The window is kept in ``trainer_state.json`` and goes on after a resume.
+    A gradient norm above ``spike_factor`` times the median of the last ``spike_window`` norms is a spike. Its update is
+    skipped, including momentum and weight decay; the step count and the learning-rate schedule continue. The rule
+    starts when the window is full. Norms of spikes enter the window too, so a lasting increase is accepted after half a
+    window. The window is stored in ``trainer_state.json`` and restored on resume.
 
-    With DeepSpeed the update is part of the backward pass: loss and parameters are checked, gradients are
-    DeepSpeed's own affair. With fp16 the loss scaler skips non-finite gradients, as it must.
+    With DeepSpeed the update is part of the backward pass, so only loss and parameters are checked here. With fp16
+    gradients are not checked: the loss scaler skips non-finite ones.
 
     Args:
         folder: where ``nonfinite.json`` is written.
-        spike_factor: ``None`` for no spike rule.
-        spike_window: steps of the running median.
+        spike_factor: ``None`` switches the spike rule off.
+        spike_window: number of steps in the median.
     """
 
     def __init__(self, folder: Path, spike_factor: float | None = None, spike_window: int = 50) -> None:
@@ -87,7 +87,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         self._seen: list[MicroBatch] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Take up the window of a resumed run; refuse to start from weights that are not finite."""
+        """Restore the window of a resumed run; raise an error if the weights are not finite."""
         kept = state.stateful_callbacks.get("spikes", {})
         self.norms, self.skipped = list(kept.get("norms", [])), int(kept.get("skipped", 0))
         self._seen.clear()
@@ -99,26 +99,26 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         """Check the loss of one micro-batch of ``step``; all processes call this together.
 
         Raises:
-            NonFiniteError: on every process, when the loss of any is not finite.
+            NonFiniteError: on every process, if the loss is not finite on any process.
         """
         self._seen.append(seen)
         if self._anywhere(not bool(torch.isfinite(seen.output.loss))):
-            # Weights that are not finite make every loss so: then they are what was found.
+            # Non-finite weights make every loss non-finite; then report the weights.
             names = _named(model.named_parameters(), lambda p: p)
             self._stop("parameter" if self._anywhere(bool(names)) else "loss", names, step)
 
     def check_gradient(self, model: nn.Module, step: int) -> None:
-        """Check the whole gradient of ``step``, before it is clipped; all processes call this together.
+        """Check the gradient of ``step`` before it is clipped; all processes call this together.
 
         Raises:
-            NonFiniteError: on every process, when its norm is not finite.
+            NonFiniteError: on every process, if its norm is not finite.
         """
         assert self.accelerator is not None
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if deepspeed or self.accelerator.scaler is not None:
             return
         norm = gradient_norm(model)
-        if self.accelerator.num_processes > 1:  # to the last bit: one process must not skip alone
+        if self.accelerator.num_processes > 1:  # equal to the last bit: no process may skip an update alone
             norm = self.accelerator.reduce(norm, "mean")
         if not math.isfinite(norm):
             self._stop("gradient", _named(model.named_parameters(), lambda p: p.grad), step)
@@ -143,13 +143,13 @@ class Guard(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
-        """Take a spike's gradients away: an optimizer leaves parameters without gradient as they are."""
+        """Remove the gradients of a spike: an optimizer does not change parameters without a gradient."""
         if self._spike:
             optimizer.zero_grad()
             self._spike = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Check what the update left, before it is saved."""
+        """Check the parameters after the update, before they are saved."""
         if self.spike_factor is not None:
             state.stateful_callbacks["spikes"] = {"norms": self.norms, "skipped": self.skipped}
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -178,7 +178,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         return self.accelerator is None or self.accelerator.is_main_process
 
     def _stop(self, found: Found, names: Sequence[str], step: int) -> None:
-        """Gather what every process saw, write it down, and raise the same error everywhere."""
+        """Gather the micro-batches of all processes, write ``nonfinite.json``, and raise the error on every process."""
         assert self.accelerator is not None
         own = [seen.to_json(self.accelerator.process_index) for seen in self._seen]
         if found == "loss":
@@ -203,9 +203,10 @@ class Guard(TrainerCallback):  # type: ignore[misc]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """L2 norm over all gradients, sharded or not: a scalar on every process. Nothing is clipped."""
+    """L2 norm of all gradients, sharded or not: the same scalar on every process. The gradients are not changed."""
     from torch.distributed.tensor import DTensor
 
+    # Gradients sharded over different meshes cannot be combined directly: take the norm per mesh, then of the norms.
     by_mesh: dict[Any, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -217,7 +218,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; the tensor itself where it is not sharded."""
+    """This process's part of a sharded tensor, or the tensor itself if it is not sharded."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -234,7 +235,7 @@ def _named(parameters: Any, part: Callable[[Tensor], Tensor | None]) -> list[str
 
 
 def _number(value: Tensor) -> float | str:
-    """JSON knows no NaN: such a number is written as text."""
+    """The value as a number; as text if it is not finite, because JSON has no NaN."""
     number = float(value.detach())
     return number if math.isfinite(number) else str(number)
 
@@ -250,6 +251,6 @@ def _message(found: Found, step: int, batches: Sequence[Any], names: Sequence[st
         "parameter": f"parameters are not finite{first}{on}; nothing more is updated or saved",
     }[found]
     return (
-        f"step {step}: {what}. Lengths and loss parts: {file}. Lower the learning rate, or look at these rows with "
-        "`cwdpo validate`; the last checkpoint is as it was"
+        f"step {step}: {what}. Lengths and loss parts: {file}. Lower the learning rate, or check these rows with "
+        "`cwdpo validate`; the last checkpoint is unchanged"
     )

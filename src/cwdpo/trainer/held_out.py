@@ -1,4 +1,4 @@
-"""Loss and metrics of a trainer on rows that it does not train on, as ``eval_*`` of transformers' Trainer."""
+"""Loss and metrics of a trainer on held-out examples, for the ``eval_*`` metrics of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from cwdpo.trainer.trainer import PreferenceTrainer
 
 _OF_TRAINING = ("gradient/", "tokens/")
-"""Metrics that say something of a backward pass or of a step's rows only."""
+"""Prefixes of metrics that describe a training step only."""
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """What the objective says of held-out rows.
+    """The objective's loss and metrics on held-out examples.
 
     Attributes:
-        loss: of all rows as one step.
-        metrics: by the names of training's metrics (``rewards/*``, ``logps/*``, ...).
-        rewards: [P, 2] implicit rewards of chosen and rejected of each pair, in the order of the rows; the summed
-            log-likelihoods (nats) if the objective has no reference.
-        n: prompts.
+        loss: the loss of all examples together, as if they were one step.
+        metrics: by the names of the training metrics (``rewards/*``, ``logps/*``, ...).
+        rewards: [P, 2] implicit rewards of chosen and rejected of each pair, in the order of the examples; sum_logp in
+            nats if the objective has no reference.
+        n: number of prompts.
     """
 
     loss: float
@@ -45,20 +45,25 @@ class HeldOutLoss:
 
 @torch.no_grad()
 def held_out_loss(trainer: PreferenceTrainer, rows: Sequence[EncodedExample], batch_size: int) -> HeldOutLoss:
-    """Score rows with the policy as it is and take the objective's loss over all of them.
+    """Score held-out examples with the current policy and compute the objective's loss over all of them.
 
-    The loss is that of one step over all rows, so it does not depend on the batch size or on the number of
-    processes, of which each scores a share.
+    Each process scores a part of the examples. The loss is that of one step over all examples, so it depends neither on
+    the batch size nor on the number of processes.
+
+    Args:
+        trainer: its policy and objective are used.
+        rows: held-out examples, with reference values if the objective needs them.
+        batch_size: prompts per forward pass.
 
     Raises:
-        DataError: no row.
+        DataError: there are no examples.
         RecipeError: the model is sharded (FSDP2, ZeRO-3).
     """
     if not rows:
-        raise DataError("eval_dataset: no usable row; give one with at least one")
+        raise DataError("eval_dataset: it has no usable row; give a data set with at least one")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise RecipeError(
-            "eval_dataset: a sharded model (FSDP2, DeepSpeed) is not evaluated while it trains; leave eval_dataset "
+            "eval_dataset: a sharded model (FSDP2, DeepSpeed) cannot be evaluated during training; leave eval_dataset "
             "out, and run cwdpo evaluate on the trained model"
         )
     accelerator = trainer.accelerator
@@ -112,7 +117,7 @@ def _evaluated(
 
 
 def _totals(trainer: PreferenceTrainer, model: torch.nn.Module, batches: Sequence[PromptBatch]) -> StepTotals:
-    """Counts of all rows over all processes, and what an objective looks ahead for."""
+    """Counts over the examples of all processes, and the values of an objective that looks ahead."""
     counts = [
         float(sum(b.n_paired_prompts for b in batches)),
         float(sum(b.n_chosen_tokens for b in batches)),

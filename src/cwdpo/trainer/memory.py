@@ -1,4 +1,4 @@
-"""What an objective keeps from step to step, stored with every checkpoint."""
+"""The values that an objective keeps from step to step; every checkpoint contains them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class StepMemory(TrainerCallback):  # type: ignore[misc]
-    """The values that :meth:`cwdpo.objectives.base.Objective.remember` gave, kept in ``trainer_state.json``."""
+    """The values of :meth:`cwdpo.objectives.base.Objective.remember`, stored in ``trainer_state.json``."""
 
     def __init__(self) -> None:
         self.values: tuple[float, ...] = ()
@@ -18,6 +18,6 @@ class StepMemory(TrainerCallback):  # type: ignore[misc]
         self.values = tuple(state.stateful_callbacks.get("memory", {}).get("values", ()))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put the values into the next checkpoint."""
+        """Put the values into the trainer's state, so that the next checkpoint contains them."""
         if self.values:
             state.stateful_callbacks["memory"] = {"values": list(self.values)}

@@ -1,4 +1,4 @@
-"""Training metrics as sums and counts: averaged once, over micro-batches and processes alike."""
+"""Training metrics, collected as values and sums and averaged once over micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cwdpo.trainer.gradient import gradient_metrics, gradient_sums
 
 
 class StepMetrics:
-    """Gathers values between two logging steps.
+    """Collects values between two logging steps.
 
-    Names are TRL's (``rewards/*``, ``logps/*`` are sums per completion), plus ``logps_mean/*`` (per token)
-    and ``cooling/*``. A mean of nothing is left out, not zero.
+    Names are TRL's (``rewards/*``; ``logps/*`` is sum_logp in nats), plus ``logps_mean/*`` (mean_logp, nats per token)
+    and ``cooling/*``. A metric without values is left out.
 
     Args:
-        by_origin: also ``negatives/<origin>/*``: ``n`` and ``share`` of the pairs, mean_logp (nats per token) under
-            the policy, and cooling weight.
+        by_origin: also log, for the negatives of each origin, ``negatives/<origin>/*``: number and share of the pairs,
+            mean_logp under the policy (nats per token), and cooling weight.
     """
 
     def __init__(self, by_origin: bool = False) -> None:
@@ -35,13 +35,13 @@ class StepMetrics:
         self._tokens = 0, 0
 
     def begin_step(self) -> None:
-        """Count one optimizer step; the parts of its micro-batches add up to one value."""
+        """Count one optimizer step; the loss parts of its micro-batches are added up to one value."""
         self._steps += 1
 
     def add(
         self, batch: PromptBatch, tokens: TokenScores, pairs: ScoredPairs, output: ObjectiveOutput
     ) -> None:
-        """Take in one micro-batch, before its backward pass."""
+        """Add the values of one micro-batch; must be called before its backward pass."""
         for name, total in gradient_sums(batch, tokens, pairs, output).items():
             self._gradient[name] += total
         for side, scored in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
@@ -61,7 +61,7 @@ class StepMetrics:
             self._parts[name] += float(part)
 
     def add_tokens(self, used: int, padded: int) -> None:
-        """Count the tokens that the text tower ran for a micro-batch, without and with padding."""
+        """Count the tokens that the language model processed for a micro-batch, without and with padding."""
         self._tokens = self._tokens[0] + used, self._tokens[1] + padded
 
     def _take_origins(self, batch: PromptBatch, pairs: ScoredPairs, weights: Tensor | None) -> None:
@@ -81,7 +81,7 @@ class StepMetrics:
             self._values[name].append(values.detach().float().flatten().cpu())
 
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """Averages since the last call; resets."""
+        """The averages since the last call, over all processes; then start again."""
         used, padded = self._tokens
         self._parts["tokens/scored"], self._parts["tokens/padded"] = float(used), float(padded)
         gathered, parts, gradient = self._gather(accelerator)

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: agree on a step before it begins, put shards together after training."""
+"""Work that the processes of a run do together: agree on each step before it starts, and join a sharded model."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ def together(
     sharded: bool,
     examples: Sequence[EncodedExample],
 ) -> list[PromptBatch]:
-    """The micro-batches of a step as all processes can run them; all processes call this together.
+    """Change the micro-batches of a step so that all processes can run it; all processes call this together.
 
-    Their images are in memory. A process without a row of its own runs a silent one.
+    Loads the images of the micro-batches. A process that has no example for a micro-batch runs a silent row: a row that
+    adds nothing to the loss.
 
     Args:
-        sharded: parameters are gathered from all processes whenever a module is called (FSDP2, ZeRO-3). A
-            process without an image would leave the vision tower out while the others wait for its share:
-            there it runs a silent row with an image.
-        examples: the data, for silent rows.
+        accelerator: of the trainer.
+        batches: this process's micro-batches of the step.
+        sharded: whether parameters are gathered from all processes when a module is called (FSDP2, ZeRO-3). A process
+            without an image would then skip the vision tower while the others wait for its part of the parameters, so
+            it runs a silent row with an image.
+        examples: the training data, from which silent rows take their prompt.
 
     Raises:
-        DataError: on every process, when the images of any cannot be read.
+        DataError: on every process, if an image cannot be read on any process.
     """
     error, loaded = "", list(batches)
     try:
@@ -47,7 +50,8 @@ def together(
     if failed:
         raise DataError("; ".join(dict.fromkeys(text for text in gather_object([error]) if text)))
     return [
-        # Without an image where nobody has one: the vision tower stays without a gradient, as in one process.
+        # If no process has an image, the silent row has none either: the vision tower then gets no gradient, as it
+        # would with one process.
         batch.with_silent_row(_silent_prompt(examples, bool(others)))
         if not batch.prompts or (sharded and others and not own)
         else batch
@@ -56,21 +60,21 @@ def together(
 
 
 def _silent_prompt(examples: Sequence[EncodedExample], pictured: bool) -> EncodedPrompt:
-    """A prompt for a silent row. Without an image it is a response's tokens, which any model can read."""
+    """A prompt for a silent row. Without an image it consists of a response's tokens, which any model can process."""
     if not pictured:
         return EncodedPrompt(examples[0].chosen.ids)
     for example in examples:
-        with contextlib.suppress(DataError):  # what cannot be read is reported where it is trained on
+        with contextlib.suppress(DataError):  # an unreadable image is reported when its example is trained on
             if example.prompt.images:
                 return example.prompt.loaded()
-    raise AssertionError("another process has an image of the same data")
+    raise AssertionError("no example has a readable image, but another process has loaded one")
 
 
 class Unsharded:
-    """The model as it was before its parameters were sharded: FSDP2 and ZeRO-3 shard in place, with no way back.
+    """Restores a whole model from a sharded one: FSDP2 and ZeRO-3 shard in place and cannot be undone.
 
     Args:
-        model: the whole model; of its parameters nothing is copied here.
+        model: the model before it is sharded; its structure is copied, its parameters are not.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -84,7 +88,7 @@ class Unsharded:
         """The whole model with the weights of ``sharded``; all processes call this together.
 
         Raises:
-            ModelError: a parameter could not be put together.
+            ModelError: a parameter could not be joined from its shards.
         """
         whole: dict[int, nn.Parameter] = {}
         for name, parameter in sharded.named_parameters():
@@ -113,12 +117,13 @@ def _whole(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Tell FSDP2 which layers to shard one by one, where its config does not.
+    """Set the layers that FSDP2 shards one by one, if its config does not name them.
 
-    A family's own list also names layers of its kin, which this model need not have and accelerate refuses.
+    transformers' list for a model family may name layers that this model does not have. accelerate does not accept
+    those, so they are left out.
 
     Raises:
-        RecipeError: FSDP of version 1.
+        RecipeError: FSDP version 1 is configured.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:

@@ -1,4 +1,4 @@
-"""A thin ``transformers.Trainer``: batch -> scoring -> objective -> loss."""
+"""A small subclass of ``transformers.Trainer``: batch -> scoring -> objective -> loss."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from cwdpo.trainer.processes import Unsharded, check_sharding, together
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """What transformers' arguments have no name for; the default is the plain trainer.
+    """Options of the trainer that ``TrainingArguments`` does not have; by default none of them is used.
 
     Attributes:
-        group_by_length: steps of rows of like length, in random order; else rows in random order.
-        max_tokens_per_batch: micro-batches of as many rows as fit this many tokens, padding included, instead of
-            ``per_device_train_batch_size`` rows.
+        group_by_length: whether an optimizer step has examples of similar length; else of random lengths.
+        max_tokens_per_batch: size of a micro-batch in tokens including padding, instead of
+            ``per_device_train_batch_size`` examples.
         by_origin: also log share, mean_logp and cooling weight of the negatives by their origin.
         guard: stops before non-finite updates; the default has no spike rule.
         on_log: called with every row of metrics, on the main process.
-        select: filters each micro-batch before token counts are taken (a curriculum); default: identity.
-        eval_dataset: what transformers evaluates on when ``eval_strategy`` asks for it.
-        optimizers: an optimizer and its schedule in place of those that ``args`` describe.
+        select: filters each micro-batch before tokens are counted (for a curriculum); default: identity.
+        eval_dataset: data for transformers' evaluation during training (``eval_strategy``).
+        optimizers: an optimizer and its schedule, instead of those that ``args`` describe.
         before_checkpoint, add_to_checkpoint: see :class:`cwdpo.trainer.checkpoints.CompleteCheckpoints`.
     """
 
@@ -62,21 +62,21 @@ class TrainerOptions:
 class PreferenceTrainer(CompleteCheckpoints):
     """Trains a policy with an objective on encoded examples.
 
-    The loss of an optimizer step is a sum over its micro-batches divided once by the step's counts, so
-    micro-batch size, accumulation and number of processes do not change it.
+    The loss of an optimizer step is a sum over its micro-batches, divided once by the counts of the step. So it does
+    not depend on micro-batch size, gradient accumulation or number of processes.
 
     Args:
-        model: the policy, in training mode dropout included (switch dropout off in the config).
-        args: transformers' arguments; ``remove_unused_columns`` is forced off.
-        objective: what to minimise, or the one in force if others share it.
+        model: the policy; it trains in training mode, with dropout if its config has any.
+        args: transformers' arguments; ``remove_unused_columns`` is set to ``False``.
+        objective: the objective, or an :class:`InForce` that others share.
         train_dataset: encoded examples, with reference values if the objective needs them.
         processing_class: the processor, saved with every checkpoint.
         callbacks: transformers' callbacks, called after the guard.
         options: see :class:`TrainerOptions`.
 
     Raises:
-        RecipeError: a spike rule under DeepSpeed, whose update cannot be left out.
-        DataError: a row alone has more than ``max_tokens_per_batch`` tokens.
+        RecipeError: a spike rule under DeepSpeed, where no update can be skipped.
+        DataError: a single example has more than ``max_tokens_per_batch`` tokens.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.in_force = objective if isinstance(objective, InForce) else InForce(objective)
         args.remove_unused_columns = False
         if args.n_gpu > 1:
-            # Several GPUs without a launcher: nn.DataParallel would scatter one batch's indices over replicas.
+            # Several GPUs without a launcher: nn.DataParallel would split the index tensors of a batch over the GPUs.
             args._n_gpu = 1
         if args.ddp_find_unused_parameters is None:
-            # A batch without an image leaves the vision tower unused. transformers would switch this off under
-            # gradient checkpointing, which matters for the reentrant kind only.
+            # A batch without an image does not use the vision tower. transformers would switch this off with gradient
+            # checkpointing, but that is needed for reentrant checkpointing only.
             args.ddp_find_unused_parameters = True
         self.guard = self.options.guard or Guard(Path(args.output_dir))
         self.memory = StepMemory()
@@ -110,7 +110,11 @@ class PreferenceTrainer(CompleteCheckpoints):
             optimizers=self.options.optimizers,
             data_collator=Collator(),
             processing_class=processing_class,
-            callbacks=[self.guard, self.memory, *callbacks],  # the guard stops before anything is measured
+            callbacks=[
+                self.guard,
+                self.memory,
+                *callbacks,
+            ],  # the guard checks before other callbacks measure
         )
         self.before_checkpoint = self.options.before_checkpoint
         self.add_to_checkpoint = self.options.add_to_checkpoint
@@ -122,7 +126,7 @@ class PreferenceTrainer(CompleteCheckpoints):
             forget_vision_features(model)
         if self.is_deepspeed_enabled and self.guard.spike_factor is not None:
             raise RecipeError(
-                "train.spike_factor: DeepSpeed updates inside its backward pass, so no update can be left out; set it "
+                "train.spike_factor: DeepSpeed updates inside its backward pass, so no update can be skipped; set it "
                 "to null, or use DDP or FSDP2"
             )
         self.loss_is_scaled_for_ga = True
@@ -130,21 +134,21 @@ class PreferenceTrainer(CompleteCheckpoints):
 
     @property
     def objective(self) -> Objective:
-        """The objective in force."""
+        """The current objective."""
         return self.in_force.objective
 
     def _row_tokens(self, index: int) -> int:
         return row_lengths(self.train_dataset[index], shared=shares_prefix(self.model))[1]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Rows by length: those of an optimizer step together, however it is split."""
+        """Examples grouped by length within an optimizer step, so micro-batch size does not change the groups."""
         if not self.options.group_by_length:
             return super()._get_train_sampler(train_dataset)
         step = self.get_total_train_batch_size(self.args)
         return LengthGrouped(self._row_tokens, len(self.train_dataset), step, self._data_seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of a number of rows, or of a number of tokens."""
+        """Batches of a number of examples, or of a number of tokens."""
         if self.options.max_tokens_per_batch is None:
             loader: DataLoader[Any] = super().get_train_dataloader()
             return loader
@@ -166,14 +170,14 @@ class PreferenceTrainer(CompleteCheckpoints):
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> StepTotals | None:
-        """transformers asks this once before each optimizer step, with all of its micro-batches."""
+        """Called by transformers once before each optimizer step, with all of its micro-batches."""
         return self.prepare_step(batch_samples) if batch_samples else None
 
     def prepare_step(self, inputs: Sequence[dict[str, Any]]) -> StepTotals:
-        """Make the micro-batches of an optimizer step ready, in place, and count them over all processes.
+        """Prepare the micro-batches of an optimizer step, in place, and count the step over all processes.
 
-        In this order: negatives outside the curriculum's window leave; processes agree on rows that all can run; the
-        step is counted; an objective that looks ahead sees its pairs.
+        The order matters: first the curriculum leaves out negatives, then the processes agree on micro-batches that all
+        can run, then the step is counted, and then an objective that looks ahead gets its values.
         """
         for one in inputs:
             one["batch"] = self.options.select(one["batch"])
@@ -199,9 +203,9 @@ class PreferenceTrainer(CompleteCheckpoints):
         return self._look_ahead(batches, totals) if self.objective.looks_ahead and split else totals
 
     def _look_ahead(self, batches: Sequence[PromptBatch], totals: StepTotals) -> StepTotals:
-        """The totals with what the objective must know of the whole step before its first loss.
+        """Add the objective's ``ahead`` values of all micro-batches and processes to the totals.
 
-        Only for steps of several micro-batches: a single one has it all in its own forward pass.
+        Only for steps of several micro-batches: with one, the objective computes them from its own forward pass.
         """
         values = [value for pairs in self._scored_ahead(batches) for value in self.objective.ahead(pairs)]
         shards = [values] if self.accelerator.num_processes == 1 else gather_object([values])
@@ -211,29 +215,30 @@ class PreferenceTrainer(CompleteCheckpoints):
 
     @property
     def _sharded(self) -> bool:
-        """Whether every forward needs all processes: then ``self.model`` is the wrapped model."""
+        """Whether every forward pass needs all processes; then ``self.model`` is the wrapped model."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _together(self, batches: Sequence[PromptBatch]) -> list[PromptBatch]:
-        """The step's micro-batches as all processes can run them: images read, no row counted twice."""
+        """The micro-batches of the step with images loaded and without repeated examples, see :func:`together`."""
+        # accelerate fills the last batch of an epoch with examples from its start; `left` of them are real ones.
         *whole, last = batches
         size, rank = self.args.per_device_train_batch_size, self.accelerator.process_index
         left = len(self.train_dataset) % (size * self.accelerator.num_processes)
         repeats = left and not (self.args.dataloader_drop_last or self.accelerator.split_batches)
-        repeats = repeats and self.options.max_tokens_per_batch is None  # those batches come out even
+        repeats = repeats and self.options.max_tokens_per_batch is None  # token batches are even already
         if repeats and self.accelerator.gradient_state.end_of_dataloader:
             last = last.first_prompts(min(max(left - rank * size, 0), size))
         return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
 
     def whole_model(self) -> torch.nn.Module:
-        """The trained model with all of its weights on every process; all processes call this together."""
+        """The trained model with all its weights on every process; all processes call this together."""
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return model if self._unsharded is None else self._unsharded.filled(model)
 
     @torch.no_grad()
     def _scored_ahead(self, batches: Sequence[PromptBatch]) -> list[ScoredPairs]:
-        """The pairs of the step before its first update, without gradient."""
-        # In evaluation mode: dropout would draw from the generator before a resumed run has restored it.
+        """The scored pairs of the step's micro-batches, without gradient."""
+        # In evaluation mode, because dropout would use the random generator before a resumed run has restored it.
         training = self.model.training
         self.model.eval()
         scored = [
@@ -263,24 +268,24 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.guard.check_loss(model, MicroBatch(batch, pairs, output), self.state.global_step + 1)
         self._sums.add(batch, tokens, pairs, output)
         self._sums.add_tokens(*row_tokens(batch, shared=shares_prefix(model)))
-        # DDP averages gradients over processes; the loss is already divided by the global count.
+        # DDP averages gradients over processes, but the loss is already divided by the counts of all processes.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def training_step(
         self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch; after the last one of a step the gradient is complete."""
+        """Forward and backward pass of one micro-batch; checks the gradient after the last one of a step."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.guard.check_gradient(model, self.state.global_step + 1)
         return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a full checkpoint by its family's own naming.
+        """Load a checkpoint of all weights, with the parameter names that its model family uses on disk.
 
-        transformers' Trainer loads the file's names with ``strict=False``; LLaVA and its kin are saved under
-        other names, so that nothing would be loaded and training would continue from the wrong weights.
+        transformers' Trainer loads the names of the file with ``strict=False``. Some families, such as LLaVA, are saved
+        under other names: nothing would be loaded, and training would continue from the wrong weights.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -288,18 +293,18 @@ class PreferenceTrainer(CompleteCheckpoints):
         load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint as :meth:`_load_from_checkpoint` does: transformers would load none of its names."""
+        """Load the best checkpoint with :meth:`_load_from_checkpoint`, for the same reason."""
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def report(self, readings: Mapping[str, float]) -> None:
-        """Hand held-out readings to the trackers of ``report_to``, and to nothing else."""
+        """Send held-out readings to the trackers of ``report_to`` only."""
         control: TrainerControl = self.control
         due = control.should_log
         self.callback_handler.on_log(self.args, self.state, control, dict(readings))
-        control.should_log = due  # on_log clears it, and the metrics of the step are still to be logged
+        control.should_log = due  # on_log clears it, but the metrics of the step are not logged yet
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the objective's metrics, reduced over processes, to what the Trainer logs."""
+        """Add the objective's metrics, averaged over processes, to the values that the Trainer logs."""
         if "loss" in logs:
             logs |= self._sums.flush(self.accelerator)
             if self.guard.spike_factor is not None:

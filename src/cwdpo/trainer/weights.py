@@ -1,4 +1,4 @@
-"""A copy of the trained weights in host memory, to return to or to put in force for a moment."""
+"""A copy of the trained weights in host memory, to restore them or to use them for a moment."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Weights:
-    """The trained weights as they stood; of a sharded model this process's part.
+    """A copy of the trained weights; for a sharded model, of this process's part.
 
-    Costs one copy of what is trained in host memory: adapters under LoRA, else the model.
+    It takes the size of the trained parameters in host memory: with LoRA the adapters, else the whole model.
     """
 
     def __init__(self, values: dict[str, Tensor]) -> None:
@@ -41,9 +41,9 @@ class Weights:
 
     @contextmanager
     def in_force(self, model: nn.Module) -> Iterator[None]:
-        """While active, the model has these weights; afterwards its own again, to the last bit.
+        """While active, the model has these weights; afterwards it has its own again, bit for bit.
 
-        Both change places one parameter at a time, so that no second copy is needed.
+        The weights are exchanged one parameter at a time, so no second copy is needed.
         """
         self._exchange(model)
         try:
@@ -67,17 +67,17 @@ class Weights:
         """Read a copy of this model's weights.
 
         Raises:
-            ModelError: the file cannot be read, or holds other parameters.
+            ModelError: the file cannot be read, or contains other parameters.
         """
         try:
             values = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path}: cannot be read ({error}); delete the checkpoint that holds it"
+                f"{path}: cannot be read ({error}); delete the checkpoint that contains it"
             ) from None
         trained = _trained(model)
         if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in trained.items()}:
             raise ModelError(
-                f"{path}: holds other parameters than are trained; delete the checkpoint that holds it"
+                f"{path}: contains other parameters than those trained; delete the checkpoint that contains it"
             )
         return cls(values)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from cwdpo.data.read.files import LINES
 from cwdpo.data.read.source import RawRow
 from cwdpo.errors import DataError
+from cwdpo.files.writing import temporary_name
 from cwdpo.records import ImageRef
 
 _SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)
@@ -32,7 +33,7 @@ def good_rows(out: Path) -> Iterator[GoodRows]:
         DataError: ``out`` or its image folder is there already, is no ``.jsonl``, or cannot be written.
     """
     images = out.with_name(f"{out.stem}_images")
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = temporary_name(out)
     if out.suffix.lower() not in LINES:
         raise DataError(f"--fix {out}: allowed: a name that ends in {' or '.join(LINES)}")
     for path in (out, images):
@@ -40,7 +41,7 @@ def good_rows(out: Path) -> Iterator[GoodRows]:
             raise DataError(f"--fix {out}: {path} is there already; choose another name, or remove it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             rows = GoodRows(file, out.parent.resolve(), images)
             yield rows
             file.flush()

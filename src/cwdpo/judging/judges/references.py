@@ -1,4 +1,4 @@
-"""Likeness to the references as a judge."""
+"""A judge that compares a response with the references."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cwdpo.records import Example
 
 
 class ReferencesJudge(ScoringJudge):
-    """chrF++ of a response against the nearest of references and chosen, 0 to 1.
+    """The score is the largest chrF++ (0 to 1) of a response with a reference or the chosen response.
 
-    Characters up to 6, words up to 2 (Popovic, 2017), by torchmetrics.
+    Character n-grams up to 6, word n-grams up to 2 (Popovic, 2017), with torchmetrics.
 
     Args:
-        threshold: chrF++ from which a response is right; ``None``: as near as chosen, which is 1.
+        threshold: smallest chrF++ of a right response; ``None``: that of the chosen response, which is 1.
     """
 
     threshold: float | None = Field(
-        0.6, ge=0, le=1, description="chrF++ (0 to 1) from which a response is right"
+        0.6, ge=0, le=1, description="smallest chrF++ (0 to 1) of a right response"
     )
 
     def check(self, examples: Sequence[Example]) -> None:
-        """Every example must have references.
+        """Check that every example has references.
 
         Raises:
-            DataError: one has none.
+            DataError: an example has none.
         """
         bare = next((e for e in examples if not e.references), None)
         if bare is not None:
@@ -38,7 +38,7 @@ class ReferencesJudge(ScoringJudge):
             )
 
     def score(self, examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
-        """chrF++ against the nearest reference."""
+        """The largest chrF++ of each response with a reference or the chosen response."""
         from torchmetrics.functional.text import chrf_score
 
         return [

@@ -1,4 +1,4 @@
-"""A reward model from a folder as a judge."""
+"""A judge that uses a reward model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cwdpo.records import Example
 
 
 class RewardModelJudge(ScoringJudge):
-    """The reward of prompt and response: the one logit of a sequence classifier.
+    """The score is the reward of prompt and response: the only logit of a sequence classifier.
 
     Args:
-        path: folder or hub id that ``AutoModelForSequenceClassification`` loads, with one label, and its processor.
-        batch_size: responses per forward.
-        threshold: reward from which a response is right; ``None``: from that of the chosen response.
+        path: folder or hub id for ``AutoModelForSequenceClassification``, with one label, and its processor.
+        batch_size: responses per forward pass.
+        threshold: smallest reward of a right response; ``None``: that of the chosen response.
     """
 
     path: str = Field(description="folder or hub id of a sequence classifier with one label")
-    batch_size: int = Field(8, gt=0, description="responses per forward")
+    batch_size: int = Field(8, gt=0, description="responses per forward pass")
 
     @cached_property
     def _model(self) -> Any:
-        """Loaded once: samples are judged in many calls."""
+        """The reward model; loaded once, because samples are judged in many calls."""
         from cwdpo.models.reward import RewardModel
 
         return RewardModel(self.path)
@@ -37,8 +37,8 @@ class RewardModelJudge(ScoringJudge):
         Raises:
             ModelError: the folder cannot be loaded, or it has more than one label.
         """
-        # Equal texts of one example share a row: in a batch of another length the last bits of a logit differ, and
-        # two equal responses would no longer tie.
+        # Score equal texts of an example only once: in another batch the last bits of a logit differ, and two equal
+        # responses would not be a tie.
         rows = {(id(e), text): (e, text) for e, text in zip(examples, texts, strict=True)}
         rewards = self._model.rewards(
             [e for e, _ in rows.values()], [text for _, text in rows.values()], batch_size=self.batch_size

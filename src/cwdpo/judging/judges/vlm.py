@@ -1,6 +1,6 @@
-"""A vision-language model on any OpenAI-compatible server as a judge.
+"""A judge that asks a vision-language model on an OpenAI-compatible server.
 
-It compares two responses in both orders, and says yes or no to a single one.
+It asks which of two responses is better, in both orders, or whether a single response is right.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from pydantic import Field
 
 from cwdpo.errors import optional_package
+from cwdpo.files.writing import write_text
 from cwdpo.judging.base import WORTH, Judge, Verdict
 from cwdpo.records import Example, Message
 from cwdpo.remote import Ask, Client, ServerSettings
-from cwdpo.rundir import write_text
 
 QUESTION = (
     "You see an image, a request about it, and two responses, A and B. Which response is better: more correct "
@@ -41,40 +41,40 @@ def read(text: str) -> str | None:
     if match is None:
         return None
     word = match[1]
-    # "a dog" begins with an article, not with a verdict.
+    # In "a dog" the "a" is an article, not the answer A.
     if word == "a" and text.strip(" \n*\"'().:").lower() != "a":
         return None
     return word[0].upper() if word.upper() in ("A", "B") else "T"
 
 
 class VlmJudge(Judge):
-    """A model is asked which of two responses is better, or whether one is right.
+    """Asks a model which of two responses is better, or whether a response is right.
 
-    Scores: each two candidates of a prompt are asked about twice, with either one first; a candidate that wins once
-    and loses once has tied. A candidate's score is its mean over its pairs (win 1, tie 0.5, loss 0). An answer that
-    names neither response nor a tie makes its pair bad, and the pair is left out; with two candidates none is left,
-    so both have no score.
+    Scores: for each pair of candidates of a prompt the model is asked twice, once with each candidate first. A
+    candidate that is preferred once and not preferred once has a tie. The score of a candidate is its mean over its
+    pairs (win 1, tie 0.5, loss 0). If an answer names neither a response nor a tie, its pair is bad and is left out. A
+    candidate without any pair left has no score.
 
-    Right: a question of its own about the response next to the chosen one, answered by yes or no; any other answer
-    is not known.
+    Right: the model is asked whether the response is right, given the chosen response as a good example. It must
+    answer yes or no; after any other answer it is not known whether the response is right.
 
-    Every answer is stored as it comes, so that a run that was cut off asks only for what is missing. Pairs are
-    written to ``transcript.jsonl``.
+    Every answer is stored at once, so that an interrupted run requests only the missing ones. Pairs are written to
+    ``transcript.jsonl``.
 
     Args:
-        server: where to ask, see :class:`cwdpo.remote.ServerSettings`; ``max_usd`` refuses what costs more.
-        question: what is asked about two responses.
-        right_question: what is asked about one.
-        max_tokens: of an answer.
+        server: settings of the server, see :class:`cwdpo.remote.ServerSettings`; ``max_usd`` limits the cost.
+        question: the question about two responses.
+        right_question: the question about one response.
+        max_tokens: largest number of tokens in an answer.
     """
 
-    server: ServerSettings = Field(description="who is asked")
-    question: str = Field(QUESTION, description="what is asked about two responses")
-    right_question: str = Field(RIGHT_QUESTION, description="what is asked about one response")
-    max_tokens: int = Field(8, gt=0, description="of an answer")
+    server: ServerSettings = Field(description="the server with the model")
+    question: str = Field(QUESTION, description="the question about two responses")
+    right_question: str = Field(RIGHT_QUESTION, description="the question about one response")
+    max_tokens: int = Field(8, gt=0, description="largest number of tokens in an answer")
 
     def check(self, examples: Sequence[Example]) -> None:
-        """The client's package must be there.
+        """Check that the client's package is installed.
 
         Raises:
             MissingPackageError: the ``openai`` package is not installed.
@@ -84,7 +84,7 @@ class VlmJudge(Judge):
     def scores(
         self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
     ) -> list[list[float | None]]:
-        """[B][n] mean worth of each candidate against the others, 0 to 1; ``None`` where no pair could be read.
+        """[B][n] mean points of each candidate against the others, 0 to 1; ``None`` if all its pairs are bad.
 
         Raises:
             ServerError: the server does not answer, or the estimate is above ``max_usd``.
@@ -113,7 +113,7 @@ class VlmJudge(Judge):
     def right(
         self, examples: Sequence[Example], texts: Sequence[str], *, store: Path | None = None
     ) -> list[bool | None]:
-        """Yes, no, or not known.
+        """Whether each response is right; ``None`` if the answer is neither yes nor no.
 
         Raises:
             ServerError: the server does not answer, or the estimate is above ``max_usd``.
@@ -133,7 +133,7 @@ class VlmJudge(Judge):
     def estimate(
         self, examples: Sequence[Example], candidates: Sequence[Sequence[str]], *, store: Path | None = None
     ) -> str:
-        """Requests, tokens and cost of :meth:`scores` before anything is sent."""
+        """The number of requests and tokens, and the cost, of :meth:`scores`; nothing is sent."""
         return str(self._client(store).estimate(self._asks(examples, candidates)))
 
     @cached_property
@@ -141,13 +141,13 @@ class VlmJudge(Judge):
         return {}
 
     def _client(self, store: Path | None) -> Client:
-        # A client reads the stored answers when it is made: one for all calls with the same folder.
+        # A client reads the stored answers when it is created, so each folder gets one client for all calls.
         if store not in self._clients:
             self._clients[store] = Client(self.server, None if store is None else store / "answers.jsonl")
         return self._clients[store]
 
     def _asks(self, examples: Sequence[Example], candidates: Sequence[Sequence[str]]) -> list[Ask]:
-        """The requests of all pairs in one order, then those in the other."""
+        """The requests of all pairs in the given order, then of all pairs in the opposite order."""
         pairs = _pairs(examples, candidates)
         turned = [(k, j, i) for k, i, j in pairs]
         return [
@@ -166,7 +166,7 @@ class VlmJudge(Judge):
 
 
 def _pairs(examples: Sequence[Example], candidates: Sequence[Sequence[str]]) -> list[tuple[int, int, int]]:
-    """(prompt, candidate, candidate) of each two candidates of a prompt."""
+    """All pairs of candidates of each prompt, as index triples (prompt, candidate, candidate)."""
     return [
         (k, i, j)
         for k, (_, own) in enumerate(zip(examples, candidates, strict=True))
@@ -175,7 +175,7 @@ def _pairs(examples: Sequence[Example], candidates: Sequence[Sequence[str]]) -> 
 
 
 def _append_new(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Append the rows that the file lacks: judged again from stored answers, a pair is listed once."""
+    """Append the rows that are not in the file yet; a pair judged again from stored answers is not repeated."""
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     known = set(old.split("\n"))
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -183,7 +183,7 @@ def _append_new(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def decide(ours_first: str, theirs_first: str) -> Verdict:
-    """The verdict from both orders' answers: both must agree on a winner, or one of them says tie."""
+    """The verdict from the answers in both orders: a win if both prefer it, or one does and the other says tie."""
     worth = {"A": 1, "T": 0, "B": -1}
     first, second = read(ours_first), read(theirs_first)
     if first is None or second is None:

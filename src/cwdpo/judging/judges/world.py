@@ -1,4 +1,4 @@
-"""The embedded world's exact judge."""
+"""The judge of the embedded world, which knows each scene exactly."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from cwdpo.worlds.judged import judge_captions, scene_of
 
 
 class WorldJudge(ScoringJudge):
-    """F1 of the facts that a response states about its scene, 0 to 1; it is 1 exactly when all facts are right.
+    """The score is the F1 (0 to 1) of the facts that a response states about its scene; 1 if all facts are right.
 
     Args:
-        threshold: F1 from which a response is right; the default asks for all facts.
+        threshold: smallest F1 of a right response; by default all facts must be right.
     """
 
     threshold: float | None = Field(
         1.0,
         ge=0,
         le=1,
-        description="F1 of stated facts from which a response is right; 1: all facts are right",
+        description="smallest F1 of stated facts of a right response; 1: all facts must be right",
     )
 
     def check(self, examples: Sequence[Example]) -> None:
-        """Every example must carry its scene.
+        """Check that every example has its scene.
 
         Raises:
-            DataError: one has none.
+            DataError: an example has none.
         """
         for example in examples:
             scene_of(example)
 
     def score(self, examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
-        """F1 of stated facts."""
+        """F1 of the facts that each response states."""
         return [j.score for j in judge_captions(examples, texts)]

@@ -1,4 +1,4 @@
-"""Paired measurements: every repetition runs each variant once, so that a busy machine slows all of them alike."""
+"""Paired measurements: each repetition runs every variant once, so that a busy machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OURS = "cwdpo"
 
 
 def quiet(threads: int) -> None:
-    """Threads of this process, and no chatter from the libraries."""
+    """Set the number of threads of this process, and switch off warnings and progress messages of libraries."""
     from transformers.utils import logging
 
     torch.set_num_threads(threads)
@@ -35,14 +35,14 @@ def step_report(setting: Setting, repeats: int, threads: int, say: Callable[[str
     """Time, memory, FLOPs and gradient of one step of TRL's trainer and of ours.
 
     Args:
-        setting: what to run.
-        repeats: alternating repetitions, behind one that warms up.
+        setting: the benchmark setting.
+        repeats: number of repetitions after one for warm-up.
         threads: CPU threads.
-        say: hears what is being done.
+        say: called with a text before each part.
 
     Returns:
-        For each rival: ratios of seconds (rival / ours) with median, least and greatest, of peak memory, of FLOPs;
-        and the largest difference of gradients against ``trl_completions``.
+        For each rival, the ratios (rival / ours) of seconds (median, minimum, maximum), of peak memory and of FLOPs;
+        and the largest difference of the gradients from those of ``trl_completions``.
     """
     quiet(threads)
     say("building")
@@ -95,7 +95,7 @@ def scale_report(
     setting: Setting, *, negatives: Sequence[int], prompts: Sequence[int], repeats: int, threads: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Cost of our step by number of negatives and by prompt length, each relative to the first of its list."""
+    """Cost of our step by number of negatives and by prompt length, relative to the first value of each list."""
     quiet(threads)
     groups = {
         "negatives": [replace(setting, negatives=k) for k in negatives],
@@ -129,9 +129,10 @@ def scale_report(
 
 
 def count_flops(bench: Bench, name: str) -> int:
-    """Floating-point operations of a step's matrix products, convolutions and attention.
+    """Floating-point operations of the matrix products, convolutions and attention of a step.
 
-    Causal attention counts whole, as in every such counter; torch does not know its own CPU kernel by name.
+    Causal attention is counted like full attention, as other counters do. torch's counter does not include its CPU
+    attention kernel, so it is added here.
     """
     aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""What shared-prefix scoring and batches by length bring for one recipe, on this machine."""
+"""Measures the effect of shared-prefix scoring and of batches by length, for one recipe on this machine."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "before": {"model": {"scoring": "plain", "vision_cache_gb": 0.0}, "train": {"group_by_length": False}},
     "after": {},
 }
-"""``before``: one sequence per completion, rows in random order. ``after``: the recipe as it is."""
+"""``before``: one sequence per completion, examples in random order. ``after``: the recipe unchanged."""
 
 
 def recipe_report(recipe: Recipe, steps: int, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Alternate stage-2 steps of both variants over one epoch's batches each.
+    """Run stage-2 steps of both variants in turn.
 
     Args:
-        recipe: trained for ``steps`` steps in each variant, in a temporary folder.
-        steps: optimizer steps of each, behind one that warms up.
+        recipe: the recipe to train, in a temporary folder.
+        steps: optimizer steps of each variant, after one for warm-up.
         threads: CPU threads.
-        say: hears what is being done.
+        say: called with a text before each part.
 
     Returns:
-        For each variant: tokens per second (of each row once: prompt and completions), share of padding, median
-        seconds of a step; and the ratio of tokens per second, with that of each half of the steps.
+        For each variant: tokens per second (counting each prompt and completion once), share of padding, median
+        seconds per step; and the ratio of tokens per second, for all steps and for each half of the steps.
     """
     quiet(threads)
     with tempfile.TemporaryDirectory(prefix="cwdpo-bench-") as folder:
@@ -74,14 +74,14 @@ def recipe_report(recipe: Recipe, steps: int, threads: int, say: Callable[[str],
 
 
 def _walk(recipe: Recipe, folder: Path) -> Iterator[tuple[float, int, int, int]]:
-    """(seconds, useful tokens, tokens run, tokens run with padding) of one optimizer step after the other."""
+    """For each optimizer step: (seconds, useful tokens, processed tokens, processed tokens with padding)."""
     run = RunDir(folder)
     folder.mkdir(parents=True)
     splits = prepare_data(recipe, run)
     policy = load_model(recipe, splits, run)
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
     stage = Stage("stage2", recipe, policy, encoder, run, splits.stage2)
-    if stage.objective.needs_calibration:  # any floor: the step costs the same
+    if stage.objective.needs_calibration:  # the cost of a step does not depend on floor and tau
         stage.in_force.objective = stage.objective.calibrated([-3.0, -2.0, -1.0])
     encoded = encode(stage, splits.stage2)
     encoded = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)

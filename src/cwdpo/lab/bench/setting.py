@@ -1,4 +1,4 @@
-"""What a benchmark runs on: a Qwen2.5-VL of a stated shape with random weights, and one prompt of exact lengths."""
+"""The setting of a benchmark: a Qwen2.5-VL of a given shape with random weights, and a prompt of exact length."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ class Setting:
 
     Attributes:
         prompt_tokens, completion_tokens: exact lengths; nine tenths of the prompt are image tokens.
-        negatives: K completions offered against chosen.
-        tune: ``lora`` on the text tower's linear layers, or ``full``.
-        reference: ``cached`` reads the reference's values, ``live`` runs the reference in every step.
-        grad_checkpointing: recompute activations in the backward pass, in both.
-        shape: ``small`` for a CPU; ``3b`` and ``7b`` are Qwen2.5-VL's published sizes.
-        vision_cache: keep the image features of the frozen tower (``lora`` only).
+        negatives: number K of negatives.
+        tune: ``lora`` on the linear layers of the language model, or ``full``.
+        reference: ``cached`` uses stored reference values, ``live`` runs the reference model in every step.
+        grad_checkpointing: recompute activations in the backward pass, in both trainers.
+        shape: ``small`` for a CPU; ``3b`` and ``7b`` are the published sizes of Qwen2.5-VL.
+        dtype: dtype of the weights.
+        device: where to run.
+        vision_cache: keep the image features of the frozen vision tower (``lora`` only).
     """
 
     prompt_tokens: int = 1024
@@ -51,15 +53,15 @@ class Setting:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's tokens."""
+        """Rows and columns of the image's tokens."""
         rows = max(2, math.isqrt(int(self.prompt_tokens * IMAGE_SHARE)))
         return rows, max(2, int(self.prompt_tokens * IMAGE_SHARE) // rows)
 
 
 def processor() -> Any:
-    """An offline Qwen2.5-VL processor whose words are one token each; needs no torchvision.
+    """A Qwen2.5-VL processor that works offline, with one token per word; it does not need torchvision.
 
-    Without torchvision there is no video processor, which the class asks for and a picture does not need.
+    Without torchvision there is no video processor. The processor's class requires one, but images do not need it.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
@@ -91,10 +93,10 @@ def processor() -> Any:
 
 
 def rows(setting: Setting, tokenizer: Any) -> list[dict[str, Any]]:
-    """K rows in TRL's columns that share prompt, picture and chosen, each with its own rejected.
+    """K rows with TRL's columns that share prompt, image and chosen, each with another rejected response.
 
     Raises:
-        RecipeError: the prompt is too short for its picture.
+        RecipeError: the prompt is too short for its image.
     """
     import numpy as np
     from PIL import Image
@@ -104,7 +106,7 @@ def rows(setting: Setting, tokenizer: Any) -> list[dict[str, Any]]:
     fixed = len(tokenizer(f"{HEAD} {TAIL}", add_special_tokens=False)["input_ids"]) - 1 + high * wide
     if fixed > setting.prompt_tokens or setting.completion_tokens < 2:
         raise RecipeError(
-            f"--prompt-tokens {setting.prompt_tokens}: at least 32, and --completion-tokens at least 2, are needed"
+            f"--prompt-tokens {setting.prompt_tokens}: must be at least 32, and --completion-tokens at least 2"
         )
     draw = random.Random(0)
 
@@ -125,7 +127,7 @@ def rows(setting: Setting, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def model_config(shape: Shape, tokenizer: Any) -> Any:
-    """Qwen2.5-VL of a shape; the published ones as in their ``config.json``."""
+    """The config of a Qwen2.5-VL of a shape; published shapes are as in their ``config.json``."""
     from transformers import Qwen2_5_VLConfig
 
     ids = tokenizer.convert_tokens_to_ids
@@ -169,7 +171,7 @@ def model_config(shape: Shape, tokenizer: Any) -> Any:
 
 
 def build_model(setting: Setting, tokenizer: Any) -> Any:
-    """The policy, on its device, in training mode; with LoRA its adapter has moved a little from the base."""
+    """The policy on its device in training mode; with LoRA, its adapter differs a little from the base."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -185,7 +187,7 @@ def build_model(setting: Setting, tokenizer: Any) -> Any:
     if setting.tune == "lora":
         lora = LoraSettings(r=16, alpha=32, target_modules=TEXT_MODULES)
         model = add_lora(model, ModelSettings(path="bench", tune="lora", lora=lora))
-        with torch.no_grad():  # a step at the base itself has gradients of zero in A
+        with torch.no_grad():  # with lora_B = 0 the gradients of lora_A would be 0
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(0, 2e-3)

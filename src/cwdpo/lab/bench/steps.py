@@ -28,11 +28,11 @@ Step = Callable[[], float]
 
 @dataclass
 class Bench:
-    """A model with the steps that can be run on it, by name; each leaves its gradient and returns its loss.
+    """A model and the training steps to run on it, by name. A step computes the gradients and returns the loss.
 
-    ``cwdpo``: this project's step, its metrics and guard included. ``trl``: TRL's step as it is on this device.
-    ``trl_completions``: the same with scoring of completion tokens only, as TRL has it where Triton runs.
-    ``trl_cached``: that, and reference values handed over, which TRL refuses for vision data.
+    ``cwdpo``: this project's step, including metrics and guard. ``trl``: TRL's step as it runs on this device.
+    ``trl_completions``: TRL's step with logits of completion tokens only, as TRL does where Triton is available.
+    ``trl_cached``: also with given reference values, which TRL does not support for vision data.
     """
 
     setting: Setting
@@ -40,7 +40,7 @@ class Bench:
     steps: dict[str, Step]
 
     def run(self, name: str) -> float:
-        """One step from a state without gradients."""
+        """Clear the gradients and run one step; returns the loss."""
         self.model.zero_grad(set_to_none=True)
         loss = self.steps[name]()
         if self.setting.device != "cpu":
@@ -48,7 +48,7 @@ class Bench:
         return loss
 
     def gradients(self, name: str) -> dict[str, Tensor]:
-        """Parameter gradients of a step, copied."""
+        """Copies of the parameter gradients of a step."""
         self.run(name)
         return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
@@ -76,7 +76,7 @@ def build(setting: Setting, *, trl: bool = True) -> Bench:
 
 
 def _moved_copy(model: Any) -> Any:
-    """The reference of full fine-tuning: at the policy itself the loss would have no say over TRL's numbers."""
+    """A reference for full fine-tuning that differs from the policy, so that the gradients depend on its values."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     generator = torch.Generator(device=model.device).manual_seed(9)
     for parameter in copied.parameters():
@@ -115,7 +115,7 @@ def _adapter_off(setting: Setting, model: Any) -> Iterator[None]:
 
 
 def _own_step(setting: Setting, model: Any, reference: Any, example: EncodedExample) -> Step:
-    """What ``cwdpo train`` does for one micro-batch: counts, scoring, objective, metrics, backward, guard."""
+    """The step of ``cwdpo train`` for one micro-batch: counts, scoring, objective, metrics, backward pass, guard."""
     from transformers import TrainingArguments
 
     from cwdpo.trainer.trainer import PreferenceTrainer
@@ -180,7 +180,7 @@ def _trl_steps(setting: Setting, model: Any, reference: Any, made: Any, data: li
     if setting.tune == "lora" and "ref" in model.peft_config:
         model.delete_adapter(
             "ref"
-        )  # its copy of our adapter; without it the base is the reference, as for us
+        )  # TRL's copy of our adapter; without it the base model is the reference, as in our step
     natural = trl_utils._use_triton
 
     def step(inputs: dict[str, Any], completions_only: bool, cached: bool) -> float:
@@ -199,7 +199,7 @@ def _trl_steps(setting: Setting, model: Any, reference: Any, made: Any, data: li
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> tuple[float, float]:
-    """(largest difference of two gradients, largest gradient) over the parameters of both."""
+    """``(largest difference of the two gradients, largest gradient)`` over all parameters."""
     assert first.keys() == second.keys()
     scale = max(float(g.abs().max()) for g in first.values())
     return max(float((first[n] - second[n]).abs().max()) for n in first), scale

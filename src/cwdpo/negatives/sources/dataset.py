@@ -1,4 +1,4 @@
-"""The rejected responses that came with the data."""
+"""The rejected responses of the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cwdpo.records import Completion, Example
 
 
 class DatasetNegatives(NegativeSource):
-    """The example's own ``rejected``, as they are and in their order."""
+    """The example's ``rejected``, unchanged and in their order."""
 
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
         """The example's ``rejected``; ``pool`` and ``rng`` are not used."""

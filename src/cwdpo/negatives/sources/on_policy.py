@@ -1,4 +1,4 @@
-"""Samples of a policy that came with the data, as ``cwdpo sample`` writes them."""
+"""Samples of a policy that are stored in the data, as ``cwdpo sample`` writes them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cwdpo.records import Completion, Example
 
 
 class OnPolicyNegatives(NegativeSource):
-    """The example's own ``rejected`` of origin ``on_policy``.
+    """The example's ``rejected`` of origin ``on_policy``.
 
-    Samples of the current policy are drawn in the rounds of stage 2: ``negatives.on_policy_fraction``.
+    Samples of the current policy come from the rounds of stage 2 instead, see ``negatives.on_policy_fraction``.
     """
 
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:

@@ -1,4 +1,4 @@
-"""The chosen response of another prompt: fluent, and about another picture."""
+"""The chosen response of another prompt: fluent text about another image."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from cwdpo.negatives.base import NegativeSource, known_true, normalised
 from cwdpo.records import Completion, Example
 
-_PROBES = 32  # random looks before the whole pool is read; one look nearly always suffices
+_PROBES = 32  # random draws before the whole pool is searched; nearly always the first one is usable
 
 
 class OtherPromptNegatives(NegativeSource):
-    """One chosen response from the pool, drawn evenly among those that belong to other images."""
+    """One chosen response from the pool, drawn uniformly from those of other images."""
 
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
         """At most one negative of kind ``easy``; ``made["of"]`` is the id of the example it comes from."""

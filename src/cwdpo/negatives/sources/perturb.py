@@ -1,4 +1,4 @@
-"""Minimal edits of the chosen response: one word or phrase becomes another of its kind."""
+"""Minimal edits of the chosen response: one word or phrase is replaced by another of the same kind."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cwdpo.negatives.writer import Writer
 from cwdpo.records import Completion, Example
 from cwdpo.remote import ServerSettings
 
-_NEIGHBOURS = 3  # words on each side among which the new word must not already stand
+_NEIGHBOURS = 3  # the new word must not already occur within this many words on each side
 _VOWEL_SOUND = re.compile(
     r"(?!one\b|once\b|uni(?!n)|us[eaiu]|eu|ut[ei])[aeiou]|hour|honest|heir", re.IGNORECASE
 )
 EditKind = Kind | Literal["swap", "negation"]
 DEFAULT_KINDS: tuple[EditKind, ...] = (*KINDS, "swap")
-"""Negation is by name only: captions rarely deny, so a policy could learn the word instead of the picture."""
+"""Without negation: captions rarely contain one, so a policy could learn to spot the word without the image."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of a text: its characters ``[start, end)`` become ``new``; an article is part of the span."""
+    """One edit of a text: its characters ``[start, end)`` become ``new``; the span includes an article that changes."""
 
     kind: EditKind
     start: int
@@ -45,27 +45,27 @@ class Edit:
 class PerturbNegatives(NegativeSource):
     """Fluent English edits that make the chosen response false: brown dog -> black dog, on -> next to.
 
-    Kinds are those of the lexicon, ``swap`` (two objects exchange a colour, size, material or number) and
-    ``negation`` (is -> is not; not among the default ones).
+    Kinds of edits are those of the lexicon, ``swap`` (two objects exchange a colour, size, material or number) and
+    ``negation`` (is -> is not; off by default).
 
-    An edit is refused when its result equals the chosen response or a reference (case and white space
-    aside), or when the new word, or one that may mean the same, occurs in any reference: it might be true.
-    The truth of the result is not checked otherwise; there is no look at the picture.
+    An edit is not used if its result equals the chosen response or a reference (ignoring case and white space), or if
+    the new word, or one that may mean the same, occurs in a reference, because the result might be true. There is no
+    other check of the truth: the image is not looked at.
     """
 
     kinds: tuple[EditKind, ...] = Field(DEFAULT_KINDS, min_length=1)
     lexicon: str = ""
     per_example: int = Field(1, ge=1)
     writer: ServerSettings | None = Field(
-        None, description="a language model that writes the edits; the lexicon's are taken where it has none"
+        None, description="a language model that writes the edits; the lexicon is used where it gives none"
     )
     _writer: Writer | None = PrivateAttr(None)
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Have the writer's answers for all examples.
+        """Request the writer's edits of all examples.
 
         Raises:
-            ServerError: it costs more than allowed, or does not answer.
+            ServerError: the estimated cost is above the limit, or the server does not answer.
         """
         if self.writer is not None:
             self._asked().prepare(examples)
@@ -77,14 +77,14 @@ class PerturbNegatives(NegativeSource):
         return self._writer
 
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:
-        """Up to ``per_example`` edits of kind ``hard``, of as many kinds of edit as the text allows.
+        """Up to ``per_example`` edits of kind ``hard``, with as many different kinds of edits as the text allows.
 
         ``made`` holds ``edit`` (the kind), ``from``, ``to``, ``start`` and ``end`` (characters of the chosen
         response: ``chosen[:start] + to + chosen[end:]`` is the negative) and ``word`` (index of the first
         replaced word).
 
         Raises:
-            DataError: the lexicon cannot be read; file and key are named.
+            DataError: the lexicon cannot be read; the message names file and key.
         """
         del pool
         text = example.chosen.text
@@ -107,7 +107,7 @@ class PerturbNegatives(NegativeSource):
         return made
 
     def _ordered(self, example: Example, rng: random.Random) -> Iterator[Edit]:
-        """Every allowed edit: kinds in random order and in turns; within a kind, places in turns."""
+        """Every allowed edit, alternating between kinds (in random order) and, within a kind, between words."""
         found = edits(example, load_lexicon(self.lexicon))
         by_kind: list[list[Edit]] = []
         for kind in dict.fromkeys(self.kinds):
@@ -122,13 +122,13 @@ class PerturbNegatives(NegativeSource):
 
 
 def edits(example: Example, lexicon: Lexicon) -> list[Edit]:
-    """All edits of the chosen response that ``lexicon`` knows and no reference speaks against."""
+    """All edits of the chosen response that ``lexicon`` allows and that no reference makes true."""
     words = Words(example.chosen.text)
     references = [Words(text) for text in example.references]
     found: list[Edit] = []
     for first, last, swaps in lexicon.matches(words):
         for swap in swaps:
-            # The replaced word is in the window too, so a synonym never replaces it.
+            # The window includes the replaced word, so a word is never replaced by its synonym.
             near = words.contains(swap.means, max(0, first - _NEIGHBOURS), last + _NEIGHBOURS)
             if not near and not any(reference.contains(swap.means) for reference in references):
                 found.append(_edit(words, first, last, swap.kind, swap.to))
@@ -157,14 +157,14 @@ def _edit(words: Words, first: int, last: int, kind: EditKind, to: str) -> Edit:
 
 
 def _cased(new: str, old: str) -> str:
-    """``new`` with the capitals of ``old``: all (where ``old`` has several letters), the first, or none."""
+    """``new`` with capitals as in ``old``: all letters (if ``old`` has several), the first letter, or none."""
     if len(old) > 1 and old.isupper():
         return new.upper()
     return new[:1].upper() + new[1:] if old[:1].isupper() else new
 
 
 def _turns(places: list[list[Edit]], rng: random.Random) -> list[Edit]:
-    """The edits of all places, shuffled, one of each place in turn."""
+    """The edits of all places in random order, alternating between the places."""
     rng.shuffle(places)
     for place in places:
         rng.shuffle(place)

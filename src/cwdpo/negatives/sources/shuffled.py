@@ -1,4 +1,4 @@
-"""The words of the chosen response in random order: the control that is no language at all."""
+"""The words of the chosen response in random order: a control whose text is not fluent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cwdpo.negatives.base import NegativeSource, known_true, normalised
 from cwdpo.records import Completion, Example
 
-_TRIES = 8  # a text of few or repeated words may come out as it was
+_TRIES = 8  # with few or repeated words, a random order may give the same text again
 
 
 class ShuffledNegatives(NegativeSource):

@@ -1,0 +1,112 @@
+"""An ``openai`` client that a server can neither keep waiting, nor flood, nor send elsewhere.
+
+The package's own timeout counts seconds without a byte: a server that sends one byte at a time would hold a request
+for ever. Here the whole of an attempt is timed. Redirects are not followed, because they would carry prompts, pictures
+and the key to another place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+MOST_BYTES = 2**24
+"""Of an answer; a response of a model has some thousands."""
+
+
+class Connection:
+    """A client for one server.
+
+    Args:
+        openai: the package.
+        base_url, api_key, retries: as the package's.
+        timeout: seconds that an attempt may take, from its first byte to its last.
+    """
+
+    def __init__(self, openai: Any, *, base_url: str, api_key: str, timeout: float, retries: int) -> None:
+        self._timeout = timeout
+        self._attempt = threading.local()
+        http = importlib.import_module("httpx2")  # what `openai` is built on
+        bounded = type("_Bounded", (_Bounded, http.SyncByteStream), {})
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=api_key,
+            timeout=timeout,
+            max_retries=retries,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False,
+                # A connection of its own per attempt: cutting one off must not touch another.
+                limits=http.Limits(max_keepalive_connections=0),
+                event_hooks={
+                    "request": [self._begin],
+                    "response": [lambda response: _limit(response, bounded)],
+                },
+            ),
+        )
+
+    def post(self, **request: Any) -> bytes:
+        """The body of a chat completion's answer.
+
+        Raises:
+            openai.OpenAIError: no answer in time, a redirect, or a status that is no success, after all retries.
+        """
+        try:
+            return bytes(self._client.chat.completions.with_raw_response.create(**request).content)
+        finally:
+            self._end()
+
+    def _begin(self, request: Any) -> None:
+        """Time an attempt: its sockets are shut down when it is over."""
+        self._end()
+        sockets: list[socket.socket] = []
+
+        def trace(_: str, info: dict[str, Any]) -> None:
+            found = info.get("return_value")
+            with contextlib.suppress(AttributeError):
+                sockets.append(found.get_extra_info("socket"))  # type: ignore[union-attr]
+
+        def cut() -> None:
+            for one in sockets:
+                with contextlib.suppress(OSError, AttributeError):
+                    one.shutdown(socket.SHUT_RDWR)
+
+        request.extensions["trace"] = trace
+        self._attempt.timer = threading.Timer(self._timeout, cut)
+        self._attempt.timer.daemon = True
+        self._attempt.timer.start()
+
+    def _end(self) -> None:
+        timer = getattr(self._attempt, "timer", None)
+        if timer is not None:
+            timer.cancel()
+
+
+class _Bounded:
+    """A response's bytes, at most :data:`MOST_BYTES`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self._stream:
+            size += len(part)
+            if size > MOST_BYTES:
+                raise ValueError(f"the answer has more than {MOST_BYTES} bytes")
+            yield part
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._stream.close()
+
+
+def _limit(response: Any, bounded: Any) -> None:
+    packed = response.headers.get("content-encoding", "identity")
+    if packed != "identity":
+        raise ValueError(f"the answer is packed by {packed[:40]!r}, which was not asked for")
+    response.stream = bounded(response.stream)

@@ -1,0 +1,193 @@
+"""Chat templates of others are rendered in a process of their own, with a limit of time, memory and length.
+
+A template is a program: jinja's sandbox keeps it from files and from Python's insides, not from loops without end or
+from ``'a' * 10**10``. The process is forked from this one, so that it has the processor at once; without ``fork``
+(Windows) there are no limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import struct
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from cwdpo.errors import DataError, ModelError
+
+SECONDS = 10.0
+MEMORY = 2**30
+"""Bytes that rendering may take beside what this process has."""
+MOST_CHARACTERS = 2**24
+
+
+class Renderer:
+    """Calls ``processor.apply_chat_template`` within the limits.
+
+    Args:
+        processor: what ``AutoProcessor.from_pretrained`` gave, or its tokenizer.
+        seconds: for one rendering.
+    """
+
+    def __init__(self, processor: Any, seconds: float = SECONDS) -> None:
+        self._processor, self._seconds = processor, seconds
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._given_up = ""
+
+    def __call__(self, chat: Sequence[dict[str, Any]], *, generation: bool) -> str:
+        """The conversation as text; ``generation`` opens a response behind it.
+
+        Raises:
+            ModelError: the template went over a limit. It is not tried again.
+            DataError: the template refuses the conversation.
+        """
+        if not hasattr(os, "fork"):
+            return _rendered(self._processor, chat, generation)
+        with self._lock:
+            if self._given_up:
+                raise ModelError(self._given_up)
+            if self._child is None or self._child.owner != os.getpid():
+                self._child = _Child(self._processor)
+                weakref.finalize(self, self._child.end, os.getpid())
+            text = self._child.ask(json.dumps([list(chat), generation]).encode(), self._seconds)
+            if text is None:
+                self._child.end(os.getpid())
+                self._child = None
+                self._given_up = (
+                    f"the chat template of {_name(self._processor)} did not end within {self._seconds:g} seconds and "
+                    f"{MEMORY // 2**20} MiB, or gave more than {MOST_CHARACTERS} characters: set another chat "
+                    "template, or take another checkpoint"
+                )
+                raise ModelError(self._given_up)
+        found = json.loads(text)
+        if "error" in found:
+            raise DataError(found["error"])
+        return str(found["text"])
+
+
+class _Child:
+    """A forked process that renders what it is sent, one conversation at a time."""
+
+    def __init__(self, processor: Any) -> None:
+        self.owner = os.getpid()
+        orders, self._send = os.pipe()
+        self._receive, answers = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of the parent: the child uses none
+            self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.close(self._send)
+                os.close(self._receive)
+                _serve(processor, orders, answers)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(orders)
+        os.close(answers)
+
+    def ask(self, order: bytes, seconds: float) -> bytes | None:
+        """The answer; ``None`` where the process died, or gave none in time."""
+        until = time.monotonic() + seconds
+        try:
+            _write(self._send, order)
+        except BrokenPipeError:
+            return None
+        data = b""
+        size = 4
+        while len(data) < size:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._receive], [], [], left)[0]:
+                return None
+            part = os.read(self._receive, 2**16)
+            if not part:
+                return None
+            data += part
+            if size == 4 and len(data) >= 4:
+                size = 4 + struct.unpack("!I", data[:4])[0]
+                if size > 8 * MOST_CHARACTERS:
+                    return None
+        return data[4:]
+
+    def end(self, owner: int) -> None:
+        """Stop the process, if it is this process's own."""
+        if os.getpid() != owner or self.pid == 0:
+            return
+        for handle in (self._send, self._receive):
+            with contextlib.suppress(OSError):
+                os.close(handle)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        self.pid = 0
+
+
+def _serve(processor: Any, orders: int, answers: int) -> None:
+    """The child's loop, until the parent closes its end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    _limit_memory()
+    parent = os.getppid()
+    with os.fdopen(orders, "rb", buffering=0) as file:
+        while True:
+            # Other children of the parent may hold the pipe open when it is killed.
+            while not select.select([orders], [], [], 5.0)[0]:
+                if os.getppid() != parent:
+                    return
+            if not (head := _read(file, 4)):
+                return
+            chat, generation = json.loads(_read(file, struct.unpack("!I", head)[0]))
+            try:
+                text = _rendered(processor, chat, generation)
+                if len(text) > MOST_CHARACTERS:
+                    return
+                answer = {"text": text}
+            except MemoryError:
+                return
+            except Exception as error:  # templates raise what they like
+                answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            _write(answers, json.dumps(answer).encode())
+
+
+def _read(file: Any, size: int) -> bytes:
+    data = b""
+    while len(data) < size and (part := file.read(size - len(data))):
+        data += part
+    return data
+
+
+def _limit_memory() -> None:
+    import resource
+
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux: time and length are limited all the same
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    wanted = now + MEMORY if hard == resource.RLIM_INFINITY else min(now + MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+
+
+def _rendered(processor: Any, chat: Sequence[dict[str, Any]], generation: bool) -> str:
+    return str(processor.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=generation))
+
+
+def _write(handle: int, data: bytes) -> None:
+    data = struct.pack("!I", len(data)) + data
+    while data:
+        data = data[os.write(handle, data) :]
+
+
+def _name(processor: Any) -> str:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return str(getattr(tokenizer, "name_or_path", "") or "the checkpoint")

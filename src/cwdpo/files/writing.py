@@ -1,0 +1,201 @@
+"""Files and folders that appear whole or not at all, under temporary names that nobody can prepare.
+
+A temporary name is ``.NAME.<16 random hex digits>.tmp`` beside the final one. It is made exclusively, so a link that
+somebody left under a guessed name is neither followed nor overwritten. A kill leaves such a piece behind;
+:func:`clear_pieces` removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from cwdpo.errors import FileError
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+"""Absent on Windows, where making a link takes rights that few users have."""
+_BYTES = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def temporary_name(path: Path) -> Path:
+    """An unused name beside ``path``."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new empty file under a temporary name, which takes the name ``path`` when the block ends well.
+
+    The file is on disk before it gets its name. After an error nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BYTES, 0o666))
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary name, sync, rename: a kill leaves the old file or the new one.
+
+    Half surrogate pairs (a command's argument or a column's name may hold some) are written as ``\\udce4``.
+    """
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through :func:`write_text`; NaN is refused, because no other reader takes it."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file to append to; it is made where it is absent, and never reached through a link.
+
+    Raises:
+        FileError: the name is a link.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _BYTES, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileError(_link(path)) from None
+        raise
+    return os.fdopen(handle, "a+", encoding="utf-8", errors="backslashreplace")
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder's list of names on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have a folder and everything in it on disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            sync(path)
+        else:
+            _sync_names(path)
+
+
+def _sync_names(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        sync(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder under a temporary name, which takes the name ``folder`` when the block ends well.
+
+    Everything in it is on disk before it gets its name. After an error nothing is left of it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_tree(temporary)
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a finished folder its name. A folder cannot be replaced in one step, so the old one steps aside.
+
+    A kill between the two renames leaves it as ``.NAME.old``, whole; :func:`clear_pieces` brings it back.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    _sync_names(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; its name goes first, so that a kill leaves no half of it under that name."""
+    aside = temporary_name(folder)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_pieces(folder: Path) -> None:
+    """Remove what a kill left of unfinished writing in a folder; a whole old folder gets its name back."""
+    for piece in folder.glob(".*.tmp"):
+        shutil.rmtree(piece) if piece.is_dir() and not piece.is_symlink() else piece.unlink()
+    for old in folder.glob(".*.old"):
+        named = old.with_name(old.name[1:].removesuffix(".old"))
+        shutil.rmtree(old) if named.exists() else os.rename(old, named)
+
+
+def refuse_links(folder: Path, within: Callable[[str], bool] = lambda name: True) -> None:
+    """Refuse a folder with anything in it, at any depth, but plain files and folders.
+
+    A link can make a reader show, and a writer change, files outside; a pipe can keep a reader waiting for ever.
+
+    Args:
+        within: which names of the folder itself are looked at; default: all.
+
+    Raises:
+        FileError: the first such name.
+    """
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        with os.scandir(place) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if place == folder and not within(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            elif entry.is_symlink():
+                raise FileError(_link(Path(entry.path)))
+            elif not entry.is_file(follow_symlinks=False):
+                raise FileError(f"{entry.path}: {_kind(entry)}; {_PLAIN}: remove it")
+
+
+_PLAIN = "a run folder holds plain files and folders only"
+
+
+def _link(path: Path) -> str:
+    return f"{path}: is a link; {_PLAIN}: put what it points at in its place, or remove it"
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    mode = entry.stat(follow_symlinks=False).st_mode
+    return "is a named pipe" if stat.S_ISFIFO(mode) else "is neither a file nor a folder"
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder that holds no links into an existing empty one.
+
+    Raises:
+        FileError: it holds a link, a pipe or a device.
+    """
+    refuse_links(source)
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
