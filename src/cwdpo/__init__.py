@@ -1,6 +1,6 @@
 """Cooling-Weighted DPO for vision-language models.
 
-Importing this package loads no torch: heavy names are resolved on first use.
+Importing this package does not import torch: names that need it are imported when they are first used.
 """
 
 from __future__ import annotations

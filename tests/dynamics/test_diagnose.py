@@ -241,7 +241,7 @@ def test_diagnose_of_a_healthy_run_and_of_none(run, tmp_path: Path) -> None:
     healthy.path.mkdir()
     (healthy.path / "recipe.yaml").write_text("name: demo\n")
     said = run("diagnose", healthy.path)
-    assert (said.code, said.out.strip().endswith("nothing was measured yet")) == (0, True)
+    assert (said.code, said.out.strip().endswith("there are no readings yet")) == (0, True)
     healthy.append("readings.jsonl", readings("delta_logp/chosen", {0: 0.0, 10: 0.01}))
     said = run("diagnose", healthy.path)
     assert (said.code, "healthy (2 readings up to step 10)" in said.out) == (0, True)

@@ -138,7 +138,7 @@ def test_a_small_demo_from_data_to_report(tmp_path: Path) -> None:
     assert page.count("data:image/") == 6
     assert "corrected (Holm) for the 7 comparisons of a column" in page
     again = run()
-    assert again.variants == summary.variants, "finished cells are used again"
+    assert again.variants == summary.variants, "finished cells are reused"
 
 
 @pytest.mark.slow

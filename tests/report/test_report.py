@@ -359,7 +359,7 @@ def test_run_page_tells_what_was_run_and_what_came_out(run_folder: Path) -> None
         "sft_constrained, 100 of 100 steps", "cw_dpo, 100 of 100 steps", "embedded world (seed 3",
         f"Held-out NLL, start {nll[0]:.3f}", f"Held-out NLL, end {nll[-1]:.3f}", f"Token ECE {ece[-1]:.3f}",
         f"Floor −{-calibration['floor']:.3f}", "Tau 0.310", "transformers 5.23.0",
-        "30 in all; the first 20", "24 of 30", "cut off at the length limit", "picture not available",
+        "30 in all; the first 20", "24 of 30", "cut at the length limit", "image not available",
         "Cooling weight in training", "Gradient norm", "off_distribution",
     ):  # fmt: skip
         assert text in words, text
@@ -402,7 +402,7 @@ def test_one_missing_file_leaves_the_rest(tmp_path: Path, run_folder: Path) -> N
 
 
 def test_no_folder_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RunDirError, match="no such folder; give the folder of a run"):
+    with pytest.raises(RunDirError, match="no such folder; name the folder of a run"):
         write_report(tmp_path / "none")
 
 
@@ -455,7 +455,7 @@ def test_captions_carry_the_judges_marks(study_folder: Path) -> None:
     assert words.count("✓ all correct") == 15
     assert "✗ ill-formed" in words
     assert html.count("data:image/png") == 5
-    assert "picture not available" in words  # the sixth is missing
+    assert "image not available" in words  # the sixth is missing
     assert "✗ 1 wrong, 2 omitted" in words
 
 

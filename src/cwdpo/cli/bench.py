@@ -1,4 +1,4 @@
-"""``cwdpo bench``: the training step against TRL's, and how its cost grows."""
+"""``cwdpo bench``: compares the training step with TRL's, and measures how its cost grows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ app = typer.Typer(no_args_is_help=True, help="Measure the training step (needs T
 
 
 class Tune(StrEnum):
-    """What is trained."""
+    """Which weights are trained."""
 
     lora = "lora"
     full = "full"
 
 
 class Reference(StrEnum):
-    """Where our step finds the reference's values."""
+    """Whether our step uses stored reference values or runs the reference model."""
 
     cached = "cached"
     live = "live"
@@ -40,19 +40,23 @@ class Shape(StrEnum):
     b7 = "7b"
 
 
-Repeats = Annotated[int, typer.Option(min=1, help="alternating repetitions")]
+Repeats = Annotated[int, typer.Option(min=1, help="number of repetitions; each runs every variant once")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads")]
 
 
 def setting_of(
-    prompt_tokens: Annotated[int, typer.Option(min=32, help="nine tenths of them image tokens")] = 1024,
-    completion_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    tune: Annotated[Tune, typer.Option(help="LoRA on the text tower, or everything")] = Tune.lora,
-    grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing", help="in both")] = False,
-    shape: Annotated[Shape, typer.Option(help="small is for a CPU")] = Shape.small,
-    cuda: Annotated[bool, typer.Option("--cuda", help="on the GPU, in bfloat16")] = False,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=32, help="tokens of the prompt; nine tenths are image tokens")
+    ] = 1024,
+    completion_tokens: Annotated[int, typer.Option(min=2, help="tokens of each completion")] = 64,
+    tune: Annotated[Tune, typer.Option(help="LoRA on the language model, or all weights")] = Tune.lora,
+    grad_checkpointing: Annotated[
+        bool, typer.Option("--grad-checkpointing", help="gradient checkpointing, in both trainers")
+    ] = False,
+    shape: Annotated[Shape, typer.Option(help="size of the model; small is for a CPU")] = Shape.small,
+    cuda: Annotated[bool, typer.Option("--cuda", help="run on the GPU, in bfloat16")] = False,
 ) -> Setting:
-    """What both measurements run on; the options of both commands are these parameters."""
+    """The setting of both measurements; these parameters are options of both commands."""
     return Setting(
         prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, tune=tune.value, shape=shape.value,
         grad_checkpointing=grad_checkpointing, dtype="bfloat16" if cuda else "float32",
@@ -61,9 +65,9 @@ def setting_of(
 
 
 def with_setting(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of :func:`setting_of` in place of its parameter ``setting``.
+    """Replace the parameter ``setting`` of a command by the options of :func:`setting_of`.
 
-    typer reads a command's options from its signature, so the wrapper is given the signature of both.
+    typer reads a command's options from its signature, so the wrapper gets a signature with both sets of parameters.
     """
     shared, own = (dict(inspect.signature(f, eval_str=True).parameters) for f in (setting_of, command))
     del own["setting"]
@@ -82,16 +86,23 @@ def with_setting(command: Callable[..., None]) -> Callable[..., None]:
 @with_setting
 def step(
     setting: Setting,
-    negatives: Annotated[int, typer.Option(min=1, help="per prompt; TRL runs as many pairs")] = 1,
-    reference: Annotated[Reference, typer.Option(help="ours; TRL has it live")] = Reference.cached,
+    negatives: Annotated[
+        int, typer.Option(min=1, help="negatives per prompt; TRL runs the same number of pairs")
+    ] = 1,
+    reference: Annotated[
+        Reference, typer.Option(help="reference values of our step; TRL always runs the reference")
+    ] = Reference.cached,
     vision_cache: Annotated[
-        bool, typer.Option("--vision-cache", help="keep the frozen tower's image features, as training does")
+        bool,
+        typer.Option(
+            "--vision-cache", help="keep the image features of the frozen vision tower, as training does"
+        ),
     ] = False,
     repeats: Repeats = 5,
     threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
-    """One training step, paired with TRL's on the same model, batch and dtype."""
+    """Compare one training step with TRL's, on the same model, batch and dtype."""
     from cwdpo.lab.bench.measure import step_report
 
     setting = replace(setting, negatives=negatives, reference=reference.value, vision_cache=vision_cache)
@@ -102,7 +113,7 @@ def step(
 @app.command()
 @with_setting
 def scale(setting: Setting, repeats: Repeats = 5, threads: Threads = 1, as_json: AsJson = False) -> None:
-    """How the step's cost grows with the number of negatives (1, 2, 4, 8) and with the prompt's length."""
+    """Measure how the cost of a step grows with the number of negatives (1, 2, 4, 8) and with the prompt length."""
     from cwdpo.lab.bench.measure import scale_report
 
     report = scale_report(
@@ -115,11 +126,11 @@ def scale(setting: Setting, repeats: Repeats = 5, threads: Threads = 1, as_json:
 def recipe(
     path: Recipe,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=2, help="of each variant")] = 20,
+    steps: Annotated[int, typer.Option(min=2, help="optimizer steps of each variant")] = 20,
     threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Stage 2 of a recipe with and without shared-prefix scoring and batches by length, alternating."""
+    """Compare stage 2 of a recipe with and without shared-prefix scoring and batches by length."""
     from cwdpo.config import load_recipe
     from cwdpo.lab.bench.recipe import recipe_report
 
@@ -135,9 +146,9 @@ def _say() -> Callable[[str], None]:
 
 
 LABELS = {
-    "trl": "TRL as it is",
+    "trl": "TRL, unchanged",
     "trl_completions": "TRL, completion tokens only",
-    "trl_cached": "... with reference values handed over (TRL refuses this for images)",
+    "trl_cached": "... with given reference values (TRL does not support this for images)",
 }
 
 

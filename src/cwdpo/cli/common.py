@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands have."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from typing import Annotated
 import typer
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML)")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as you like")]
-AsJson = Annotated[bool, typer.Option("--json", help="for machines")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value; any number of them")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -1,4 +1,4 @@
-"""``cwdpo evaluate``, ``compare`` and ``export``: measure a model, compare runs, hand a model on."""
+"""``cwdpo evaluate``, ``compare`` and ``export``: measure a model, compare runs, export a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="a file, a folder, or a hub id")],
     metrics: Annotated[
         list[str] | None,
-        typer.Option(help="names with commas, or {name: ..., setting: ...}; default: what the data allows"),
+        typer.Option(
+            help="names separated by commas, or {name: ..., setting: ...}; default: those that fit the data"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder; default RUN/evaluation, else runs/evaluation")
@@ -31,17 +33,17 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="read this many examples only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="read only this many examples")] = None,
     data_format: Annotated[
         str, typer.Option("--format", help="auto, the name of a format, or file.py:ClassName")
     ] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
     lmms_eval: Annotated[
-        str | None, typer.Option("--lmms-eval", help="tasks for lmms-eval, with commas")
+        str | None, typer.Option("--lmms-eval", help="tasks for lmms-eval, separated by commas")
     ] = None,
     lmms_model: Annotated[str, typer.Option(help="lmms-eval's name of the model family")] = "llava_hf",
 ) -> None:
-    """Answer a data set and measure the answers: every number with its n and a 95% interval over prompts."""
+    """Generate responses to a data set and measure them; numbers have n and a 95% interval over prompts."""
     from cwdpo.evaluation import run
 
     folder = out or _evaluation_folder(model)
@@ -68,7 +70,7 @@ def compare(
         str,
         typer.Option(
             help="world, references, metric, reward_model, vlm, file.py:Class, or {name: ..., setting: ...}; none: no "
-            "win rates; auto: world where the data is the world's, else none"
+            "win rates; auto: world if the data is from the embedded world, else none"
         ),
     ] = "auto",
 ) -> None:
@@ -98,11 +100,11 @@ def compare(
 
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run")],
-    out: Annotated[Path, typer.Option(help="folder to write; must be empty or absent")],
-    merge: Annotated[bool, typer.Option("--merge", help="add a LoRA adapter to the base's weights")] = False,
-    dtype: Annotated[str | None, typer.Option(help="of merged weights; default: the base's own")] = None,
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or not exist")],
+    merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into the base model")] = False,
+    dtype: Annotated[str | None, typer.Option(help="dtype of merged weights; default: the base's")] = None,
 ) -> None:
-    """Write the final model as a folder that AutoModelForImageTextToText, lmms-eval and vLLM load, with a card."""
+    """Write the final model, with a card, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM."""
     from cwdpo.pipeline.export import export as write
 
     typer.echo(write(run, out, merge=merge, dtype=dtype))
@@ -114,7 +116,7 @@ def _evaluation_folder(model: str) -> Path:
 
 def _number(one: Mapping[str, Any]) -> str:
     if one["value"] is None:
-        return "nothing to measure"
+        return "no value"
     bounds = "" if one["low"] is None else f" [{one['low']:.4f}, {one['high']:.4f}]"
     n = f"  n={one['n']}" if "n" in one else ""
     return f"{one['value']:.4f}{bounds}{n}"

@@ -1,4 +1,4 @@
-"""The laboratory's commands: the demo, studies and their sweeps, the data made for them, benchmarks."""
+"""The commands of the laboratory: the demo, studies and sweeps, their data, and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from cwdpo.cli.progress import grid_bar
 
 Recipe = Annotated[
     Path | None,
-    typer.Argument(help="a recipe (YAML); default: the embedded world and model, at the demo's size"),
+    typer.Argument(help="a recipe (YAML); default: the embedded world and model, with the size of the demo"),
 ]
 Study = Annotated[str, typer.Option(help="a study file, or the name of a shipped study")]
-Jobs = Annotated[int, typer.Option("--jobs", "--workers", min=1, help="parallel processes, one core each")]
-Only = Annotated[
-    list[str] | None, typer.Option(help="a variant to take (repeatable), with what it needs; default: all")
+Jobs = Annotated[
+    int, typer.Option("--jobs", "--workers", min=1, help="number of parallel processes, one core each")
 ]
-Test = Annotated[Path | None, typer.Option(help="test set, for data that is not the embedded world's")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="run only this variant (repeatable) and those that it needs; default: all"),
+]
+Test = Annotated[Path | None, typer.Option(help="test set, for data that is not from the embedded world")]
 
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (demo, ablate, sweep, margins, edits):
+    for command in (demo, ablate, sweep, publish, tables, margins, edits):
         app.command()(command)
     app.command("best-of")(best_of)
     app.add_typer(bench.app, name="bench")
@@ -36,7 +39,7 @@ def demo(
 ) -> None:
     """Compare continued SFT, DPO, DPO + SFT and CW-DPO on the embedded world (minutes on 2 cores).
 
-    It is the study `demo` at three seeds.
+    This is the study `demo` with three seeds.
     """
     ablate("demo", seeds=3, jobs=jobs, out=out)
 
@@ -47,20 +50,21 @@ def ablate(
     seeds: Annotated[
         int,
         typer.Option(
-            min=1, help="how many seeds, the same for every variant (from 0 on, or from the study's first)"
+            min=1,
+            help="number of seeds, the same seeds for all variants (starting at the study's first seed)",
         ),
     ] = 5,
     jobs: Jobs = 2,
     out: Annotated[Path | None, typer.Option(help="folder; default runs/<study>")] = None,
     tuned: Annotated[
-        Path | None, typer.Option(help="the chosen.yaml of a sweep; default: what the study says")
+        Path | None, typer.Option(help="the chosen.yaml of a sweep; default: set by the study")
     ] = None,
     only: Only = None,
     test: Test = None,
 ) -> None:
-    """Run a study: every variant at every seed, to a table with intervals and corrected p-values.
+    """Run a study: all variants with all seeds, and a table with intervals and corrected p-values.
 
-    Finished cells in the folder are used again, so a study that was cut off is continued by the same command.
+    Finished cells in the folder are reused, so the same command continues an interrupted study.
     """
     from cwdpo.lab.ablate import ablate as run
     from cwdpo.lab.spec import RECIPE, load_study, settings_for
@@ -85,14 +89,14 @@ def sweep(
     study: Study,
     recipe: Recipe = None,
     finalists: Annotated[
-        int, typer.Option(min=1, help="points per variant that run on the second seed too")
+        int, typer.Option(min=1, help="number of points per variant that also run with the second seed")
     ] = 3,
     jobs: Jobs = 2,
     out: Annotated[Path | None, typer.Option(help="folder; default runs/<study>-sweep")] = None,
     only: Only = None,
     test: Test = None,
 ) -> None:
-    """Find every variant's best settings by the same budget, on validation pictures and seeds of its own."""
+    """Find the best settings of each variant with the same budget, on validation images and separate seeds."""
     from cwdpo.lab.ablate import sweep as run
     from cwdpo.lab.spec import RECIPE, load_study
 
@@ -107,16 +111,48 @@ def sweep(
     typer.echo(f"\ntable    {folder / 'sweep.md'}\nchosen   {folder / 'chosen.yaml'}")
 
 
+def publish(
+    study: Annotated[Path, typer.Argument(help="the folder of a finished study")],
+    to: Annotated[Path, typer.Option(help="where results are kept")] = Path("docs/data"),
+) -> None:
+    """Keep what a study found: figures per seed and settings, small enough for a repository."""
+    from cwdpo.lab.published import publish as run
+
+    for path in run(study, to):
+        typer.echo(path)
+
+
+def tables(
+    pages: Annotated[
+        list[Path], typer.Argument(help="markdown pages with <!-- table STUDY KIND FIGURES -->")
+    ],
+    data: Annotated[Path, typer.Option(help="where results are kept")] = Path("docs/data"),
+    check: Annotated[
+        bool, typer.Option(help="change nothing; exit with 1 if a table is out of date")
+    ] = False,
+) -> None:
+    """Write the tables of pages anew from published results."""
+    from cwdpo.lab.published import fill, stale
+
+    if check:
+        found = stale(pages, data)
+        for page in found:
+            typer.echo(f"{page}: a table is not that of {data}: run `cwdpo tables {page}`", err=True)
+        raise typer.Exit(1 if found else 0)
+    for page in pages:
+        typer.echo(f"{page}: {'written' if fill(page, data) else 'unchanged'}")
+
+
 def edits(
-    data: Annotated[Path, typer.Argument(help="any data set, or a .txt file with a caption a line")],
-    captions: Annotated[int, typer.Option(min=1, help="drawn, where there are more")] = 500,
-    examples: Annotated[int, typer.Option("--show", min=0, help="edited captions to print")] = 50,
+    data: Annotated[Path, typer.Argument(help="any data set, or a .txt file with one caption per line")],
+    captions: Annotated[int, typer.Option(min=1, help="largest number of captions, chosen at random")] = 500,
+    examples: Annotated[int, typer.Option("--show", min=0, help="number of edited captions to print")] = 50,
     kinds: Annotated[
-        str | None, typer.Option(help="of edits, with commas; default: the source's own")
+        str | None, typer.Option(help="kinds of edits, separated by commas; default: those of perturb")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Show what the `perturb` negatives make of captions: coverage, kinds, and drawn examples, in markdown."""
+    """Show how `perturb` edits captions: how many, which kinds, and examples, as markdown."""
     from cwdpo.lab.edits import describe
 
     typer.echo(describe(data, captions, kinds.split(",") if kinds else None, examples, seed))
@@ -126,17 +162,17 @@ def best_of(
     data: Annotated[Path, typer.Argument(help="a .jsonl file of the embedded world")],
     out: Annotated[Path, typer.Option(help="folder to write")],
     model: Annotated[
-        str, typer.Option(help="what is sampled: 'embedded', a folder, or a hub id")
+        str, typer.Option(help="the model to sample: 'embedded', a folder, or a hub id")
     ] = "embedded",
     n: Annotated[int, typer.Option(min=2, help="samples per prompt")] = 8,
-    noise: Annotated[float, typer.Option(min=0, max=1, help="share of samples whose score is random")] = 0.3,
+    noise: Annotated[float, typer.Option(min=0, max=1, help="share of samples with a random score")] = 0.3,
     worse: Annotated[
         Literal["truth", "judge"],
-        typer.Option(help="who finds that rejected is worse: 'truth', or the noisy 'judge'"),
+        typer.Option(help="rejected must be worse according to the 'truth', or to the noisy 'judge'"),
     ] = "truth",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Write a preference set whose chosen responses are only better: the best of n samples by a noisy judge."""
+    """Write a preference set in which chosen is the best of n samples according to a noisy judge."""
     from cwdpo.data.encode.encoder import Encoder
     from cwdpo.lab.best_of import write_best_of
     from cwdpo.lab.spec import BestOf
@@ -147,18 +183,18 @@ def best_of(
     policy = load_policy(ModelSettings(path=model))
     made = write_best_of(policy, Encoder(policy.processor), data, out, settings, seed=seed)
     typer.echo(
-        f"{made['rows']} rows ({made['left_out']} left out); chosen is right in every fact in "
-        f"{made['chosen_right']:.3f}, mean score {made['chosen_score']:.3f}; wrong labels "
+        f"{made['rows']} rows ({made['left_out']} left out); share of chosen that is right in every fact "
+        f"{made['chosen_right']:.3f}, mean score {made['chosen_score']:.3f}; share of wrong labels "
         f"{made['wrong_labels']:.3f}\n{out / 'train.jsonl'}"
     )
 
 
 def margins(
-    run: Annotated[Path, typer.Argument(help="a finished run whose stage 2 was dpo")],
-    data: Annotated[Path, typer.Option(help="the .jsonl file that it was trained on")],
-    out: Annotated[Path, typer.Option(help="folder to write; its train.jsonl holds the rows")],
+    run: Annotated[Path, typer.Argument(help="a finished run with dpo in stage 2")],
+    data: Annotated[Path, typer.Option(help="the .jsonl file that the run was trained on")],
+    out: Annotated[Path, typer.Option(help="folder to write; its train.jsonl contains the rows")],
 ) -> None:
-    """Write every pair's reward margin by a DPO run into the data, for the madpo objective."""
+    """Add the reward margin of each pair, from a DPO run, to the data, for the objective madpo."""
     from cwdpo.config import load_recipe
     from cwdpo.lab.margins import write_margins
     from cwdpo.rundir import RunDir

@@ -1,4 +1,4 @@
-"""The command line: its commands are mounted here, and errors are answered in words. Help and schema load no torch."""
+"""The command line: adds all commands, and prints errors without a traceback. Help and schema do not load torch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _DISK_ERRORS = {
 
 
 def _disk_trouble(error: Exception) -> str | None:
-    """What a full, read-only or broken disk did, in our words; ``None`` for any other error.
+    """A message for an error of a full, read-only or broken disk; ``None`` for any other error.
 
-    safetensors and torch raise errors of their own, which only their text tells apart.
+    safetensors and torch raise their own types of errors, which can be recognised only by their text.
     """
     text, place = str(error), "a file of the run"
     found = re.search(r"\(os error (\d+)\)", text) if type(error).__name__ == "SafetensorError" else None
@@ -43,16 +43,20 @@ def _disk_trouble(error: Exception) -> str | None:
         return None
     if isinstance(error, OSError) and error.filename:
         place = str(error.filename)
-    remedy = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "choose a place that you may write to"
+    remedy = (
+        "free some space"
+        if number in (errno.ENOSPC, errno.EDQUOT)
+        else "choose a folder that you may write to"
+    )
     return (
-        f"{place}: the disk refuses ({os.strerror(number)}); what was written before is whole: {remedy}, then "
-        "continue with --resume, or choose another --out"
+        f"{place}: the file cannot be written ({os.strerror(number)}); files written before are complete: {remedy}, "
+        "then continue with --resume, or choose another --out"
     )
 
 
 def main() -> None:
-    """Entry point: errors that cwdpo raises on purpose, and those of a disk, are printed without a traceback."""
-    for stream in (sys.stdout, sys.stderr):  # paths may hold bytes that are no text in any encoding
+    """Entry point; prints errors of cwdpo and of the disk without a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a path may contain bytes that are not valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

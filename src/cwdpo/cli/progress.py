@@ -1,4 +1,4 @@
-"""Progress on the terminal: bars on stderr, made in one place."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Bars:
-    """A line for everything that is counted, added when it is first named; none where nothing is to be drawn."""
+    """Progress bars by name; a bar is added when its name is first used. Without a ``progress`` nothing is shown."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._lines: dict[str, Any] = {}
 
     def show(self, name: str, done: int, total: int | None, unit: str = "") -> None:
-        """How far a line is; with a ``unit`` its pace too."""
+        """Set the count of a bar; with a ``unit`` also show its speed."""
         if self._progress is None:
             return
         line = self._line(name, total)
@@ -34,12 +34,12 @@ class Bars:
         self._progress.update(line, completed=done, total=total, pace=pace)
 
     def describe(self, name: str, text: str) -> None:
-        """The text of a line."""
+        """Set the text of a bar."""
         if self._progress is not None:
             self._progress.update(self._line(name, None), description=text)
 
     def say(self, text: str) -> None:
-        """A line of text above the bars."""
+        """Print a line of text above the bars."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False)
 
@@ -52,11 +52,11 @@ class Bars:
 
 @contextmanager
 def bars(*, always: bool = False, transient: bool = False) -> Iterator[Bars]:
-    """Bars with count, pace and time left.
+    """Progress bars with count, speed and remaining time.
 
     Args:
-        always: print their last state also where stderr is no terminal.
-        transient: leave nothing behind.
+        always: print the last state even if stderr is not a terminal.
+        transient: remove the bars at the end.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -75,7 +75,7 @@ def bars(*, always: bool = False, transient: bool = False) -> Iterator[Bars]:
 
 @contextmanager
 def run_listener() -> Iterator[Listener]:
-    """Phases, optimizer steps and samples of a run, on the main process only."""
+    """A listener that shows phases, optimizer steps and samples of a run; on the main process only."""
     from cwdpo.stage.listener import Listener
 
     if os.environ.get("RANK", "0") != "0":
@@ -93,7 +93,7 @@ def run_listener() -> Iterator[Listener]:
 
 @contextmanager
 def grid_bar(steps: int) -> Iterator[OnEvent]:
-    """Optimizer steps of all cells of a study on one line; a finished cell is named where no line is drawn."""
+    """One bar for the optimizer steps of all cells of a study; without a terminal, a line per finished cell."""
     from rich.console import Console
 
     from cwdpo.lab.grid import CellResult

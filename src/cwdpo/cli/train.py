@@ -1,4 +1,4 @@
-"""``cwdpo train``, ``report``, ``init-model``, ``recipe schema``: a run, its page, and what a run begins with."""
+"""``cwdpo train``, ``report``, ``init-model`` and ``recipe schema``."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def train(
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/<name>")] = None,
     resume: Annotated[bool, typer.Option(help="continue the run in the folder")] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="with --resume: continue with a changed recipe")
+        bool, typer.Option("--accept-changes", help="with --resume: allow a changed recipe")
     ] = False,
     data_file: Annotated[
         Path | None,
-        typer.Option("--from", help="train on the pairs of this file, as `cwdpo sample` wrote them"),
+        typer.Option("--from", help="train on the pairs of this file, written by `cwdpo sample`"),
     ] = None,
 ) -> None:
-    """Run both stages of a recipe on your model and data."""
+    """Train both stages of a recipe on your model and data."""
     from cwdpo.config import load_recipe
 
     parsed = load_recipe(recipe, [*_pairs_of(data_file), *(overrides or ())])
@@ -45,7 +45,7 @@ def train(
     if resume and not folder.is_dir():
         raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
     if accept_changes and not resume:
-        raise typer.BadParameter("it goes with --resume", param_hint="--accept-changes")
+        raise typer.BadParameter("it needs --resume", param_hint="--accept-changes")
     _refuse_absent(parsed.train.report_to)
     from cwdpo.pipeline.two_stage import train_two_stage
 
@@ -59,7 +59,7 @@ def train(
 
 
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write report.html again from a run folder."""
+    """Write report.html of a run folder again."""
     from cwdpo.report.render import write_report
     from cwdpo.rundir import RunDir
 
@@ -68,17 +68,17 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 
 
 def init_model(
-    out: Annotated[Path, typer.Argument(help="folder to write; must be empty or absent")],
+    out: Annotated[Path, typer.Argument(help="folder to write; must be empty or not exist")],
     texts: Annotated[
-        Path | None, typer.Option(help="text file to train the tokenizer on, a text per line")
+        Path | None, typer.Option(help="text file to train the tokenizer on, one text per line")
     ] = None,
-    image_size: Annotated[int, typer.Option(help="pixels")] = 48,
-    width: Annotated[int, typer.Option(help="hidden size of the text tower")] = 128,
-    layers: Annotated[int, typer.Option(help="layers of the text tower")] = 4,
-    vocabulary: Annotated[int, typer.Option(help="tokens")] = 512,
+    image_size: Annotated[int, typer.Option(help="width and height of images, in pixels")] = 48,
+    width: Annotated[int, typer.Option(help="hidden size of the language model")] = 128,
+    layers: Annotated[int, typer.Option(help="number of layers of the language model")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="number of tokens in the vocabulary")] = 512,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Write a small random LLaVA folder (model, processor, tokenizer) for smoke runs."""
+    """Write a small LLaVA with random weights (model, processor, tokenizer) for quick tests."""
     from cwdpo.models.tiny import TinyModelSettings
     from cwdpo.models.tiny import init_model as write
 
@@ -95,14 +95,14 @@ def init_model(
 
 
 def recipe_schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
+    """Print the JSON schema of recipes, for editors."""
     from cwdpo.schema import recipe_schema as schema
 
     typer.echo(json.dumps(schema(), indent=1))
 
 
 def _pairs_of(file: Path | None) -> list[str]:
-    """Overrides that make a file of pairs the data, with its negatives as they are."""
+    """Overrides to train on a file of pairs with its own negatives."""
     if file is None:
         return []
     return [
@@ -121,7 +121,7 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _refuse_absent(trackers: tuple[str, ...]) -> None:
-    """Before anything is written: transformers asks for trackers when data and model are loaded already."""
+    """Raise an error if a tracker is not installed; transformers checks this only after loading data and model."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise MissingPackageError(

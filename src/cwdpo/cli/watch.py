@@ -1,4 +1,4 @@
-"""``cwdpo diagnose`` and ``cwdpo watch``: what a run's numbers say, while it trains and afterwards. No torch."""
+"""``cwdpo diagnose`` and ``cwdpo watch``, for a run during training and afterwards. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FINDINGS = 3
 
 
 SHORT = (("delta_logp/chosen", "Δchosen"), ("margin", "margin"), ("kl", "KL"), ("cooling/cooled", "cooled"))
-"""Readings of the progress line, in nats per token, nats, nats per token, and as a share."""
+"""Readings shown next to the progress bar: in nats per token, nats, nats per token, and a share."""
 
 
 def in_short(readings: Mapping[str, Any]) -> str:
-    """The last measurement on one line; what was not measured is left out.
+    """The latest readings on one line; readings without a value are left out.
 
     Args:
-        readings: name -> an object with ``value``.
+        readings: by name, objects with ``value``.
     """
     known = [(label, readings[name].value) for name, label in SHORT if name in readings]
     return "  ".join(f"{label} {value:+.3f}" for label, value in known if value is not None)
@@ -35,9 +35,9 @@ def mount(app: typer.Typer) -> None:
 
 def diagnose(
     run: Annotated[Path, typer.Argument(help="a run folder, finished or not")],
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Name what is wrong with a run and what to change; exit code 0 healthy, 3 with findings."""
+    """Show what is wrong with a run and what to change; exit code 0: no findings, 3: findings."""
     from cwdpo.dynamics.diagnose import diagnose as look
     from cwdpo.dynamics.diagnose import to_json
     from cwdpo.rundir import RunDir
@@ -49,7 +49,7 @@ def diagnose(
     elif not findings:
         rows = folder.readings()
         where = f"{len(rows)} readings up to step {max((r['step'] for r in rows), default=0)}"
-        typer.echo(f"{run}: healthy ({where})" if rows else f"{run}: nothing was measured yet")
+        typer.echo(f"{run}: healthy ({where})" if rows else f"{run}: there are no readings yet")
     for finding in findings if not as_json else ():
         typer.echo(
             f"{finding.severity}: {finding.name}: {finding.title} ({finding.stage}, from step {finding.first_step})"
@@ -63,10 +63,10 @@ def diagnose(
 
 def watch(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8765,
-    every: Annotated[int, typer.Option(min=1, help="seconds between two looks")] = 5,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port; 0: any free port")] = 8765,
+    every: Annotated[int, typer.Option(min=1, help="seconds between two reloads of the page")] = 5,
 ) -> None:
-    """Show a run on a local page that refreshes itself; it reads only, and answers this machine only."""
+    """Show a run on a local page that reloads itself. The run is only read; other machines have no access."""
     from cwdpo.report.watch import serve
     from cwdpo.rundir import RunDir
 

@@ -1,4 +1,4 @@
-"""The top of a run's page: one look tells a healthy run from a squeezed one."""
+"""The first section of a run's page: diagnosis, gauges and the charts that show squeezing."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from cwdpo.report._page import Folder, Panels
 from cwdpo.report._text import finite, number, plain
 from cwdpo.report.figures import Line
 
-# label, series, limit, unit, what it means
+# label, series, limit, unit, help text
 GAUGES = (
-    ("Δ log p of chosen", "delta_logp/chosen", CHOSEN_FALL, "nats/token", "the responses to learn must not fall"),
-    ("KL to the reference", "kl", KL_DRIFT, "nats/token", "how far the policy has gone from where stage 2 began"),
-    ("Negatives cooled", "cooling/cooled", 0.9, "share", "with a weight under 0.1: they teach nothing any more"),
-    ("Gradient from easy negatives", "train/gradient/easy_share", 0.7, "share of the rejected side's", "wasted pushes"),
-    ("Saturated pairs", "train/gradient/saturated", 0.7, "share", "won with a = 0.99 and more: nothing left to learn"),
-    ("Vulnerable pairs", "train/gradient/vulnerable", 0.7, "share", "a from 0.8 to 0.99: little loss, large residuals"),
+    ("Δ log p of chosen", "delta_logp/chosen", CHOSEN_FALL, "nats/token", "chosen must not become less likely"),
+    ("KL to the reference", "kl", KL_DRIFT, "nats/token", "how far the policy is from the start of stage 2"),
+    ("Negatives cooled", "cooling/cooled", 0.9, "share", "with a weight below 0.1: they have almost no gradient"),
+    ("Gradient from easy negatives", "train/gradient/easy_share", 0.7, "share of the rejected side's", "not useful"),
+    ("Saturated pairs", "train/gradient/saturated", 0.7, "share", "a above 0.99: nothing left to learn from them"),
+    ("Vulnerable pairs", "train/gradient/vulnerable", 0.7, "share", "a from 0.8 to 0.99: small loss, large residuals"),
 )  # fmt: skip
 _FULL = 1.5
-"""A gauge is full at so many times its limit."""
+"""A gauge is full at this many times its limit."""
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """One number on a bar whose limit is marked; ``filled`` and ``mark`` are percentages of the bar."""
+    """One number shown as a bar with its limit; ``filled`` and ``mark`` are percentages of the bar."""
 
     label: str
     value: str
@@ -43,7 +43,7 @@ class Gauge:
 def dynamics(
     folder: Folder, readings: list[dict[str, Any]], metrics: list[dict[str, Any]], names: Iterator[str]
 ) -> dict[str, Any]:
-    """The template's values: verdict, findings, gauges, and the charts that show squeezing."""
+    """The values for the template: findings, gauges, and the charts that show squeezing."""
     series = Series(readings, metrics)
     findings = diagnose_rows(readings, metrics)
     panels = Panels(names)
@@ -51,11 +51,11 @@ def dynamics(
     types.sort(key=lambda n: (n != "delta_logp/chosen", n))
     squeeze = [
         _line(series, "delta_logp/chosen", "chosen", 0),
-        _line(series, "argmax_logp", "the policy's own argmax", 1, change=True),
+        _line(series, "argmax_logp", "the policy's most likely tokens", 1, change=True),
     ]
     panels.add(
-        "Who gains, who loses",
-        "nats per token since the start: chosen must not fall while argmax rises",
+        "Chosen and the policy's most likely tokens",
+        "nats per token since the start: chosen must not fall while the other rises",
         squeeze,
         limit=CHOSEN_FALL,
     )
@@ -120,7 +120,7 @@ def _shown(finding: Finding) -> dict[str, Any]:
 
 
 def _cost(folder: Folder) -> str:
-    """What measuring took, by stage."""
+    """The share of measurements in the time of each stage, as a text."""
     rows = [r for r in folder.rows("timings.jsonl") if finite(r.get("probe_share")) is not None]
     last = {plain(r.get("stage")): r for r in rows}
     return "; ".join(

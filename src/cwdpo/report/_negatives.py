@@ -1,4 +1,4 @@
-"""The page's section on the negatives of stage 2's rounds."""
+"""The page's section on the negatives of the rounds of stage 2."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, shor
 ORIGINS = ("dataset", "perturbed", "on_policy")
 _WORD = re.compile(r"\s+|\S+")
 _LONGEST = 600
-"""Characters of a response that are compared and shown."""
+"""Number of characters of a response that are compared and shown."""
 
 
 def negatives_section(folder: Folder, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rounds by origin and pairs with what differs marked; empty where the run had no rounds."""
+    """Rounds by origin, and pairs with their differences marked; empty if the run had no rounds."""
     rounds = folder.rows("rounds.jsonl")
     logged = [row for row in metrics if row.get("stage") == "stage2"]
     shown = [pair for row in rounds for pair in records(row.get("pairs"))[:6]]
@@ -33,13 +33,13 @@ def _round(row: dict[str, Any], logged: Sequence[dict[str, Any]]) -> dict[str, A
     dropped = ", ".join(f"{plain(n)} {plain(why)}" for why, n in sorted(mapping(row.get("dropped")).items()))
     facts = [
         f"{plain(row.get('prompts'))} prompts, {plain(row.get('left_out'))} without a negative",
-        f"{plain(row.get('samples'))} samples, of which no negatives: {dropped or 'none'}"
-        + ("" if row.get("judged") else " (no judge: unequal to chosen counts as wrong)"),
+        f"{plain(row.get('samples'))} samples, of which did not become negatives: {dropped or 'none'}"
+        + ("" if row.get("judged") else " (no judge: a sample that differs from chosen counts as wrong)"),
     ]
     if row.get("replaced_chosen"):
         facts.append(f"{plain(row['replaced_chosen'])} chosen responses are samples judged right")
     if row.get("short"):
-        facts.append(f"{plain(row['short'])} negatives were wanted that no source had")
+        facts.append(f"{plain(row['short'])} negatives are missing because no source had one")
     return {
         "name": f"{plain(row.get('round'))}: steps {begin:.0f} to {end:.0f}",
         "asked": number(row.get("asked"), 2),
@@ -68,7 +68,7 @@ def _origin(
 
 
 def _mean(logged: Sequence[dict[str, Any]], origin: str, what: str) -> str:
-    """The mean over the round's logged rows, each by its number of negatives; with that number."""
+    """The mean over the round's logged rows, weighted by their number of negatives; and the total number."""
     known = [
         (n, value)
         for row in logged
@@ -86,9 +86,9 @@ def _pair(pair: dict[str, Any], folder: Folder) -> dict[str, Any]:
     if "edit" in made:
         notes.append(f"{plain(made['edit'])}: {plain(made.get('from'))} → {plain(made.get('to'))}")
     if "mean_logp" in made:
-        notes.append(f"{number(made['mean_logp'])} nats per token when drawn")
+        notes.append(f"{number(made['mean_logp'])} nats per token when sampled")
     if "step" in made:
-        notes.append(f"drawn at step {plain(made['step'])}")
+        notes.append(f"sampled at step {plain(made['step'])}")
     left, right = marked(chosen[:_LONGEST], rejected[:_LONGEST])
     return {
         "id": plain(pair.get("id")),
@@ -102,7 +102,7 @@ def _pair(pair: dict[str, Any], folder: Folder) -> dict[str, Any]:
 
 
 def marked(chosen: str, rejected: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Both texts as pieces, each with whether it differs: what is outside their common beginning and end.
+    """Both texts as pieces with a flag; True marks the part between their common beginning and common end.
 
     >>> marked("a red dog runs", "a blue dog runs")
     ([('a ', False), ('red', True), (' dog runs', False)], [('a ', False), ('blue', True), (' dog runs', False)])

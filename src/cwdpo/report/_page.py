@@ -1,4 +1,4 @@
-"""What both kinds of page are made of: a tolerant reader of a folder, legends, panels."""
+"""Parts of all pages: a tolerant reader of a folder, legends, panels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cwdpo.report.figures import Line, colour, dash, line_chart
 
 
 class Folder:
-    """Reads files of a run; what is missing is empty, what cannot be read is empty and noted.
+    """Reads the files of a run. A missing file is empty; an unreadable file is empty and listed in ``troubles``.
 
-    A report is often the last thing that a long run writes, so it never fails on one bad file.
+    A report is often the last step of a long run, so one bad file must not make it fail.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +27,7 @@ class Folder:
         self.troubles: list[str] = []
 
     def text(self, name: str) -> str:
-        """A file's text."""
+        """The text of a file."""
         path = self.path / name
         try:
             return read_bytes(path).decode(errors="replace") if path.is_file() else ""
@@ -36,7 +36,7 @@ class Folder:
             return ""
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object."""
+        """The JSON object in a file."""
         text = self.text(name)
         try:
             return mapping(parse_json(text, name)) if text.strip() else {}
@@ -45,7 +45,7 @@ class Folder:
             return {}
 
     def yaml(self, name: str) -> dict[str, Any]:
-        """A YAML mapping."""
+        """The YAML mapping in a file."""
         try:
             return mapping(parse_yaml(self.text(name), name))
         except FileError as error:
@@ -61,7 +61,7 @@ class Folder:
             return []
 
     def _note(self, name: str, error: FileError) -> None:
-        self.troubles.append(f"{name} could not be read ({error}); what it holds is missing below.")
+        self.troubles.append(f"{name} could not be read ({error}); its content is missing below.")
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -70,13 +70,13 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def records(value: Any) -> list[dict[str, Any]]:
-    """The mappings of a list; anything else is no mapping."""
+    """The mappings in a list; empty if the value is not a list."""
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
 @dataclass(frozen=True)
 class Legend:
-    """An entry of a legend: a stroke as in the chart, a name, and what else is to be said."""
+    """An entry of a legend: a line as in the chart, a name and a note."""
 
     label: str
     slot: int
@@ -95,7 +95,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart with its title, unit and legend (empty where a shared legend stands above)."""
+    """One chart with its title, unit and legend (empty if several charts share a legend)."""
 
     title: str
     unit: str
@@ -105,7 +105,7 @@ class Panel:
 
 @dataclass
 class Panels:
-    """Gathers the panels of a section, and the names of those that have no data."""
+    """Collects the panels of a section, and the titles of those that have no data."""
 
     keys: Iterator[str]
     found: list[Panel] = field(default_factory=list)
@@ -121,7 +121,15 @@ class Panels:
         whole: bool = False,
         limit: float | None = None,
     ) -> None:
-        """Draw lines over steps (``whole``: from 0 to 1) and a ``limit``; lines without a point are left out."""
+        """Add a chart of lines over steps; lines without a point are left out.
+
+        Args:
+            title, unit: shown above the chart.
+            lines: the lines.
+            legend: whether the panel has its own legend.
+            whole: whether the axis goes from 0 to 1.
+            limit: a value to mark with a horizontal line.
+        """
         drawn = [line for line in lines if len(line.x)]
         if not drawn:
             self.absent.append(title)
@@ -147,7 +155,8 @@ def points(
 
     Args:
         rows: each with ``step`` and the named keys.
-        y, low, high: keys; without ``low`` and ``high`` in every row there is no band.
+        label, slot: of the line.
+        y, low, high: keys; there is a band only if all rows have ``low`` and ``high``.
     """
     kept = [(float(r["step"]), finite(r.get(y)), r) for r in rows if finite(r.get("step")) is not None]
     full = sorted(((x, v, r) for x, v, r in kept if v is not None), key=lambda point: point[0])

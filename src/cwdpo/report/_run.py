@@ -1,4 +1,4 @@
-"""What the page of a single run shows."""
+"""The values for the page of a single run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def run_page(folder: Folder) -> dict[str, Any]:
-    """The template's values; every part says itself when it was not recorded."""
+    """The values for the template; a part that was not recorded says so."""
     recipe, calibration = folder.yaml("recipe.yaml"), folder.json("calibration.json")
     environment, summary = folder.json("environment.json"), folder.json("summary.json")
     readings, metrics = folder.rows("readings.jsonl"), folder.rows("metrics.jsonl")
@@ -44,7 +44,7 @@ def run_page(folder: Folder) -> dict[str, Any]:
 
 
 def _facts(recipe: dict[str, Any], summary: dict[str, Any], readings: Rows, metrics: Rows) -> list[Any]:
-    """(name, text) of what was run."""
+    """What was run, as (name, text)."""
     model, data = mapping(recipe.get("model")), mapping(recipe.get("data"))
     source = data.get("path")
     if source is None and data.get("world") is not None:
@@ -84,7 +84,7 @@ def _stage_fact(settings: dict[str, Any], stage: str, rows: Rows) -> str:
 
 
 def _cooling(recipe: dict[str, Any], calibration: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
-    """floor and tau, each with where it came from; a number in the recipe wins over the calibration."""
+    """floor and tau with their source; a number in the recipe is used instead of the calibrated one."""
     objective = mapping(mapping(recipe.get("stage2")).get("objective"))
     out: dict[str, tuple[float | None, str]] = {}
     for name in ("floor", "tau"):
@@ -113,7 +113,7 @@ def _at(readings: Rows, stage: str, name: str, end: int) -> tuple[str, str]:
 def _headline(
     readings: Rows, cooling: dict[str, tuple[float | None, str]], summary: dict[str, Any]
 ) -> list[Any]:
-    """Groups of (label, value, note)."""
+    """The most important numbers, in groups of (label, value, note)."""
     ends = (
         ("Held-out margin", "margin"),
         ("Chosen shift", "chosen_shift"),
@@ -133,7 +133,7 @@ def _headline(
     generated = mapping(summary.get("generated"))
     count = f"greedy, n = {plain(generated.get('prompts'))} prompts"
     labels = (
-        ("Ended by themselves", "ended_share", 3),
+        ("Ended before the length limit", "ended_share", 3),
         ("Words per caption", "mean_words", 1),
         ("Share of distinct captions", "distinct_share", 3),
     )
@@ -196,7 +196,7 @@ def _stage(stage: str, readings: Rows, metrics: Rows, names: Iterator[str]) -> d
 
 
 def _kinds(readings: Rows) -> list[str]:
-    """``chosen``, then the kinds of negatives: the same colours in both stages."""
+    """``chosen``, then the kinds of negatives of both stages, so that colours are the same in both."""
     prefixes = ("delta_logp/", "cooling/weight/")
     found = {
         n.removeprefix(p) for r in readings for p in prefixes if (n := plain(r.get("name"))).startswith(p)

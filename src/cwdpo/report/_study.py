@@ -1,4 +1,4 @@
-"""The page of a study: its tables, and what it shows of some variants: curves, reliability, captions."""
+"""The page of a study: its tables, and curves, reliability diagrams and captions of some variants."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CURVES = (
 )
 DELTA, WEIGHT = "delta_logp/", "cooling/weight/"
 SLOPES = ("sampled_correct", "greedy_correct", "ill_formed")
-"""Figures drawn from the first to the second column of a panel."""
+"""Figures with a chart that connects the first and the second column of a panel."""
 
 
 def study_page(folder: Folder, summary: Summary) -> Page:
-    """The template's values."""
+    """The values for the template."""
     names = keys()
     legend = [_entry(summary.row(name), place) for place, name in enumerate(summary.shown)]
     charts = [
@@ -55,7 +55,7 @@ def _tables(summary: Summary) -> list[Table]:
     heads = [(f.head.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓"), f.help) for f in summary.figures]
     differing = [head for head, f in zip(heads, summary.figures, strict=True) if f in summary.differing]
     base = [
-        ("starting model", "before anything", [_mean(summary.base.get(f.key), f) for f in summary.figures])
+        ("starting model", "before training", [_mean(summary.base.get(f.key), f) for f in summary.figures])
     ]
     means = [
         (v.label, _ran(v), [_mean(v.figures[f.key], f) for f in summary.figures]) for v in summary.variants
@@ -68,18 +68,18 @@ def _tables(summary: Summary) -> list[Table]:
         ),
         Table(
             "differences", f"Difference to {summary.row(summary.full).label}",
-            f"Variant minus full, or minus the one that is named, paired by seed, with its 95% interval. p-values "
-            f"(paired t test) are corrected (Holm) for the {len(summary.compared)} comparisons of a column; a word is "
-            "given only where the corrected p is below 0.05.",
+            f"Variant minus full, or minus the named variant, paired by seed, with its 95% interval. p-values "
+            f"(paired t test) are corrected (Holm) for the {len(summary.compared)} comparisons of a column; better or "
+            "worse is stated only if the corrected p is below 0.05.",
             differing, [(v.label, summary.minus(v), _differences(summary, v)) for v in summary.compared],
         ),
         Table(
-            "seeds", "Values of each seed", "In the order of the seeds; – where there is none.", heads,
+            "seeds", "Values of each seed", "In the order of the seeds; – means no value.", heads,
             [(v.label, "", [_per_seed(v.figures[f.key]) for f in summary.figures]) for v in summary.variants],
             folded=True,
         ),
         Table(
-            "cells", "Runs", "Seconds of one process.", [(f"seed {s}", "") for s in summary.seeds],
+            "cells", "Runs", "Time in seconds, of one process.", [(f"seed {s}", "") for s in summary.seeds],
             [(v.label, "", [_cell(v, seed) for seed in summary.seeds]) for v in summary.variants], folded=True,
         ),
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def _scores(summary: Summary, places: Places, score: Figure) -> Table:
 
 
 def _slopes_of_scores(places: Places) -> Table:
-    """The slope of the score over the columns, by row, and its difference to the full variant's row."""
+    """The slope of each row's score over the columns, and its difference to the row of the full variant."""
     rows = []
     for label, slope in places.slopes.items():
         entries = [mean_entry(slope.mean, slope.low, slope.high, 3)]
@@ -153,12 +153,12 @@ def _settings(variant: Row) -> str:
 
 
 def _entry(variant: Row, place: int) -> Legend:
-    """A variant in a legend; one without a finished run has no line in the charts, and says so."""
+    """A variant in a legend; without a finished run it has no line in the charts, which a note says."""
     return Legend(variant.label, place, "" if len(variant.failed) < len(variant.cells) else "no finished run")
 
 
 def _slopes(summary: Summary, names: Iterator[str]) -> list[Charts]:
-    """From the first to the second column of a panel, a line for each of its rows."""
+    """Charts with a line from the first to the second column for each row of a panel."""
     if summary.panel is None or len(summary.panel.columns) != 2:
         return []
     first, second = summary.panel.columns
@@ -186,7 +186,7 @@ def _slopes(summary: Summary, names: Iterator[str]) -> list[Charts]:
 
 
 def _curves(summary: Summary, legend: Sequence[Legend], names: Iterator[str]) -> list[Charts]:
-    """The panels that matter, and in ``more`` every other reading."""
+    """The most important curves, and in ``more`` all other readings."""
     shown = [(summary.row(name), entry) for name, entry in zip(summary.shown, legend, strict=True)]
     recorded = sorted({name for variant, _ in shown for name in variant.curves})
     panels, more = Panels(names), Panels(names)
@@ -214,7 +214,7 @@ def _curves(summary: Summary, legend: Sequence[Legend], names: Iterator[str]) ->
     for key in recorded:
         if key not in {name for name, *_ in CURVES} and not key.startswith((DELTA, WEIGHT)):
             add(more, key, key, "")
-    note = "Held-out readings of stage 2 unless a panel says otherwise; mean over seeds, the band is its 95% interval."
+    note = "Held-out readings of stage 2 unless a panel names another; mean over seeds; the band is its 95% interval."
     return (
         [Charts("curves", "Learning curves", note, legend, panels.found, more.found)] if panels.found else []
     )
@@ -231,7 +231,7 @@ def _line(entry: Legend, points: Sequence[Point]) -> Line:
 
 
 def _reliability(summary: Summary, legend: Sequence[Legend], names: Iterator[str]) -> list[Charts]:
-    """The diagrams of the shown variants, and how far they lie from the diagonal."""
+    """The reliability diagrams of the shown variants, and their distance from the diagonal."""
     shown = [(entry, summary.row(name)) for name, entry in zip(summary.shown, legend, strict=True)]
     known = [(entry, v.figures["ece"].mean, v.reliability) for entry, v in shown if v.reliability]
     if not known:
@@ -252,15 +252,15 @@ def _reliability(summary: Summary, legend: Sequence[Legend], names: Iterator[str
     ]
     texts = (
         ("Reliability", "share of top tokens that were correct"),
-        ("Gap", "share correct minus confidence: below 0 the model is too sure"),
+        ("Gap", "share correct minus confidence: below 0 the model is overconfident"),
     )
     panels = [
         Panel(title, unit, Markup(reliability_chart(next(names), lines(gap), gap=gap)))
         for gap, (title, unit) in zip((False, True), texts, strict=True)
     ]
     note = (
-        "Token confidence against correctness on held-out chosen captions. On the diagonal, confidence is deserved; "
-        "below it, the model is too sure."
+        "Confidence and correctness of tokens on held-out chosen captions. On the diagonal the model is calibrated; "
+        "below it, the model is overconfident."
     )
     return [Charts("reliability", "Reliability", note, counted, panels)]
 
@@ -281,7 +281,7 @@ def _gallery(folder: Folder, summary: Summary, legend: Sequence[Legend]) -> list
 
 
 def mark(caption: Caption) -> str:
-    """The judge's verdict in words.
+    """The judge's result as a text.
 
     >>> mark(Caption("x", "a dog", all_correct=False, wrong=1, hallucinated=0, omitted=2, ill_formed=False))
     '1 wrong, 2 omitted'

@@ -1,4 +1,4 @@
-"""Pages that are tables of numbers with intervals, and the page of a comparison of runs.
+"""Tables of numbers with intervals, and the page of a comparison of runs.
 
 The summary of a comparison (``cwdpo compare``)::
 
@@ -24,7 +24,7 @@ _TONES = {"better": "good", "worse": "bad", "failed": "bad"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell: its text, what stands small below it, its tone (``good``, ``bad`` or none), and the exact number."""
+    """One cell: its text, small lines below it, its tone (``good``, ``bad`` or none), and the exact number."""
 
     text: str
     below: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A section of the page: anchor, title, note, column heads (text, help) and rows; a folded one opens on a click."""
+    """A section of the page: anchor, title, note, column heads (text, help) and rows; ``folded``: opens on a click."""
 
     key: str
     title: str
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Charts:
-    """A section of charts under one legend; ``more`` open on a click."""
+    """A section of charts with one legend; the charts in ``more`` open on a click."""
 
     key: str
     title: str
@@ -58,7 +58,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Page:
-    """What the template of tables is given."""
+    """The values for the template of tables."""
 
     kind: str
     title: str
@@ -72,13 +72,13 @@ class Page:
 
 
 def comparison_page(folder: Folder, summary: Mapping[str, Any]) -> Page:
-    """The page of runs measured on the same prompts."""
+    """The page of a comparison of runs on the same prompts."""
     del folder
     figures, runs = records(summary.get("figures")), records(summary.get("runs"))
     values = mapping(summary.get("values"))
     tables = [
         Table(
-            "values", "Every run by itself",
+            "values", "Each run",
             "Value with its 95% bootstrap interval over prompts. ↑ higher is better, ↓ lower is better.",
             [_head(f) for f in figures],
             [(str(r.get("name")), "", _row(values.get(str(r.get("name"))), figures, _value)) for r in runs],
@@ -86,7 +86,7 @@ def comparison_page(folder: Folder, summary: Mapping[str, Any]) -> Page:
         Table(
             "differences", "Paired differences",
             "First minus second on the same prompts, with its 95% bootstrap interval over prompts. p-values are "
-            "corrected (Holm) within a column; a word is given only where the corrected p is below 0.05.",
+            "corrected (Holm) within a column; better or worse is stated only if the corrected p is below 0.05.",
             [_head(f) for f in figures],
             [
                 (f"{d.get('ours')} − {d.get('theirs')}", "", _row(d.get("figures"), figures, _difference))
@@ -116,7 +116,7 @@ def _wins(wins: Sequence[Mapping[str, Any]]) -> Table:
         label = f"{w.get('ours')} against {w.get('theirs')}"
         rows.append((label, f"{plain(w.get('kind'))}, by {plain(w.get('judge'))}", cells))
     heads = [("win rate", "a tie counts half"), *((name, "") for name in ("win", "tie", "loss", "prompts"))]
-    heads.append(("bad answers", "answers of the judge that could not be read; they count as ties"))
+    heads.append(("bad answers", "answers of the judge that could not be understood; they count as ties"))
     note = "Prompt by prompt, with the 95% bootstrap interval over prompts; a tie counts half."
     return Table("wins", "Win rates", note, heads, rows)
 
@@ -127,7 +127,7 @@ def _strength(strength: Sequence[Mapping[str, Any]]) -> Table:
         for s in strength
     ]
     note = (
-        "Bradley-Terry log-strengths from all win rates (mean 0); a difference d is a win chance of "
+        "Bradley-Terry log-strengths from all win rates (mean 0); a difference of d means a win probability of "
         "1 / (1 + exp(-d))."
     )
     return Table("strength", "Bradley-Terry", note, [("log-strength", "")], rows)
@@ -156,7 +156,7 @@ def _difference(found: Mapping[str, Any], digits: int) -> Entry:
 
 
 def mean_entry(value: Any, low: Any, high: Any, digits: int, notes: tuple[str, ...] = ()) -> Entry:
-    """A number with its interval below."""
+    """A cell with a number and its interval below."""
     if finite(value) is None:
         return Entry(MISSING, notes)
     bounds = (interval(low, high, digits),) if finite(low) is not None else ()
@@ -166,7 +166,7 @@ def mean_entry(value: Any, low: Any, high: Any, digits: int, notes: tuple[str, .
 def difference_entry(
     value: float | None, low: float | None, high: float | None, p: float | None, word: str, digits: int
 ) -> Entry:
-    """A paired difference with its interval, its corrected p-value and what that allows to say."""
+    """A cell with a paired difference, its interval, its corrected p-value, and the conclusion if it is clear."""
     if value is None:
         return Entry(MISSING)
     below = [interval(low, high, digits)] if low is not None else []
@@ -180,5 +180,5 @@ def difference_entry(
 
 
 def interval(low: Any, high: Any, digits: int) -> str:
-    """Both bounds."""
+    """Both bounds as a text."""
     return f"{number(low, digits)} to {number(high, digits)}"

@@ -1,4 +1,4 @@
-"""Text, numbers and pictures on their way into a page."""
+"""Prepares text, numbers and images for a page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cwdpo.records import ImageRef
 
 MISSING = "not recorded"
 MAX_TEXT = 3000
-"""Characters of one text that are shown."""
+"""Number of characters of a text that are shown."""
 MAX_PIXELS = 256
-"""Longest side of an embedded picture."""
+"""Longest side of an embedded image."""
 
-_HARMLESS = frozenset("\n\t\u00ad\u200c\u200d")  # soft hyphen and joiners belong to ordinary writing
+_HARMLESS = frozenset("\n\t\u00ad\u200c\u200d")  # soft hyphen and joiners occur in ordinary text
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
 
@@ -37,19 +37,19 @@ def visible(text: str) -> str:
 
 
 def shortened(text: str, limit: int = MAX_TEXT) -> str:
-    """The text, cut at ``limit`` characters with a note of how many are left out."""
+    """The text, cut after ``limit`` characters, with the number of characters that are left out."""
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
 
 
 def finite(value: Any) -> float | None:
-    """The value as a finite number, or ``None`` for anything else (booleans too)."""
+    """The value as a finite number; ``None`` for anything else, including booleans."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def number(value: Any, digits: int | None = 3) -> str:
-    """A number with ``digits`` decimals (``None``: four significant digits); anything else is not recorded.
+    """A number with ``digits`` decimals (``None``: four significant digits); "not recorded" for anything else.
 
     >>> number(-0.4567, 2), number(None), number(0.00012345, None)
     ('−0.46', 'not recorded', '0.0001234')
@@ -64,7 +64,7 @@ def number(value: Any, digits: int | None = 3) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting or a note as text; numbers short, lists with commas."""
+    """A setting or a note as text, with short numbers and commas in lists."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -79,7 +79,7 @@ def plain(value: Any) -> str:
 
 
 def picture_uri(path: str | None, folder: Path) -> str | None:
-    """A picture as a ``data:`` URI of at most :data:`MAX_PIXELS`; ``None`` where it cannot be read.
+    """An image as a ``data:`` URI, at most :data:`MAX_PIXELS` wide and high; ``None`` if it cannot be read.
 
     Args:
         path: absolute, or relative to ``folder`` or to the working directory.
@@ -96,7 +96,9 @@ def picture_uri(path: str | None, folder: Path) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = ImageRef(path=candidates[0]).open()
-    except Exception:  # Pillow's plugins raise nearly anything on broken files; the page says so instead
+    except (
+        Exception
+    ):  # Pillow's plugins raise many types of error on broken files; the page shows a note instead
         return None
     image.thumbnail((MAX_PIXELS, MAX_PIXELS))
     drawing = image.getcolors(256) is not None

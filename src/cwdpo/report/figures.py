@@ -1,9 +1,9 @@
-"""Small charts as SVG text for an HTML page that has a light and a dark theme.
+"""Small charts as SVG text for an HTML page with a light and a dark theme.
 
-Matplotlib draws with stand-in colours, which are then replaced by CSS variables (``--ink``, ``--muted``,
-``--grid``, ``--bad``, ``--c0`` to ``--c7``), so one SVG serves both themes. No text from data is drawn into a chart:
-titles and legends are HTML, where they are escaped and wrap. Identifiers are prefixed by the chart's key, and
-those that nothing refers to are dropped, so that charts on one page do not collide.
+Matplotlib draws with placeholder colours, which are then replaced by CSS variables (``--ink``, ``--muted``, ``--grid``,
+``--bad``, ``--c0`` to ``--c7``), so the same SVG works in both themes. No text from data is drawn into a chart: titles
+and legends are HTML, which is escaped and wrapped. Identifiers get the chart's key as a prefix, and unused ones are
+removed, so that the charts of a page do not collide.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 SLOTS = 8
-"""Number of colours; a ninth line takes the first colour again with another dash."""
+"""Number of colours; a ninth line has the first colour again, with another dash pattern."""
 DASHES = ("", "6 2.5", "2 2", "8 2.5 2 2.5", "4 2", "3 1.5", "10 3", "6 2 1 2 1 2")
-"""SVG dash patterns by slot: a line is told apart without its colour too."""
+"""SVG dash patterns by slot, so that lines can be distinguished without colours."""
 
 _INK, _MUTED, _GRID, _BAD = "#fd0001", "#fd0002", "#fd0003", "#fd0004"
 _THEME = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)", _BAD: "var(--bad)"}
-_SIZE = (4.6, 2.5)  # inches of 72 units: about the width of one column, so text is drawn at its own size
-_FEW = 12  # points that are still worth a marker each
+_SIZE = (4.6, 2.5)  # inches of 72 units: about the width of a column, so that the text is not scaled
+_FEW = 12  # lines with at most this many points have markers
 _RC = {
     "svg.fonttype": "none",
     "font.size": 9.5,
@@ -59,8 +59,8 @@ class Line:
 
     Attributes:
         label: name for the legend (plain text; never drawn).
-        slot: fixes colour and dash.
-        x, y: equally many finite numbers.
+        slot: decides colour and dash pattern.
+        x, y: finite numbers, the same number of each.
         low, high: the band around ``y``, or empty.
     """
 
@@ -88,15 +88,15 @@ def line_chart(key: str, lines: Sequence[Line], *, whole: bool = False, limit: f
     Args:
         key: unique on the page.
         lines: at least one.
-        whole: show all of 0 to 1, so that a weight that hardly moves is seen to hardly move.
-        limit: a value that is not to be crossed; drawn across, so that the distance to it is seen.
+        whole: show the range from 0 to 1, so that small changes look small.
+        limit: a value to mark with a horizontal line.
 
     Returns:
         An ``<svg>`` element.
     """
 
     def paint(axes: Any) -> None:
-        for line in reversed(lines):  # the first line ends up on top
+        for line in reversed(lines):  # draw the first line last, so that it is on top
             if len(line.low):
                 axes.fill_between(
                     line.x, line.low, line.high, color=_tone(line.slot), alpha=0.16, linewidth=0
@@ -147,8 +147,8 @@ def reliability_chart(key: str, lines: Sequence[Line], *, gap: bool) -> str:
 
     Args:
         key: unique on the page.
-        lines: ``x`` confidence and ``y`` accuracy, both probabilities; with ``gap``, ``y`` is accuracy minus
-            confidence, which shows differences that are lost beside the diagonal.
+        lines: ``x`` is confidence and ``y`` is accuracy, both probabilities.
+        gap: ``y`` is accuracy minus confidence instead, which makes small differences visible.
     """
 
     def paint(axes: Any) -> None:
@@ -166,17 +166,17 @@ def reliability_chart(key: str, lines: Sequence[Line], *, gap: bool) -> str:
 
 
 def slope_chart(key: str, lines: Sequence[Line], ends: tuple[str, str]) -> str:
-    """Two columns, one line per method from left to right, with intervals where there are any.
+    """Two columns connected by one line per method, with intervals if there are any.
 
     Args:
         key: unique on the page.
-        lines: ``y`` (and ``low``, ``high``) at two points; ``x`` is not read.
-        ends: our own names of the two columns.
+        lines: ``y`` (and ``low``, ``high``) at two points; ``x`` is not used.
+        ends: names of the two columns.
     """
 
     def paint(axes: Any) -> None:
         for i, line in enumerate(lines):
-            shift = (i - (len(lines) - 1) / 2) * 0.035  # side by side, so that intervals can be told apart
+            shift = (i - (len(lines) - 1) / 2) * 0.035  # side by side, so that the intervals do not overlap
             x = (shift, 1 + shift)
             if len(line.low):
                 axes.vlines(x, line.low, line.high, color=_tone(line.slot), alpha=0.55, linewidth=1.4)
@@ -213,9 +213,9 @@ def _drawn(key: str, paint: Callable[[Any], None], size: tuple[float, float] = _
 
 
 def _for_page(svg: str, key: str) -> str:
-    """Cut what a page does not need, put the theme's colours in, and make identifiers the chart's own."""
+    """Remove what a page does not need, insert the theme's colours, and prefix identifiers with the chart's key."""
     body = svg[svg.index("<svg") :].strip()
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.S)  # its `*` rule would reach the whole page
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.S)  # its `*` rule would apply to the whole page
     body = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', body, count=1
     )

@@ -1,4 +1,4 @@
-"""The model card of a run and of its export: what was trained how, its numbers, and what is wrong with it."""
+"""The model card of a run and of its export: how the model was trained, its findings and its numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cwdpo.report._page import Folder, mapping
 from cwdpo.report._text import finite, number, plain, visible
 
 Form = Literal["full", "adapter", "merged"]
-"""What lies beside the card: a whole model, a peft adapter, or a base with its adapter merged in."""
+"""The model next to the card: a whole model, a peft adapter, or a base model with its adapter merged."""
 STAGES = ("stage1", "stage2")
 
 
@@ -28,7 +28,7 @@ def write_model_card(folder: str | Path) -> Path:
 
 
 def model_card(run: Path, form: Form) -> str:
-    """The card as markdown with the hub's front matter; what a run lacks is left out."""
+    """The card as markdown with the front matter of the hub; parts that a run does not have are left out."""
     source = Folder(run)
     recipe, summary = source.yaml("recipe.yaml"), source.json("summary.json")
     name = _line(recipe.get("name") or summary.get("name") or run.resolve().name)
@@ -73,11 +73,11 @@ def _stages(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _findings(source: Folder, summary: Mapping[str, Any]) -> list[str]:
-    """The diagnosis first, then what the run's files give reason to say."""
+    """The findings of the diagnosis, early stops, calibration, and problems of the data."""
     findings = diagnose_rows(source.rows("readings.jsonl"), source.rows("metrics.jsonl"))
     lines = [
         f"{f.severity}: {f.title} ({f.stage}, from step {f.first_step}). {f.advice.strip()}" for f in findings
-    ] or ["The diagnosis found nothing wrong."]
+    ] or ["The diagnosis has no findings."]
     for stage in STAGES:
         stopped = source.json(f"stopped-{stage}.json")
         if stopped:
@@ -89,19 +89,21 @@ def _findings(source: Folder, summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"Calibrated on {n} samples of the reference: {values}.")
     left_out = len(source.rows("problems.jsonl"))
     if left_out:
-        lines.append(f"{left_out} rows or examples were left out; the run's problems.jsonl says why.")
+        lines.append(
+            f"{left_out} rows or examples were left out; the run's problems.jsonl lists the reasons."
+        )
     readings = mapping(mapping(mapping(summary.get("stages")).get("stage2")).get("readings"))
     chosen = finite(mapping(readings.get("delta_logp/chosen")).get("value"))
     if chosen is not None:
         moved = "fell" if chosen < 0 else "rose"
         lines.append(
-            f"Held-out chosen responses {moved} by {abs(chosen):.3f} nats per token in likelihood in stage 2."
+            f"In stage 2 the log-likelihood of held-out chosen responses {moved} by {abs(chosen):.3f} nats per token."
         )
     return lines
 
 
 def _numbers(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """A table of the evaluation's numbers and of the last held-out readings of each stage."""
+    """A table of the evaluation's numbers and the last held-out readings of each stage."""
     rows = [(_line(name), mapping(one)) for name, one in mapping(evaluation.get("numbers")).items()]
     for stage, last in mapping(summary.get("stages")).items():
         step = plain(mapping(last).get("step"))
@@ -119,5 +121,5 @@ def _numbers(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 
 def _line(value: Any) -> str:
-    """Text from a recipe or a file on one line, without what markdown would take for more than text."""
+    """Text from a recipe or a file on one line, without characters that markdown would interpret."""
     return visible(" ".join(plain(value).split())).replace("`", "'")

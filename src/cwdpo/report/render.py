@@ -1,7 +1,8 @@
-"""A run folder -> one self-contained HTML file: no script, no network, every text escaped. No torch.
+"""Renders a run folder as one HTML file, without scripts or network access; all text is escaped.
 
-Three kinds of folder are read: a single run (:mod:`cwdpo.rundir`), a study (:mod:`cwdpo.report.summary`, written by
-``cwdpo ablate`` and ``cwdpo demo``), and a comparison of runs (:mod:`cwdpo.report._tables`, by ``cwdpo compare``).
+There are three kinds of folders: a single run (:mod:`cwdpo.rundir`), a study (:mod:`cwdpo.report.summary`, written by
+``cwdpo ablate`` and ``cwdpo demo``), and a comparison of runs (:mod:`cwdpo.report._tables`, written by
+``cwdpo compare``). Does not import torch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def write_report(folder: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        RunDirError: there is no such folder, or the summary of a study is not of this version.
+        RunDirError: there is no such folder, or another version wrote the summary of the study.
     """
     out = Path(folder) / "report.html"
     write_text(out, render_report(folder))
@@ -42,18 +43,22 @@ def render_report(folder: str | Path, *, refresh: int | None = None) -> str:
     """The page as text.
 
     Args:
-        refresh: seconds after which the page loads itself again; ``None`` for a page that stays.
+        folder: the folder to render.
+        refresh: seconds after which the page reloads itself; ``None``: never.
 
     Raises:
-        RunDirError: there is no such folder, or the summary of a study is not of this version.
+        RunDirError: there is no such folder, or another version wrote the summary of the study.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise RunDirError(f"{path}: no such folder; give the folder of a run, e.g. runs/<name>")
+        raise RunDirError(f"{path}: no such folder; name the folder of a run, e.g. runs/<name>")
     source = Folder(path)
     summary = source.json("summary.json")
     template = "tables.html.jinja"
-    if summary.get("kind") in ("study", "demo"):  # a demo of an older version: reading it says what to do
+    if summary.get("kind") in (
+        "study",
+        "demo",
+    ):  # for "demo", of an older version, read_summary says what to do
         values = vars(study_page(source, read_summary(path)))
     elif summary.get("kind") == "comparison":
         values = vars(comparison_page(source, summary))
@@ -79,5 +84,5 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Applied by jinja to every printed value, before it is escaped."""
+    """jinja calls this for every printed value, before it escapes the value."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,6 +1,6 @@
-"""The summary of a study: ``summary.json``, written by the laboratory, read by its page, its tables and the terminal.
+"""The summary of a study: ``summary.json``, written by the laboratory, used for its page, tables and the terminal.
 
-Every number keeps its values per seed, so that variants can be compared on the same pictures. No torch.
+Every number keeps its values per seed, so that variants can be compared on the same images. Does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILE = "summary.json"
 
 @dataclass(frozen=True)
 class Figure:
-    """A column of the tables; ``main`` ones are printed in the terminal too, where there is little room."""
+    """A column of the tables; only ``main`` figures are printed in the terminal, where space is limited."""
 
     key: str
     label: str
@@ -31,13 +31,13 @@ class Figure:
 
     @property
     def head(self) -> str:
-        """The label with an arrow in the better direction."""
+        """The label with an arrow that shows the better direction."""
         return self.label + {"higher": " ↑", "lower": " ↓"}.get(self.better, "")
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and 95% interval over ``n`` seeds (of a win rate: over prompts); ``None`` where there is nothing."""
+    """Mean and 95% interval over ``n`` seeds (of a win rate: over prompts); ``None`` if there are no values."""
 
     mean: float | None
     low: float | None
@@ -48,9 +48,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant minus its rival, paired by seed: t interval, paired t test, and what the corrected p allows to say.
+    """A variant minus its rival, paired by seed: t interval, paired t test, and ``word``, the conclusion.
 
-    ``two_way``: the interval over seeds and test pictures, for figures that are means over pictures.
+    ``two_way``: the interval over seeds and test images, for figures that are means over images.
     """
 
     mean: float | None
@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class CellState:
-    """One seed of a variant: whether it ended, and its seconds of one process."""
+    """One seed of a variant: whether it is done, and its time in seconds."""
 
     seed: int
     status: Literal["done", "failed"]
@@ -74,7 +74,7 @@ class CellState:
 
     @property
     def reason(self) -> str:
-        """The first line of its error."""
+        """The first line of the error."""
         return str(self.error).partition("\n")[0]
 
 
@@ -90,7 +90,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Bin:
-    """A bar of a reliability diagram: ``n`` tokens, their mean confidence and the share that was correct."""
+    """A bin of a reliability diagram: ``n`` tokens, their mean confidence and the share of correct ones."""
 
     confidence: float
     accuracy: float
@@ -99,7 +99,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant. ``rival`` names the one it is compared with; the last two fields are kept of shown variants only."""
+    """A variant. ``rival``: the variant it is compared with. Only shown variants have the last two fields."""
 
     name: str
     label: str
@@ -114,12 +114,12 @@ class Row:
 
     @property
     def failed(self) -> tuple[CellState, ...]:
-        """Seeds without figures."""
+        """The seeds without figures."""
         return tuple(c for c in self.cells if c.status == "failed")
 
     @property
     def named(self) -> str:
-        """The label, with failed cells counted."""
+        """The label, with the number of failed cells."""
         return self.label + (
             f" ({len(self.failed)} of {len(self.cells)} cells FAILED)" if self.failed else ""
         )
@@ -127,10 +127,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """Variants in rows and columns, by name; ``None`` where a method was not run at a setting.
+    """The names of variants in rows and columns; ``None`` for a place without a variant.
 
-    Where the columns are three numbers or more, ``slopes`` are the least-squares slopes of the score over them by row,
-    fitted seed by seed, and ``slope_differences`` their differences to the row of the variant ``full``.
+    If the columns are at least three numbers, ``slopes`` are each row's least-squares slopes of the score over the
+    columns, fitted for each seed, and ``slope_differences`` their differences to the row of the variant ``full``.
     """
 
     columns: tuple[str, ...]
@@ -141,7 +141,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Caption:
-    """What one variant wrote of a picture, and the exact judge's marks."""
+    """The caption of an image by one variant, and the world judge's result."""
 
     label: str
     text: str
@@ -154,7 +154,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Picture:
-    """A held-out picture (path relative to the summary's folder), its true caption and the variants' captions."""
+    """A held-out image (path relative to the summary's folder), its true caption and the variants' captions."""
 
     image: str
     truth: str
@@ -167,9 +167,9 @@ class Summary:
 
     Attributes:
         full: the variant that others are compared with, unless they name another one.
-        shared: cells that failed and that several variants needed, with their errors.
-        base: figures of the starting model, where the study asks for them.
-        shown: variants whose curves, reliability and captions are kept; their place gives their colour.
+        shared: failed cells that several variants need, with their errors.
+        base: figures of the starting model, if the study measures it.
+        shown: variants with curves, reliability diagrams and captions; the position decides the colour.
     """
 
     title: str
@@ -191,23 +191,23 @@ class Summary:
         return next(v for v in self.variants if v.name == name)
 
     def minus(self, row: Row) -> str:
-        """Whom a variant is compared with, where that is not the full one: ``minus ...``, or nothing."""
+        """``minus ...`` with the variant that a variant is compared with; empty if that is the full one."""
         return "" if row.rival in (None, self.full) else f"minus {self.row(str(row.rival)).label}"
 
     @property
     def failures(self) -> list[str]:
-        """A line for each failed cell."""
+        """One line per failed cell."""
         cells = [f"{v.label}, seed {c.seed}: {c.reason}" for v in self.variants for c in v.failed]
         return cells + [f"{key}: {error.partition(chr(10))[0]}" for key, error in self.shared.items()]
 
     @property
     def compared(self) -> tuple[Row, ...]:
-        """Variants with a rival: as many comparisons are made of every figure."""
+        """The variants with a rival; their number is the number of comparisons of a figure."""
         return tuple(v for v in self.variants if v.rival)
 
     @property
     def differing(self) -> tuple[Figure, ...]:
-        """Figures that are compared; a win rate is a comparison already."""
+        """The figures that are compared; a win rate is already a comparison."""
         return tuple(f for f in self.figures if f.key != "win_rate")
 
     def write(self, folder: Path) -> None:
@@ -216,10 +216,10 @@ class Summary:
 
 
 def read_summary(folder: Path) -> Summary:
-    """The summary of a study's folder.
+    """Read the summary of a study.
 
     Raises:
-        RunDirError: the file is not such a summary; the key is named.
+        RunDirError: the file is not a summary of this version; the message names the key.
     """
     try:
         return TypeAdapter(Summary).validate_python(read_object(folder / FILE))
@@ -228,5 +228,5 @@ def read_summary(folder: Path) -> Summary:
         key = ".".join(map(str, first["loc"]))
         raise RunDirError(
             f"{folder / FILE}: {key}: {first['msg']}; another version wrote it: run the same command (cwdpo ablate or "
-            "cwdpo demo) again, finished cells are used again"
+            "cwdpo demo) again, finished cells are reused"
         ) from None

@@ -21,7 +21,7 @@ OPENERS = ("", "there is", "i see", "the picture shows")
 
 @dataclass(frozen=True)
 class StatedObject:
-    """One object as a sentence states it; ``place`` is ``None`` where no place is given."""
+    """One object as a sentence states it; ``place`` is ``None`` if the sentence gives no place."""
 
     size: str
     colour: str
@@ -33,7 +33,7 @@ class StatedObject:
 class Sentence:
     """A well-formed description.
 
-    ``relations[i]`` stands between objects ``i`` and ``i + 1``: a relation, or ``None`` for "and".
+    ``relations[i]`` is between objects ``i`` and ``i + 1``: a relation, or ``None`` for "and".
     """
 
     opener: str
@@ -63,9 +63,9 @@ def _match(words: Sequence[str], at: int, phrases: Sequence[str]) -> tuple[str |
 
 
 def parse(text: str) -> Sentence | None:
-    """The sentence that ``text`` spells, or ``None`` where the grammar does not produce ``text``.
+    """The sentence of a text; ``None`` if the grammar does not produce the text.
 
-    Exact: ``parse(s.text) == s`` for every sentence, and ``parse(t).text == t`` for every text it accepts.
+    ``parse(s.text) == s`` for every sentence s, and ``parse(t).text == t`` for every text t that it accepts.
     """
     words = text.split(" ")
     opener, at = _match(words, 0, OPENERS[1:])
@@ -84,16 +84,16 @@ def parse(text: str) -> Sentence | None:
         if list(words[at:]) == ["."]:
             return Sentence(opener or "", tuple(objects), tuple(relations))
         link, at = _match(words, at, ("and", *RELATIONS))
-        # An item holds one relation at most: "a left of b above c" is not produced.
+        # An item has at most one relation: the grammar does not produce "a left of b above c".
         if link is None or (link != "and" and relations and relations[-1] is not None):
             return None
         relations.append(None if link == "and" else link)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A true and complete description of the scene, drawn from its phrasings.
+    """A true and complete description of the scene, chosen at random from all of them.
 
-    Two or more objects are told by a relation with probability 0.4, otherwise every object by its place.
+    With two or more objects it states a relation with probability 0.4; otherwise it states the place of each object.
     """
     order = rng.sample(scene.objects, len(scene.objects))
     opener = rng.choice(OPENERS)
@@ -106,7 +106,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def true_captions(scene: Scene) -> Iterator[str]:
-    """Every description that ``caption`` can draw for the scene, each once."""
+    """Every description that :func:`caption` can return for the scene, each once."""
     for opener in OPENERS:
         for order in itertools.permutations(scene.objects):
             links = (None,) * (len(order) - 1)
@@ -119,9 +119,9 @@ def true_captions(scene: Scene) -> Iterator[str]:
 
 
 def paraphrases(text: str) -> list[str]:
-    """The same facts in the grammar's other words: another opener, and objects in another order.
+    """All other sentences with the same facts: with another opener, or with the objects in another order.
 
-    Objects change places only where no relation hangs on their order. Empty for a text that is no sentence.
+    The order of the objects changes only if the sentence has no relation. Empty if the text is not a sentence.
     """
     said = parse(text)
     if said is None:

@@ -1,4 +1,4 @@
-"""The exact judge of the shapes world: what a description gets right, wrong, adds and leaves out."""
+"""The judge of the shapes world: counts what a description states rightly, states wrongly, adds and omits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cwdpo.worlds._scenes import Scene, SceneObject, relation_holds
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a description is worth for a scene.
+    """The judgement of a description of a scene.
 
-    ``score`` is the F1 of the stated facts (size, colour, shape and, where stated, place of each object, and
-    each stated relation), in [0, 1]; it is 1 exactly when ``all_correct``. ``wrong`` counts wrong attributes,
-    places and relations of objects that are there; ``hallucinated`` and ``omitted`` count objects.
-    An ill-formed text scores 0, omits every object, and states nothing.
+    ``score`` is the F1 of the stated facts (size, colour, shape and, if stated, place of each object, and each stated
+    relation), in [0, 1]; it is 1 exactly when ``all_correct``. ``wrong`` counts wrong attributes, places and relations
+    of objects in the scene; ``hallucinated`` and ``omitted`` count objects. An ill-formed text has score 0 and omits
+    every object.
     """
 
     all_correct: bool
@@ -34,10 +34,10 @@ class Judgement:
 
 
 def judge(caption: str, scene: Scene) -> Judgement:
-    """Judge a description against a scene, under the assignment of stated to true objects that suits it best.
+    """Judge a description of a scene, with the best assignment of stated objects to true objects.
 
-    A stated object can stand for a true one when they share colour, shape or the stated place; what cannot
-    be assigned is hallucinated. Places and relations are not required, but count when stated.
+    A stated object can be assigned to a true one if they have the same colour, shape or place; an object that is not
+    assigned is hallucinated. Places and relations are not required, but are counted if stated.
     """
     sentence = parse(caption)
     if sentence is None:
@@ -50,7 +50,7 @@ def judge(caption: str, scene: Scene) -> Judgement:
 
 
 def _assignments(sentence: Sentence, scene: Scene) -> list[tuple[int | None, ...]]:
-    """For each true object the index of the stated one that stands for it, or ``None``; all ways."""
+    """All assignments: for each true object, the index of its stated object, or ``None``."""
     options = [
         [None, *(i for i, stated in enumerate(sentence.objects) if _may_be(stated, true))]
         for true in scene.objects

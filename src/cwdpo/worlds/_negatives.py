@@ -1,7 +1,7 @@
-"""Negatives of the shapes world in named kinds, and the noisy captions that a base model is pretrained on.
+"""Negatives of the shapes world, by kind, and the noisy captions that a base model is pretrained on.
 
-A corruption never states a held-out combination unless the scene has one: otherwise training texts would
-name those combinations in negatives only, and a policy could reject them without looking at the picture.
+A negative states a held-out combination only if the scene has one. Otherwise training texts would contain these
+combinations in negatives only, and a policy could reject them without looking at the image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Slot = tuple[str, int]
 
 
 def _slots(sentence: Sentence, rng: random.Random) -> list[Slot]:
-    """Every slot once, in random order; sorts of slot come first with equal chances."""
+    """Every slot once, in random order; each sort of slot has the same chance to be first."""
     by_sort: dict[str, list[Slot]] = {key: [] for key in (*_WORDS, "place", "relation")}
     for i, item in enumerate(sentence.objects):
         for key in (*_WORDS, *(("place",) if item.place is not None else ())):
@@ -54,7 +54,7 @@ def _slots(sentence: Sentence, rng: random.Random) -> list[Slot]:
 
 
 def _other_words(word: str, words: Sequence[str], rng: random.Random) -> list[str]:
-    """The other words of a family in random order, a similar one first with probability 0.6."""
+    """The other words of a family in random order; with probability 0.6 the similar ones are first."""
     others = rng.sample([w for w in words if w != word], len(words) - 1)
     similar = _SIMILAR.get(word, ())
     near_first = rng.random() < _SIMILAR_SHARE
@@ -85,7 +85,7 @@ def _novel(sentence: Sentence) -> set[tuple[str, str]]:
 
 
 def _edited(sentence: Sentence, slot: Slot, scene: Scene, rng: random.Random) -> Sentence | None:
-    """The first change of the slot that is allowed and leaves the sentence wrong."""
+    """The first change of the slot that is allowed and makes the sentence wrong."""
     for changed in _changes(sentence, slot, rng):
         allowed = scene.held_out or _novel(changed) <= _novel(sentence)
         if allowed and not judge(changed.text, scene).all_correct:
@@ -94,7 +94,7 @@ def _edited(sentence: Sentence, slot: Slot, scene: Scene, rng: random.Random) ->
 
 
 def _added(sentence: Sentence, scene: Scene, rng: random.Random, favourite: float = 0.0) -> Sentence | None:
-    """The sentence with one object that is not in the scene; a blue circle with chance ``favourite``."""
+    """The sentence with one more object that is not in the scene; a blue circle with probability ``favourite``."""
     present = {(o.colour, o.shape) for o in scene.objects}
     stated = {(o.colour, o.shape) for o in sentence.objects}
     looks = [
@@ -132,7 +132,7 @@ def _sentence(chosen: str) -> Sentence:
     sentence = parse(chosen)
     if sentence is None:
         raise DataError(
-            f"shapes world: {chosen!r} is not a sentence of its grammar, so it cannot be corrupted"
+            f"shapes world: {chosen!r} is not a sentence of its grammar, so no negative can be made from it"
         )
     return sentence
 
@@ -159,9 +159,9 @@ def hard(
     rng: random.Random,
     others: Sequence[Scene] = (),
 ) -> Completion:
-    """``chosen`` with one wrong word: a size, colour, shape, place or relation ("left of" counts as one).
+    """``chosen`` with one wrong word: a size, colour, shape, place or relation ("left of" counts as one word).
 
-    Colours and shapes change to a similar one with probability 0.6. ``made`` holds the edit.
+    Colours and shapes change to a similar one with probability 0.6. ``made`` contains the edit.
 
     Raises:
         DataError: ``chosen`` is not a sentence of the grammar.
@@ -180,9 +180,9 @@ def medium(
     rng: random.Random,
     others: Sequence[Scene] = (),
 ) -> Completion:
-    """``chosen`` with about three errors, often an object added or dropped among them.
+    """``chosen`` with about three errors; one of them is often an added or omitted object.
 
-    ``made`` holds the judge's counts: ``wrong``, ``hallucinated``, ``omitted``.
+    ``made`` contains the judge's counts: ``wrong``, ``hallucinated``, ``omitted``.
 
     Raises:
         DataError: ``chosen`` is not a sentence of the grammar.
@@ -205,7 +205,7 @@ def medium(
 
 
 def easy(scene: Scene, chosen: str, rng: random.Random, others: Sequence[Scene] = ()) -> Completion:
-    """A true caption of another picture, false for this one.
+    """A true caption of another image that is false for this one.
 
     Raises:
         DataError: no scene of ``others`` has a caption that is false here.
@@ -214,7 +214,9 @@ def easy(scene: Scene, chosen: str, rng: random.Random, others: Sequence[Scene] 
         text = caption(other, rng)
         if text != chosen and not judge(text, scene).all_correct:
             return Completion(text, "dataset", "easy")
-    raise DataError(f"shapes world: none of {len(others)} other scenes differs from this one; pass more")
+    raise DataError(
+        f"shapes world: none of {len(others)} other scenes differs from this one; pass more scenes"
+    )
 
 
 def shuffled(
@@ -242,10 +244,10 @@ NEGATIVES: dict[str, NegativeMaker] = {"hard": hard, "medium": medium, "easy": e
 
 
 def noisy_caption(scene: Scene, rng: random.Random, error_rate: float = 0.35) -> str:
-    """A caption that is wrong with probability ``error_rate``: one or two errors.
+    """A caption that has one or two errors with probability ``error_rate``.
 
-    An error changes a word (55%), adds an object (30%; mostly a blue circle, so that a base model learns to
-    hallucinate in one direction) or drops one (15%).
+    An error changes a word (55%), adds an object (30%; mostly a blue circle, so that a base model learns one typical
+    hallucination) or omits one (15%).
     """
     sentence = _sentence(caption(scene, rng))
     if rng.random() >= error_rate:

@@ -26,8 +26,8 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.5:
         return f"is there a {item.colour} {item.shape} ?", "yes"
     present = {(o.colour, o.shape) for o in scene.objects}
-    # One word of a true answer is changed; in a scene without held-out combinations none is asked about,
-    # else "no" could be told from the words alone.
+    # Change one word of a true combination. Held-out combinations are used only in scenes that have one, or a model
+    # could answer "no" from the words alone.
     absent = [
         look
         for look in (*((c, item.shape) for c in COLOURS), *((item.colour, s) for s in SHAPES))
@@ -37,9 +37,9 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def answer(text: str, scene: Scene) -> str | None:
-    """The right answer to a question as ``question`` asks them, or ``None`` if it is not one.
+    """The right answer to a question of :func:`question`; ``None`` for other texts.
 
-    Asking for colour or place of a shape that is not there has no answer either.
+    ``None`` also for the colour or place of a shape that is not in the scene.
     """
     words = text.split(" ")
     by_shape = {o.shape: o for o in scene.objects}
@@ -60,4 +60,4 @@ def wrong_answers(right: str) -> tuple[str, ...]:
     for family in (COLOURS, COUNTS, PLACES, YES_NO):
         if right in family:
             return tuple(word for word in family if word != right)
-    raise ValueError(f"{right!r} is no answer of this world")
+    raise ValueError(f"{right!r} is not an answer of this world")

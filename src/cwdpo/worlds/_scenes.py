@@ -1,4 +1,4 @@
-"""Scenes of the shapes world: what is in a picture, and how it is drawn. No torch, no Pillow."""
+"""Scenes of the shapes world: the objects of an image, and how they are drawn. Does not import torch or Pillow."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _RGB = {
     "purple": (145, 55, 190),
     "pink": (245, 150, 190),
 }
-# Below 4.8 the pixels of a circle and of a square or diamond are nearly the same.
+# With a radius below 4.8, a circle has nearly the same pixels as a square or diamond.
 _RADIUS = {"small": (4.8, 6.0), "large": (8.0, 10.0)}
 _CENTRE = {"top": 12, "bottom": 36, "left": 12, "right": 36}
 _JITTER = 2
@@ -59,10 +59,10 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects, at most one per quadrant, no shape twice.
+    """One to three objects of different shapes, at most one per quadrant.
 
-    ``noise_seed`` fixes colour and pixel noise, so that a scene is drawn the same way every time;
-    ``held_out`` says whether a combination of ``HELD_OUT`` is in it.
+    ``noise_seed`` decides colour and pixel noise, so that a scene always gives the same image. ``held_out``: whether
+    the scene has a combination of :data:`HELD_OUT`.
     """
 
     objects: tuple[SceneObject, ...]
@@ -100,9 +100,9 @@ class Scene:
 
 
 def relation_holds(first: str, relation: str, second: str) -> bool:
-    """Whether an object at place ``first`` stands in ``relation`` to one at place ``second``.
+    """Whether an object at place ``first`` is in ``relation`` to an object at place ``second``.
 
-    Rows and columns of quadrants decide, so objects of one column are neither left nor right of each other.
+    Rows and columns of quadrants decide: objects in the same column are neither left nor right of each other.
     """
     (row_a, column_a), (row_b, column_b) = first.split(), second.split()
     return {
@@ -114,14 +114,14 @@ def relation_holds(first: str, relation: str, second: str) -> bool:
 
 
 def stream(seed: int, split: str, index: int, purpose: str = "scene") -> random.Random:
-    """The random stream of one item, independent of every other item and of how many are drawn."""
+    """The random generator of one item; it does not depend on other items or on their number."""
     return random.Random(f"{seed}:{split}:{index}:{purpose}")
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
     """Scene ``index`` of a split.
 
-    Training scenes have no combination of ``HELD_OUT``; a quarter of the others have at least one.
+    Training scenes have no combination of :data:`HELD_OUT`; a quarter of the other scenes have at least one.
 
     Raises:
         DataError: ``split`` is not train, validation or test.
@@ -158,7 +158,7 @@ def _place(rng: random.Random, colour: str, shape: str, place: str) -> SceneObje
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
-    """The picture of a scene, uint8 of shape [48, 48, 3]; equal scenes give equal pictures."""
+    """The image of a scene, uint8 [48, 48, 3]; equal scenes give equal images."""
     noise = np.random.default_rng(scene.noise_seed)
     picture = np.full((SIDE, SIDE, 3), noise.uniform(30, 50), dtype=np.float64)
     for item in scene.objects:

@@ -1,4 +1,4 @@
-"""The embedded world's exact judge over sampled captions."""
+"""Judges captions with the scenes of their examples."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from cwdpo.worlds.shapes import Judgement, Scene, judge
 
 
 def is_judgeable(example: Example) -> bool:
-    """Whether an example is the world's: it carries the scene that its picture shows."""
+    """Whether an example is from the embedded world, that is, has the scene of its image."""
     return example.extra.get("scene") is not None
 
 
 def all_judgeable(examples: Sequence[Example]) -> bool:
-    """Whether there are examples and all of them are the world's."""
+    """Whether there are examples and all of them are from the embedded world."""
     return bool(examples) and all(map(is_judgeable, examples))
 
 
 def scene_of(example: Example) -> Scene:
-    """The scene that an example carries.
+    """The scene of an example.
 
     Raises:
-        DataError: it has none: only the embedded world's data can be judged exactly.
+        DataError: the example has none; only data of the embedded world has scenes.
     """
     if not is_judgeable(example):
         raise DataError(f"{example.where or example.id}: scene: missing; only the embedded world has a judge")
@@ -33,7 +33,7 @@ def scene_of(example: Example) -> Scene:
 
 
 def judge_captions(examples: Sequence[Example], captions: Sequence[str]) -> list[Judgement]:
-    """Judge each caption against the scene that its example carries.
+    """Judge each caption with the scene of its example.
 
     Raises:
         DataError: an example has no scene.

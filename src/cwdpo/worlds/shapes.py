@@ -1,6 +1,6 @@
-"""The embedded world: small pictures of coloured shapes, with an exact judge, drawn and described by rule.
+"""The embedded world: small images of coloured shapes, generated and described by rules, with an exact judge.
 
-It is written to disk in TRL's vision-preference columns, so it is read like any other data.
+It is written to disk in TRL's vision-preference format, and then read like any other data.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ __all__ = [
 ]
 
 PROMPT = "describe the picture ."
-"""What every row asks that is not a question."""
+"""The prompt of all rows that are not questions."""
 
 _ASKING = ("what color is the ?", "how many shapes ?", "where is the ?", "is there a ?")
 _PHRASES = (PROMPT, *OPENERS, "a and .", *PLACES, *RELATIONS, *_ASKING, *COUNTS, *YES_NO)
 VOCABULARY = tuple(sorted({w for p in (*_PHRASES, *SIZES, *COLOURS, *SHAPES) for w in p.split()}))
-"""Every word that prompts, descriptions and answers of this world can hold."""
+"""All words of the prompts, descriptions and answers of this world."""
 
 _REFERENCES = 4
 _OTHERS = 8
@@ -99,11 +99,11 @@ _VERSION = 1
 
 
 class ShapesSettings(Settings):
-    """How much of the world is drawn, and what is offered against each chosen response.
+    """The sizes of the world's splits, and the negatives of its rows.
 
-    ``shares`` are relative weights of the kinds of negatives; ``questions`` is the share of rows that ask a
-    question. With ``caption_noise`` the training rows are for pretraining: ``prompt`` and ``completion`` without
-    negatives, and that share of the completions is wrong.
+    ``shares`` are relative weights of the kinds of negatives; ``questions`` is the share of rows that ask a question.
+    With ``caption_noise`` the training rows are for pretraining: they have ``prompt`` and ``completion`` but no
+    negatives, and this share of the completions is wrong.
     """
 
     seed: int = 0
@@ -127,13 +127,13 @@ class ShapesSettings(Settings):
 
 
 def write_split(folder: Path, split: str, n: int, seed: int, *, settings: ShapesSettings) -> Path:
-    """Write ``n`` rows to ``folder/<split>.jsonl`` and their pictures to ``folder/images``.
+    """Write ``n`` rows to ``folder/<split>.jsonl`` and their images to ``folder/images``.
 
-    Row ``i`` depends on ``seed``, ``split``, ``i`` and the settings, not on ``n``; of the settings, ``seed``
-    and the sizes are not read here. Each file appears under its name only when it is whole.
+    Row ``i`` depends on ``seed``, ``split``, ``i`` and the settings (except their ``seed`` and sizes), not on ``n``.
+    Each file gets its name only when it is complete.
 
     Returns:
-        The path of the JSON-lines file.
+        The path of the JSONL file.
 
     Raises:
         DataError: ``split`` is not train, validation or test.
@@ -156,15 +156,15 @@ def write_split(folder: Path, split: str, n: int, seed: int, *, settings: Shapes
 
 
 def materialise(settings: ShapesSettings, folder: Path) -> dict[str, Path]:
-    """Write the splits of the world, or reuse them when ``folder/world.json`` says they are these.
+    """Write the splits of the world, or reuse them if ``folder/world.json`` has the same settings.
 
-    Validation and test are never noisy; a split of size 0 is not written.
+    Captions of validation and test are never noisy; a split of size 0 is not written.
 
     Returns:
-        The JSON-lines file of each split.
+        The JSONL file of each split.
 
     Raises:
-        DataError: the folder holds a file that would be replaced and that this world did not write.
+        DataError: a file in the folder would be replaced although this world did not write it.
     """
     sizes = {s: getattr(settings, s) for s in SPLITS if getattr(settings, s)}
     paths = {split: folder / f"{split}.jsonl" for split in sizes}
@@ -175,9 +175,9 @@ def materialise(settings: ShapesSettings, folder: Path) -> dict[str, Path]:
         return paths
     stale = [folder / f"{s}.jsonl" for s in SPLITS if (folder / f"{s}.jsonl").exists()]
     if stale and found.get("world") != "shapes":
-        raise DataError(f"{stale[0]}: would be replaced, but {note} does not name it; choose an empty folder")
+        raise DataError(f"{stale[0]}: would be replaced, but {note} does not list it; choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    # Marked unfinished first, so that a run that is cut off is written anew and not reused.
+    # Mark the world as incomplete first, so that it is written again, not reused, if this process is killed.
     _write_note(note, {**wanted, "complete": False})
     for path in stale:
         path.unlink()
@@ -201,7 +201,7 @@ def _write_note(path: Path, note: Mapping[str, Any]) -> None:
 
 
 def _whole(path: Path, data: bytes) -> Path:
-    """Write under a temporary name, then rename, so that no reader sees half a file."""
+    """Write to a temporary name and rename, so that no reader sees an incomplete file."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(data)
     os.replace(temporary, path)
@@ -252,10 +252,10 @@ def _said(text: str) -> list[dict[str, Any]]:
 def _negatives(
     scene: Scene, chosen: str, others: list[Scene], settings: ShapesSettings, rng: random.Random
 ) -> list[Completion]:
-    """Distinct negatives, their kinds drawn with the settings' shares; fewer where that many do not exist."""
+    """Different negatives with kinds drawn by the settings' shares; fewer than requested if there are not enough."""
     kinds, weights = list(settings.shares), list(settings.shares.values())
     found: dict[str, Completion] = {}
-    # A scene of one object has about a dozen hard negatives, so asking for more must come to an end.
+    # A scene of one object has only about a dozen hard negatives, so the number of tries is limited.
     for _ in range(50 * settings.negatives_per_prompt):
         if len(found) == settings.negatives_per_prompt:
             break
@@ -266,7 +266,7 @@ def _negatives(
 
 
 def _wrong(right: str, n: int, rng: random.Random) -> tuple[list[Completion], Completion]:
-    """Up to ``n`` distinct wrong answers (fewer where the type has fewer), and one for stage 1."""
+    """Up to ``n`` different wrong answers (fewer if there are not enough), and one for stage 1."""
     wrong = wrong_answers(right)
     negatives = [Completion(text, "dataset", "hard") for text in rng.sample(wrong, min(n, len(wrong)))]
     text = rng.choice(wrong)
