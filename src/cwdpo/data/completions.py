@@ -89,8 +89,8 @@ def with_margin(completion: Completion, margin: float | None) -> Completion:
 
 def _numbers(value: Any, key: str, n: int) -> list[float]:
     values = value if isinstance(value, list) else [value]
-    if len(values) == n and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        # No int is too large to be compared; one of 400 digits is too large to become a float.
-        if all(abs(v) <= sys.float_info.max for v in values):
-            return [float(v) for v in values]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    # An int of 400 digits can be compared, but not become a float.
+    if len(values) == n and numbers and all(abs(v) <= sys.float_info.max for v in values):
+        return [float(v) for v in values]
     raise wrong_type(key, value, "a finite number" if n == 1 else f"a list of {n} finite numbers")
