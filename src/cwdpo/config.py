@@ -21,6 +21,7 @@ from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.overrides import apply_override
+from cwdpo.records import NEW_TOKENS
 from cwdpo.registry import Settings, explain, shortened
 from cwdpo.worlds.shapes import ShapesSettings
 
@@ -141,7 +142,7 @@ class EvaluationSettings(Settings):
 
     prompts: int = Field(64, ge=0, description="0 leaves generation out")
     samples: int = Field(1, ge=0, description="samples at temperature 1 per prompt, besides greedy")
-    max_new_tokens: int = Field(48, gt=0)
+    max_new_tokens: int = Field(NEW_TOKENS, gt=0)
     batch_size: int = Field(64, gt=0)
 
 
@@ -149,7 +150,7 @@ class CalibrationSettings(Settings):
     """How floor and tau are found when they are ``auto``."""
 
     samples: int = Field(200, ge=2, description="samples of the reference policy")
-    max_new_tokens: int = Field(48, gt=0)
+    max_new_tokens: int = Field(NEW_TOKENS, gt=0)
 
 
 class Recipe(Settings):

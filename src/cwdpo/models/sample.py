@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.models.inputs import device_of, image_inputs
-from cwdpo.records import Example, Sample
+from cwdpo.records import NEW_TOKENS, Example, Sample
 
 _CHUNK = 2**24
 """Most probabilities that are summed up at once (they are in double precision)."""
@@ -37,7 +37,7 @@ class Decoding:
 
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 48
+    max_new_tokens: int = NEW_TOKENS
 
 
 def sample(
@@ -46,7 +46,7 @@ def sample(
     examples: Sequence[Example],
     *,
     temperature: float = 1.0,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = NEW_TOKENS,
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,

@@ -11,6 +11,8 @@ from cwdpo.config import DataSettings, stored_data, stored_model
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError, ModelError, RunDirError
+from cwdpo.files.checksums import FILE as CHECKSUMS
+from cwdpo.files.checksums import refuse_damage
 from cwdpo.files.reading import read_object
 from cwdpo.files.writing import copy_folder, new_folder, write_text
 from cwdpo.models.load import Policy, load_policy
@@ -90,6 +92,7 @@ def export(
     model = folder.path / "model"
     if not model.is_dir():
         raise RunDirError(f"{run}: no final model yet: finish the run with cwdpo train --resume")
+    refuse_damage(model, "finish the run again: remove the folder, then cwdpo train --resume")
     if out.exists() and any(out.iterdir()):
         raise RunDirError(f"{out} is not empty: choose another --out, or remove it first")
     form: Form = "full"
@@ -121,6 +124,7 @@ def _write(run: RunDir, out: Path, form: Form, dtype: str | None, data: str | No
     lost, due = None, wanted
     if form == "adapter":
         copy_folder(model, out)
+        (out / CHECKSUMS).unlink(missing_ok=True)  # the export is another's from here on
     else:
         if rounded:
             lost = _rounding(settings, policy, form, kind)
