@@ -34,7 +34,7 @@ def write_flipped(source: Path, out: Path, *, share: float, seed: int) -> dict[s
             made.append(row)
             continue
         if not row.get("negatives"):
-            raise DataError(f"{source}, row {number}: negatives: none, so chosen cannot be exchanged with one")
+            raise DataError(f"{source}, row {number}: negatives: there is none to exchange chosen with")
         made.append(_flipped(row))
         flipped += 1
     store_rows(source.parent, out, made)
