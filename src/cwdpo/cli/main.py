@@ -7,10 +7,12 @@ import io
 import os
 import re
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
-from cwdpo.cli import data, evaluate, lab, train, watch
+from cwdpo.cli import data, env, evaluate, lab, train, watch
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError
 
@@ -20,8 +22,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Cooling-Weighted DPO for vision-language models.",
 )
-for group in (train, data, evaluate, watch, lab):
+for group in (train, data, evaluate, watch, lab, env):
     group.mount(app)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda asked: _show_version(asked), help="show it"),
+    ] = False,
+) -> None:
+    del version
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cwdpo {metadata.version('cwdpo')}")
+        raise typer.Exit
+
 
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
