@@ -21,6 +21,8 @@ from cwdpo.data.read.rows import rows_source
 from cwdpo.data.validate.checks import validate
 from cwdpo.errors import DataError
 from cwdpo.records import as_rgb
+from cwdpo.rundir import RunDir
+from cwdpo.worlds.judged import is_judgeable, scene_of
 from paths import ROOT
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
@@ -313,3 +315,32 @@ def test_no_error_prints_a_cell_as_long_as_a_picture(tmp_path: Path, value: Any)
     lines = str(caught.value).splitlines()
     assert any(":1 [image" in line for line in lines)
     assert max(map(len, lines)) < 1000
+
+
+# --- what validate passes, train takes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", ["high", True, [1], {"a": 1}, float("nan"), 10**400])
+def test_a_margin_in_made_is_a_number_or_refused(folder: Path, margin: Any) -> None:
+    row = {**GOOD, "negatives": [{"text": "B", "made": {"reward_margin": margin}}]}
+    with pytest.raises(DataError, match=r"\[negatives\[0\]\.made\.reward_margin\].*allowed: a finite number"):
+        read(folder, row)
+
+
+@pytest.mark.parametrize(
+    "scene", ["a street at night", ["x"], {"objects": 3}, {"objects": [], "noise_seed": "x"}, 4]
+)
+def test_a_scene_of_another_kind_is_a_column_like_any_other(folder: Path, scene: Any) -> None:
+    example = read(folder, {**GOOD, "scene": scene}).examples[0]
+    assert not is_judgeable(example)
+    with pytest.raises(DataError, match="scene"):
+        scene_of(example)
+
+
+def test_half_a_surrogate_pair_in_a_key_can_be_written_down(folder: Path, tmp_path: Path) -> None:
+    bad = {**GOOD, "videos": ["a"], "\ud800": 1}
+    problems = read(folder, GOOD, bad, {**GOOD, "\udfff": "x"}, max_bad_fraction=1).problems
+    run = RunDir(tmp_path)
+    run.append("problems.jsonl", ({"stage": "read", "problem": str(p)} for p in problems))
+    run.append("problems.jsonl", [{"\ud800": "\udfff"}])
+    assert len(run.rows("problems.jsonl")) == len(problems) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
@@ -45,6 +45,8 @@ def completion_of(value: Any, key: str) -> Completion:
     made = value.get("made") or {}
     if not isinstance(made, dict):
         raise wrong_type(f"{key}.made", made, "an object")
+    if made.get("reward_margin") is not None:
+        _numbers([made["reward_margin"]], f"{key}.made.reward_margin", 1)
     kind = plain_text(value.get("kind") or "", f"{key}.kind")
     return Completion(plain_text(value.get("text"), f"{key}.text"), origin=origin, kind=kind, made=made)
 
@@ -86,8 +88,8 @@ def with_margin(completion: Completion, margin: float | None) -> Completion:
 
 def _numbers(value: Any, key: str, n: int) -> list[float]:
     values = value if isinstance(value, list) else [value]
-    if len(values) == n and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        numbers = [float(v) for v in values]
-        if all(math.isfinite(v) for v in numbers):
-            return numbers
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    # An int of 400 digits can be compared, but not become a float.
+    if len(values) == n and numbers and all(abs(v) <= sys.float_info.max for v in values):
+        return [float(v) for v in values]
     raise wrong_type(key, value, "a finite number" if n == 1 else f"a list of {n} finite numbers")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import ModelError
-from cwdpo.models.adapter import check_targets, set_dropout, with_adapter_settings
+from cwdpo.models.adapter import check_targets, set_dropout, sort_targets, with_adapter_settings
 from cwdpo.models.checkpoint import (
     adapter_base,
     check_folder,
@@ -100,6 +100,7 @@ def adopt(
         model = _wrapped(model, peft_config)
     elif settings.tune == "lora":
         model = add_lora(model, settings)
+    sort_targets(model)
     _move(model, settings.device)
     use_scoring(model, settings.scoring)
     keep_vision_features(model, settings.vision_cache_gb)

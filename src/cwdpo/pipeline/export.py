@@ -7,6 +7,8 @@ from typing import Any
 
 from cwdpo.config import stored_model
 from cwdpo.errors import RunDirError
+from cwdpo.files.checksums import FILE as CHECKSUMS
+from cwdpo.files.checksums import refuse_damage
 from cwdpo.files.reading import read_object
 from cwdpo.files.writing import copy_folder, new_folder, write_text
 from cwdpo.models.load import load_policy
@@ -37,6 +39,7 @@ def export(run: Path, out: Path, *, merge: bool, dtype: str | None = None) -> Pa
     model = folder.path / "model"
     if not model.is_dir():
         raise RunDirError(f"{run}: no final model yet: finish the run with cwdpo train --resume")
+    refuse_damage(model, "finish the run again: remove the folder, then cwdpo train --resume")
     if out.exists() and any(out.iterdir()):
         raise RunDirError(f"{out} is not empty: choose another --out, or remove it first")
     adapter = (model / "adapter_config.json").is_file()
@@ -45,6 +48,7 @@ def export(run: Path, out: Path, *, merge: bool, dtype: str | None = None) -> Pa
             _write_merged(folder, model, temporary, dtype)
         else:
             copy_folder(model, temporary)
+            (temporary / CHECKSUMS).unlink(missing_ok=True)  # the export is another's from here on
         form: Form = "full" if not adapter else "merged" if merge else "adapter"
         write_text(temporary / CARD, model_card(folder.path, form))
     return out
