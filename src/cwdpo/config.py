@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -21,6 +21,7 @@ from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.overrides import apply_override
+from cwdpo.records import NEW_TOKENS
 from cwdpo.registry import Settings, explain, shortened
 from cwdpo.worlds.shapes import ShapesSettings
 
@@ -35,6 +36,9 @@ SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "inverse_sqrt",
 )  # fmt: skip
+
+
+_Section = TypeVar("_Section", bound=Settings)
 
 
 class DataSettings(Settings):
@@ -138,7 +142,7 @@ class EvaluationSettings(Settings):
 
     prompts: int = Field(64, ge=0, description="0 leaves generation out")
     samples: int = Field(1, ge=0, description="samples at temperature 1 per prompt, besides greedy")
-    max_new_tokens: int = Field(48, gt=0)
+    max_new_tokens: int = Field(NEW_TOKENS, gt=0)
     batch_size: int = Field(64, gt=0)
 
 
@@ -146,7 +150,7 @@ class CalibrationSettings(Settings):
     """How floor and tau are found when they are ``auto``."""
 
     samples: int = Field(200, ge=2, description="samples of the reference policy")
-    max_new_tokens: int = Field(48, gt=0)
+    max_new_tokens: int = Field(NEW_TOKENS, gt=0)
 
 
 class Recipe(Settings):
@@ -253,10 +257,19 @@ def stored_model(path: Path) -> ModelSettings:
     Raises:
         RecipeError: as :func:`load_recipe`.
     """
+    return _stored(path, "model", ModelSettings)
+
+
+def stored_data(path: Path) -> DataSettings:
+    """The section ``data`` of a run's recipe, as :func:`stored_model`; its format is a name, not loaded."""
+    return _stored(path, "data", DataSettings)
+
+
+def _stored(path: Path, name: str, section: type[_Section]) -> _Section:
     try:
-        return ModelSettings.model_validate(read_tree(path).get("model", {}))
+        return section.model_validate(read_tree(path).get(name, {}))
     except ValidationError as error:
-        raise RecipeError(explain(error, f"{path}: model", ModelSettings.model_fields)) from None
+        raise RecipeError(explain(error, f"{path}: {name}", section.model_fields)) from None
 
 
 def is_stored(path: Path) -> bool:

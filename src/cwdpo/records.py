@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Origin = Literal["dataset", "perturbed", "on_policy"]
+NEW_TOKENS = 48
+"""Default of all settings ``max_new_tokens``: samples for calibration, probes, negatives and evaluation."""
 
 
 @dataclass(frozen=True)

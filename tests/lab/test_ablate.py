@@ -22,8 +22,8 @@ from cwdpo.lab import grid
 from cwdpo.lab.ablate import ablate, at_edge, sweep
 from cwdpo.lab.flipped import write_flipped
 from cwdpo.lab.grid import CellResult, run_grid
-from cwdpo.lab.outcome import figures_of, outcome
-from cwdpo.lab.plan import Plan, asked, checked_tree, plan
+from cwdpo.lab.outcome import figures_of
+from cwdpo.lab.plan import asked, checked_tree, plan
 from cwdpo.lab.spec import (
     RECIPE,
     Study,
@@ -36,25 +36,7 @@ from cwdpo.lab.spec import (
 )
 from cwdpo.lab.tables import markdown, to_csv
 from cwdpo.objectives.base import OBJECTIVES
-from cwdpo.report.summary import Summary
-
-TINY = (
-    "data.world.train=24", "data.world.validation=8", "data.world.test=4", "stage1.steps=1", "stage2.steps=1",
-    "train.batch_size=4", "calibration.samples=4", "calibration.max_new_tokens=8", "probes.prompts=4",
-)  # fmt: skip
-
-
-def study(**changes: Any) -> Study:
-    tree = {
-        "name": "small", "title": "A small study", "question": "Does it hold together?",
-        "full": "cw_dpo", "common": TINY,
-        "variants": {
-            "cw_dpo": {"label": "CW-DPO", "set": ["stage2.objective={name: cw_dpo}"]},
-            "dpo": {"label": "DPO", "set": ["stage2.objective={name: dpo}"]},
-        },
-    }  # fmt: skip
-    return Study.model_validate({**tree, **changes})
-
+from small_study import TINY, study, summary_of
 
 # --- files ----------------------------------------------------------------------------------------------
 
@@ -250,7 +232,7 @@ def test_flipped_rows_by_hand(world_folder: Path, tmp_path: Path) -> None:
             assert few.rejected == was.rejected
     bare = tmp_path / "bare.jsonl"
     bare.write_text('{"id": "a", "chosen": []}\n')
-    with pytest.raises(DataError, match=r"bare\.jsonl, row 1: negatives: none"):
+    with pytest.raises(DataError, match=r"bare\.jsonl, row 1: negatives: there is none"):
         write_flipped(bare, tmp_path / "x", share=1.0, seed=0)
 
 
@@ -261,19 +243,6 @@ def test_other_data_needs_a_test_set(tmp_path: Path) -> None:
 
 
 # --- tables ---------------------------------------------------------------------------------------------
-
-
-def summary_of(values: dict[str, list[float | None]], spec: Study | None = None) -> Summary:
-    spec = spec or study(variants={name: {"label": name.upper()} for name in values})
-    results = {
-        f"{name}-seed{i}": CellResult(
-            f"{name}-seed{i}", "failed" if v is None else "done", {} if v is None else {"judge_score": v},
-            "NonFiniteError: planted\nand more" if v is None else None, 1.0,
-        )
-        for name, row in values.items()
-        for i, v in enumerate(row)
-    }  # fmt: skip
-    return outcome(Path("nowhere"), spec, range(min(map(len, values.values()))), Plan(), results, {})
 
 
 def test_means_differences_and_corrections_by_hand() -> None:

@@ -229,7 +229,7 @@ def test_half_precision_weights_are_said(world_folder: Path, model_folder: Path,
         tmp_path / "run",
         listener=Listener(note=told.append),
     )
-    assert any("an update below 1/256 of a weight rounds away" in note for note in told)
+    assert any("an update below 1/256 of a weight is lost by rounding" in note for note in told)
     assert not (run.path / "notes.jsonl").exists(), "it is about the recipe, which is stored"
 
 

@@ -77,16 +77,16 @@ def test_divergence(held) -> None:
     assert read("divergence", replace(held, logp=None)) == {}
 
 
-def test_peakedness_and_calibration(held) -> None:
+def test_peakedness_and_confidence(held) -> None:
     assert read("peakedness", held) == {
         "entropy": (1.5, 2),
         "top1": (pytest.approx(0.65), 2),
         "argmax_logp": (pytest.approx((math.log(0.5) + math.log(0.8)) / 2), 2),
     }
     # one token a bin: |0.5 - 1| / 2 + |0.8 - 0| / 2
-    assert read("calibration", held)["ece"] == (pytest.approx(0.65), 2)
+    assert read("confidence", held)["ece"] == (pytest.approx(0.65), 2)
     nothing = torch.empty(0)
-    assert read("calibration", replace(held, top1=nothing, correct=nothing))["ece"] == (None, 0)
+    assert read("confidence", replace(held, top1=nothing, correct=nothing))["ece"] == (None, 0)
 
 
 def test_the_mean_of_nothing_is_missing(held) -> None:

@@ -27,7 +27,7 @@ Test = Annotated[Path | None, typer.Option(help="test set, for data that is not 
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (demo, ablate, sweep, margins, edits):
+    for command in (demo, ablate, sweep, publish, tables, margins, edits):
         app.command()(command)
     app.command("best-of")(best_of)
     app.add_typer(bench.app, name="bench")
@@ -109,6 +109,38 @@ def sweep(
     for name, edges in chosen["edges"].items():
         typer.echo(f"{name}: {'; '.join(edges)}: widen its grid", err=True)
     typer.echo(f"\ntable    {folder / 'sweep.md'}\nchosen   {folder / 'chosen.yaml'}")
+
+
+def publish(
+    study: Annotated[Path, typer.Argument(help="the folder of a finished study")],
+    to: Annotated[Path, typer.Option(help="where results are kept")] = Path("docs/data"),
+) -> None:
+    """Keep what a study found: figures per seed and settings, small enough for a repository."""
+    from cwdpo.lab.published import publish as run
+
+    for path in run(study, to):
+        typer.echo(path)
+
+
+def tables(
+    pages: Annotated[
+        list[Path], typer.Argument(help="markdown pages with <!-- table STUDY KIND FIGURES -->")
+    ],
+    data: Annotated[Path, typer.Option(help="where results are kept")] = Path("docs/data"),
+    check: Annotated[
+        bool, typer.Option(help="change nothing; exit with 1 if a table is out of date")
+    ] = False,
+) -> None:
+    """Write the tables of pages anew from published results."""
+    from cwdpo.lab.published import fill, stale
+
+    if check:
+        found = stale(pages, data)
+        for page in found:
+            typer.echo(f"{page}: a table is not that of {data}: run `cwdpo tables {page}`", err=True)
+        raise typer.Exit(1 if found else 0)
+    for page in pages:
+        typer.echo(f"{page}: {'written' if fill(page, data) else 'unchanged'}")
 
 
 def edits(

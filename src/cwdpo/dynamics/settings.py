@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from cwdpo.curriculum.base import CURRICULA
 from cwdpo.errors import nearest
 from cwdpo.probes.base import PROBES
+from cwdpo.records import NEW_TOKENS
 from cwdpo.registry import Settings
 
 TYPES = (
@@ -34,7 +35,9 @@ class ProbeSettings(Settings):
         ge=0,
         description="largest share of the stage's compute, in tokens, that the measurements may use",
     )
-    max_new_tokens: int = Field(48, gt=0, description="longest sampled response")
+    max_new_tokens: int = Field(
+        NEW_TOKENS, gt=0, description="largest number of tokens in a sampled response"
+    )
     file: str | None = Field(
         None, description="a probe set of your own, or in Ren's format, instead of the validation split"
     )

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cwdpo.report.summary import Difference, Figure, Mean, Summary
 
@@ -18,8 +19,9 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Table:
-    """A table: a note to show above it, column heads, and rows of text."""
+    """A table: its kind, a note to show above it, column heads, and rows of text."""
 
+    kind: Literal["means", "differences", "two-way", "panel", "slopes"]
     note: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -39,6 +41,7 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
     n, m = len(summary.seeds), len(summary.compared)
     made = [
         Table(
+            "means",
             f"Mean over {n} seeds ± half of the 95% interval (win rate: by prompt).",
             ["variant", *(f.head for f in figures)],
             [*(base if summary.base else ()), *rows],
@@ -53,7 +56,7 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
         f"Difference to {summary.row(summary.full).label} or the named variant, paired by seed, with its 95% interval. "
         f"p-values are corrected (Holm) for the {m} comparisons of a figure; * marks p < 0.05."
     )
-    made.append(Table(note, ["variant", *(f.head for f in differing)], differences))
+    made.append(Table("differences", note, ["variant", *(f.head for f in differing)], differences))
     if not main:
         made += _two_way(summary)
     if summary.panel:
@@ -61,7 +64,9 @@ def tables(summary: Summary, *, main: bool = False) -> list[Table]:
             [label, *("-" if name is None else number(summary.row(name).figures.get("score"), 3) for name in row)]
             for label, row in summary.panel.rows.items()
         ]  # fmt: skip
-        made.append(Table("Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores))
+        made.append(
+            Table("panel", "Score, mean ± half of the 95% interval:", ["", *summary.panel.columns], scores)
+        )
         made += slopes(summary)
     return made
 
@@ -79,7 +84,7 @@ def slopes(summary: Summary) -> list[Table]:
     ]  # fmt: skip
     reference = next(label for label in panel.slopes if label not in panel.slope_differences)
     note = f"Slope of the score over the columns, by seed; p-values are corrected (Holm) for {len(rows) - 1}."
-    return [Table(note, ["", "slope", f"minus {reference}"], rows)]
+    return [Table("slopes", note, ["", "slope", f"minus {reference}"], rows)]
 
 
 def _two_way(summary: Summary) -> list[Table]:
@@ -99,7 +104,7 @@ def _two_way(summary: Summary) -> list[Table]:
         "The same differences with 95% intervals over seeds and test images (bootstrap): they also cover the choice "
         "of test images."
     )
-    return [Table(note, ["variant", *(f.head for f in known)], rows)] if known and rows else []
+    return [Table("two-way", note, ["variant", *(f.head for f in known)], rows)] if known and rows else []
 
 
 def markdown(summary: Summary) -> str:
@@ -107,8 +112,7 @@ def markdown(summary: Summary) -> str:
     lines = [f"## {summary.title}", ""]
     lines += [summary.question, ""] if summary.question else []
     for table in tables(summary):
-        lines += [table.note, "", *map(_line, [table.heads])]
-        lines += ["|---" * len(table.heads) + "|", *map(_line, table.rows), ""]
+        lines += [to_markdown(table), ""]
     if summary.failures:
         lines += [
             f"**{len(summary.failures)} cells failed:**",
@@ -117,6 +121,13 @@ def markdown(summary: Summary) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def to_markdown(table: Table) -> str:
+    """A table with its note above it."""
+    return "\n".join(
+        [table.note, "", _line(table.heads), "|---" * len(table.heads) + "|", *map(_line, table.rows)]
+    )
 
 
 def show(summary: Summary) -> None:

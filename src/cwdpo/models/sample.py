@@ -23,7 +23,7 @@ from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.models.families.base import Family
 from cwdpo.models.inputs import device_of, image_inputs, unwrapped
 from cwdpo.models.shared_attention import model_family
-from cwdpo.records import Example, Sample
+from cwdpo.records import NEW_TOKENS, Example, Sample
 
 _PREPARED = signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE = "cache" if "cache" in _PREPARED else "past_key_values"  # before transformers 5.24
@@ -43,7 +43,7 @@ class Decoding:
 
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 48
+    max_new_tokens: int = NEW_TOKENS
 
 
 def sample(
@@ -52,7 +52,7 @@ def sample(
     examples: Sequence[Example],
     *,
     temperature: float = 1.0,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = NEW_TOKENS,
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cwdpo.judging.base import AUTO, JUDGES, NONE, JudgeSpec
 from cwdpo.negatives.base import NEGATIVES, NegativeSource
+from cwdpo.records import NEW_TOKENS
 from cwdpo.registry import Settings
 from cwdpo.remote import ServerSettings
 
@@ -18,7 +19,7 @@ class SamplerSettings(Settings):
     samples: int = Field(4, gt=0, description="samples per prompt and round; negatives are chosen from them")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(48, gt=0)
+    max_new_tokens: int = Field(NEW_TOKENS, gt=0)
     batch_size: int = Field(16, gt=0, description="prompts per forward pass, each with all of its samples")
     keep_cut: bool = Field(False, description="keep samples that did not end within max_new_tokens")
     server: ServerSettings | None = Field(None, description="sample from this server, not in this process")

@@ -1,4 +1,4 @@
-"""The figures of a trained policy on held-out prompts: captions, judgements, likelihoods."""
+"""The summary of a trained policy: generated responses to held-out prompts, and the last readings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
-from cwdpo.files.writing import write_text
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Example
@@ -24,13 +23,18 @@ def evaluate_policy(
     *,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Generate on held-out prompts, write samples.jsonl, and return the run's summary.
-
-    The likelihood figures are the last readings of each stage.
+    """Generate responses to held-out prompts, write samples.jsonl, and return the run's summary.
 
     Args:
-        examples: held-out examples; the first of them are answered.
-        resume: the run's samples are this policy's own: only what they lack is drawn.
+        policy: the trained policy.
+        encoder: of the policy.
+        examples: held-out examples; responses are generated for the first ones.
+        recipe: the run's recipe; its section ``evaluation`` is used.
+        run: the run folder.
+        resume: whether the stored samples are from this policy, so that only missing ones are generated.
+
+    Returns:
+        The last readings of each stage, and figures of the generated responses.
     """
     settings = recipe.evaluation
     chosen = encoder.readable(examples, settings.prompts)
@@ -60,27 +64,27 @@ def evaluate_policy(
         )
         for row, s in zip(rows, samples, strict=True):
             row["responses"].append({"temperature": temperature, "text": s.text, "ended": s.ended})
-        _write_samples(run, rows)  # after every draw: a kill loses one
+        _write_samples(run, rows)  # after each round of samples, so that a kill loses at most one
     if not temperatures:
         _write_samples(run, rows)
     return {"stages": last_readings(run), "generated": _generated(rows)}
 
 
 def _write_samples(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(run.path / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    run.write_text("samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def _with_stored(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stored rows where they answer the same prompts, each as often."""
+    """The stored rows if they have the same prompts and the same number of responses each; else ``rows``."""
     bare = [{**row, "responses": []} for row in stored]
     alike = len({len(row["responses"]) for row in stored}) == 1
     return stored if bare == rows and alike else rows
 
 
 def last_readings(run: RunDir) -> dict[str, dict[str, Any]]:
-    """Per stage: the last step, and each reading's value and count there.
+    """For each stage, the last step and the value and count of each reading there.
 
-    Of a stage that went back to an earlier step, the readings of that step: they are the model's.
+    If a stage was rolled back to an earlier step, the readings of that step, which are those of the model.
     """
     stages: dict[str, dict[str, Any]] = {}
     kept = {stage: run.json(f"stopped-{stage}.json").get("rolled_back_to") for stage in ("stage1", "stage2")}

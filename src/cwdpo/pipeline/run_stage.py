@@ -1,4 +1,4 @@
-"""One stage: prepare, measure, train."""
+"""Runs one stage: prepare the data, set up the measurements, train."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.models.load import load_weights
@@ -16,24 +17,24 @@ from cwdpo.onpolicy.rounds import RoundData, Rounds
 from cwdpo.rundir import RunDir
 from cwdpo.stage.prepare import prepare, with_reference_values
 from cwdpo.stage.stage import Stage
-from cwdpo.trainer.checkpoints import checkpoint_step, last_checkpoint
+from cwdpo.trainer.checkpoints import checkpoint_step, checkpoint_to_resume, readable
 from cwdpo.trainer.guard import Guard
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 
 class ListenerCallback(TrainerCallback):  # type: ignore[misc]
-    """Reports every optimizer step."""
+    """Reports every optimizer step to the listener."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One more step is done."""
+        """Report the step."""
         self.stage.listener.step(self.stage.name, state.global_step, state.max_steps)
 
 
 def training_arguments(stage: Stage) -> TrainingArguments:
-    """The recipe as transformers' arguments."""
+    """transformers' arguments for a stage, from the recipe."""
     recipe, settings = stage.recipe, stage.settings
     train, cpu = recipe.train, recipe.model.device == "cpu"
     return TrainingArguments(
@@ -66,11 +67,11 @@ def training_arguments(stage: Stage) -> TrainingArguments:
 
 
 def run_stage(stage: Stage) -> None:
-    """Train ``stage.policy.model``: in place, or put together again if it was sharded.
+    """Train ``stage.policy.model``, in place; if it was sharded, it is replaced by the joined model.
 
     Raises:
         DataError: too many examples cannot be used.
-        NonFiniteError: the loss is no longer finite; nothing was updated.
+        NonFiniteError: the loss is not finite any more; nothing was updated.
     """
     rounds = Rounds(stage) if stage.in_rounds else None
     if rounds is None:
@@ -78,15 +79,17 @@ def run_stage(stage: Stage) -> None:
     else:
         rows = rounds.dataset_rows
         if stage.recipe.probes.influence or stage.recipe.curriculum["name"] != "steady":
-            rows = with_reference_values(stage, rows)  # those of the rounds come later
+            rows = with_reference_values(stage, rows)  # the rounds' negatives are scored later
     with stage.autocast():
         signals = Signals.of(instruments(stage, rows), rows)
     stage.listener.phase(f"{stage.name}: {stage.settings.objective['name']}")
     stage.trainer = make_trainer(stage, rows if rounds is None else rounds.data, signals)
     if rounds is not None:
-        stage.trainer.args.max_steps = rounds.plan.steps  # an epoch is a round, whatever the number of rows
+        stage.trainer.args.max_steps = (
+            rounds.plan.steps
+        )  # an epoch is a round, so epochs do not set the steps
         stage.trainer.add_callback(rounds)
-    checkpoint = last_checkpoint(stage.run.path / stage.name) if stage.resume else None
+    checkpoint = checkpoint_to_resume(stage.run.path / stage.name) if stage.resume else None
     stage.run.drop_after(stage.name, checkpoint_step(checkpoint))
     _train_from(stage, checkpoint, stage.trainer)
 
@@ -94,7 +97,7 @@ def run_stage(stage: Stage) -> None:
 def make_trainer(
     stage: Stage, data: Sequence[EncodedExample] | RoundData, signals: Signals | None = None
 ) -> PreferenceTrainer:
-    """The recipe's trainer for one stage; its metrics go to the run."""
+    """The trainer of a stage; it writes its metrics to the run folder."""
     train, run, signals = stage.recipe.train, stage.run, signals or Signals()
 
     def on_log(row: Mapping[str, Any]) -> None:
@@ -124,26 +127,29 @@ def make_trainer(
         callbacks=[ListenerCallback(stage), *signals.callbacks],
         options=options,
     )
-    trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl keeps the numbers
+    trainer.remove_callback(PrinterCallback)  # the listener shows progress, metrics.jsonl has the numbers
     return trainer
 
 
 def _train_from(stage: Stage, checkpoint: Path | None, trainer: PreferenceTrainer) -> None:
-    """Train from a checkpoint, or from the start; a checkpoint of the last step is only loaded."""
+    """Train from a checkpoint or from the start; a checkpoint of the last step is only loaded."""
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
-        # transformers would take one step more before it looks at the number of steps.
+        # transformers would take one more step before it checks the number of steps.
         load_weights(stage.policy.model, checkpoint)
         return
+    if checkpoint is not None:
+        with readable(checkpoint, TRAINER_STATE_NAME):
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     stage.policy.model = trainer.whole_model()
 
 
 def total_steps(trainer: PreferenceTrainer) -> int:
-    """Optimizer steps of the whole stage, as the Trainer counts them."""
+    """Number of optimizer steps of the whole stage, as the Trainer counts them."""
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     return int(steps)
 
 
 def store_row(run: RunDir, row: Mapping[str, Any]) -> None:
-    """Metrics to their file; the Trainer's last row tells the speed of one start, not of the training."""
+    """Append a row of metrics; the Trainer's last row, the speed since the last start, goes to ``timings.jsonl``."""
     run.append("timings.jsonl" if "train_runtime" in row else "metrics.jsonl", [row])

@@ -1,4 +1,4 @@
-"""Data sets as TRL's users hand them over: ``datasets`` objects, dictionaries of them, streams, lists of rows."""
+"""Data sets in the forms that TRL accepts: ``datasets`` objects, dictionaries of them, streams, lists of rows."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ EvalRows = Rows | Mapping[str, Rows]
 
 
 def training_rows(rows: Any, *, has_eval: bool) -> Rows:
-    """The rows to train on; of a DatasetDict those of ``train``.
+    """The rows to train on; for a DatasetDict, its split ``train``.
+
+    Args:
+        rows: the ``train_dataset`` argument.
+        has_eval: whether an ``eval_dataset`` is given.
 
     Raises:
-        DataError: none were given, or several splits of which nobody says what they are for.
+        DataError: there are no rows, or the use of several splits is not clear.
     """
     if rows is None:
-        raise DataError("CWDPOTrainer: train_dataset is missing: give rows in TRL's preference format")
+        raise DataError("CWDPOTrainer: train_dataset is missing: pass rows in TRL's preference format")
     if not isinstance(rows, Mapping):
         return _checked(rows, "train_dataset")
     splits = list(rows)
     others = [name for name in splits if name != "train"]
     if "train" not in rows or (others and not has_eval):
         raise DataError(
-            f"train_dataset has the splits {', '.join(map(str, splits)) or 'none'}: give one of them, as in "
+            f"train_dataset has the splits {', '.join(map(str, splits)) or 'none'}: pass one of them, as in "
             f"train_dataset=dataset[{(splits or ['train'])[0]!r}]"
             + (f", eval_dataset=dataset[{others[0]!r}]" if others else "")
         )
@@ -40,7 +44,7 @@ def training_rows(rows: Any, *, has_eval: bool) -> Rows:
 
 
 def evaluation_rows(rows: Any) -> dict[str, Rows]:
-    """Evaluation sets by name; a single one has the name ``""``."""
+    """The evaluation sets by name; a single set has the name ``""``."""
     if rows is None:
         return {}
     if isinstance(rows, Mapping):
@@ -57,18 +61,21 @@ def _checked(rows: Any, name: str) -> Rows:
 
 
 def is_stream(rows: Rows) -> bool:
-    """Whether rows come one by one and nobody knows how many: ``datasets.IterableDataset``."""
+    """Whether the rows are a stream of unknown length (``datasets.IterableDataset``)."""
     return hasattr(rows, "with_format") and not hasattr(rows, "__len__")
 
 
 def examples_of(rows: Rows, name: str, max_bad_fraction: float, limit: int | None = None) -> list[Example]:
-    """The usable examples of rows, in their order; what else should be known of them goes to the log.
+    """The usable examples of rows, in their order; notes about the data are logged as warnings.
 
     Args:
-        limit: read no more than so many examples (of a stream).
+        rows: the rows.
+        name: name of the argument, for messages.
+        max_bad_fraction: share of rows that may be unusable.
+        limit: largest number of examples to read (for streams).
 
     Raises:
-        DataError: too many bad rows, or none that can be used.
+        DataError: too many rows are bad, or none can be used.
     """
     result = read_examples(_source(rows, name), max_bad_fraction=max_bad_fraction, limit=limit)
     for note in result.notes:
@@ -80,7 +87,7 @@ def _source(rows: Rows, name: str) -> Source:
     form = getattr(rows, "format", None)
     custom = (
         isinstance(form, Mapping) and form.get("type") == "custom"
-    )  # a user's own transform, to be applied
+    )  # the user has set a transform, which must be applied
     if hasattr(rows, "with_format") and not custom:
         return Source(name, None, lambda: dataset_rows(name, rows, embed=True))
     return rows_source(rows, name)

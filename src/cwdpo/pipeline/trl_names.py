@@ -1,4 +1,4 @@
-"""TRL's arguments that have another name here, or nothing to do: each is refused with what takes its place."""
+"""Arguments of TRL and transformers that CWDPOTrainer does not have: errors that name the replacement."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ C = TypeVar("C")
 _LOSSES = {
     "sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "robust_dpo", "sft": "sft",
 }  # fmt: skip
-_OWN = "write it as an objective of your own: objective='file.py:ClassName'"
-_NOTHING = "it has nothing to do here: remove it"
+_OWN = "write your own objective: objective='file.py:ClassName'"
+_NOTHING = "it has no effect: remove it"
 
 CONFIG: dict[str, tuple[tuple[Any, ...], str]] = {
-    "loss_type": ((), ""),  # told by its value
+    "loss_type": ((), ""),  # the replacement depends on its value, see _losses
     "loss_weights": ((None,), "objective='mpo' has MPO's three weights in objective_settings"),
     "rpo_alpha": ((None,), "objective='dpo' with objective_settings={'sft_weight': ALPHA}"),
     "label_smoothing": (
@@ -33,70 +33,76 @@ CONFIG: dict[str, tuple[tuple[Any, ...], str]] = {
     "discopop_tau": ((0.05, None), _OWN),
     "sync_ref_model": (
         (False, None),
-        "the reference stays that of the first step: run again from the trained model",
+        "the reference is fixed: train again from the trained model",
     ),
-    "ref_model_mixup_alpha": ((0.6, None), "the reference stays that of the first step"),
-    "ref_model_sync_steps": ((512, None), "the reference stays that of the first step"),
-    "precompute_ref_log_probs": ((), "the reference is always computed once, before training: remove it"),
-    "precompute_ref_batch_size": ((None,), "per_device_train_batch_size is that of the reference pass too"),
+    "ref_model_mixup_alpha": ((0.6, None), "the reference is fixed"),
+    "ref_model_sync_steps": ((512, None), "the reference is fixed"),
+    "precompute_ref_log_probs": ((), "reference values are always computed once, before training: remove it"),
+    "precompute_ref_batch_size": (
+        (None,),
+        "per_device_train_batch_size, which the reference pass uses, too",
+    ),
     "max_prompt_length": (
         (None,),
-        "max_length, of prompt plus completion: longer rows are left out, nothing is cut",
+        "max_length of prompt plus completion: longer rows are left out, nothing is truncated",
     ),
-    "max_completion_length": ((None,), "max_length, of prompt plus completion: longer rows are left out"),
-    "truncation_mode": ((), "max_length: longer rows are left out and counted, nothing is cut"),
+    "max_completion_length": ((None,), "max_length of prompt plus completion: longer rows are left out"),
+    "truncation_mode": ((), "max_length: longer rows are left out and counted, nothing is truncated"),
     "dataset_num_proc": ((None,), "rows are read in one process: remove it"),
     "padding_free": (
         (False, None),
-        "padding is kept small by rows of like length (max_tokens_per_batch): remove it",
+        "there is little padding because batches have rows of similar length (max_tokens_per_batch): remove it",
     ),
     "pad_to_multiple_of": (("auto", None), _NOTHING),
     "padding_value": ((None,), _NOTHING),
     "label_pad_token_id": ((None, -100), _NOTHING),
     "pad_token": ((None,), "set processing_class.tokenizer.pad_token"),
     "activation_offloading": ((False, None), "gradient_checkpointing=True saves memory instead"),
-    "router_aux_loss_coef": ((None, 0, 0.0), "the auxiliary loss of a mixture of experts is not added"),
-    "ref_model_init_kwargs": ((None,), "load the reference and give it as ref_model"),
-    "force_use_ref_model": ((False, None), "give another reference as ref_model"),
+    "router_aux_loss_coef": ((None, 0, 0.0), "the auxiliary loss of a mixture of experts is not supported"),
+    "ref_model_init_kwargs": ((None,), "load the reference and pass it as ref_model"),
+    "force_use_ref_model": ((False, None), "pass another reference as ref_model"),
     "model_adapter_name": ((None,), "the active adapter is trained"),
-    "ref_adapter_name": ((None,), "load the reference and give it as ref_model"),
+    "ref_adapter_name": ((None,), "load the reference and pass it as ref_model"),
     "generate_during_eval": ((False, None), "cwdpo evaluate, on the trained model"),
-    "is_encoder_decoder": ((False, None), "encoder-decoder models are not trained"),
+    "is_encoder_decoder": ((False, None), "encoder-decoder models are not supported"),
     "dataset_kwargs": ((None,), _NOTHING),
     "use_logits_to_keep": ((None, False, True), _NOTHING),
 }
-"""Argument of DPOConfig (this and earlier releases) -> values that ask for nothing, and what takes its place."""
+"""Argument of TRL's DPOConfig (this and earlier releases) -> values without an effect, and the replacement."""
 
 TRAINER: dict[str, str] = {
     "tokenizer": "processing_class",
-    "data_collator": "nothing: batches are made here",
-    "quantization_config": "load the quantized model yourself and give it as model",
-    "preprocess_logits_for_metrics": "nothing: compute_metrics gets rewards of pairs, no logits",
+    "data_collator": "not supported: the trainer makes its batches itself",
+    "quantization_config": "load the quantized model yourself and pass it as model",
+    "preprocess_logits_for_metrics": "not supported: compute_metrics gets the rewards of pairs, not logits",
     "model_init_kwargs": "args: CWDPOConfig(model_init_kwargs=...)",
 }
-"""Argument of DPOTrainer (this and earlier releases) -> what takes its place."""
+"""Argument of TRL's DPOTrainer (this and earlier releases) -> the replacement."""
 
 UNUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "fp16": ((False,), "the reference is computed in float32 or bfloat16: use bf16=True"),
-    "bf16_full_eval": ((False,), "evaluation runs in the precision of training"),
-    "fp16_full_eval": ((False,), "evaluation runs in the precision of training"),
+    "fp16": ((False,), "the reference is scored in float32 or bfloat16: use bf16=True"),
+    "bf16_full_eval": ((False,), "evaluation uses the precision of training"),
+    "fp16_full_eval": ((False,), "evaluation uses the precision of training"),
     "label_smoothing_factor": ((0.0,), "objective='robust_dpo' (or 'cdpo') has label_smoothing"),
-    "torch_compile": ((False,), "compiled models are not scored"),
-    "use_liger_kernel": ((False,), "only the tokens of completions reach the output head already"),
-    "neftune_noise_alpha": ((None,), "noise in training only would part the policy from its reference"),
+    "torch_compile": ((False,), "compiled models cannot be scored"),
+    "use_liger_kernel": ((False,), "logits are already computed for completion tokens only"),
+    "neftune_noise_alpha": (
+        (None,),
+        "noise in training only would make the policy differ from its reference",
+    ),
     "auto_find_batch_size": ((False,), "set max_tokens_per_batch, or a smaller batch"),
     "batch_eval_metrics": ((False,), "compute_metrics gets all pairs at once"),
-    "parallelism_config": ((None,), "tensor and context parallelism are not used"),
-    "optim_target_modules": ((None,), "choose what is trained by a peft_config"),
+    "parallelism_config": ((None,), "tensor and context parallelism are not supported"),
+    "optim_target_modules": ((None,), "choose the trained weights with a peft_config"),
 }
-"""Argument of transformers' TrainingArguments -> values that are honoured, and why others are not."""
+"""Argument of transformers' TrainingArguments -> the supported values, and why others are not supported."""
 
 
 def takes_trl_names(cls: type[C]) -> type[C]:
-    """A configuration whose ``__init__`` knows TRL's names too.
+    """Make the ``__init__`` of a configuration accept TRL's names.
 
-    One that asks for nothing (``padding_free=False``) is dropped; any other is refused by a RecipeError that says what
-    takes its place.
+    An argument with a value that has no effect (``padding_free=False``) is ignored. Any other value is a RecipeError
+    that names the replacement.
     """
     generated = cls.__init__
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
@@ -107,7 +113,7 @@ def takes_trl_names(cls: type[C]) -> type[C]:
             if name in known or name not in CONFIG or value in CONFIG[name][0]:
                 continue
             instead = _config(name, value)
-            raise RecipeError(f"CWDPOConfig: {name}={value!r} is TRL's; in its place: {instead}")
+            raise RecipeError(f"CWDPOConfig: {name}={value!r} is TRL's; here: {instead}")
         generated(self, *args, **{k: v for k, v in given.items() if k in known or k not in CONFIG})
 
     cls.__init__ = init  # type: ignore[method-assign, assignment]
@@ -115,31 +121,31 @@ def takes_trl_names(cls: type[C]) -> type[C]:
 
 
 def refuse_unused(args: Any) -> None:
-    """Refuse arguments of transformers that nothing here would honour.
+    """Raise an error for arguments of transformers that would be ignored.
 
     Raises:
-        RecipeError: the argument, its value, and why.
+        RecipeError: names the argument, its value, and the reason.
     """
     for name, (honoured, why) in UNUSED.items():
         value = getattr(args, name, honoured[0])
         if value not in honoured:
-            raise RecipeError(f"CWDPOConfig: {name}={value!r} cannot be honoured: {why}")
+            raise RecipeError(f"CWDPOConfig: {name}={value!r} is not supported: {why}")
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of TRL's trainer that have another name here.
+    """Raise an error for arguments that the trainer does not have.
 
     Raises:
-        RecipeError: one of TRL's, with what takes its place.
-        TypeError: one that nobody knows.
+        RecipeError: an argument of TRL; the message names the replacement.
+        TypeError: an unknown argument.
     """
     for name, value in given.items():
         if name in TRAINER:
             if value is not None:
-                raise RecipeError(f"CWDPOTrainer: {name} is TRL's; in its place: {TRAINER[name]}")
+                raise RecipeError(f"CWDPOTrainer: {name} is TRL's; here: {TRAINER[name]}")
         elif name in CONFIG:
             raise RecipeError(
-                f"CWDPOTrainer: {name} belongs to TRL's configuration; in its place: {_config(name, value)}"
+                f"CWDPOTrainer: {name} is an argument of TRL's DPOConfig; here: {_config(name, value)}"
             )
         else:
             raise TypeError(f"CWDPOTrainer got an unexpected keyword argument {name!r}")
@@ -150,7 +156,7 @@ def _config(name: str, value: Any) -> str:
 
 
 def _losses(value: Any) -> str:
-    """The objective that has the loss of a ``loss_type``."""
+    """The objective with the loss of a ``loss_type``."""
     losses = [value] if isinstance(value, str) else list(value or ())
     if len(losses) == 1 and losses[0] in _LOSSES:
         return f"objective={_LOSSES[losses[0]]!r}"
@@ -169,10 +175,10 @@ _MODEL_KEYS = {
 
 
 def model_settings(settings: ModelSettings, given: Mapping[str, Any] | None) -> ModelSettings:
-    """The settings with what TRL's ``model_init_kwargs`` ask of loading the model.
+    """The settings, changed by TRL's ``model_init_kwargs``.
 
     Raises:
-        RecipeError: a key that is not honoured.
+        RecipeError: a key that is not supported.
     """
     changes: dict[str, Any] = {}
     for key, value in (given or {}).items():
@@ -180,8 +186,8 @@ def model_settings(settings: ModelSettings, given: Mapping[str, Any] | None) -> 
             continue
         if key not in _MODEL_KEYS:
             raise RecipeError(
-                f"model_init_kwargs: {key!r} is not honoured; allowed: {', '.join(_MODEL_KEYS)}; or load the model "
-                "yourself and give it as model"
+                f"model_init_kwargs: {key!r} is not supported; allowed: {', '.join(_MODEL_KEYS)}; or load the model "
+                "yourself and pass it as model"
             )
         changes[_MODEL_KEYS[key]] = (
             str(value).removeprefix("torch.") if _MODEL_KEYS[key] == "dtype" else value

@@ -1,6 +1,6 @@
 """``CWDPOTrainer``: the stage-2 trainer with TRL's argument names, for TRL's vision-preference data sets.
 
-docs/from_trl.md has two scripts side by side, and what differs.
+docs/from_trl.md compares a TRL script with the same script for this trainer.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
 FOLDER = "_cwdpo"
-"""Of ``output_dir``: what the preparation stores. Names with an underscore are not pushed to the hub."""
+"""Folder in ``output_dir`` for the files of the preparation. Names with an underscore are not pushed to the hub."""
 
 
 @takes_trl_names
 @dataclass
 class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
-    """transformers' arguments plus the objective's, by TRL's names where TRL has them.
+    """transformers' arguments and those of the objective, with TRL's names if TRL has them.
 
-    ``learning_rate`` and ``logging_steps`` have TRL's defaults. An argument of TRL's DPOConfig that has another name
-    here, or nothing to do, is refused with what takes its place; so is one of transformers that would be ignored.
+    ``learning_rate`` and ``logging_steps`` have TRL's defaults. An argument of TRL's DPOConfig that this class does not
+    have is an error that names the replacement; an argument of transformers that would be ignored is an error, too.
 
     Args:
         model_init_kwargs: as in TRL, for a model given by its name: ``revision``, ``dtype``, ``attn_implementation``,
             ``trust_remote_code``.
-        trust_remote_code: run code that the checkpoint brings.
+        trust_remote_code: whether to run code from the checkpoint.
         beta: inverse temperature, per nat.
-        max_length: most tokens of prompt plus completion; longer examples are left out, never truncated.
+        max_length: largest number of tokens of prompt plus completion; longer examples are left out, not truncated.
         objective: name of an objective, or ``file.py:ClassName``.
         objective_settings: its further settings, e.g. ``{"floor": -0.5, "tau": 0.3, "sft_weight": 1.0}``.
         disable_dropout: as in TRL.
         max_bad_fraction: share of rows that may be unusable.
-        calibration_samples: samples drawn from the reference for ``floor: auto`` and ``tau: auto``.
-        calibration_max_new_tokens: longest of those samples.
+        calibration_samples: number of samples of the reference for ``floor: auto`` and ``tau: auto``.
+        calibration_max_new_tokens: largest number of tokens in these samples.
         scoring: ``auto``, ``shared_prefix`` or ``plain``, see :func:`cwdpo.models.shared_attention.use_scoring`.
-        vision_cache_gb: memory for the image features of a frozen vision side.
-        max_tokens_per_batch: micro-batches by tokens instead of by rows.
+        vision_cache_gb: memory for the image features of a frozen vision tower, in GB.
+        max_tokens_per_batch: size of a micro-batch in tokens, instead of in examples.
     """
 
     learning_rate: float = field(default=1e-6)
@@ -83,26 +83,26 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
     max_tokens_per_batch: int | None = field(default=None)
 
     def __post_init__(self) -> None:
-        """Refuse what would be ignored.
+        """Raise an error for arguments that would be ignored.
 
         Raises:
-            RecipeError: an argument that cannot be honoured.
+            RecipeError: an argument that is not supported.
         """
         refuse_unused(self)
         super().__post_init__()
 
     def objective_spec(self) -> dict[str, Any]:
-        """The objective as a recipe names it; ``beta`` is passed if it has one."""
+        """The objective as in a recipe; with ``beta`` if the objective has one."""
         has_beta = "beta" in OBJECTIVES.get(self.objective).model_fields
         beta = {"beta": self.beta} if has_beta else {}
         return {"name": self.objective, **beta, **self.objective_settings}
 
     def as_recipe(self, path: str | None, *, lora: bool) -> Recipe:
-        """What of these arguments the preparation of a stage reads, as a recipe.
+        """The arguments as a recipe, as far as the preparation of a stage needs them.
 
         Args:
-            path: of the model; ``None`` for one that is loaded already.
-            lora: whether adapters are trained, so that the base keeps its own dtype.
+            path: of the model; ``None`` if it is loaded already.
+            lora: whether adapters are trained, so that the base model keeps its dtype.
         """
         model = ModelSettings(
             path=path or "embedded",
@@ -131,7 +131,7 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
 
 
 class TrlArguments(TypedDict, total=False):
-    """The rest of the trainer's arguments, by TRL's names."""
+    """Further arguments of the trainer, with TRL's names."""
 
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
     callbacks: Sequence[TrainerCallback] | None
@@ -140,31 +140,31 @@ class TrlArguments(TypedDict, total=False):
 
 
 class CWDPOTrainer(PreferenceTrainer):
-    """Drop-in for ``trl.DPOTrainer`` on vision-preference data; the arguments are TRL's, in its order.
+    """Replacement for ``trl.DPOTrainer`` on vision-preference data; with TRL's arguments, in the same order.
 
-    The reference is the model as it is handed over (or ``ref_model``): its log-probabilities are computed once here,
-    also for ``eval_dataset``, and floor and tau are calibrated from its own samples. What could not be used, the
-    calibration and the reference's values are written to ``_cwdpo`` in ``args.output_dir``.
+    The reference is the given model (or ``ref_model``). Its log-probabilities are computed once in the constructor,
+    also for ``eval_dataset``, and floor and tau are calibrated with its samples. Problems of the data, the calibration
+    and the reference values are written to ``_cwdpo`` in ``args.output_dir``.
 
     Args:
-        model: a model (a PeftModel too), or the path or hub id of one.
-        ref_model: another reference; default: the model itself, before it trains.
+        model: a model (also a PeftModel), or the path or hub id of one.
+        ref_model: another reference model; default: the model itself, before training.
         args: the configuration.
-        data_collator: refused: batches are made here.
+        data_collator: not supported: the trainer makes its batches itself.
         train_dataset: rows in TRL's vision-preference format: a ``datasets.Dataset``, a DatasetDict with ``train``, a
-            list of dicts, or a stream (``IterableDataset``), of which as many rows are read as ``args.max_steps``
-            take.
-        eval_dataset: the same, or a dict of sets: ``eval_loss``, ``eval_rewards/margins``, ... or, of a dict,
-            ``eval_NAME_loss``.
-        processing_class: the processor; default: the one that belongs to the model's name.
-        more: ``compute_metrics`` gets an ``EvalPrediction`` whose ``predictions`` are the implicit rewards [P, 2] of
-            chosen and rejected of each pair and whose ``label_ids`` are 0, the chosen one; ``callbacks``;
-            ``optimizers``; ``peft_config``, to wrap the model with.
+            list of dicts, or a stream (``IterableDataset``), of which only the rows that ``args.max_steps`` needs are
+            read.
+        eval_dataset: the same, or a dict of sets. Metrics are ``eval_loss``, ``eval_rewards/margins``, ...; for a
+            dict ``eval_NAME_loss``, ...
+        processing_class: the processor; default: that of the model's name.
+        more: ``compute_metrics`` gets an ``EvalPrediction`` with ``predictions``, the implicit rewards [P, 2] of chosen
+            and rejected of each pair, and ``label_ids``, 0 for each pair (the index of chosen); ``callbacks``;
+            ``optimizers``; ``peft_config``, to add an adapter to the model.
 
     Raises:
         DataError: too many rows are unusable, or none is left.
         ModelError: the model cannot be loaded, wrapped or scored.
-        RecipeError: an argument of TRL's that has another name here, or that cannot be honoured.
+        RecipeError: an argument that is not supported.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class CWDPOTrainer(PreferenceTrainer):
         refuse_arguments({**unknown, **({} if data_collator is None else {"data_collator": data_collator})})
         check_environment(args.bf16, "bf16")
         if ref_model is not None and ref_model is model:
-            raise RecipeError("CWDPOTrainer: ref_model is the model itself, which trains: leave it out")
+            raise RecipeError("CWDPOTrainer: ref_model is the trained model itself: leave it out")
         held_out = evaluation_rows(eval_dataset)
         rows = training_rows(train_dataset, has_eval=bool(held_out))
         peft_config = more.get("peft_config")
@@ -221,7 +221,7 @@ class CWDPOTrainer(PreferenceTrainer):
         stage.trainer = self
 
     def _encoded(self, rows: Rows, name: str) -> list[EncodedExample]:
-        """Rows to evaluate on, with the reference's values."""
+        """Encode rows to evaluate on, with reference values."""
         stage, args = self._stage, self._stage.recipe.data
         where = f"eval_dataset[{name!r}]" if name else "eval_dataset"
         examples = examples_of(rows, where, args.max_bad_fraction)
@@ -236,14 +236,14 @@ class CWDPOTrainer(PreferenceTrainer):
         """Loss and metrics on held-out rows, logged and returned under ``eval_*``.
 
         Args:
-            eval_dataset: rows, a dict of sets, or the name of a set that the trainer was made with; default: all of
-                those.
-            ignore_keys: nothing to ignore: no logits are kept.
-            metric_key_prefix: before each name.
+            eval_dataset: rows, a dict of sets, or the name of a set that was given to the constructor; default: all
+                sets that were given to the constructor.
+            ignore_keys: has no effect: no logits are kept.
+            metric_key_prefix: prefix of each name.
 
         Raises:
-            RecipeError: rows that the trainer was not made with, once it has trained: its reference is gone.
-            DataError: there is nothing to evaluate on.
+            RecipeError: new rows after training: the reference does not exist any more.
+            DataError: there are no rows to evaluate on.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
@@ -252,7 +252,7 @@ class CWDPOTrainer(PreferenceTrainer):
                 raise DataError(f"eval_dataset: no set {rows!r}; known: {', '.join(sets) or 'none'}")
             return self._evaluated(sets[rows], f"{metric_key_prefix}_{rows}")
         if rows is None:
-            raise DataError("CWDPOTrainer.evaluate: give eval_dataset, here or when the trainer is made")
+            raise DataError("CWDPOTrainer.evaluate: pass eval_dataset, here or to CWDPOTrainer")
         if isinstance(rows, Mapping):
             metrics: dict[str, float] = {}
             for name, one in rows.items():
@@ -266,8 +266,8 @@ class CWDPOTrainer(PreferenceTrainer):
             trained = self.state.global_step > 0 and self._stage.reference_model is None
             if trained and self.objective.needs_reference:
                 raise RecipeError(
-                    "CWDPOTrainer.evaluate: the policy has trained, and its reference was the policy before that: "
-                    "give these rows as eval_dataset when the trainer is made, or give a ref_model"
+                    "CWDPOTrainer.evaluate: the reference was the policy before training and does not exist any more: "
+                    "pass these rows as eval_dataset to CWDPOTrainer, or pass a ref_model"
                 )
             rows = self._encoded(rows, prefix)
         held_out = held_out_loss(self, rows, self.args.per_device_eval_batch_size)
@@ -284,24 +284,24 @@ class CWDPOTrainer(PreferenceTrainer):
         return named
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not offered.
+        """Not supported.
 
         Raises:
-            RecipeError: always, with what to use.
+            RecipeError: always; the message names the replacements.
         """
         del args, kwargs
         raise RecipeError(
-            "CWDPOTrainer.predict: pairs are scored by evaluate(); responses are written and measured by "
-            "`cwdpo evaluate MODEL DATA`"
+            "CWDPOTrainer.predict is not supported: use evaluate() to score pairs, and `cwdpo evaluate MODEL --data "
+            "DATA` to generate responses"
         )
 
 
 def _limit(rows: Rows, args: CWDPOConfig) -> int | None:
-    """How many examples are read of a stream; ``None`` for rows that have an end."""
+    """How many examples to read from a stream; ``None`` for rows that are not a stream."""
     if not is_stream(rows):
         return None
     if args.max_steps <= 0:
-        raise DataError("train_dataset is a stream, which nobody knows the length of: set max_steps")
+        raise DataError("train_dataset is a stream of unknown length: set max_steps")
     return int(args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
@@ -315,19 +315,19 @@ def _stage(args: CWDPOConfig, recipe: Recipe, policy: Policy, examples: Sequence
 def _policy(
     model: str | PreTrainedModel, processor: Any, settings: ModelSettings, args: CWDPOConfig, peft_config: Any
 ) -> Policy:
-    """The policy through the one loader, with the processor that was given or that belongs to it."""
+    """Load the policy, or adopt a loaded one, with the given processor or the model's own."""
     dropout = not args.disable_dropout
     if isinstance(model, str):
         if peft_config is not None and (Path(model) / "adapter_config.json").is_file():
             raise RecipeError(
-                f"peft_config: {model} is an adapter already, which is trained further: leave peft_config out, or give "
+                f"peft_config: {model} is an adapter already, which is trained further: leave peft_config out, or pass "
                 "its base as model"
             )
         policy = load_policy(settings, peft_config=peft_config, dropout=dropout)
         return policy if processor is None else replace(policy, processor=processor)
     if args.model_init_kwargs:
         raise RecipeError(
-            "model_init_kwargs: the model is loaded already: leave them out, or give its name as model"
+            "model_init_kwargs: the model is loaded already: leave them out, or pass its name as model"
         )
     if peft_config is not None and hasattr(model, "peft_config"):
         raise RecipeError("peft_config: the model has an adapter already: leave peft_config out")
@@ -335,7 +335,7 @@ def _policy(
         name = str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or "")
         if not name:
             raise DataError(
-                "CWDPOTrainer: processing_class is missing, and the model has no name that says which: give the "
+                "CWDPOTrainer: processing_class is missing, and the model has no name to load it by: pass the "
                 "model's processor"
             )
         processor = load_processor(name, settings.model_copy(update={"path": name}))

@@ -1,4 +1,4 @@
-"""The two-stage run: stage 1 smooths the policy, which then becomes the frozen reference of stage 2."""
+"""The two-stage run: the policy after stage 1 is the frozen reference of stage 2."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.models.adapter import with_adapter_settings
-from cwdpo.models.load import load_weights
 from cwdpo.pipeline.finish import evaluate_policy
+from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
 from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.records import Example
@@ -20,7 +20,7 @@ from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.model import load_model, save_model
+from cwdpo.stage.model import load_model, load_saved, save_model
 from cwdpo.stage.scoring_check import check_scoring
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
@@ -39,15 +39,15 @@ def train_two_stage(
     Args:
         recipe: a recipe, or the path of one.
         out: run folder; default ``runs/<name>``.
-        resume: continue the run in ``out`` from whatever is complete there.
-        accept_changes: with ``resume``, go on with a recipe that differs from the run's.
-        listener: hears phases and steps.
+        resume: continue the run in ``out`` from its last complete part.
+        accept_changes: with ``resume``, allow a recipe that differs from the run's.
+        listener: progress callbacks.
 
     Returns:
         The run folder, with the final model in ``model/`` and the report in ``report.html``.
 
     Raises:
-        CwdpoError: bad recipe, data or model; a folder that already holds a run; a non-finite loss.
+        CwdpoError: recipe, data or model are bad; the folder already has a run; the loss is not finite.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_environment(recipe.train.bf16)
@@ -57,21 +57,32 @@ def train_two_stage(
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
     start_run(run, recipe, resume=resume, accept_changes=accept_changes)
     try:
-        _train(recipe, run, state, listener, resume)
+        _train(recipe, run, state, listener, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
     return run
 
 
-def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener, resume: bool) -> None:
+def _train(
+    recipe: Recipe,
+    run: RunDir,
+    state: PartialState,
+    listener: Listener,
+    *,
+    resume: bool,
+    accept_changes: bool,
+) -> None:
     listener.phase("reading data")
-    with state.main_process_first():  # it writes the world and the small model that the others read
+    with (
+        state.main_process_first()
+    ):  # it writes the embedded world and the small model, which the others read
         splits = prepare_data(recipe, run)
         for note in (*_notes(recipe), *splits.notes):
             listener.note(note)
         set_seed(recipe.seed)
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
+    check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
@@ -81,7 +92,7 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
 
     trained = resume and (run.path / "model").is_dir()
     if trained:
-        load_weights(policy.model, run.path / "model")
+        load_saved(policy, run.path / "model")
     else:
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))
     if run.writes:
@@ -95,24 +106,24 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
 
 
 def _notes(recipe: Recipe) -> list[str]:
-    """What a user should know of settings that are honoured and rarely meant."""
+    """Warnings about settings that are allowed but rarely intended."""
     model, notes = recipe.model, []
     if model.tune == "full" and model.dtype in ("bfloat16", "float16"):
         bits = 8 if model.dtype == "bfloat16" else 11
         notes.append(
-            f"model.dtype = {model.dtype} with full fine-tuning: an update below 1/{2**bits} of a weight rounds away, "
-            "and at the learning rates of fine-tuning most are; dtype: auto trains float32 weights, and train.bf16 "
-            "keeps the computation in bfloat16"
+            f"model.dtype = {model.dtype} with full fine-tuning: an update below 1/{2**bits} of a weight is lost by "
+            "rounding, and at fine-tuning learning rates most updates are that small; dtype: auto trains float32 "
+            "weights, and train.bf16 still computes in bfloat16"
         )
     return notes
 
 
 def _run_stages(first: Stage, second: Stage) -> None:
-    """Both stages train one policy; what stage 1 leaves is the reference of stage 2."""
+    """Train both stages, one after the other, on the same policy; after stage 1 it is the reference of stage 2."""
     run, policy = first.run, first.policy
     smoothed = run.path / "stage1" / "model"
     if first.settings.enabled and first.resume and smoothed.is_dir():
-        load_weights(policy.model, smoothed)
+        load_saved(policy, smoothed)
     elif first.settings.enabled:
         run_stage(first)
         save_model(policy, smoothed, run)

@@ -51,7 +51,7 @@ def good_rows(out: Path) -> Iterator[GoodRows]:
             images = temporary  # both are in use now
     except OSError as error:
         raise DataError(
-            f"--fix {out}: cannot be written ({error.strerror or error}); nothing was left behind: make room, "
+            f"--fix {out}: cannot be written ({error.strerror or error}); nothing was left behind: free some space, "
             "or name a place that you may write to"
         ) from None
     finally:

@@ -10,7 +10,7 @@ from cwdpo.records import Reading
 BINS = 15
 
 
-class Calibration(Probe):
+class Confidence(Probe):
     """Token ECE: top-1 probability compared with top-1 correctness on held-out chosen tokens, L1 over bins."""
 
     readings: ClassVar[tuple[str, ...]] = ("ece",)
