@@ -44,6 +44,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cwdpo.errors import FileError, RunDirError
+from cwdpo.files.checksums import FILE as CHECKSUMS
+from cwdpo.files.checksums import Running, difference
 from cwdpo.files.reading import ends_whole, read_jsonl, read_object
 from cwdpo.files.writing import clear_pieces, open_to_append, refuse_links, sync, write_json, write_text
 from cwdpo.records import Reading
@@ -59,11 +61,20 @@ BEGUN = (
 )  # fmt: skip
 """What a folder holds once training has begun."""
 FOLDERS = ("data", "init", "reference", "stage1", "stage2", "model")
+RECORDED = (
+    "metrics.jsonl", "readings.jsonl", "curriculum.jsonl", "rounds.jsonl", "pool.jsonl", "answers.jsonl",
+    "stopped-*.json", "inputs.json", "calibration*.json", "probes-*.jsonl", "samples.jsonl",
+)  # fmt: skip
+"""Files that a resumed run goes on from: their checksums are kept."""
+_MADE_AGAIN = ("calibration.json", "probes-*.jsonl", "samples.jsonl", "inputs.json")
+"""Those of them that may be missing: what a resumed run makes again is the same."""
 _SUFFIXES = {".json", ".jsonl", ".yaml", ".html", ".md", ".tmp", ".old"}
 _REMEDIES = (
     ("calibration.json", "delete it, and --resume calibrates again"),
     ("probes-*.jsonl", "delete it, and --resume makes the probe set again"),
     ("samples.jsonl", "delete it, and --resume draws the samples again"),
+    (CHECKSUMS, "delete it, and the files are taken as they are"),
+    ("inputs.json", "delete it, and data and base model are taken as they are"),
     ("summary.json", "delete it, and --resume writes it again"),
     ("*.jsonl", "take that line out, or restore the file from a copy"),
     ("*", "restore it from a copy, or start a new run in another --out"),
@@ -89,6 +100,7 @@ class RunDir:
         self.path = Path(path)
         self.writes = writes
         self._lock: IO[str] | None = None
+        self._running: dict[str, Running] = {}
 
     def lock(self) -> None:
         """Hold the folder against another start until :meth:`unlock`, or until this process ends, in whatever way.
@@ -158,7 +170,10 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume and (self.path / "recipe.yaml").exists():
             shutil.rmtree(self.path / "init", ignore_errors=True)
-            stale = ("calibration*.json", "problems.jsonl", "notes.jsonl", "probes-*.jsonl", "stopped-*.json")
+            stale = (
+                "calibration*.json", "problems.jsonl", "notes.jsonl", "probes-*.jsonl", "stopped-*.json",
+                "inputs.json", CHECKSUMS,
+            )  # fmt: skip
             for leftover in [path for name in stale for path in self.path.glob(name)]:
                 leftover.unlink(missing_ok=True)
         return self
@@ -192,8 +207,47 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the run."""
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the run, and record it."""
         if self.writes:
-            write_json(self.path / name, value)
+            self.forget(name)
+            write_text(self.path / name, text)
+            self.record()
+
+    def record(self) -> None:
+        """Store the checksums of the files that a resumed run goes on from, as they are now."""
+        if not self.writes:
+            return
+        entries = {}
+        for name in _recorded(self.path):
+            path, running = self.path / name, self._running.get(name)
+            if running is None or not name.endswith(".jsonl") or path.stat().st_size < running.size:
+                running = self._running[name] = Running()
+            entries[name] = running.entry(path)
+        if entries != self.json(CHECKSUMS):
+            write_json(self.path / CHECKSUMS, entries)
+
+    def forget(self, name: str) -> None:
+        """Take a file out of the checksums before it is written anew: a kill in between must not look like damage."""
+        self._running.pop(name, None)
+        known = self.json(CHECKSUMS) if self.writes else {}
+        if known.pop(name, None) is not None:
+            write_json(self.path / CHECKSUMS, known)
+
+    def changes(self) -> list[str]:
+        """Files that are not as this run, or the one before it, recorded them; rows may have come since.
+
+        Raises:
+            FileError: the checksums themselves are damaged.
+        """
+        return [
+            text
+            for name, entry in self.json(CHECKSUMS).items()
+            if not (_matches(name, _MADE_AGAIN) and not (self.path / name).exists())
+            and (text := difference(self.path, name, entry, grows=name.endswith(".jsonl")))
+        ]
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSONL file of the run."""
@@ -204,15 +258,17 @@ class RunDir:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Have every appended row on disk."""
+        """Have every appended row on disk, and recorded."""
         for path in self.path.glob("*.jsonl") if self.writes else ():
             sync(path)
+        self.record()
 
     def drop_after(self, stage: str, step: int) -> None:
         """Cut what ``stage`` wrote behind ``step``: a resumed run writes it again."""
         for name in ("metrics.jsonl", "readings.jsonl", "curriculum.jsonl"):
             self._keep_rows(name, lambda row: row.get("stage") != stage or row.get("step", 0) <= step)
         if self.writes and self.json(f"stopped-{stage}.json").get("step", -1) > step:
+            self.forget(f"stopped-{stage}.json")
             (self.path / f"stopped-{stage}.json").unlink(missing_ok=True)
 
     def drop_stages(self, name: str, stages: Collection[str]) -> None:
@@ -227,6 +283,7 @@ class RunDir:
         rows = self.rows(name)
         kept = [row for row in rows if keep(row)]
         if len(kept) != len(rows) or not ends_whole(path):
+            self.forget(name)
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def append_readings(self, stage: str, readings: Iterable[Reading]) -> None:
@@ -276,6 +333,14 @@ class RunDir:
             return read_object(path) if path.is_file() else {}
         except FileError as error:
             raise FileError(f"{error}: {remedy(name)}") from None
+
+
+def _recorded(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("*.json*") if _matches(p.name, RECORDED))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def remedy(name: str) -> str:

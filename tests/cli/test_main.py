@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -88,3 +89,29 @@ def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("cwdpo: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "there is not enough memory (MemoryError)"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "there is not enough memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "not enough memory (DefaultCPU",
+        ),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "raise the limit of open files (ulimit -n)"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: the file cannot be written"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, said: str
+) -> None:
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("cwdpo.rundir.RunDir.open", fail)
+    done = run("report", tmp_path)
+    assert done.code == 1
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1

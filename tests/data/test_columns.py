@@ -21,6 +21,8 @@ from cwdpo.data.read.rows import rows_source
 from cwdpo.data.validate.checks import validate
 from cwdpo.errors import DataError
 from cwdpo.records import as_rgb
+from cwdpo.rundir import RunDir
+from cwdpo.worlds.judged import is_judgeable, scene_of
 from paths import ROOT
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
@@ -124,7 +126,7 @@ def test_the_scores_of_a_pair_are_its_margin(folder: Path) -> None:
         ({"margin": "high"}, r"\[margin\]: str \('high'\); allowed: a finite number"),
         ({"margin": True}, "allowed: a finite number"),
         ({"margin": [1, 2]}, "allowed: a finite number"),
-        ({"margin": 1, "reward_margin": 1}, "all say how much better chosen is"),
+        ({"margin": 1, "reward_margin": 1}, "all give a margin of chosen"),
     ):
         with pytest.raises(DataError, match=said):
             read(folder, {**GOOD, **wrong})
@@ -202,7 +204,7 @@ def test_each_mode_of_a_picture(mode: str, told: str) -> None:
             assert np.abs(np.array(channel) - expected).max() <= near
     assert stats.deep == (told == "scaled")
     assert [n for n in stats.notes() if "8 bits" in n] == (
-        ["1 of 1 pictures with more than 8 bits a channel, each scaled from its own range to 0 to 255"]
+        ["1 of 1 images with more than 8 bits per channel, each scaled from its own range to 0 to 255"]
         if told == "scaled"
         else []
     )
@@ -223,7 +225,7 @@ def test_deep_pictures_of_files_keep_their_order(tmp_path: Path) -> None:
         assert sum("more than 8 bits" in note for note in result.notes) == 1
         report = validate(tmp_path / "train.jsonl")
         assert (report.images.deep, report.problems) == (1, [])
-        assert "1 of 1 pictures with more than 8 bits a channel" in report.to_text()
+        assert "1 of 1 images with more than 8 bits per channel" in report.to_text()
     assert made("I;16").convert("RGB").getextrema() == ((255, 255),) * 3, "what Pillow does"
 
 
@@ -254,7 +256,7 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
     result = read_examples(tmp_path / "train.jsonl")
     opened = result.examples[0].images[0].open()
     assert [opened.getpixel((i, 0)) for i in range(2)] == [(255, 255, 255), (9, 9, 9)]
-    assert any("1 of 1 pictures with an alpha channel, laid on white" in note for note in result.notes)
+    assert any("1 of 1 images with an alpha channel, put on white" in note for note in result.notes)
 
 
 # --- encoded pictures -----------------------------------------------------------------------------------
@@ -313,3 +315,32 @@ def test_no_error_prints_a_cell_as_long_as_a_picture(tmp_path: Path, value: Any)
     lines = str(caught.value).splitlines()
     assert any(":1 [image" in line for line in lines)
     assert max(map(len, lines)) < 1000
+
+
+# --- what validate passes, train takes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", ["high", True, [1], {"a": 1}, float("nan"), 10**400])
+def test_a_margin_in_made_is_a_number_or_refused(folder: Path, margin: Any) -> None:
+    row = {**GOOD, "negatives": [{"text": "B", "made": {"reward_margin": margin}}]}
+    with pytest.raises(DataError, match=r"\[negatives\[0\]\.made\.reward_margin\].*allowed: a finite number"):
+        read(folder, row)
+
+
+@pytest.mark.parametrize(
+    "scene", ["a street at night", ["x"], {"objects": 3}, {"objects": [], "noise_seed": "x"}, 4]
+)
+def test_a_scene_of_another_kind_is_a_column_like_any_other(folder: Path, scene: Any) -> None:
+    example = read(folder, {**GOOD, "scene": scene}).examples[0]
+    assert not is_judgeable(example)
+    with pytest.raises(DataError, match="scene"):
+        scene_of(example)
+
+
+def test_half_a_surrogate_pair_in_a_key_can_be_written_down(folder: Path, tmp_path: Path) -> None:
+    bad = {**GOOD, "videos": ["a"], "\ud800": 1}
+    problems = read(folder, GOOD, bad, {**GOOD, "\udfff": "x"}, max_bad_fraction=1).problems
+    run = RunDir(tmp_path)
+    run.append("problems.jsonl", ({"stage": "read", "problem": str(p)} for p in problems))
+    run.append("problems.jsonl", [{"\ud800": "\udfff"}])
+    assert len(run.rows("problems.jsonl")) == len(problems) + 1

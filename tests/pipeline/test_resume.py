@@ -18,7 +18,6 @@ from cwdpo.cli import main as cli
 from cwdpo.config import parse_recipe
 from cwdpo.errors import RecipeError, RunDirError
 from cwdpo.files import writing
-from cwdpo.files.reading import read_jsonl
 from cwdpo.files.writing import discard, replace_folder
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.resume import start_run
@@ -362,8 +361,7 @@ def test_a_stage_whose_last_checkpoint_is_whole_takes_no_step_more(
         for name in ("stage1/model", "stage2"):
             shutil.rmtree(run / name)
         for name in ("metrics.jsonl", "readings.jsonl"):
-            rows = [r for r in read_jsonl(run / name) if r["stage"] == "stage1"]
-            (run / name).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            RunDir(run).drop_stages(name, {"stage2"})
     steps: list[tuple[str, int]] = []
     listener = Listener(step=lambda stage, step, total: steps.append((stage, step)))
     train_two_stage(small(world_folder, model_folder), run, resume=True, listener=listener)
@@ -380,9 +378,7 @@ def test_samples_go_on_behind_the_last_whole_draw(
     rows = finished.samples()
     assert [len(r["responses"]) for r in rows] == [3, 3, 3]
     cut = [{**r, "responses": r["responses"][:2]} for r in rows]
-    (finished.path / "samples.jsonl").write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in cut)
-    )
+    finished.write_text("samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in cut))
     draws: list[int] = []
     real = evaluate.sample
     monkeypatch.setattr(evaluate, "sample", lambda *a, **n: (draws.append(n["seed"]), real(*a, **n))[1])

@@ -7,10 +7,12 @@ import io
 import os
 import re
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
-from cwdpo.cli import data, evaluate, lab, train, watch
+from cwdpo.cli import data, env, evaluate, lab, train, watch
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError
 
@@ -20,8 +22,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Cooling-Weighted DPO for vision-language models.",
 )
-for group in (train, data, evaluate, watch, lab):
+for group in (train, data, evaluate, watch, lab, env):
     group.mount(app)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda asked: _show_version(asked), help="show it"),
+    ] = False,
+) -> None:
+    del version
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cwdpo {metadata.version('cwdpo')}")
+        raise typer.Exit
+
 
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -29,8 +48,8 @@ _DISK_ERRORS = {
 }  # fmt: skip
 
 
-def _disk_trouble(error: Exception) -> str | None:
-    """A message for an error of a full, read-only or broken disk; ``None`` for any other error.
+def _machine_trouble(error: Exception) -> str | None:
+    """A message for an error of the disk or of too little memory; ``None`` for any other error.
 
     safetensors and torch raise their own types of errors, which can be recognised only by their text.
     """
@@ -39,6 +58,13 @@ def _disk_trouble(error: Exception) -> str | None:
     number = int(found[1]) if found else getattr(error, "errno", None)
     if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", text):
         number = errno.ENOSPC
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in text:
+        return (
+            f"there is not enough memory ({' '.join(text.split())[:200] or 'MemoryError'}); files written before are "
+            "complete: lower train.batch_size or data.cache_gb, or take a larger machine, then continue with --resume"
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"{text}: raise the limit of open files (ulimit -n), then continue with --resume"
     if number not in _DISK_ERRORS:
         return None
     if isinstance(error, OSError) and error.filename:
@@ -65,7 +91,7 @@ def main() -> None:
         typer.echo(f"cwdpo: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
-        trouble = _disk_trouble(error)
+        trouble = _machine_trouble(error)
         if trouble is None:
             raise
         typer.echo(f"cwdpo: {printable(trouble)}", err=True)

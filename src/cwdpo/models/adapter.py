@@ -115,3 +115,12 @@ def set_dropout(model: nn.Module, share: float) -> None:
                 module.lora_dropout[name] = nn.Dropout(share) if share else nn.Identity()
     for config in getattr(model, "peft_config", {}).values():
         config.lora_dropout = share
+
+
+def sort_targets(model: nn.Module) -> None:
+    """Have peft write the names in its config in order: it keeps them as sets, whose order differs from run to run."""
+    for config in getattr(model, "peft_config", {}).values():
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(config, key, None)
+            if isinstance(value, set | frozenset):
+                setattr(config, key, sorted(value))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import ModelError
-from cwdpo.models.adapter import check_targets, set_dropout, with_adapter_settings
+from cwdpo.models.adapter import check_targets, set_dropout, sort_targets, with_adapter_settings
 from cwdpo.models.checkpoint import (
     adapter_base,
     check_folder,
@@ -19,6 +19,7 @@ from cwdpo.models.checkpoint import (
     reason,
     with_adapter,
 )
+from cwdpo.models.merge import tied_layers_handled
 from cwdpo.models.parts import PARTS
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def adopt(
         model = _wrapped(model, peft_config)
     elif settings.tune == "lora":
         model = add_lora(model, settings)
+    sort_targets(model)
     _move(model, settings.device)
     use_scoring(model, settings.scoring)
     keep_vision_features(model, settings.vision_cache_gb)
@@ -241,10 +243,18 @@ def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:
 
 
 def _wrapped(model: Any, config: Any) -> nn.Module:
+    import torch
     from peft import get_peft_model
 
+    if getattr(config, "ensure_weight_tying", False) and model.dtype != torch.float32:
+        raise ModelError(
+            "peft_config.ensure_weight_tying: peft casts the adapters of a model in half precision to float32 one by "
+            "one, which unties them again, and saves one of two: load the model in float32 (model.dtype), or leave "
+            "ensure_weight_tying out"
+        )
     try:
-        wrapped: nn.Module = get_peft_model(model, config)
+        with tied_layers_handled():
+            wrapped: nn.Module = get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise ModelError(f"model.lora: {error}") from error
     return wrapped

@@ -192,7 +192,7 @@ def _decode(
             input_ids=token[:, None],
             attention_mask=mask,
             position_ids=where if mrope is None else where.expand(3, -1, -1),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).logits[:, -1]
     return rows
@@ -222,7 +222,7 @@ def _prefill(
         mrope.rope_deltas = None
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     position = mask.sum(1)
     if mrope is not None and mrope.rope_deltas is not None:
         # Positions on all three axes go on behind the largest one of the prompt.

@@ -15,8 +15,6 @@ from accelerate.utils import broadcast_object_list
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder
 from cwdpo.dynamics.settings import ProbeSettings
 from cwdpo.errors import DataError
-from cwdpo.files.reading import read_jsonl
-from cwdpo.files.writing import write_text
 from cwdpo.monitor.responses import Response, read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import NEGATIVES, normalised
 from cwdpo.records import Completion, Example, Origin
@@ -146,7 +144,7 @@ def build_prompts(stage: Stage, load: Load, sampler: Callable[[Sequence[Example]
     path = stage.run.path / f"probes-{stage.name}.jsonl"
     if stage.resume and path.is_file():
         # Use the stored prompts, even if the recipe now has more steps and so a larger budget.
-        stored = stored_responses(read_jsonl(path))
+        stored = stored_responses(stage.run.rows(path.name))
         measured = [e.id in stored for e in usable]
         asked = {e.id for e in typed}
         responses = {id_: stays for id_, stays in stored.items() if stays or id_ in asked}
@@ -155,8 +153,7 @@ def build_prompts(stage: Stage, load: Load, sampler: Callable[[Sequence[Example]
         pools = {"other_train": stage.examples, "other_test": held_out}
         made = make_responses(typed, pools, settings.types, given, sampler, stage.recipe.seed)
         responses = {e.id: [r for r in made[e.id] if _encoded(encoder, e, r)] for e in typed}
-        if stage.run.writes:
-            write_text(path, to_jsonl(usable[:prompts], responses))
+        stage.run.write_text(path.name, to_jsonl(usable[:prompts], responses))
     encoded, usable = list(compress(encoded, measured)), list(compress(usable, measured))
     extras = {e.id: [c for r in responses.get(e.id, ()) if (c := _encoded(encoder, e, r))] for e in usable}
     return Prompts(usable, encoded, extras, responses)

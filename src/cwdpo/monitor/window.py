@@ -12,7 +12,6 @@ from transformers.trainer_callback import ExportableState
 from cwdpo.curriculum.base import CURRICULA, Curriculum, Hardness, Plan, next_round
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.files.reading import read_jsonl
 from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import calibrate
@@ -61,7 +60,7 @@ def added_share(run: RunDir, step: int) -> float:
 
     It is read from the run folder, so that a resumed run prepares its round exactly as before.
     """
-    known = [row for row in read_jsonl(run.path / FILE) if row["stage"] == "stage2" and row["step"] <= step]
+    known = [row for row in run.rows(FILE) if row["stage"] == "stage2" and row["step"] <= step]
     added: float = broadcast_object_list([known[-1].get("fresh", 0.0) if known else 0.0])[0]
     return added
 

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
-from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.base import Judge
 from cwdpo.models.sample import by_length
 from cwdpo.onpolicy.sampler import Sampler
@@ -46,7 +45,7 @@ class Pool:
         tree = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_SAMPLING}
         self._mark = yaml.safe_dump(tree)
         # The first process reads the file and sends its rows to the others, which must not read while it writes.
-        stored = {row["key"]: row for row in read_jsonl(run.path / FILE)} if run.writes else {}
+        stored = {row["key"]: row for row in run.rows(FILE)} if run.writes else {}
         self._stored: dict[str, dict[str, Any]] = broadcast_object_list([stored])[0]
 
     def fill(
@@ -118,6 +117,7 @@ class Pool:
             rows = [fresh.get(row.id, row) for row in rows]
             new = judged
         self.run.append(FILE, ({"key": keys[row.id], **row.to_json()} for row in new))
+        self.run.record()
         return rows
 
     def _key(self, example: Example, round_: int) -> str:

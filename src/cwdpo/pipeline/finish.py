@@ -8,7 +8,6 @@ from typing import Any
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
-from cwdpo.files.writing import write_text
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Example
@@ -72,7 +71,7 @@ def evaluate_policy(
 
 
 def _write_samples(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(run.path / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    run.write_text("samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def _with_stored(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list[dict[str, Any]]:

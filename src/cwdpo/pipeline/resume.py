@@ -11,7 +11,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from cwdpo.config import Recipe, code_names, parse_recipe, read_tree
-from cwdpo.errors import CwdpoError, RecipeError
+from cwdpo.errors import CwdpoError, FileError, RecipeError
+from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.writing import write_text
 from cwdpo.rundir import RunDir
 
@@ -29,6 +30,7 @@ def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_chang
 
     Raises:
         RunDirError: another process works in the folder, or it holds a run and ``resume`` is not set.
+        FileError: a file that it goes on from is not what the run recorded, and ``accept_changes`` is not set.
         RecipeError: the recipe differs from the run's, and ``accept_changes`` is not set.
     """
     trouble: list[Exception | None] = [None]
@@ -57,6 +59,14 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, accept_changes: bool) -> N
             f"new ones by --accept-changes (the old recipe is kept as {_numbered(path).name}); or start a new run in "
             "another --out"
         )
+    damaged = run.changes() if resume else []
+    if damaged and not accept_changes:
+        raise FileError(
+            f"{run.path}: not as the run left it: {'; '.join(damaged)}: restore it from a copy, or go on with what is "
+            "there by --accept-changes"
+        )
+    if damaged:
+        (run.path / CHECKSUMS).unlink()
     if resume:
         run.recover()
         run.drop_stages("problems.jsonl", {"read", "negatives"})
@@ -114,6 +124,7 @@ def keep_old(run: RunDir, changed: Mapping[str, Any]) -> None:
     for name in names:
         path = run.path / name
         if path.exists():
+            run.forget(name)
             os.rename(path, path.with_name(f"{path.stem}.{number}{path.suffix}"))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.models.load import load_weights
@@ -16,7 +17,7 @@ from cwdpo.onpolicy.rounds import RoundData, Rounds
 from cwdpo.rundir import RunDir
 from cwdpo.stage.prepare import prepare, with_reference_values
 from cwdpo.stage.stage import Stage
-from cwdpo.trainer.checkpoints import checkpoint_step, last_checkpoint
+from cwdpo.trainer.checkpoints import checkpoint_step, checkpoint_to_resume, readable
 from cwdpo.trainer.guard import Guard
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
 
@@ -88,7 +89,7 @@ def run_stage(stage: Stage) -> None:
             rounds.plan.steps
         )  # an epoch is a round, so epochs do not set the steps
         stage.trainer.add_callback(rounds)
-    checkpoint = last_checkpoint(stage.run.path / stage.name) if stage.resume else None
+    checkpoint = checkpoint_to_resume(stage.run.path / stage.name) if stage.resume else None
     stage.run.drop_after(stage.name, checkpoint_step(checkpoint))
     _train_from(stage, checkpoint, stage.trainer)
 
@@ -137,6 +138,9 @@ def _train_from(stage: Stage, checkpoint: Path | None, trainer: PreferenceTraine
         # transformers would take one more step before it checks the number of steps.
         load_weights(stage.policy.model, checkpoint)
         return
+    if checkpoint is not None:
+        with readable(checkpoint, TRAINER_STATE_NAME):
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     stage.policy.model = trainer.whole_model()
 

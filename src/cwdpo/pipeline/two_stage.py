@@ -11,8 +11,8 @@ from transformers import set_seed
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.models.adapter import with_adapter_settings
-from cwdpo.models.load import load_weights
 from cwdpo.pipeline.finish import evaluate_policy
+from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
 from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.records import Example
@@ -21,7 +21,7 @@ from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.model import load_model, save_model
+from cwdpo.stage.model import load_model, load_saved, save_model
 from cwdpo.stage.prepare import check_scoring
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
@@ -58,13 +58,21 @@ def train_two_stage(
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
     start_run(run, recipe, resume=resume, accept_changes=accept_changes)
     try:
-        _train(recipe, run, state, listener, resume)
+        _train(recipe, run, state, listener, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
     return run
 
 
-def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener, resume: bool) -> None:
+def _train(
+    recipe: Recipe,
+    run: RunDir,
+    state: PartialState,
+    listener: Listener,
+    *,
+    resume: bool,
+    accept_changes: bool,
+) -> None:
     listener.phase("reading data")
     with (
         state.main_process_first()
@@ -75,6 +83,7 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
         set_seed(recipe.seed)
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
+    check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
@@ -84,7 +93,7 @@ def _train(recipe: Recipe, run: RunDir, state: PartialState, listener: Listener,
 
     trained = resume and (run.path / "model").is_dir()
     if trained:
-        load_weights(policy.model, run.path / "model")
+        load_saved(policy, run.path / "model")
     else:
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))
     if run.writes:
@@ -115,7 +124,7 @@ def _run_stages(first: Stage, second: Stage) -> None:
     run, policy = first.run, first.policy
     smoothed = run.path / "stage1" / "model"
     if first.settings.enabled and first.resume and smoothed.is_dir():
-        load_weights(policy.model, smoothed)
+        load_saved(policy, smoothed)
     elif first.settings.enabled:
         run_stage(first)
         save_model(policy, smoothed, run)

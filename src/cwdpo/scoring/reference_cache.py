@@ -189,7 +189,16 @@ def reference_digest(model: nn.Module, *, bf16: bool = False) -> str:
     config = unwrapped(model).config
     attention = [getattr(config, "_attn_implementation", None), config.get_text_config()._attn_implementation]
     facts = [VERSION, attention, shares_prefix(model), bf16, metadata.version("transformers")]
-    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
+    return _of_weights(model, hashlib.blake2b(json.dumps(facts).encode(), digest_size=16))
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> str:
+    """A digest of all weights with their names, shapes and dtypes; a fresh adapter does not count."""
+    return _of_weights(model, hashlib.blake2b(digest_size=16))
+
+
+def _of_weights(model: nn.Module, digest: Any) -> str:
     named = list(model.named_parameters())
     if not any(bool(p.any()) for name, p in named if ".lora_B." in name):
         named = [(name, p) for name, p in named if ".lora_" not in name]
@@ -198,7 +207,7 @@ def reference_digest(model: nn.Module, *, bf16: bool = False) -> str:
             named, pool.map(_weight_digest, (p for _, p in named)), strict=True
         ):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {own}\n".encode())
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _weight_digest(parameter: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from cwdpo.errors import RecipeError
 
@@ -40,3 +41,19 @@ def check_environment(bf16: bool, setting: str = "train.bf16") -> None:
     for name, remedy in _UNUSED.items():
         if os.environ.get(name, "").lower() not in _OFF:
             raise RecipeError(f"{name}={os.environ[name]}: {remedy}")
+
+
+def devices() -> dict[str, Any]:
+    """What torch computes on: its threads, its CUDA, and each GPU with memory and capability."""
+    import torch
+
+    found: dict[str, Any] = {
+        "torch threads": torch.get_num_threads(),
+        "cuda of torch": torch.version.cuda or "none",
+    }
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = (
+            f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}"
+        )
+    return found

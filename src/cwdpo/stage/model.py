@@ -7,9 +7,11 @@ from pathlib import Path
 from transformers import set_seed
 
 from cwdpo.config import Recipe
+from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder
-from cwdpo.models.load import Policy, load_policy
+from cwdpo.models.load import Policy, load_policy, load_weights
 from cwdpo.models.tiny import init_model
+from cwdpo.models.write import save_weights
 from cwdpo.rundir import RunDir
 from cwdpo.stage.splits import Splits
 
@@ -22,10 +24,26 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
     if not folder.exists():
         with new_folder(folder) as temporary:
             init_model(temporary, splits.texts, recipe.model.init)
+            write_checksums(temporary)
         # Creating the model used random numbers; a run that finds the folder uses none. Set the seed again, so that a
         # new adapter starts with the same weights in both cases.
         set_seed(recipe.seed)
+    else:
+        refuse_damage(folder, "remove it, and it is made again")
     return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
+
+
+def load_saved(policy: Policy, folder: Path) -> None:
+    """Put the weights that :func:`save_model` wrote into the policy.
+
+    Raises:
+        FileError: the folder is not what was written.
+        ModelError: its weights do not fit.
+    """
+    refuse_damage(
+        folder, "remove it, and --resume goes on from the stage's last checkpoint, or trains the stage again"
+    )
+    load_weights(policy.model, folder)
 
 
 def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
@@ -33,5 +51,7 @@ def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     if not run.writes:
         return
     with new_folder(folder) as temporary:
-        policy.model.save_pretrained(temporary)  # type: ignore[operator]
+        save_weights(policy.model, temporary)
         policy.processor.save_pretrained(temporary)
+        write_checksums(temporary)
+    run.sync()

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from cwdpo.errors import FileError
+from cwdpo.files.checksums import FILE as CHECKSUMS
+from cwdpo.files.checksums import damage, refuse_damage, write_checksums
+from cwdpo.files.reading import read_object
 from cwdpo.files.writing import discard, replace_folder, sync_tree, temporary_name
+
+UNREADABLE = (
+    "remove the checkpoint's folder, and --resume goes on from the one before, or begins the stage again"
+)
+_NAME = re.compile(r"checkpoint-[0-9]{1,18}")
+
+
+@contextlib.contextmanager
+def readable(checkpoint: Any, what: str) -> Iterator[None]:
+    """Answer whatever torch, accelerate and transformers raise when a part of a checkpoint is not what it should be."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise FileError(f"{checkpoint}: {what} cannot be loaded ({said}): {UNREADABLE}") from error
 
 
 class CompleteCheckpoints(Trainer):  # type: ignore[misc]
@@ -64,6 +85,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             self.before_checkpoint()
+            write_checksums(aside / name)
             sync_tree(aside)
             replace_folder(aside / name, folder / name)
             aside.rmdir()
@@ -71,6 +93,14 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder / name))
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with readable(checkpoint, "the state of the optimizer or of the schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with readable(checkpoint, "the random state"):
+            super()._load_rng_state(checkpoint)
 
     def _name_best(self, written: Path, final: Path) -> None:
         """The best checkpoint under the name that it will have, in the stored state too."""
@@ -107,14 +137,67 @@ def _written_at(checkpoint: Path) -> tuple[int, str]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete ``checkpoint-N`` of a stage (its trainer state is written last)."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    """The newest ``checkpoint-N`` of a stage; a checkpoint has its name only when it is complete."""
+    return max(_checkpoints(folder), key=_number, default=None)
+
+
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage, every file of it as it was written; all processes call this together.
+
+    Raises:
+        FileError: it is damaged. The message names what is wrong, and the newest checkpoint that is whole.
+    """
+    error: list[str] = [""]
+    newest = last_checkpoint(folder)
+    if newest is not None and PartialState().is_main_process:
+        try:
+            _refuse_damaged(newest)
+        except FileError as problem:
+            error = [str(problem)]
+    (said,) = broadcast_object_list(error)
+    if said:
+        raise FileError(said)
+    return newest
+
+
+def _refuse_damaged(newest: Path) -> None:
+    problems = damage(newest) or _lacking(newest)
+    if not problems:
+        return
+    older = sorted((p for p in _checkpoints(newest.parent) if p != newest), key=_number, reverse=True)
+    whole = next((p for p in older if not (damage(p) or _lacking(p))), None)
+    remedy = (
+        f"remove the folder, and --resume goes on from {whole.name}, which is whole"
+        if whole is not None
+        else "no older one is whole: remove the folder, and --resume begins the stage again"
+    )
+    refuse_damage(newest, remedy, () if damage(newest) else problems)
+
+
+def _lacking(checkpoint: Path) -> list[str]:
+    """What a checkpoint must hold, for those of older versions, which wrote no checksums."""
+    if (checkpoint / CHECKSUMS).is_file():
+        return []
+    lacking = [f"{name} is missing" for name in (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
+               if not (checkpoint / name).is_file()]  # fmt: skip
+    return [] if (checkpoint / "pytorch_model_fsdp_0").exists() else lacking
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:
-    """Step of a checkpoint; -1 for none."""
+    """Step of a checkpoint; -1 for none.
+
+    Raises:
+        FileError: its trainer state cannot be read.
+    """
     if checkpoint is None:
         return -1
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
+    with readable(checkpoint, TRAINER_STATE_NAME):
+        return int(read_object(checkpoint / TRAINER_STATE_NAME)["global_step"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cwdpo.errors import DataError
@@ -12,7 +12,11 @@ from cwdpo.worlds.shapes import Judgement, Scene, judge
 
 def is_judgeable(example: Example) -> bool:
     """Whether an example is from the embedded world, that is, has the scene of its image."""
-    return example.extra.get("scene") is not None
+    try:
+        Scene.from_json(example.extra["scene"])
+    except (DataError, KeyError, TypeError, ValueError):  # other data has columns of that name too
+        return False
+    return True
 
 
 def all_judgeable(examples: Sequence[Example]) -> bool:
@@ -26,9 +30,9 @@ def scene_of(example: Example) -> Scene:
     Raises:
         DataError: the example has none; only data of the embedded world has scenes.
     """
-    if not is_judgeable(example):
+    scene: Any = example.extra.get("scene")
+    if not isinstance(scene, Mapping):
         raise DataError(f"{example.where or example.id}: scene: missing; only the embedded world has a judge")
-    scene: Any = example.extra["scene"]
     return Scene.from_json(scene)
 
 

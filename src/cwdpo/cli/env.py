@@ -1,0 +1,66 @@
+"""``cwdpo env``: what a bug report needs to say of a machine, and nothing that is secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import typer
+
+from cwdpo.cli.common import AsJson
+
+OPTIONAL = (
+    "bitsandbytes", "flash-attn", "torchvision", "openai", "pycocoevalcap", "choix", "trl", "deepspeed", "vllm",
+)  # fmt: skip
+SHOWN = (
+    "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE", "LOCAL_RANK", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK",
+    "TOKENIZERS_PARALLELISM", "TRANSFORMERS_OFFLINE", "WORLD_SIZE",
+)  # fmt: skip
+"""Variables whose values are shown. Of any other not even the name is: it may be a key, or say who somebody is."""
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("env")(env)
+
+
+def env(as_json: AsJson = False) -> None:
+    """Show versions, devices and settings for a bug report; no keys, no paths, no names of files."""
+    facts = environment()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    for title, values in facts.items():
+        typer.echo(f"{title}:")
+        for name, value in values.items():
+            typer.echo(f"  {name:<28} {value}")
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """Versions of packages, the system, devices and settings, by name."""
+    from cwdpo.rundir import versions
+    from cwdpo.stage.environment import devices
+
+    optional = {name: version for name in OPTIONAL if (version := _version(name))}
+    return {
+        "packages": {**versions(), **optional},
+        "system": {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+        },
+        "devices": devices(),
+        "settings": {name: os.environ[name] for name in SHOWN if name in os.environ},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,111 @@
+"""Checksums of finished files: what has changed since they were written is named before anything goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from cwdpo.errors import FileError
+from cwdpo.files.reading import open_file, read_object
+from cwdpo.files.writing import write_json
+
+FILE = "checksums.json"
+_CHUNK = 2**20
+
+
+class Running:
+    """The digest of a growing file; what was read once is not read again."""
+
+    def __init__(self) -> None:
+        self._digest = blake2b(digest_size=16)
+        self.size = 0
+
+    def read_on(self, path: Path, size: int | None = None) -> str:
+        """The digest of the file's first ``size`` bytes, by default of all of it.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        with open_file(path) as file:
+            file.seek(self.size)
+            while size is None or self.size < size:
+                data = file.read(_CHUNK if size is None else min(_CHUNK, size - self.size))
+                if not data:
+                    break
+                self._digest.update(data)
+                self.size += len(data)
+        return self._digest.hexdigest()
+
+    def entry(self, path: Path) -> dict[str, Any]:
+        """Size and digest of the whole file."""
+        digest = self.read_on(path)
+        return {"bytes": self.size, "blake2b": digest}
+
+
+def write_checksums(folder: Path) -> None:
+    """Write :data:`FILE` into a folder that is finished: size and digest of every file in it but its README."""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (FILE, "README.md")
+    )
+    with ThreadPoolExecutor(4) as pool:
+        entries = list(pool.map(lambda name: Running().entry(folder / name), names))
+    write_json(folder / FILE, dict(zip(names, entries, strict=True)))
+
+
+def damage(folder: Path) -> list[str]:
+    """What has become of the files of a folder since :func:`write_checksums`; empty where it wrote none.
+
+    Returns:
+        ``NAME is missing``, ``NAME was changed``, ... in order.
+    """
+    if not (folder / FILE).is_file():
+        return []
+    try:
+        entries = read_object(folder / FILE)
+    except FileError as error:
+        return [str(error)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda name: difference(folder, name, entries[name]), entries)
+        return [text for text in found if text]
+
+
+def difference(folder: Path, name: str, entry: Any, *, grows: bool = False) -> str:
+    """What is wrong with a file, or an empty text.
+
+    Args:
+        entry: of :meth:`Running.entry`, as it was stored.
+        grows: the file may have become longer.
+    """
+    size, digest = (entry.get("bytes"), entry.get("blake2b")) if isinstance(entry, dict) else (None, None)
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{FILE} names {name!r}, which is not in the folder"
+    if not isinstance(size, int) or not isinstance(digest, str):
+        return f"{FILE} holds no checksum of {name}"
+    if not path.is_file():
+        return f"{name} is missing"
+    now = path.stat().st_size
+    if now < size or (now > size and not grows):
+        return f"{name} has {now} bytes where {size} were written"
+    return "" if Running().read_on(path, size) == digest else f"{name} was changed"
+
+
+def refuse_damage(folder: Path, remedy: str, more: Iterable[str] = ()) -> None:
+    """Refuse a folder that is not what was written.
+
+    Args:
+        remedy: what to do.
+        more: further problems, found otherwise.
+
+    Raises:
+        FileError: the problems and the remedy.
+    """
+    problems = [*damage(folder), *more]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise FileError(f"{folder}: damaged: {shown}: {remedy}")

@@ -1,0 +1,148 @@
+"""What a run goes in with, besides its recipe: rows, pictures and base model. A resumed run must find the same.
+
+``inputs.json`` holds digests only. Every picture is read once for it, at the speed of the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from cwdpo.data.images import ImageDigests
+from cwdpo.errors import CwdpoError, DataError, RecipeError
+from cwdpo.models.load import Policy
+from cwdpo.pipeline.resume import keep_old
+from cwdpo.records import Completion, Example
+from cwdpo.rundir import RunDir
+from cwdpo.scoring.reference_cache import weights_digest
+from cwdpo.stage.splits import Splits
+
+FILE = "inputs.json"
+
+
+def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, accept_changes: bool) -> None:
+    """Store digests of what goes in; of a resumed run compare them first. All processes call this together.
+
+    Raises:
+        RecipeError: something differs and ``accept_changes`` is not set; every difference is named.
+    """
+    trouble: list[CwdpoError | None] = [None]
+    if run.writes:
+        try:
+            now = {**_of_splits(splits), "model": _of_model(policy)}
+            before = run.json(FILE) if resume else {}
+            found = differences(before, now) if before else []
+            if found and not accept_changes:
+                lines = "".join(f"\n  {line}" for line in found)
+                trouble = [
+                    RecipeError(
+                        f"{run.path / FILE}: the run was started with something else:{lines}\nRestore it; or go on "
+                        "with what is there now by --accept-changes; or start a new run in another --out"
+                    )
+                ]
+            else:
+                if found:
+                    keep_old(run, {"inputs": found})
+                run.write_json(FILE, now)
+        except CwdpoError as error:
+            trouble = [error]
+    found_trouble = broadcast_object_list(trouble)[0]
+    if found_trouble is not None:
+        raise found_trouble
+
+
+def _of_splits(splits: Splits) -> dict[str, Any]:
+    digests = ImageDigests()
+    named = {"stage1": splits.stage1, "stage2": splits.stage2, "validation": splits.validation}
+    return {name: of_rows(rows, digests) for name, rows in named.items()}
+
+
+def of_rows(rows: Sequence[Example], digests: ImageDigests) -> dict[str, Any]:
+    """Number of rows, and digests of their texts, of their order, and of their pictures (whatever the order)."""
+    texts = [_digest([_texts(row)]) for row in rows]
+    pictures = [_digest([row.id, *(_picture(image, digests) for image in row.images)]) for row in rows]
+    return {
+        "rows": len(rows),
+        "texts": _digest(sorted(texts)),
+        "order": _digest(texts),
+        "pictures": _digest(sorted(pictures)),
+    }
+
+
+def _texts(row: Example) -> str:
+    """Everything of a row that is trained on or judged by, as one text."""
+
+    def said(completion: Completion) -> list[Any]:
+        return [completion.text, completion.origin, completion.kind, completion.made]
+
+    parts = [
+        row.id,
+        [asdict(message) for message in row.prompt],
+        said(row.chosen),
+        [said(c) for c in row.rejected],
+        [said(c) for c in row.gentle],
+        row.references,
+        row.extra,
+    ]
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _picture(image: Any, digests: ImageDigests) -> str:
+    try:
+        return digests.of(image).hex()
+    except DataError:  # reading it for training says what is wrong
+        return "unreadable"
+
+
+def _of_model(policy: Policy) -> dict[str, Any]:
+    tokenizer = getattr(policy.processor, "tokenizer", policy.processor)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pictures: Any = getattr(policy.processor, "image_processor", None)
+    return {
+        "weights": weights_digest(policy.model),
+        "tokenizer": _digest(
+            [backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())]
+        ),
+        "template": _digest(
+            [str(getattr(one, "chat_template", None)) for one in (policy.processor, tokenizer)]
+        ),
+        "image processor": _digest(
+            [pictures.to_json_string() if hasattr(pictures, "to_json_string") else ""]
+        ),
+    }
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is not as it was, a line each."""
+    found = []
+    for name in ("stage1", "stage2", "validation"):
+        old, new = before.get(name), now[name]
+        if not isinstance(old, dict):
+            continue
+        label = f"rows of {name}"
+        if old.get("rows") != new["rows"]:
+            found.append(f"{label}: {old.get('rows')} -> {new['rows']}")
+        elif old.get("texts") != new["texts"]:
+            found.append(f"{label}: other texts (prompts, responses, which is chosen, or further columns)")
+        elif old.get("order") != new["order"]:
+            found.append(f"{label}: the same in another order")
+        elif old.get("pictures") != new["pictures"]:
+            found.append(f"{label}: other pictures")
+    base: Any = before.get("model")
+    for part, digest in now["model"].items() if isinstance(base, dict) else ():
+        if base.get(part) != digest:
+            found.append(f"base model: another {part}" if part != "weights" else "base model: other weights")
+    return found
