@@ -21,14 +21,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CONSTRAINTS = HERE / "constraints.txt"
 TORCH = ("torch", "torchvision")
-OF_FAMILIES = ("num2words", "timm")  # SmolVLM's processor; towers of timm
+OF_TESTS = ("pytest", "pytest-xdist")
+OF_FAMILIES = ("num2words",)  # SmolVLM's processor
 
 
 def requirements() -> list[str]:
     """What is installed besides torch: the project's own dependencies, those of its tests, and those of families."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["dev"], *extras["vision"], *OF_FAMILIES]
+    return [*project["dependencies"], *extras["captions"], *extras["vision"], *OF_TESTS, *OF_FAMILIES]
 
 
 def folder() -> Path:
