@@ -598,7 +598,7 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write the checkpoint of a family; its weights are far enough from zero that every part of it matters."""
+    """Write the checkpoint of a family; its weights are far from zero, so that every part of it matters."""
     maker, traits = FAMILIES[name]
     made = Made(traits)
     if name == "mllama":
@@ -612,6 +612,8 @@ def write(name: str, folder: Path) -> Path:
                 parameter.normal_(0, 0.08)
             elif parameter.numel() == 1:  # Mllama's gates are closed in a fresh model
                 parameter.fill_(0.5)
+    with torch.no_grad():  # responses of a random model would hardly ever end
+        model.get_output_embeddings().weight[made.id(traits.end)] *= 12
     tokenizer = made.tokenizer
     model.generation_config = t.GenerationConfig(
         eos_token_id=[made.id(token) for token in traits.stops],

@@ -49,8 +49,10 @@ class Policy:
     def encoder(self, max_length: int | None = None, cache_gb: float = 1.0) -> Encoder:
         """An encoder that knows what ends a turn of this model, and which tokens it embeds."""
         inner: Any = unwrapped(self.model)
-        embedded = inner.get_input_embeddings().weight.shape[0]
-        tokens = checkpoint_tokens(inner.generation_config, inner.config, embedded)
+        embeddings = inner.get_input_embeddings()
+        # The weight itself may be sharded, or wrapped by an adapter.
+        embedded = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+        tokens = checkpoint_tokens(getattr(inner, "generation_config", None), inner.config, embedded)
         return Encoder(self.processor, max_length, cache_gb, tokens)
 
 
