@@ -8,7 +8,7 @@ import sys
 from paths import ROOT, TESTS
 
 sys.path.insert(0, str(TESTS / "families"))
-from cells import CELLS, PAGE, REFUSED, WORKS, written  # noqa: E402
+from cells import CELLS, PAGE, REFUSED, WORKS, written
 
 NAMES = re.findall(
     r'^    "(\w+)": \(', (TESTS / "families" / "checkpoints.py").read_text(encoding="utf-8"), re.M
