@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-for-development
 MINUTES ?= 4
 SEED ?= 0
 
-.PHONY: demo test test-slow chaos lint base sweep clean
+.PHONY: demo test test-slow test-families test-lowest chaos lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -21,6 +21,19 @@ test-slow: $(STAMP)
 # Kills, damaged run folders and mutated inputs, compared with undisturbed twins: docs/security.md.
 chaos: $(STAMP)
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m chaos --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
+# Every model family with its real processor, in an environment of its own (built once a machine, outside the clone).
+test-families:
+	python=$$($(PYTHON) tests/families/environment.py) && OMP_NUM_THREADS=1 PYTHONPATH=src \
+	$$python -m pytest -n 2 --dist loadgroup -p no:cacheprovider tests/families
+
+# By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+LOWEST := .venv-lowest
+test-lowest: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	sed -nE 's/^  "([A-Za-z0-9-]+)>=([0-9.]+)[",].*/\1==\2/p' pyproject.toml | sort -u > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/lowest.txt -e ".[dev]"
+	OMP_NUM_THREADS=1 nice -n 19 $(LOWEST)/bin/pytest -n 2 -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check src tests
@@ -48,4 +61,4 @@ $(STAMP): $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(LOWEST) runs build dist src/*.egg-info

@@ -243,7 +243,7 @@ BAD_ROWS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
         ("image-escapes", "leads outside"),
     ),
     "image-escapes-by-link": ({**GOOD, "image": "link.png"}, "image", ("image-escapes", "links followed")),
-    "image-url": ({**GOOD, "image": "https://example.org/a.png"}, "image", ("is an address", "download")),
+    "image-url": ({**GOOD, "image": "https://example.org/a.png"}, "image", ("is a URL", "download")),
     "wrong-type": (
         {"images": "a.png", "prompt": "Q", "chosen": "A", "rejected": "B"},
         "images",

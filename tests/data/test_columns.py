@@ -126,7 +126,7 @@ def test_the_scores_of_a_pair_are_its_margin(folder: Path) -> None:
         ({"margin": "high"}, r"\[margin\]: str \('high'\); allowed: a finite number"),
         ({"margin": True}, "allowed: a finite number"),
         ({"margin": [1, 2]}, "allowed: a finite number"),
-        ({"margin": 1, "reward_margin": 1}, "all say how much better chosen is"),
+        ({"margin": 1, "reward_margin": 1}, "all give a margin of chosen"),
     ):
         with pytest.raises(DataError, match=said):
             read(folder, {**GOOD, **wrong})
@@ -204,7 +204,7 @@ def test_each_mode_of_a_picture(mode: str, told: str) -> None:
             assert np.abs(np.array(channel) - expected).max() <= near
     assert stats.deep == (told == "scaled")
     assert [n for n in stats.notes() if "8 bits" in n] == (
-        ["1 of 1 pictures with more than 8 bits a channel, each scaled from its own range to 0 to 255"]
+        ["1 of 1 images with more than 8 bits per channel, each scaled from its own range to 0 to 255"]
         if told == "scaled"
         else []
     )
@@ -225,7 +225,7 @@ def test_deep_pictures_of_files_keep_their_order(tmp_path: Path) -> None:
         assert sum("more than 8 bits" in note for note in result.notes) == 1
         report = validate(tmp_path / "train.jsonl")
         assert (report.images.deep, report.problems) == (1, [])
-        assert "1 of 1 pictures with more than 8 bits a channel" in report.to_text()
+        assert "1 of 1 images with more than 8 bits per channel" in report.to_text()
     assert made("I;16").convert("RGB").getextrema() == ((255, 255),) * 3, "what Pillow does"
 
 
@@ -256,7 +256,7 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
     result = read_examples(tmp_path / "train.jsonl")
     opened = result.examples[0].images[0].open()
     assert [opened.getpixel((i, 0)) for i in range(2)] == [(255, 255, 255), (9, 9, 9)]
-    assert any("1 of 1 pictures with an alpha channel, laid on white" in note for note in result.notes)
+    assert any("1 of 1 images with an alpha channel, put on white" in note for note in result.notes)
 
 
 # --- encoded pictures -----------------------------------------------------------------------------------

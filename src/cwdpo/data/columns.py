@@ -1,6 +1,6 @@
-"""Columns that change what a row means. A format reads them, or the row is refused; none is ignored.
+"""Columns that change the meaning of a row. If the format does not read such a column, the row is an error.
 
-Every other column that a format does not read is kept for judges and metrics (``Example.extra``) and listed by
+Any other column that a format does not read is kept for judges and metrics (``Example.extra``), and listed by
 ``cwdpo validate`` and at the start of ``train``.
 """
 
@@ -14,13 +14,11 @@ from typing import Any
 from cwdpo.data.media import holds_media, looks_like_a_picture
 from cwdpo.data.problems import RowError, shown
 
-OTHERWISE = (
-    "or leave the column out: data.ignore_columns (validate: --ignore) names those that count as absent"
-)
+OTHERWISE = "or ignore the column: add it to data.ignore_columns (validate: --ignore)"
 FOR_JUDGES = frozenset({"scene", "objects", "options", "kind", "category", "provenance"})
-"""What metrics, judges and probe sets of the package read from ``Example.extra``."""
+"""Columns in ``Example.extra`` that metrics, judges and probe sets of the package use."""
 IMAGE_KEYS = ("images", "image", "img_path")
-"""A list of pictures, or one picture (``img_path`` in the data of mDPO and VLFeedback)."""
+"""A list of images, or one image (``img_path`` in the data of mDPO and VLFeedback)."""
 
 _VIDEO = ("a film", "films are not read: leave such rows out")
 _AUDIO = ("sound", "sound is not read: leave such rows out")
@@ -76,7 +74,7 @@ MEANING: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps", "reference_rejected_logps",
                      "logps"), _REFERENCE),
 }  # fmt: skip
-"""Column -> what it says of a row, and what to do instead."""
+"""Column -> (what it means, what to do instead)."""
 
 _PICTURES = frozenset(
     ("img", "imgs", "image_path", "image_paths", "image_url", "image_urls", "image_file", "file_name", "picture",
@@ -87,16 +85,16 @@ _NUMBERED_RESPONSE = re.compile(r"(chosen|rejected|response|completion)_?\d+")
 
 
 def present(value: Any) -> bool:
-    """Whether a cell says anything: tables fill the columns of other rows with null or with nothing."""
+    """Whether a cell has a value: tables fill cells without a value with null or an empty value."""
     return value is not None and not (isinstance(value, str | bytes | list | tuple | dict) and not value)
 
 
 def refuse_unread(values: Mapping[str, Any], reads: Set[str]) -> None:
-    """Refuse a row with a column that changes its meaning and that its format does not read.
+    """Raise an error if a row has a column that changes its meaning and that its format does not read.
 
     Args:
         values: the row.
-        reads: columns of :data:`MEANING` that the format understands.
+        reads: columns of :data:`MEANING` that the format reads.
 
     Raises:
         RowError: of kind ``column-not-read``, for the first such column.
@@ -111,12 +109,12 @@ def refuse_unread(values: Mapping[str, Any], reads: Set[str]) -> None:
 
 
 def _why(key: str, value: Any, pictured: bool) -> tuple[str, str] | None:
-    """What an unread column says, and what to do; ``None`` where it may be ignored."""
+    """What an unread column means, and what to do; ``None`` if it may be ignored."""
     meaning, numbered, named = _by_name(key)
     if meaning is not None:
         said, remedy = meaning
         return None if meaning is _WEIGHT and _all_one(value) else (f"{said}, which is not read", remedy)
-    if key == "objects" and isinstance(value, Mapping):  # ms-swift's boxes; a list of names is a metric's
+    if key == "objects" and isinstance(value, Mapping):  # boxes of ms-swift; metrics use a list of names
         return f"{_PLACES[0]}, which are not read", _PLACES[1]
     if holds_media(value):
         return (
@@ -132,7 +130,7 @@ def _why(key: str, value: Any, pictured: bool) -> tuple[str, str] | None:
 
 @lru_cache(maxsize=1024)
 def _by_name(key: str) -> tuple[tuple[str, str] | None, bool, bool]:
-    """What a column's name says: its entry in the table, whether it is a numbered picture, whether a picture at all."""
+    """From a column's name: its entry in the table, whether it is a numbered image, and whether it is an image."""
     name = key.strip().lower()
     meaning = MEANING.get(name) or (_MORE if _NUMBERED_RESPONSE.fullmatch(name) else None)
     numbered = _NUMBERED_PICTURE.fullmatch(name) is not None

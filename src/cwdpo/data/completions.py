@@ -1,4 +1,4 @@
-"""Negatives of a row: our own columns ``negatives`` and ``gentle``, and the scores that some data sets bring."""
+"""Negatives of a row: this project's columns ``negatives`` and ``gentle``, and the scores of some data sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def completion_of(value: Any, key: str) -> Completion:
             "unknown-key",
             f"{key}.{unknown}",
             f"unknown key{nearest(unknown, _COMPLETION_KEYS)}; allowed: {', '.join(_COMPLETION_KEYS)}",
-            "rename or remove it; notes of your own belong in 'made'",
+            "rename or remove it; put your own notes into 'made'",
         )
     origin: Any = value.get("origin") or "dataset"
     if origin not in get_args(Origin):
@@ -52,14 +52,13 @@ def completion_of(value: Any, key: str) -> Completion:
 
 
 def margins_of(values: Mapping[str, Any], n: int) -> tuple[frozenset[str], list[float]]:
-    """Reward margins of a row's ``n`` rejected responses, and the columns that say them; both empty where none does.
+    """The columns with reward margins, and the margins of a row's ``n`` rejected responses; both may be empty.
 
-    A margin is the score of chosen minus that of rejected (``score_chosen``, ``score_rejected`` and their other
-    spellings), or ``margin`` itself, which TRL's reward trainer reads. With several rejected responses the scores of
-    rejected are a list of as many.
+    A margin is the score of chosen minus that of rejected (``score_chosen``, ``score_rejected`` and other names), or
+    ``margin`` itself, as in TRL's reward trainer. With several rejected responses their scores are a list.
 
     Raises:
-        RowError: two sources of margins, one score of the two, or something that is no finite number.
+        RowError: there are two sources of margins, only one of two scores, or a value that is not a finite number.
     """
     pairs = [pair for pair in _SCORES if any(values.get(key) is not None for key in pair)]
     single = [key for key in _MARGINS if values.get(key) is not None]
@@ -68,7 +67,7 @@ def margins_of(values: Mapping[str, Any], n: int) -> tuple[frozenset[str], list[
     if len(pairs) + len(single) > 1:
         keys = [*(key for pair in pairs for key in pair), *single]
         raise RowError(
-            "two-margins", keys[0], f"{', '.join(keys)} all say how much better chosen is", "keep one of them"
+            "two-margins", keys[0], f"{', '.join(keys)} all give a margin of chosen", "keep one of them"
         )
     if single:
         return frozenset(single), _numbers(values[single[0]], single[0], n)
@@ -81,7 +80,7 @@ def margins_of(values: Mapping[str, Any], n: int) -> tuple[frozenset[str], list[
 
 
 def with_margin(completion: Completion, margin: float | None) -> Completion:
-    """The response with its margin as ``made.reward_margin``, unless it brings one."""
+    """The response with its margin as ``made.reward_margin``, unless it already has one."""
     if margin is None or "reward_margin" in completion.made:
         return completion
     return replace(completion, made={**completion.made, "reward_margin": margin})

@@ -1,25 +1,25 @@
-"""Sets of digests for large data: two machine words per entry, where Python's own sets need ten and more."""
+"""Sets of digests for large data: two machine words per entry, while Python's sets need ten or more."""
 
 from __future__ import annotations
 
 from array import array
 from hashlib import blake2b
 
-_ROW_BITS = 40  # of a stored place; the rest counts files
+_ROW_BITS = 40  # bits for the row in a stored place; the other bits are the file's number
 
 
 def digest8(data: bytes) -> int:
-    """The blake2b digest of 8 bytes as a whole number, never 0.
+    """The 8-byte blake2b digest as an integer, never 0.
 
-    Among a million different inputs two agree with probability 3e-8.
+    Among a million different inputs, two have the same digest with probability 3e-8.
     """
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") or 1
 
 
 class DigestMap:
-    """Digests to whole numbers from 0 to 2**64 - 1, by open addressing in two arrays.
+    """Maps digests to integers from 0 to 2**64 - 1, by open addressing in two arrays.
 
-    At most two thirds of the slots are used: 24 to 48 bytes per entry.
+    At most two thirds of the slots are used, so an entry takes 24 to 48 bytes.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class DigestMap:
         return self._values[slot] if self._keys[slot] else None
 
     def add(self, digest: int, value: int = 0) -> int | None:
-        """Store a value unless the digest has one; the value that it had before, or ``None``."""
+        """Store a value unless the digest has one; returns the value that it had before, or ``None``."""
         slot = self._slot(digest)
         if self._keys[slot]:
             return self._values[slot]
@@ -46,14 +46,14 @@ class DigestMap:
         return None
 
     def put(self, digest: int, value: int) -> int | None:
-        """Store a value in place of any other; the value that it had before, or ``None``."""
+        """Store a value and replace any other; returns the value that it had before, or ``None``."""
         before = self.add(digest, value)
         if before is not None:
             self._values[self._slot(digest)] = value
         return before
 
     def _slot(self, digest: int) -> int:
-        """Where the digest stands, or the free slot where it belongs."""
+        """The slot of the digest, or the free slot for it."""
         keys, last = self._keys, len(self._keys) - 1
         slot = digest & last
         while keys[slot] and keys[slot] != digest:
@@ -74,7 +74,7 @@ def _zeros(n: int) -> array[int]:
 
 
 class FirstPlaces:
-    """Where (file and row) each digest was met first."""
+    """The file and row where each digest occurred first."""
 
     def __init__(self) -> None:
         self._places = DigestMap()
@@ -89,7 +89,7 @@ class FirstPlaces:
         return None if place is None else self._name(place)
 
     def add(self, digest: int, file: str, row: int) -> str | None:
-        """Note a digest; ``file:row`` of where it was met before, or ``None``."""
+        """Add a digest; returns ``file:row`` of its first occurrence, or ``None`` if it is new."""
         number = self._files.setdefault(file, len(self._files))
         before = self._places.add(digest, number << _ROW_BITS | row)
         return None if before is None else self._name(before)

@@ -1,4 +1,4 @@
-"""What the pictures of a set are: sizes, modes, and what reading does to them."""
+"""Sizes and modes of the images of a data set, and how reading changes them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What an image says of itself: size in pixels and colour mode as stored.
+    """Size in pixels and colour mode of a stored image.
 
-    ``deep``: more than 8 bits a channel, which reading scales; ``alpha``: transparent, which reading lays on white
-    (:func:`cwdpo.records.as_rgb`). Known only where pixels were decoded: ``turned``, its EXIF tag asks for another
-    orientation, which is applied on reading; ``animated``, it has several frames, of which the first is used.
+    ``deep``: it has more than 8 bits per channel, which are scaled; ``alpha``: it is transparent and is put on white
+    (:func:`cwdpo.records.as_rgb`). Known only if the pixels were decoded: ``turned``: an EXIF tag sets another
+    orientation, which is applied; ``animated``: it has several frames, of which the first is used.
     """
 
     width: int
@@ -27,9 +27,9 @@ class ImageFacts:
 
 @dataclass
 class ImageStats:
-    """Sizes in pixels and stored colour modes of the images whose header was read, each file once.
+    """Sizes in pixels and colour modes of the images whose header was read; each file is counted once.
 
-    The other counts are those of :class:`ImageFacts`.
+    The other counts are of the fields of :class:`ImageFacts`.
     """
 
     n: int = 0
@@ -53,7 +53,7 @@ class ImageStats:
         self.animated += facts.animated
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; modes are ordered by name."""
+        """The counts as JSON; modes are sorted by name."""
         return {
             "n": self.n,
             "width": self.width,
@@ -66,17 +66,17 @@ class ImageStats:
         }
 
     def notes(self) -> list[str]:
-        """What reading does to some of them."""
+        """How reading changes some of the images."""
         told = (
-            (self.deep, "with more than 8 bits a channel, each scaled from its own range to 0 to 255"),
-            (self.alpha, "with an alpha channel, laid on white"),
+            (self.deep, "with more than 8 bits per channel, each scaled from its own range to 0 to 255"),
+            (self.alpha, "with an alpha channel, put on white"),
             (self.turned, "with an EXIF orientation, which is applied"),
             (self.animated, "animated, of which the first frame is used"),
         )
-        return [f"{n} of {self.n} pictures {what}" for n, what in told if n]
+        return [f"{n} of {self.n} images {what}" for n, what in told if n]
 
     def lines(self) -> list[str]:
-        """The same as text; nothing when no image was read."""
+        """The counts as text; empty if no image was read."""
         if self.width is None or self.height is None:
             return []
         (w0, w1), (h0, h1) = self.width, self.height

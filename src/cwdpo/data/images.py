@@ -1,4 +1,4 @@
-"""Images of a row: found inside one folder only, checked as deeply as asked, named by their content."""
+"""Images of a row: found inside one folder only, checked, and identified by their content."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ IMAGE_FORMS = (
 )
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_REMEMBERED = 4096  # resolved paths, and refused files: rows that share pictures stand near each other
+_REMEMBERED = 4096  # size of the caches; rows with the same image are near each other
 
 
 class ImageFolder:
     """Turns the image values of rows into ImageRefs and checks each file once.
 
-    ``check``: ``none`` looks at the path only (it still may not lead outside), ``exists`` wants the file,
-    ``identify`` reads its header, ``decode`` reads every pixel. ``seen`` is told the facts of each image
-    that was identified: once per file, and once per value for images that came as bytes.
+    Args:
+        root: folder that paths are relative to and must not leave; ``None`` if there is none.
+        check: ``none`` checks only that the path stays in the folder, ``exists`` that the file exists, ``identify``
+            reads its header, ``decode`` reads all pixels.
+        seen: called with the facts of each image whose header was read: once per file, or once per value for images
+            given as bytes.
     """
 
     def __init__(
@@ -46,16 +49,17 @@ class ImageFolder:
             raise DataError(f"check_images = {check!r}; allowed: {', '.join(CHECK_LEVELS)}")
         self.root = root.resolve() if root is not None else None
         self.check, self.seen = check, seen
-        # A digest for each good file, so that a million pictures fit; the few refused ones with their reason.
+        # Only a digest of each good file is kept, so that a million images fit in memory; refused files with a reason.
         self._good = DigestMap()
         self._refused: dict[Path, tuple[str, str, str]] = {}
         self._resolved: dict[str, Path] = {}
 
     def take(self, value: Any, key: str) -> ImageRef:
-        """The image that ``value`` stands for.
+        """The image of a value.
 
         Raises:
-            RowError: not an image value, outside the folder, missing, unreadable, truncated or too large.
+            RowError: the value is not an image, or the image is outside the folder, missing, unreadable, truncated or
+                too large.
         """
         if isinstance(value, str):
             return self._from_text(value, key)
@@ -71,12 +75,12 @@ class ImageFolder:
         raise RowError(
             "wrong-type",
             key,
-            f"{type(value).__name__} where an image belongs; allowed: {IMAGE_FORMS}",
+            f"{type(value).__name__} is not an image; allowed: {IMAGE_FORMS}",
             "give each image in one of these forms",
         )
 
     def _from_text(self, text: str, key: str) -> ImageRef:
-        """A path, or the picture itself as a data URI or in base64."""
+        """The image of a path, or of the image itself as a data URI or in base64."""
         if text.startswith("data:"):
             data = from_data_uri(text)
             if data is None:
@@ -120,13 +124,13 @@ class ImageFolder:
         raise RowError(kind, key, message, remedy)
 
     def _inside(self, text: str, key: str) -> Path:
-        """The real path, which must lie in the root whatever dots and links the text goes through."""
+        """The real path, after following dots and links; it must be inside the root."""
         text = text.removeprefix("file://")
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
             raise RowError(
                 "image-url",
                 key,
-                f"{shown(text, 60)} is an address; allowed: {IMAGE_FORMS}",
+                f"{shown(text, 60)} is a URL; allowed: {IMAGE_FORMS}",
                 "download the images once and name the local files",
             )
         if self.root is None:
@@ -176,14 +180,14 @@ class ImageFolder:
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         try:
             with warnings.catch_warnings():
-                # Odd EXIF or palettes are no reason to refuse; only the size warning is ours to judge.
+                # Ignore warnings about EXIF or palettes; only the warning about the image's size is an error.
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(stream, formats=image_formats()) as image:
                     facts = ImageFacts(
                         image.width, image.height, image.mode, is_deep(image), has_alpha(image)
                     )
-                    if self.check == "decode":  # all that reading it for training will do
+                    if self.check == "decode":  # the same steps as when the image is read for training
                         animated = bool(getattr(image, "is_animated", False))
                         turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
                         facts = replace(facts, turned=turned, animated=animated)
@@ -195,7 +199,7 @@ class ImageFolder:
                 f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit",
                 "scale the image down",
             ) from None
-        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+        except Exception as error:  # Pillow's plugins raise many types of error on broken files
             truncated = "truncated" in str(error)
             raise RowError(
                 "image-truncated" if truncated else "image-unreadable",
@@ -213,7 +217,7 @@ V = TypeVar("V")
 
 
 def _remember(known: dict[K, V], key: K, value: V) -> V:
-    """Store a value in a dictionary that begins anew when it is full."""
+    """Store a value in a dictionary that is cleared when it is full."""
     if len(known) >= _REMEMBERED:
         known.clear()
     known[key] = value
@@ -221,12 +225,12 @@ def _remember(known: dict[K, V], key: K, value: V) -> V:
 
 
 def _lossless(image: Any) -> bytes:
-    """A decoded picture as bytes, without loss; of modes that neither PNG nor TIFF keeps (CMYK, HSV, ...) as RGB."""
+    """A decoded image as bytes, without loss; modes that PNG and TIFF do not support (CMYK, HSV, ...) become RGB."""
     if is_deep(image):
         kind, image = (
             "TIFF",
             image.convert("I") if image.mode == "I;16N" else image,
-        )  # which TIFF does not know
+        )  # TIFF does not support I;16N
     elif image.mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         kind = "PNG"
     else:
@@ -237,16 +241,16 @@ def _lossless(image: Any) -> bytes:
 
 
 class ImageDigests:
-    """Names images by the blake2b digest of their encoded bytes; each file is read once."""
+    """blake2b digests of the encoded bytes of images; each file is read once."""
 
     def __init__(self) -> None:
         self._of_path: dict[Path, bytes] = {}
 
     def of(self, image: ImageRef) -> bytes:
-        """Digest of 16 bytes.
+        """The 16-byte digest of an image.
 
         Raises:
-            DataError: the file cannot be read any more.
+            DataError: the file cannot be read.
         """
         if image.data is not None or image.path is None:
             return blake2b(image.encoded(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Pictures, films and sound inside a cell: told by their first bytes, in base64 or a data URI too."""
+"""Recognises images, videos and audio in a cell by their first bytes, also in base64 or in a data URI."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _OTHER_STARTS = (b"OggS", b"fLaC", b"ID3", b"\x1aE\xdf\xa3")  # Ogg, FLAC, MP3, 
 _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 _PICTURE_PATH = re.compile(r"\S.{0,1000}\.(jpe?g|png|webp|bmp|gif|tiff?|avif|heic)", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\-_\s]+={0,2}\s*")
-_FEWEST = 60  # characters: the smallest picture is longer in base64, and few paths are
+_FEWEST = 60  # characters: the smallest image in base64 is longer, but few paths are
 _DATA_URI = re.compile(r"data:(?P<type>[\w.+-]*/[\w.+-]*)?(;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 
 
 def is_picture(data: bytes) -> bool:
-    """Whether bytes begin as an encoded picture does (JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF, HEIC, JPEG 2000)."""
+    """Whether bytes start like an encoded image (JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF, HEIC, JPEG 2000)."""
     riff = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     bmp = data[:2] == b"BM" and data[6:10] == bytes(4)
     return (
@@ -37,12 +37,12 @@ def is_picture(data: bytes) -> bool:
 
 
 def is_media(data: bytes) -> bool:
-    """Whether bytes begin as an encoded picture, film or sound does."""
+    """Whether bytes start like an encoded image, video or audio file."""
     return is_picture(data) or data.startswith(_OTHER_STARTS) or data[:4] == b"RIFF" or data[4:8] == b"ftyp"
 
 
 def from_base64(text: str) -> bytes | None:
-    """The picture, film or sound that a text holds in base64; ``None`` for any other text.
+    """The image, video or audio in a base64 text; ``None`` for any other text.
 
     >>> from_base64("a path/to/a/picture.png") is None
     True
@@ -54,7 +54,7 @@ def from_base64(text: str) -> bytes | None:
 
 
 def from_data_uri(text: str) -> bytes | None:
-    """The bytes of ``data:image/png;base64,...``; ``None`` for any other text, films and sound included."""
+    """The bytes of ``data:image/png;base64,...``; ``None`` for any other text, also for videos and audio."""
     head = _DATA_URI.match(text[:200])
     if head is None or not (head["type"] or "image/").lower().startswith("image/"):
         return None
@@ -62,7 +62,7 @@ def from_data_uri(text: str) -> bytes | None:
 
 
 def holds_media(value: Any) -> bool:
-    """Whether a cell holds a picture, film or sound itself, or a list of such; a path does not count."""
+    """Whether a cell contains an image, video or audio itself (not a path), or a list of them."""
     if isinstance(value, list | tuple) and value:
         return holds_media(value[0])
     if isinstance(value, bytes):
@@ -79,7 +79,7 @@ def holds_media(value: Any) -> bool:
 
 
 def looks_like_a_picture(value: Any) -> bool:
-    """Whether a cell is, or names, a picture: the path or address of one, or a list of such."""
+    """Whether a cell contains an image, the path or URL of one, or a list of these."""
     if isinstance(value, list | tuple) and value:
         return looks_like_a_picture(value[0])
     if isinstance(value, Mapping) and isinstance(value.get("path"), str):
@@ -88,7 +88,7 @@ def looks_like_a_picture(value: Any) -> bool:
 
 
 def _decoded(text: str) -> bytes | None:
-    """Base64 of either alphabet, padded or not; ``None`` where it is none."""
+    """The bytes of a base64 text in either alphabet, padded or not; ``None`` if it is not base64."""
     plain = re.sub(r"\s+", "", text).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)

@@ -1,4 +1,4 @@
-"""Single labelled responses (KTO's rows) to pairs: those of one prompt are brought together."""
+"""Makes pairs of single labelled responses (KTO's rows) to the same prompt."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cwdpo.data.problems import RowError
 from cwdpo.data.read.source import RawRow
 from cwdpo.data.texts import wrong_type
 
-_IN_MEMORY = 64 << 20  # bytes of rows; more go to a temporary file
+_IN_MEMORY = 64 << 20  # bytes of rows; more are written to a temporary file
 
 
 def pair_labelled(rows: Iterable[RawRow], notes: list[str]) -> Iterator[RawRow]:
-    """A preference row for each response labelled true, with all that are labelled false for the same prompt.
+    """One preference row for each response labelled true, with all responses labelled false for the same prompt.
 
-    Rows are ``prompt``, ``completion`` and ``label`` (TRL), or ``messages`` that end in the response and ``label``
-    (ms-swift). Prompts are the same when their texts and pictures are. Rows of a prompt may be anywhere in the
-    source, so all are read before the first is given; above 64 MB they wait in a temporary file, and memory holds
-    some 50 bytes a prompt.
+    Rows have ``prompt``, ``completion`` and ``label`` (TRL), or ``messages`` that end in the response and ``label``
+    (ms-swift). Two prompts are the same if their texts and images are. The rows of a prompt may be anywhere in the
+    source, so all rows are read first. Above 64 MB they are kept in a temporary file; memory then has about 50 bytes
+    per prompt.
 
     Args:
-        rows: the rows; those that are problems already are passed on.
-        notes: gets one line that says how many rows and prompts there were.
+        rows: the rows; rows that are already an error are passed on.
+        notes: one line with the number of rows and prompts is appended.
     """
     read = 0
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY) as file:
@@ -51,7 +51,7 @@ def pair_labelled(rows: Iterable[RawRow], notes: list[str]) -> Iterator[RawRow]:
 
 
 class _Groups:
-    """Rows by digest, in the order in which each digest was met first. A stored row knows where the one before is."""
+    """Rows grouped by digest, in the order of their first rows; a stored row has the place of the previous one."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -81,7 +81,7 @@ class _Groups:
 
 
 def _split(raw: RawRow) -> RawRow:
-    """The row with ``prompt`` and ``completion`` apart and a label of true or false, or what is wrong with it."""
+    """The row with ``prompt``, ``completion`` and a label that is true or false, or the row as an error."""
     assert isinstance(raw.value, dict)
     value = dict(raw.value)
     label, turns = value.get("label"), value.get("messages")
@@ -110,7 +110,7 @@ def _paired(group: Sequence[RawRow]) -> list[RawRow]:
         error = RowError(
             "unpaired-label",
             "label",
-            f"every response to this prompt ({len(rows)}) is labelled {said}: there is nothing to prefer it to",
+            f"all {len(rows)} responses to this prompt are labelled {said}, so there is no pair",
             "add a response with the other label, or leave the prompt out"
             + ("; for SFT alone name 'label' in data.ignore_columns" if good else ""),
         )
@@ -129,6 +129,6 @@ def _prompt_digest(value: Mapping[str, Any]) -> int:
 
 
 def _content(value: Any) -> str:
-    """What JSON cannot hold, told apart by its content: bytes, or a decoded picture."""
+    """A text that identifies a value that JSON does not support: bytes, or a decoded image."""
     data = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
     return repr(value) if data is None else blake2b(data, digest_size=16).hexdigest()

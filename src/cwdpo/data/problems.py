@@ -1,4 +1,4 @@
-"""What can be wrong with a row: the error inside the readers, and the record that users see."""
+"""Problems of rows: the error inside the readers, and the record that users see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN_ROWS = 5
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """``repr`` of a value, cut where it is long: a cell may hold a whole picture as text.
+    """``repr`` of a value, cut if it is long: a cell may contain a whole image as text.
 
     >>> shown("a" * 100, 5)
     "'aaaaa'... (100 characters)"
@@ -23,10 +23,10 @@ def shown(value: Any, limit: int = 80) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with one row: where, what (and what was allowed), and what to do.
+    """One problem of one row: where it is, what is wrong (and allowed), and what to do.
 
-    ``row`` counts from 1: the line of a ``.jsonl`` file, else the position in the list or table.
-    ``kind`` is a short slug (``image-missing``) that problems are counted by.
+    ``row`` is counted from 1: the line of a ``.jsonl`` file, or the position in the list or table. ``kind`` is a short
+    name (``image-missing``); problems are counted by kind.
     """
 
     file: str
@@ -42,20 +42,20 @@ class Problem:
 
 
 class RowError(Exception):
-    """A row, or one negative of it, cannot be used. Never leaves this room: it becomes a Problem."""
+    """A row, or one of its negatives, cannot be used. Inside this room only; users see a :class:`Problem`."""
 
     def __init__(self, kind: str, key: str, message: str, remedy: str) -> None:
         super().__init__(message)
         self.kind, self.key, self.message, self.remedy = kind, key, message, remedy
 
     def at(self, file: str, row: int) -> Problem:
-        """The same thing as a record that knows its place."""
+        """The error as a record with its file and row."""
         return Problem(file, row, self.key, self.kind, self.message, self.remedy)
 
 
 @dataclass
 class ProblemGroup:
-    """All problems of one kind: how many, and the first few."""
+    """All problems of one kind: their number, and the first few."""
 
     kind: str
     count: int
@@ -63,7 +63,7 @@ class ProblemGroup:
 
     @property
     def remedy(self) -> str:
-        """What to do about the first of them."""
+        """What to do about the first one."""
         return self.first[0].remedy
 
     def to_dict(self) -> dict[str, object]:
@@ -82,7 +82,7 @@ class ProblemGroup:
 
 
 class ProblemLog:
-    """Counts problems by kind and keeps the first few of each; memory does not grow with the data."""
+    """Counts problems by kind and keeps the first few of each, so that memory does not grow with the data."""
 
     def __init__(self) -> None:
         self._groups: dict[str, ProblemGroup] = {}
@@ -100,10 +100,10 @@ class ProblemLog:
 
 
 def printable(text: str) -> str:
-    """The text with control, bidi and surrogate characters escaped; line breaks stay.
+    """The text with control, bidi and surrogate characters escaped; line breaks are kept.
 
-    Names in data are anybody's: a terminal would obey their escape sequences, and no pipe takes half a
-    surrogate pair.
+    Text from data cannot be trusted: a terminal would execute escape sequences, and half of a surrogate pair cannot be
+    written to a pipe.
     """
     if text.replace("\n", "").isprintable():
         return text

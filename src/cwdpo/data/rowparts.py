@@ -1,4 +1,4 @@
-"""Typed access to the parts of a row: texts, images, negatives. Shared by every format."""
+"""Typed access to the parts of a row: texts, images, negatives. All formats use it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cwdpo.records import Completion, Example, ImageRef, Message
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What rows do not say themselves."""
+    """Settings for reading that are not in the rows."""
 
     default_prompt: str = "Describe the image."
     captions_per_image: int = 1
     ignore: frozenset[str] = frozenset()
-    """Columns that count as absent."""
+    """Columns to ignore."""
 
 
 @dataclass
 class Row:
-    """One row on its way to an Example. Keys whose value is null count as absent.
+    """One row that is turned into an Example. Keys with the value null are treated as absent.
 
-    ``dropped`` collects what is wrong with single negatives: those cost the negative, not the row. ``used`` are the
-    columns that were read, ``pictures`` the row's pictures by their key (``images[0]``).
+    ``dropped`` collects the errors of single negatives: the negative is left out, not the row. ``used`` are the columns
+    that were read. ``pictures`` are the row's images by key (``images[0]``).
     """
 
     values: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Row:
         return self.values.get(key) is not None
 
     def take(self, key: str, allowed: str) -> Any:
-        """The value of a key that must be there; ``allowed`` says what belongs there."""
+        """The value of a required key; ``allowed`` describes the allowed values, for the error message."""
         self.used.add(key)
         if not self.has(key):
             raise RowError(
@@ -68,9 +68,9 @@ class Row:
         references: tuple[str, ...] | None = None,
         example_id: str | None = None,
     ) -> Example:
-        """The Example of this row, with our own optional columns read and every key left over in ``extra``.
+        """The Example of this row; reads this project's optional columns and puts all unused keys into ``extra``.
 
-        ``example_id`` is for formats that make several examples of one row; else the row's ``id`` counts.
+        ``example_id`` is for formats that make several examples of a row; default: the row's ``id``.
         """
         if not chosen.strip():
             raise RowError(
@@ -93,13 +93,13 @@ class Row:
         )
 
     def _negatives(self, rejected: list[tuple[str, Completion]]) -> list[tuple[str, Completion]]:
-        """The rejected responses and those of ``negatives``, each once, with the margins that scores give."""
+        """The rejected responses and those of ``negatives``, each once, with reward margins from scores."""
         columns, margins = margins_of(self.values, len(rejected))
         self.used |= columns
         margin = {c.text.strip(): m for (_, c), m in zip(rejected, margins, strict=False)}
         own = self._completions("negatives")
         described = {completion.text.strip() for _, completion in own}
-        # `negatives` may describe what `rejected` holds for readers that know only TRL's columns.
+        # `rejected` may repeat an entry of `negatives`, for readers that know only TRL's columns.
         every = [*((key, c) for key, c in rejected if c.text.strip() not in described), *own]
         return [(key, with_margin(c, margin.get(c.text.strip()))) for key, c in every]
 
@@ -114,7 +114,7 @@ class Row:
         return plain_text(str(value), "id")
 
     def default_id(self) -> str:
-        """File and row, for rows without ``id``."""
+        """An id made of file and row, for rows without ``id``."""
         return f"{Path(self.file).stem}#{self.number}"
 
     def _references(self) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ class Row:
         return [(f"{key}[{i}]", completion_of(v, f"{key}[{i}]")) for i, v in enumerate(values)]
 
     def _usable(self, candidates: Iterable[tuple[str, Completion]], chosen: str) -> tuple[Completion, ...]:
-        """The negatives that are neither empty nor the chosen response; the others are reported."""
+        """The negatives that are neither empty nor equal to chosen; the others are added to ``dropped``."""
         kept = []
         for key, negative in candidates:
             if not negative.text.strip():
@@ -160,9 +160,9 @@ class Row:
         return tuple(kept)
 
     def images(self) -> tuple[ImageRef, ...]:
-        """The pictures of ``images`` (a list), ``image`` or ``img_path`` (one, or a list); none when all are absent.
+        """The images in ``images`` (a list), ``image`` or ``img_path`` (one, or a list); empty if all are absent.
 
-        MMPR's and LLaVA's rows with several pictures give a list under ``image``.
+        In the rows of MMPR and LLaVA with several images, ``image`` is a list.
         """
         self.used |= set(IMAGE_KEYS)
         given = [key for key in IMAGE_KEYS if present(self.values.get(key))]
@@ -188,7 +188,7 @@ class Row:
         return (self.take_image(values, key),)
 
     def take_image(self, value: Any, key: str) -> ImageRef:
-        """One picture of the row; ``key`` says where in the row its value is.
+        """One image of the row; ``key`` is the place of its value in the row.
 
         Raises:
             RowError: see :meth:`cwdpo.data.images.ImageFolder.take`.

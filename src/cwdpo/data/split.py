@@ -1,4 +1,4 @@
-"""Splits that never put one picture on two sides."""
+"""Splits examples by image, so that no image is in two parts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from cwdpo.records import Example
 def split_by_image(
     examples: Sequence[Example], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[Example]]:
-    """Deal the pictures out to the named parts; every example goes where its pictures went.
+    """Split examples into named parts by their images.
 
-    Pictures are told apart by their encoded bytes, not by name. Pictures that occur in one example together
-    (also by way of others) stay together; examples without pictures go by the text of their prompt. These
-    groups are sorted by blake2b(seed, content) and cut: each part is within one group of its share of the
-    groups, and the result does not hang on the order of the examples, which each part keeps. A small share
-    of few pictures may come out empty.
+    Images are compared by their encoded bytes, not by name. Images that occur together in an example, directly or
+    through other examples, form a group; an example without images is grouped by the text of its prompt. The groups are
+    sorted by blake2b(seed, content) and cut, so that each part differs from its share by at most one group. The result
+    does not depend on the order of the examples; each part keeps their order. With few images, a part with a small
+    share may be empty.
 
     Args:
-        examples: any examples; their image files must be readable.
-        fractions: shares of the pictures by the name of the part, at least 0, summing to 1.
-        seed: another seed, another split.
+        examples: the examples; their image files must be readable.
+        fractions: share of the images for each part, by name; each at least 0, with a sum of 1.
+        seed: another seed gives another split.
 
     Raises:
-        DataError: fractions that are no shares, or an image that cannot be read.
+        DataError: the fractions are invalid, or an image cannot be read.
     """
     if not fractions or not all(math.isfinite(f) and f >= 0 for f in fractions.values()):
         raise DataError(f"split fractions {dict(fractions)}; allowed: one or more, each at least 0")
@@ -42,7 +42,7 @@ def split_by_image(
     shares, names = list(fractions.values()), list(fractions)
     start = 0
     for i, name in enumerate(names):
-        # Cut by the running sum: rounding errors do not add up, and nothing is left over.
+        # Cut at the cumulative sum, so that rounding errors do not add up and no group is left over.
         end = len(groups) if i == len(names) - 1 else round(math.fsum(shares[: i + 1]) * len(groups))
         part_of.update(dict.fromkeys(groups[start:end], name))
         start = end
@@ -53,7 +53,7 @@ def split_by_image(
 
 
 def _group_keys(examples: Sequence[Example]) -> list[bytes]:
-    """For each example the smallest key among all that are linked to it by shared pictures."""
+    """For each example, the key of its group: the smallest key of all examples connected by common images."""
     digests = ImageDigests()
     parent: dict[bytes, bytes] = {}
 

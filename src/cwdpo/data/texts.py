@@ -1,4 +1,4 @@
-"""Texts of a row: fit for a tokenizer, and without a literal image placeholder."""
+"""Checks texts of a row: they must be valid for a tokenizer and contain no literal image placeholder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from cwdpo.data.problems import RowError, shown
 
 IMAGE_TAG = "<image>"
-"""What LLaVA, LLaMA-Factory, ms-swift and MMPR write where a picture stands."""
+"""The mark for the place of an image in data of LLaVA, LLaMA-Factory, ms-swift and MMPR."""
 
-# What models write into their input where a picture, film or sound belongs; in plain text it would be read as one
-# more.
+# Placeholders of models for an image, video or audio in their input; in a plain text a model would count them as one
+# more image.
 PLACEHOLDERS = (
     IMAGE_TAG,
     "<|image|>",
@@ -30,21 +30,21 @@ PLACEHOLDERS = (
 
 
 def placeholder_in(text: str) -> str | None:
-    """The first image, film or sound placeholder that a text holds; ``None`` for none."""
+    """The first placeholder for an image, video or audio in a text; ``None`` if there is none."""
     return next((p for p in PLACEHOLDERS if p in text), None)
 
 
 def wrong_type(key: str, value: Any, allowed: str, remedy: str = "") -> RowError:
-    """A value of the wrong type, with what belongs there."""
+    """The error for a value of the wrong type; ``allowed`` describes the allowed values."""
     message = f"{type(value).__name__} ({shown(value, 60)}); allowed: {allowed}"
     return RowError("wrong-type", key, message, remedy or f"make it {allowed}")
 
 
 def plain_text(value: Any, key: str) -> str:
-    """``value`` as a string that a tokenizer can take and that hides no image.
+    """``value`` as a string that a tokenizer accepts and that contains no image placeholder.
 
     Raises:
-        RowError: not a string, half a surrogate pair, or a literal image placeholder.
+        RowError: the value is not a string, or contains half of a surrogate pair or a literal placeholder.
     """
     if not isinstance(value, str):
         raise wrong_type(key, value, "a string")
@@ -52,28 +52,28 @@ def plain_text(value: Any, key: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise RowError(
-            "bad-text", key, "half of a surrogate pair, which no UTF-8 text can hold", "repair the encoding"
+            "bad-text", key, "half of a surrogate pair, which UTF-8 does not allow", "repair the encoding"
         ) from None
     placeholder = placeholder_in(value)
     if placeholder is not None:
         raise RowError(
             "placeholder-in-text",
             key,
-            f"the text holds a literal {placeholder!r}, which the model would read as a picture, film or sound",
+            f"the text contains a literal {placeholder!r}, which the model would take for an image, video or audio",
             'write the turn as blocks ({"type": "image"}, {"type": "text", "text": ...}), or remove it',
         )
     return value
 
 
 def text_list(value: Any, key: str) -> list[str]:
-    """A list of strings, each fit for a tokenizer."""
+    """A list of strings that a tokenizer accepts, see :func:`plain_text`."""
     if not isinstance(value, list):
         raise wrong_type(key, value, "a list of strings")
     return [plain_text(v, f"{key}[{i}]") for i, v in enumerate(value)]
 
 
 def split_tags(text: str) -> list[str | None]:
-    """Text cut at each ``<image>``, which becomes ``None``; line breaks next to a tag go with it.
+    """Split a text at each ``<image>``, which becomes ``None``; line breaks next to a tag are removed.
 
     >>> split_tags("<image>\\nWhat is it?")
     [None, 'What is it?']

@@ -1,4 +1,4 @@
-"""Conversations: turns out of a row, the reply at their end, and the places of the images in the prompt."""
+"""Conversations: the turns in a row, the response at their end, and the places of images in the prompt."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cwdpo.data.texts import IMAGE_TAG, plain_text, split_tags, wrong_type
 from cwdpo.records import ImageRef, Message
 
 Part = str | ImageRef | None
-"""Text, a picture that its block carries, or the place of the next picture of ``images``."""
+"""A text, an image given in its block, or ``None``: the place of the next image of ``images``."""
 
 _DROPPED = "leave such rows out"
-# Keys of a turn that change what is said, and what to do instead. Others are of no use to a template and are left.
+# Keys of a turn that change its meaning, and what to do instead. Other keys have no effect on a template.
 _TURN_MEANING = {
     "tool_calls": f"tool calls are not read: {_DROPPED}",
     "function_call": f"tool calls are not read: {_DROPPED}",
@@ -30,7 +30,7 @@ _TURN_MEANING = {
     "weight": "turns are not weighted: only the response is trained; remove the key",
     "loss": "only the response is trained, and whole: remove the key",
     "train": "only the response is trained, and whole: remove the key",
-    "prefix": "write the whole response: a begun one is not read",
+    "prefix": "write the whole response: the start of one is not read separately",
     "refusal": "write the refusal into the content",
 }
 _TOOLS = f"turns of tools do not reach the chat template: {_DROPPED}"
@@ -39,7 +39,7 @@ _ROLES = {
     "developer": "call it system, if it says how to answer",
     "human": "call it user", "gpt": "call it assistant", "bot": "call it assistant", "model": "call it assistant",
 }  # fmt: skip
-"""Roles that other tools write -> what to do about them."""
+"""Roles of other tools -> what to do about them."""
 _PICTURE_KEYS = ("image", "url", "path", "base64", "bytes", "data")
 _BLOCK_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _HARMLESS = ("type", "cache_control", "detail", "index", "id")
@@ -52,9 +52,9 @@ _BLOCKS = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a data set spells turns: the keys of role and content, and its names of our roles.
+    """How a data set writes turns: the keys of role and content, and its names of the roles.
 
-    ``split`` cuts a text into texts and places of pictures (``None``) where the text itself marks them.
+    ``split`` splits a text into texts and places of images (``None``), if the text marks them.
     """
 
     role: str = "role"
@@ -72,7 +72,7 @@ SHAREGPT = Style(
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn before images are placed; ``plain`` when its content was a bare string without a marked place."""
+    """A turn before images are placed; ``plain``: its content was a string without a marked place."""
 
     role: str
     parts: tuple[Part, ...]
@@ -80,11 +80,11 @@ class Turn:
 
 
 def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
-    """Turns from a bare string (one user turn) or from a list of messages.
+    """The turns of a string (one user turn) or of a list of messages.
 
     Raises:
-        RowError: no turns, an unknown role or block, a key that changes the turn's meaning, or a picture that cannot
-            be used.
+        RowError: there are no turns, or one has an unknown role or block, a key that changes its meaning, or an image
+            that cannot be used.
     """
     roles = dict(style.roles)
     if isinstance(value, str):
@@ -115,7 +115,7 @@ def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
 
 
 def sharegpt(row: Row, value: Any, key: str) -> list[Turn]:
-    """Turns with ``from``/``value``, or with ``role``/``content`` where the data set renames them."""
+    """Turns with ``from``/``value``, or with ``role``/``content`` if the data set uses these names."""
     renamed = isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
     return turns_of(row, value, key, TAGGED_CHAT if renamed else SHAREGPT)
 
@@ -123,7 +123,7 @@ def sharegpt(row: Row, value: Any, key: str) -> list[Turn]:
 def _refuse_unread(message: Mapping[str, Any], where: str) -> None:
     for name in sorted(message.keys() & _TURN_MEANING.keys()):
         value, remedy = message[name], _TURN_MEANING[name]
-        # False, 0 and 1 are what tables write for "nothing special", but for loss and weight 0 is special.
+        # Tables write False, 0 or 1 for "no special value", but 0 is a special value of loss and weight.
         usual = value in (True, 1) if name in ("weight", "loss", "train") else value is False
         if present(value) and not usual:
             raise RowError(
@@ -141,7 +141,7 @@ def _texts(value: Any, key: str, style: Style) -> tuple[str | None, ...]:
 
 
 def _block(row: Row, block: Any, key: str, style: Style) -> tuple[Part, ...]:
-    """The parts that a content block stands for: texts, or one picture."""
+    """The parts of a content block: texts, or one image."""
     if not isinstance(block, dict):
         raise wrong_type(key, block, 'a block such as {"type": "text", "text": ...}')
     kind = block.get("type")
@@ -164,7 +164,7 @@ def _block(row: Row, block: Any, key: str, style: Style) -> tuple[Part, ...]:
 
 
 def _picture(row: Row, block: Mapping[str, Any], key: str) -> ImageRef | None:
-    """The picture that a block carries, or ``None`` for a bare block, which is the place of one of ``images``."""
+    """The image given in a block, or ``None`` for a block without one, the place of an image of ``images``."""
     carried = [name for name in (*_PICTURE_KEYS, "image_url") if present(block.get(name))]
     if len(carried) > 1:
         raise RowError(
@@ -182,10 +182,10 @@ def _picture(row: Row, block: Mapping[str, Any], key: str) -> ImageRef | None:
 
 
 def asked(row: Row, key: str, n_images: int) -> Turn:
-    """A question that is a bare string in the column ``key``; ``<image>`` in it marks a place where the counts agree.
+    """A question given as a string in the column ``key``; see :func:`tags_agree` for ``<image>`` tags in it.
 
     Raises:
-        RowError: no text, or as many tags as the row has no pictures.
+        RowError: the value is not a text, or the numbers of tags and images differ.
     """
     text = row.take(key, "a string")
     style = TAGGED_CHAT if tags_agree(text, n_images, key) else CHAT
@@ -197,10 +197,10 @@ def asked(row: Row, key: str, n_images: int) -> Turn:
 
 
 def tags_agree(value: Any, n_images: int, key: str) -> bool:
-    """Whether the texts of a prompt mark its pictures by ``<image>``.
+    """Whether the texts of a prompt mark the places of its images with ``<image>``.
 
     Raises:
-        RowError: the prompt has tags and the row has pictures, but not as many.
+        RowError: the prompt has tags and the row has images, but their numbers differ.
     """
     n = _tags(value)
     if n and n_images and n != n_images:
@@ -224,9 +224,9 @@ def _tags(value: Any) -> int:
 
 
 def answer(row: Row, value: Any, key: str, prompt: Sequence[Turn] = ()) -> str:
-    """A response given as a string, as one turn, or as a list of turns that ends in it.
+    """A response given as a string, as one turn, or as a list of turns that ends with it.
 
-    Turns are ``{role, content}`` or ``{from, value}``; a list may repeat the prompt's turns before the reply.
+    Turns are ``{role, content}`` or ``{from, value}``; a list may repeat the turns of the prompt before the response.
     """
     if isinstance(value, str):
         return plain_text(value, key)
@@ -238,10 +238,10 @@ def answer(row: Row, value: Any, key: str, prompt: Sequence[Turn] = ()) -> str:
 
 
 def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
-    """The text of the one assistant turn after ``prompt``, which the turns may repeat or leave out.
+    """The text of the assistant turn after ``prompt``, whose turns may be repeated or left out.
 
     Raises:
-        RowError: the turns do not begin with the prompt, end in another role, or the reply holds an image.
+        RowError: the turns do not start with the prompt, end in another role, or the response contains an image.
     """
     before = list(turns[:-1])
     if before and before != list(prompt):
@@ -264,7 +264,7 @@ def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
 
 
 def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns with the column ``system`` in front, unless they begin with a system turn."""
+    """The turns with the column ``system`` as the first turn, unless they already start with a system turn."""
     row.used.add("system")
     text = plain_text(row.take("system", "a string"), "system") if row.has("system") else ""
     return turns if not text or (turns and turns[0].role == "system") else [Turn("system", (text,)), *turns]
@@ -273,15 +273,16 @@ def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
 def place_images(
     turns: Sequence[Turn], images: Sequence[ImageRef], key: str, *, in_front: bool = True
 ) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
-    """The prompt, and its pictures in the order of their places.
+    """The messages of the prompt, and its images in the order of their places.
 
-    A first user turn given as a bare string gets the images in front of its text when nothing marks their
-    place (``in_front``). Empty text parts are left out.
+    If no place is marked and the first user turn was a string, the images are put before its text (``in_front``).
+    Empty text parts are left out.
 
     Args:
-        turns: the prompt's turns. A place is ``None`` for the next of ``images``, or a picture of its own.
-        images: the pictures of the row's image column.
+        turns: the turns of the prompt. A place is ``None`` for the next of ``images``, or an image given there.
+        images: the images of the row's image column.
         key: the column of the prompt, for messages.
+        in_front: whether images without a marked place may be put before the text.
 
     Raises:
         RowError: the counts differ, the prompt is empty, or it does not end in a user turn.

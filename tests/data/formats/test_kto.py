@@ -77,8 +77,8 @@ def test_another_picture_is_another_prompt(folder: Path) -> None:
         read(folder, rows)
     text = str(caught.value)
     assert "2 of 2 rows are bad" in text
-    assert "train.jsonl:1 [label]: every response to this prompt (1) is labelled true" in text
-    assert "train.jsonl:2 [label]: every response to this prompt (1) is labelled false" in text
+    assert "train.jsonl:1 [label]: all 1 responses to this prompt are labelled true" in text
+    assert "train.jsonl:2 [label]: all 1 responses to this prompt are labelled false" in text
     assert "for SFT alone name 'label' in data.ignore_columns" in text
     held = [
         labelled("Q", "good", True, image=Image.new("RGB", (2, 2), "red")),

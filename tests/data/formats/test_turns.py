@@ -147,8 +147,8 @@ def test_a_saved_data_set_with_pictures_in_its_blocks(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("block", "key", "message"),
     [
-        ({"type": "image", "image": "https://example.org/a.png"}, "image", "is an address"),
-        ({"type": "image_url", "image_url": {"url": "http://x/a.png"}}, "image_url.url", "is an address"),
+        ({"type": "image", "image": "https://example.org/a.png"}, "image", "is a URL"),
+        ({"type": "image_url", "image_url": {"url": "http://x/a.png"}}, "image_url.url", "is a URL"),
         ({"type": "image_url"}, "image_url", "names no picture"),
         (
             {"type": "image_url", "image_url": {"url": "data:video/mp4;base64,AAAA"}},

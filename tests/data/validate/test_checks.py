@@ -236,8 +236,8 @@ def test_turned_and_animated_pictures_are_told(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     report = validate(tmp_path)
     assert (report.images.n, report.images.turned, report.images.animated) == (3, 1, 1)
-    assert "1 of 3 pictures with an EXIF orientation" in report.to_text()
-    assert "1 of 3 pictures animated" in report.to_text()
+    assert "1 of 3 images with an EXIF orientation" in report.to_text()
+    assert "1 of 3 images animated" in report.to_text()
 
 
 def test_progress_is_told_and_rows_are_counted(tmp_path: Path) -> None:
