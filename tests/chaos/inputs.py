@@ -229,7 +229,9 @@ def formats() -> dict[str, Format]:
         **{f"model {name}": Format(name, good, checkpoint, tuple(f for f in MODEL if f[0] != name))
            for name, good in MODEL if name.endswith(".json")},
     }  # fmt: skip
-    # Of a run folder every file is read by the page, which takes longer: each is as likely as any other kind.
+    # The page draws a chart of every series, which takes seconds: only where the series itself is mutated.
+    series = ("metrics.jsonl", "readings.jsonl")
     for name, good in RUN:
-        found[f"run {name}"] = Format(name, good, run_folder, tuple(f for f in RUN if f[0] != name))
+        others = tuple(f for f in RUN if f[0] != name and f[0] not in series)
+        found[f"run {name}"] = Format(name, good, run_folder, others)
     return found

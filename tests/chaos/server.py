@@ -33,6 +33,8 @@ for line in sys.stdin:
             cli.main()
         except SystemExit as end:
             code = end.code or 0
+        except KeyboardInterrupt:
+            code = 130  # around the command, where a process of its own would be importing
         except BaseException:
             traceback.print_exc()
             code = 70

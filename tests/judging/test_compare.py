@@ -55,7 +55,8 @@ def test_samples_of_a_prompt_are_one_prompt() -> None:
 
 
 def test_kinds_of_the_world() -> None:
-    scene = example(0, scene={})
+    shape = {"size": "small", "colour": "red", "shape": "circle", "place": "left"}
+    scene = example(0, scene={"objects": [shape], "noise_seed": 1, "held_out": False})
     assert kind_of(scene) == "question"
     assert kind_of(example(1, category="art")) == "art"
     assert kind_of(example(1)) == "all"
