@@ -132,6 +132,7 @@ def stored_responses(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Respon
                     own += _with_provenance(kind, [text for text in texts if isinstance(text, str)], said)
         except (LookupError, AttributeError) as error:
             raise FileError(
-                f"the stored probe set: row {number} is damaged ({error!r}): delete its file, and --resume makes it again"
+                f"the stored probe set: row {number} is damaged ({error!r}): delete its file, and --resume makes it "
+                "again"
             ) from None
     return found
