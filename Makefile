@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-for-development
 
-.PHONY: demo test test-slow lint base sweep clean
+.PHONY: demo test test-slow test-families test-lowest lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -14,6 +14,19 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# Every model family with its real processor, in an environment of its own (built once a machine, outside the clone).
+test-families:
+	python=$$($(PYTHON) tests/families/environment.py) && OMP_NUM_THREADS=1 PYTHONPATH=src \
+	$$python -m pytest -n 2 --dist loadgroup -p no:cacheprovider tests/families
+
+# By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+LOWEST := .venv-lowest
+test-lowest: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	sed -nE 's/^  "([A-Za-z0-9-]+)>=([0-9.]+)[",].*/\1==\2/p' pyproject.toml | sort -u > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/lowest.txt -e ".[dev]"
+	OMP_NUM_THREADS=1 nice -n 19 $(LOWEST)/bin/pytest -n 2 -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check src tests
@@ -41,4 +54,4 @@ $(STAMP): $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(LOWEST) runs build dist src/*.egg-info

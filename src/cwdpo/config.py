@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -36,6 +36,9 @@ SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "inverse_sqrt",
 )  # fmt: skip
+
+
+_Section = TypeVar("_Section", bound=Settings)
 
 
 class DataSettings(Settings):
@@ -103,6 +106,10 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.98, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_kahan"] = Field(
+        "adamw",
+        description="adamw_kahan: for trained bf16 weights, keeps what rounding leaves out (torch-optimi)",
+    )
     spike_factor: float | None = Field(
         None, gt=1, description="a gradient norm this many times its running median skips the update"
     )
@@ -254,10 +261,19 @@ def stored_model(path: Path) -> ModelSettings:
     Raises:
         RecipeError: as :func:`load_recipe`.
     """
+    return _stored(path, "model", ModelSettings)
+
+
+def stored_data(path: Path) -> DataSettings:
+    """The section ``data`` of a run's recipe, as :func:`stored_model`; its format is a name, not loaded."""
+    return _stored(path, "data", DataSettings)
+
+
+def _stored(path: Path, name: str, section: type[_Section]) -> _Section:
     try:
-        return ModelSettings.model_validate(read_tree(path).get("model", {}))
+        return section.model_validate(read_tree(path).get(name, {}))
     except ValidationError as error:
-        raise RecipeError(explain(error, f"{path}: model", ModelSettings.model_fields)) from None
+        raise RecipeError(explain(error, f"{path}: {name}", section.model_fields)) from None
 
 
 def is_stored(path: Path) -> bool:

@@ -304,7 +304,7 @@ def test_an_exported_run_loads_elsewhere_and_says_the_same(tune: str, tmp_path: 
         }
     )  # fmt: skip
     folder = train_two_stage(recipe, tmp_path / "run").path
-    out = export(folder, tmp_path / "out" / "model", merge=True)
+    out = export(folder, tmp_path / "out" / "model", merge=True).path
     example = evaluation.read_data(str(captions / "validation.jsonl"), {})[0]
     policy = load_policy(model_settings(str(folder)))
     encoder = Encoder(policy.processor)
@@ -340,18 +340,3 @@ def test_an_exported_run_loads_elsewhere_and_says_the_same(tune: str, tmp_path: 
     assert "stage2, step 3: kl" in card
     with pytest.raises(RunDirError, match="is not empty"):
         export(folder, out, merge=True)
-
-
-def test_without_merge_the_adapter_is_copied_with_a_card(tmp_path: Path, run: Any) -> None:
-    folder = tmp_path / "run"
-    (folder / "model").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text("data: {path: x.jsonl}\nmodel: {path: some/base, tune: lora}\n")
-    (folder / "model" / "adapter_config.json").write_text("{}")
-    done = run("export", folder, "--out", tmp_path / "out")
-    assert done.code == 0, done.err
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "library_name: peft" in card
-    assert "base_model: some/base" in card
-    assert (tmp_path / "out" / "adapter_config.json").is_file()
-    done = run("export", tmp_path, "--out", tmp_path / "other")
-    assert "no run here" in done.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -102,12 +102,23 @@ def export(
     run: Annotated[Path, typer.Argument(help="a finished run")],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or not exist")],
     merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into the base model")] = False,
-    dtype: Annotated[str | None, typer.Option(help="dtype of merged weights; default: the base's")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="dtype of the weights; default: as trained, float32 for a merged adapter"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="rows for the comparison; default: the run's, held-out ones if there are any"),
+    ] = None,
 ) -> None:
-    """Write the final model, with a card, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM."""
+    """Write the final model, with a card, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM.
+
+    The folder is loaded again and compared with the trained policy first; the difference is printed.
+    """
     from cwdpo.pipeline.export import export as write
 
-    typer.echo(write(run, out, merge=merge, dtype=dtype))
+    done = write(run, out, merge=merge, dtype=dtype, data=data)
+    typer.echo("\n".join((str(done.path), *done.lines())))
 
 
 def _evaluation_folder(model: str) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import FileError, ModelError
 from cwdpo.files.reading import read_object
+from cwdpo.models.merge import merge, tied_layers_handled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,7 @@ _SETTINGS = (
 """What transformers reads beside config.json; the tokenizer's own file is too large to be read twice."""
 MOST_IMAGE_TOKENS = 2**16
 _DIGITS = re.compile(r"\d+")
+_EMBEDDING = re.compile(r"\b(embed_tokens|lm_head)(\.base_layer|\.modules_to_save)?\.weight$")
 
 
 @contextmanager
@@ -169,23 +171,31 @@ def with_adapter(model: Any, source: str, *, merged: bool) -> Any:
     from safetensors import safe_open
 
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            tied_layers_handled(),
+            safe_open(Path(source) / "adapter_model.safetensors", "pt") as file,
+        ):
             # peft only warns where an adapter leaves parts of the base without weights.
             warnings.filterwarnings("error", message=".*missing adapter keys")
+            _resize(model, file)
             wrapped = PeftModel.from_pretrained(model, source, is_trainable=not merged)
-            with safe_open(Path(source) / "adapter_model.safetensors", "pt") as file:
-                _refuse_layers_beyond(wrapped, file.keys())
+            _refuse_layers_beyond(wrapped, file.keys())
     except Exception as error:  # peft lets out whatever its tuners raise
         raise ModelError(
             f"model.path {source!r}: the adapter does not fit its base ({type(error).__name__}: "
             f"{str(error)[:300]}); set base_model_name_or_path in its adapter_config.json to the checkpoint that it "
             "was trained on"
         ) from error
-    if not merged:
-        return wrapped
-    plain = wrapped.merge_and_unload()
-    plain.requires_grad_(True)  # peft leaves the base frozen behind the merge
-    return plain
+    return merge(wrapped) if merged else wrapped
+
+
+def _resize(model: Any, file: Any) -> None:
+    """Give the base as many tokens as the embeddings that the adapter brings: it was trained on a resized model."""
+    rows = {file.get_slice(key).get_shape()[0] for key in file.keys() if _EMBEDDING.search(key)}  # noqa: SIM118
+    if len(rows) == 1 and rows != {model.get_input_embeddings().weight.shape[0]}:
+        with quiet():
+            model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def _refuse_layers_beyond(model: nn.Module, keys: Iterable[str]) -> None:

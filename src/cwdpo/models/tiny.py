@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.errors import ModelError
+from cwdpo.models.write import save_weights
 from cwdpo.registry import Settings
 
 IMAGE_TOKEN = "<image>"
@@ -100,7 +101,7 @@ def init_model(folder: Path, texts: Iterable[str], settings: TinyModelSettings |
     torch.manual_seed(settings.seed)
     model = LlavaForConditionalGeneration(_config(settings, tokenizer))
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    save_weights(model, folder)
     _processor(settings, tokenizer).save_pretrained(folder)
     return folder
 

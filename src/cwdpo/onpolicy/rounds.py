@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
+from cwdpo.models.write import save_weights
 from cwdpo.monitor.window import added_share
 from cwdpo.negatives.mix import seeded
 from cwdpo.negatives.settings import NegativeSettings
@@ -156,7 +157,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             folder = (run.path / f"round{round_}").resolve()
             served = str(folder)
             if run.writes and not folder.is_dir():
-                model.save_pretrained(folder)
+                save_weights(model, folder)
                 self.stage.policy.processor.save_pretrained(folder)
         return build_sampler(self.settings.sampler, model, self.stage.encoder, run.path / ANSWERS, served)
 

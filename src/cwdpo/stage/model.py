@@ -11,6 +11,7 @@ from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder
 from cwdpo.models.load import Policy, load_policy, load_weights
 from cwdpo.models.tiny import init_model
+from cwdpo.models.write import save_weights
 from cwdpo.rundir import RunDir
 from cwdpo.stage.splits import Splits
 
@@ -50,7 +51,7 @@ def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     if not run.writes:
         return
     with new_folder(folder) as temporary:
-        policy.model.save_pretrained(temporary)  # type: ignore[operator]
+        save_weights(policy.model, temporary)
         policy.processor.save_pretrained(temporary)
         write_checksums(temporary)
     run.sync()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.template import CheckpointTokens
 from cwdpo.records import Example
 
 _KEPT_EXAMPLES = 256  # an encoder keeps its results; it is replaced after so many examples to save memory
@@ -47,16 +48,24 @@ def word_counter() -> LengthCounter:
     return LengthCounter("words", of)
 
 
-def token_counter(processor: Any) -> LengthCounter:
-    """Counts tokens exactly as in training; every image is decoded and processed."""
-    encoder = Encoder(processor, cache_gb=0)
+def token_counter(processor: Any, checkpoint: CheckpointTokens | None = None) -> LengthCounter:
+    """Counts tokens exactly as in training; every image is decoded and processed.
+
+    Raises:
+        ModelError: the checkpoint has no token that ends a response.
+    """
+    encoder = Encoder(processor, cache_gb=0, checkpoint=checkpoint)
+    assert encoder.end_ids
     counted = 0
 
     def of(example: Example) -> Lengths:
-        nonlocal encoder, counted
+        nonlocal counted
         counted += 1
         if counted % _KEPT_EXAMPLES == 0:
-            encoder = Encoder(processor, cache_gb=0)
+            encoder.forget()
+        sides = {"rejected": example.rejected, "gentle": example.gentle}
+        said = [(f"{side}[{k}]", c.text) for side, kept in sides.items() for k, c in enumerate(kept)]
+        encoder.template.check_texts(example, [("chosen", example.chosen.text), *said])
         responses = (example.chosen, *example.rejected, *example.gentle)
         chosen, *negatives = (len(encoder.completion_ids(example, c.text)) for c in responses)
         return Lengths(len(encoder.prompt(example).input_ids), chosen, tuple(negatives))
