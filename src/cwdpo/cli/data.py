@@ -142,11 +142,11 @@ def _checked(
 def _token_counter(settings: ModelSettings) -> LengthCounter:
     from cwdpo.data.validate.lengths import token_counter
     from cwdpo.models.checkpoint import check_folder
-    from cwdpo.models.load import EMBEDDED, load_processor
+    from cwdpo.models.load import EMBEDDED, load_processor, read_checkpoint_tokens
 
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source)
-    return token_counter(load_processor(source, settings))
+    return token_counter(load_processor(source, settings), read_checkpoint_tokens(source, settings))
 
 
 def sample(
