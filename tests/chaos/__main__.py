@@ -119,7 +119,7 @@ class Chaos:
         self.place, self.seed, self.figures = place, seed, Figures()
         self.recipe = place / "recipe.yaml"
         self.recipe.write_text(RECIPE)
-        self.server = Server(limit=300.0)
+        self.server: Server
         self.twin = place / "twin" / "run"
         self.commands = self._commands()
         self.middle: list[Path] = []
@@ -159,6 +159,7 @@ class Chaos:
 
     def prepare(self) -> None:
         """Run every command once undisturbed; keep the run as it stood in the middle, too."""
+        self.server = Server(limit=300.0)
         status = Path(f"/proc/{self.server.process.pid}/statm").read_text(encoding="ascii")
         self.memory = int(status.split()[0]) * os.sysconf("SC_PAGE_SIZE")
         for command in self.commands:
@@ -423,17 +424,20 @@ def main() -> None:
     os.nice(10)
     begun = time.monotonic()
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
+    turn, _, number = (asked.only or "").partition(":")
     chaos = Chaos(place, asked.seed)
     try:
-        chaos.prepare()
-        if asked.only:
-            turn, _, number = asked.only.partition(":")
-            index = int(number) // 100 if turn == "inputs" else int(number)
-            chaos.one(getattr(chaos, turn), index)
+        if turn == "inputs":
+            chaos.one(chaos.inputs, int(number) // 100)
+        elif turn:
+            chaos.prepare()
+            chaos.one(getattr(chaos, turn), int(number))
         else:
+            chaos.prepare()
             chaos.until(begun + 60 * asked.minutes)
     finally:
-        chaos.server.close()
+        if hasattr(chaos, "server"):
+            chaos.server.close()
         if asked.keep:
             print(f"kept: {place}")
         else:
