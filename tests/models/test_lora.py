@@ -52,12 +52,8 @@ def test_a_kind_of_lora(model_folder: Path, examples: Any, tmp_path: Path, kind:
     again = load_policy(ModelSettings(path=str(tmp_path / "adapter"), device="cpu", tune="lora"))
     with torch.no_grad():
         torch.testing.assert_close(score(again.model, batch).logp, moved, atol=1e-6, rtol=0)
-    names = {
-        n.partition(".default")[0].rpartition(".")[2]
-        for n, p in again.model.named_parameters()
-        if p.requires_grad
-    }
-    assert ("lora_magnitude_vector" in names) == (kind == "dora")
+    trained = [n for n, p in again.model.named_parameters() if p.requires_grad]
+    assert any("lora_magnitude_vector" in n for n in trained) == (kind == "dora")
     ranks = {
         n: p.shape[0] for n, p in policy.model.named_parameters() if "language_model" in n and "lora_A" in n
     }
