@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-for-development
 
-.PHONY: demo test test-slow test-lowest lint base sweep clean
+.PHONY: demo test test-slow test-families test-lowest lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -14,6 +14,11 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# Every model family with its real processor, in an environment of its own (built once a machine, outside the clone).
+test-families:
+	python=$$($(PYTHON) tests/families/environment.py) && OMP_NUM_THREADS=1 PYTHONPATH=src \
+	$$python -m pytest -n 2 --dist loadgroup -p no:cacheprovider tests/families
 
 # By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 LOWEST := .venv-lowest

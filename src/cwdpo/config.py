@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -106,6 +106,10 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.98, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_kahan"] = Field(
+        "adamw",
+        description="adamw_kahan: for trained bf16 weights, keeps what rounding leaves out (torch-optimi)",
+    )
     spike_factor: float | None = Field(
         None, gt=1, description="a gradient norm this many times its running median skips the update"
     )

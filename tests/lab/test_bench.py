@@ -101,7 +101,7 @@ def test_memory_for_scoring_does_not_grow_with_the_vocabulary(monkeypatch) -> No
     from cwdpo.models.shared_attention import use_scoring
     from cwdpo.scoring import token_logp
     from cwdpo.scoring.score import score
-    from families import build, ragged
+    from random_models import build, ragged
 
     def kept(vocabulary: int) -> int:
         model = build("llava")

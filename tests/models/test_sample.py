@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 from cwdpo.models.sample import Decoding, _inverted, sample, sample_batch, shared_prefill
-from families import FAMILIES, build, prompt
+from random_models import FAMILIES, build, prompt
 
 GREEDY = Decoding(temperature=0, max_new_tokens=16)
 

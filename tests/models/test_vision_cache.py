@@ -14,7 +14,7 @@ from cwdpo.models.load import freeze
 from cwdpo.models.shared_attention import use_scoring
 from cwdpo.models.vision_cache import forget_vision_features, keep_vision_features
 from cwdpo.scoring.score import score
-from families import FAMILIES, build, ragged
+from random_models import FAMILIES, build, ragged
 
 
 def frozen(name: str):

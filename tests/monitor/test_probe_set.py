@@ -38,7 +38,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
 from cwdpo.stage.stage import Stage
 from cwdpo.worlds.shapes import Scene, judge, paraphrases, parse
-from families import distributions
+from random_models import distributions
 
 NO_OTHERS: dict[str, list[Example]] = {"other_train": [], "other_test": []}
 RICH = Load(tokens=1e9, steps=100, shared=False)

@@ -279,7 +279,7 @@ def test_reward_margins_come_from_the_data(model, encoder, examples) -> None:
 def test_the_collision_term_is_the_log_of_the_sum_of_squares(model, encoder, examples) -> None:
     from cwdpo.data.encode.collate import collate
     from cwdpo.scoring.score import score
-    from families import distributions
+    from random_models import distributions
 
     encoded, _ = encoder.encode_all(examples[:3], "rejected", require_negative=True)
     batch = collate(encoded)

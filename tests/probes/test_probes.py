@@ -96,7 +96,7 @@ def test_the_mean_of_nothing_is_missing(held) -> None:
 def test_a_pass_equals_plain_scores_after_a_change_of_the_policy(model, encoder, examples) -> None:
     from cwdpo.data.encode.collate import collate
     from cwdpo.scoring import plain
-    from families import distributions
+    from random_models import distributions
 
     encoded = encoder.encode_all(examples[:5], "rejected", require_negative=False)[0]
 

@@ -19,6 +19,7 @@ from cwdpo.negatives.settings import WITHOUT_NEGATIVES
 if TYPE_CHECKING:
     from cwdpo.config import Recipe
     from cwdpo.data.encode.encoder import Encoder
+    from cwdpo.data.encode.template import CheckpointTokens
     from cwdpo.data.validate.lengths import LengthCounter
     from cwdpo.data.validate.report import ValidationReport
     from cwdpo.data.validate.show import ShownRow
@@ -192,22 +193,24 @@ def _rows_to_show(
 def _encoder(settings: ModelSettings, max_length: int | None) -> Encoder:
     from cwdpo.data.encode.encoder import Encoder
 
-    return Encoder(_processor(settings), max_length, cache_gb=0)
+    processor, tokens = _processor(settings)
+    return Encoder(processor, max_length, cache_gb=0, checkpoint=tokens)
 
 
 def _token_counter(settings: ModelSettings) -> LengthCounter:
     from cwdpo.data.validate.lengths import token_counter
 
-    return token_counter(_processor(settings))
+    return token_counter(*_processor(settings))
 
 
-def _processor(settings: ModelSettings) -> Any:
+def _processor(settings: ModelSettings) -> tuple[Any, CheckpointTokens]:
+    """A checkpoint's processor, and what its other files say of tokens; no weights are read."""
     from cwdpo.models.checkpoint import check_folder
-    from cwdpo.models.load import EMBEDDED, load_processor
+    from cwdpo.models.load import EMBEDDED, load_processor, read_checkpoint_tokens
 
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source)
-    return load_processor(source, settings)
+    return load_processor(source, settings), read_checkpoint_tokens(source, settings)
 
 
 def sample(

@@ -173,7 +173,6 @@ def best_of(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a preference set in which chosen is the best of n samples according to a noisy judge."""
-    from cwdpo.data.encode.encoder import Encoder
     from cwdpo.lab.best_of import write_best_of
     from cwdpo.lab.spec import BestOf
     from cwdpo.models.load import load_policy
@@ -181,7 +180,7 @@ def best_of(
 
     settings = BestOf(n=n, noise=noise, worse=worse)
     policy = load_policy(ModelSettings(path=model))
-    made = write_best_of(policy, Encoder(policy.processor), data, out, settings, seed=seed)
+    made = write_best_of(policy, policy.encoder(), data, out, settings, seed=seed)
     typer.echo(
         f"{made['rows']} rows ({made['left_out']} left out); share of chosen that is right in every fact "
         f"{made['chosen_right']:.3f}, mean score {made['chosen_score']:.3f}; share of wrong labels "

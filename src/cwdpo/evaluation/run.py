@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.config import stored_model
-from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError, FileError, RecipeError, optional_package
 from cwdpo.evaluation.paired import conclusion, holm
@@ -138,7 +137,7 @@ def evaluate(
     specs = [dict(s) for s in metrics] or default_metrics(examples)
     built = [METRICS.build(s) for s in specs]
     policy = load_policy(model_settings(model))
-    encoder = Encoder(policy.processor)
+    encoder = policy.encoder()
     needs = frozenset().union(*(m.needs for m in built))
     decoding = {
         "temperature": temperature,

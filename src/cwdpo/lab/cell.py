@@ -107,7 +107,7 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
     """Train one stage (not for ``base``), then compute the figures on the test set (not for ``stage1``)."""
     splits = None if job.stage == "base" else prepare_data(job.recipe, run)
     policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
-    encoder = Encoder(policy.processor, job.recipe.data.max_length, job.recipe.data.cache_gb)
+    encoder = policy.encoder(job.recipe.data.max_length, job.recipe.data.cache_gb)
     listener = Listener(step=on_step)
     if job.stage == "stage1":
         assert splits is not None
@@ -158,7 +158,7 @@ def sample_best(job: CellJob) -> dict[str, Any]:
     policy = load_policy(job.recipe.model)
     source, out = Path(str(job.recipe.data.path)), job.folder / "data"
     settings = BestOf.model_validate(job.options)
-    return write_best_of(policy, Encoder(policy.processor), source, out, settings, seed=job.recipe.seed)
+    return write_best_of(policy, policy.encoder(), source, out, settings, seed=job.recipe.seed)
 
 
 def flip(job: CellJob) -> dict[str, Any]:

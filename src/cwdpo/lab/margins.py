@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
 from cwdpo.files.reading import read_jsonl
@@ -50,7 +50,7 @@ def write_margins(
     scores = []
     for folder in (str(policy), reference):
         loaded = load_policy(ModelSettings(path=folder))
-        encoder = Encoder(loaded.processor)
+        encoder = loaded.encoder()
         encoded, problems = encoder.encode_all(examples, "rejected", require_negative=False)
         if problems:
             raise DataError(f"{data}: {problems[0]}")

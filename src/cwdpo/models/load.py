@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.template import CheckpointTokens
 from cwdpo.errors import ModelError
 from cwdpo.models.adapter import check_targets, set_dropout, sort_targets, with_adapter_settings
 from cwdpo.models.checkpoint import (
@@ -19,6 +21,7 @@ from cwdpo.models.checkpoint import (
     reason,
     with_adapter,
 )
+from cwdpo.models.inputs import unwrapped
 from cwdpo.models.merge import tied_layers_handled
 from cwdpo.models.parts import PARTS
 
@@ -42,6 +45,13 @@ class Policy:
     def trainable(self) -> dict[str, Tensor]:
         """Parameters that receive gradients, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def encoder(self, max_length: int | None = None, cache_gb: float = 1.0) -> Encoder:
+        """An encoder that knows what ends a turn of this model, and which tokens it embeds."""
+        inner: Any = unwrapped(self.model)
+        embedded = inner.get_input_embeddings().weight.shape[0]
+        tokens = checkpoint_tokens(inner.generation_config, inner.config, embedded)
+        return Encoder(self.processor, max_length, cache_gb, tokens)
 
 
 def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bool = False) -> Policy:
@@ -142,6 +152,41 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
         ) from error
     check_processor(processor, source)
     return processor
+
+
+def checkpoint_tokens(generation: Any, config: Any, embedded: int | None = None) -> CheckpointTokens:
+    """What generation_config, config and weights say of tokens.
+
+    Args:
+        generation, config: transformers' configurations; ``None`` where the checkpoint has none.
+        embedded: rows of the embedding; default: what the config says.
+    """
+    stops = getattr(generation, "eos_token_id", None)
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if config is not None and embedded is None:
+        embedded = getattr(config.get_text_config(), "vocab_size", None)
+    names = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
+    pictures = frozenset(i for name in names if isinstance(i := getattr(config, name, None), int))
+    return CheckpointTokens(tuple(int(i) for i in stops), embedded, pictures)
+
+
+def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTokens:
+    """:func:`checkpoint_tokens` from the files of a checkpoint, before any weight is read."""
+    from transformers import AutoConfig, GenerationConfig
+
+    how: dict[str, Any] = {"revision": settings.revision}
+    base = adapter_base(source, settings.revision) or source
+    found: list[Any] = []
+    for kind, more in (
+        (GenerationConfig, {}),
+        (AutoConfig, {"trust_remote_code": settings.trust_remote_code}),
+    ):
+        try:
+            with quiet():
+                found.append(kind.from_pretrained(base, **how, **more))
+        except Exception:  # a checkpoint may lack them; loading it says what is wrong
+            found.append(None)
+    return checkpoint_tokens(*found)
 
 
 def training_dtype(settings: ModelSettings) -> str:

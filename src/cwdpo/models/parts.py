@@ -2,6 +2,8 @@
 
 PARTS = {
     "vision": r"(vision_tower|vision_model|visual|vision_encoder|image_encoder)\b",
-    "projector": r"(multi_modal_projector|mm_projector|connector|merger|modality_projection|image_newline)\b",
+    "projector": (
+        r"(multi_modal_projector|mm_projector|connector|merger|modality_projection|image_newline|embed_vision)\b"
+    ),
     "text": r"(language_model|text_model|lm_head)\b",
 }

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
-from cwdpo.models.inputs import device_of, image_inputs
+from cwdpo.models.families.base import Family
+from cwdpo.models.inputs import device_of, image_inputs, unwrapped
+from cwdpo.models.shared_attention import model_family
 from cwdpo.records import NEW_TOKENS, Example, Sample
 
+_PREPARED = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE = "cache" if "cache" in _PREPARED else "past_key_values"  # before transformers 5.24
 _CHUNK = 2**24
 """Most probabilities that are summed up at once (they are in double precision)."""
 
@@ -143,30 +149,119 @@ def shared_prefill(
         For each row, prompt by prompt, its T <= max_new_tokens token ids and their log-probabilities (nats) under
         the model at temperature 1.
     """
+    family, inner = model_family(model), unwrapped(model)
+    groups = [0 if family is None else family.group(inner, p) for p in prompts]
+    found: dict[int, tuple[list[int], list[float]]] = {}
+    with _generating(model):
+        for group in sorted(set(groups)):
+            index = [i for i, own in enumerate(groups) if own == group]
+            rows = [i * n + k for i in index for k in range(n)]
+            batch = _Rows(model, [prompts[i] for i in index], pad)
+            found |= zip(rows, _decode(batch, n, decoding, [draws[r] for r in rows], end_ids), strict=True)
+    return [found[row] for row in range(len(draws))]
+
+
+@torch.no_grad()
+def forced_logps(model: Any, prompt: EncodedPrompt, ids: Sequence[int]) -> Tensor:
+    """[tokens] log-probabilities (nats) of a continuation as the model's own generation code computes them.
+
+    Independent of how rows are laid out for scoring: token by token, through the model's cache.
+    """
+    with _generating(model):
+        rows = _Rows(model, [prompt], 0)
+        logits, found = rows.prefill(), []
+        for token in ids:
+            found.append(logits.float().log_softmax(-1)[0, token])
+            logits = rows.step(torch.tensor([token], device=logits.device))
+    return torch.stack(found)
+
+
+@contextmanager
+def _generating(model: Any) -> Iterator[None]:
+    """In evaluation mode; afterwards its mode is restored, and positions that it remembers of this batch are gone."""
     was_training = model.training
     mrope = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
     stale = None if mrope is None else mrope.rope_deltas
     model.eval()
     try:
-        return _decode(model, mrope, prompts, n, decoding, draws, end_ids, pad)
+        yield
     finally:
         if mrope is not None:
-            mrope.rope_deltas = stale  # of another batch: the next forward makes its own
+            mrope.rope_deltas = stale
         model.train(was_training)
 
 
+class _Rows:
+    """Rows between two tokens, as transformers' ``generate`` hands them on: cache, mask, positions.
+
+    Positions, token types and further masks come from the model's own ``prepare_inputs_for_generation`` and
+    ``_update_model_kwargs_for_generation``, which families override.
+
+    Args:
+        model: bare or wrapped by peft.
+        prompts: of B rows; they are padded on the left.
+        pad: any token id; it is masked.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[EncodedPrompt], pad: int) -> None:
+        self.model, self.inner = model, unwrapped(model)
+        device, family = device_of(model), model_family(model) or Family()
+        longest = max(len(p.input_ids) for p in prompts)
+        before = [longest - len(p.input_ids) for p in prompts]
+        self.ids = torch.tensor(
+            [[pad] * n + list(p.input_ids) for n, p in zip(before, prompts, strict=True)], device=device
+        )
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in before], device=device)
+        rows = {k: v.to(device) for k, v in family.token_rows(prompts, longest, left=True).items()}
+        images = family.fit(image_inputs(prompts, device), prompts, longest, left=True)
+        self.cache = DynamicCache(config=self.inner.config.get_text_config(decoder=True))
+        self._of_tokens = {"attention_mask", "position_ids", *rows, *family.token_inputs}
+        self.state: dict[str, Any] = {"attention_mask": mask, **rows, **images, _CACHE: self.cache}
+        self.state["position_ids"] = self.inner._prepare_position_ids_for_generation(self.ids, self.state)
+
+    def prefill(self) -> Tensor:
+        """[B, V] logits of the first new token."""
+        logits = self._forward(self.ids, first=True)
+        # Pictures are in the cache now, and have no row of their own that could be selected.
+        self.state = {k: v for k, v in self.state.items() if k in self._of_tokens}
+        return logits
+
+    def step(self, token: Tensor) -> Tensor:
+        """[B, V] logits behind one more token of each row, [B]."""
+        return self._forward(token[:, None], first=False)
+
+    def select(self, index: Tensor) -> None:
+        """Go on with these rows: some of them, or some several times."""
+        self.cache.reorder_cache(index)
+        for name, value in self.state.items():
+            self.state[name] = value.index_select(-2 if name == "position_ids" else 0, index)
+
+    def _forward(self, ids: Tensor, *, first: bool) -> Tensor:
+        inputs = self.inner.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=ids.shape[1],
+            is_first_iteration=first,
+            use_cache=True,
+            logits_to_keep=1,
+            **{**self.state, _CACHE: self.cache},
+        )
+        outputs = self.model(**inputs)
+        self.state = self.inner._update_model_kwargs_for_generation(
+            outputs, self.state, is_encoder_decoder=False
+        )
+        self.state.pop(_CACHE, None)
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
+
+
 def _decode(
-    model: Any,
-    mrope: Any,
-    prompts: Sequence[EncodedPrompt],
-    n: int,
-    decoding: Decoding,
-    draws: Sequence[str],
-    end_ids: frozenset[int],
-    pad: int,
+    batch: _Rows, n: int, decoding: Decoding, draws: Sequence[str], end_ids: frozenset[int]
 ) -> list[tuple[list[int], list[float]]]:
-    device = device_of(model)
-    logits, cache, position, mask = _prefill(model, mrope, prompts, n, pad, device)
+    logits = batch.prefill()
+    device = logits.device
+    repeated = torch.arange(len(logits), device=device).repeat_interleave(n)
+    batch.select(repeated)
+    logits = logits[repeated]
     uniform = _uniform(draws, decoding).to(device)
     live = torch.arange(len(draws), device=device)
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in draws]
@@ -184,53 +279,10 @@ def _decode(
             break
         if 2 * int(done.sum()) >= len(done):
             keep = (~done).nonzero().flatten()
-            cache.batch_select_indices(keep)
-            live, done, token, position, mask = (x[keep] for x in (live, done, token, position, mask))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        where = (position + t)[:, None]
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=where if mrope is None else where.expand(3, -1, -1),
-            cache=cache,
-            use_cache=True,
-        ).logits[:, -1]
+            batch.select(keep)
+            live, done, token = (x[keep] for x in (live, done, token))
+        logits = batch.step(token)
     return rows
-
-
-def _prefill(
-    model: Any, mrope: Any, prompts: Sequence[EncodedPrompt], n: int, pad: int, device: torch.device
-) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Logits of the first new token, the cache, its position, and the mask; all rows ``n`` times."""
-    longest = max(len(p.input_ids) for p in prompts)
-
-    def left(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([[fill] * (longest - len(r)) + list(r) for r in rows], device=device)
-
-    mask = left([[1] * len(p.input_ids) for p in prompts], 0)
-    inputs: dict[str, Any] = {
-        "input_ids": left([p.input_ids for p in prompts], pad),
-        "attention_mask": mask,
-    }
-    for name in sorted({k for p in prompts for k in p.per_token}):
-        inputs[name] = left([p.per_token.get(name, [0] * len(p.input_ids)) for p in prompts], 0)
-    inputs |= image_inputs(prompts, device)
-    if mrope is None or not {"image_grid_thw", "video_grid_thw"} & set(inputs):
-        places = (mask.cumsum(1) - 1).clamp_min(0)
-        inputs["position_ids"] = places if mrope is None else places.expand(3, -1, -1)
-    if mrope is not None:
-        mrope.rope_deltas = None
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
-    logits = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    position = mask.sum(1)
-    if mrope is not None and mrope.rope_deltas is not None:
-        # Positions on all three axes go on behind the largest one of the prompt.
-        position = position + mrope.rope_deltas.to(device).flatten()
-        mrope.rope_deltas = None
-    cache.batch_repeat_interleave(n)
-    logits, position, mask = (x.repeat_interleave(n, 0) for x in (logits, position, mask))
-    return logits, cache, position, mask
 
 
 def _uniform(draws: Sequence[str], decoding: Decoding) -> Tensor:

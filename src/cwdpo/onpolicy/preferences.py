@@ -14,7 +14,6 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.config import Recipe
-from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import DataError
 from cwdpo.files.writing import replacing, write_text
 from cwdpo.judging.base import judge_for
@@ -109,7 +108,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     set_seed(recipe.seed)
     listener.phase("loading the model")
     policy = load_policy(recipe.model)
-    encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
+    encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
     judge = judge_for(settings.judge, readable)

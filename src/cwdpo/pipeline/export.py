@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.config import DataSettings, stored_data, stored_model
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
@@ -169,9 +169,7 @@ def _rows(run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]
         raise RunDirError(
             f"{source}: there are no rows to compare the export on ({error}): {remedy}"
         ) from None
-    encoded, problems = Encoder(policy.processor, cache_gb=0).encode_all(
-        examples, "rejected", require_negative=False
-    )
+    encoded, problems = policy.encoder(cache_gb=0).encode_all(examples, "rejected", require_negative=False)
     if not encoded:
         raise RunDirError(
             f"{source}: none of the first {len(examples)} rows can be encoded, so there is nothing to compare the "

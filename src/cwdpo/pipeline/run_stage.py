@@ -112,6 +112,7 @@ def make_trainer(
     options = TrainerOptions(
         group_by_length=train.group_by_length,
         max_tokens_per_batch=train.max_tokens_per_batch,
+        optimizer=train.optimizer,
         by_origin=stage.in_rounds,
         guard=Guard(run.path / stage.name, train.spike_factor, train.spike_window),
         on_log=on_log,

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, Train
 from transformers.trainer_utils import speed_metrics
 
 from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings, TrainSettings
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.models.load import Policy, adopt, load_policy, load_processor
 from cwdpo.models.settings import ModelSettings
@@ -31,7 +31,8 @@ from cwdpo.pipeline.trl_names import (
 )
 from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
-from cwdpo.stage.prepare import check_scoring, encode, prepare, with_reference_values
+from cwdpo.stage.prepare import encode, prepare, with_reference_values
+from cwdpo.stage.scoring_check import check_scoring
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
@@ -308,7 +309,7 @@ def _stage(args: CWDPOConfig, recipe: Recipe, policy: Policy, examples: Sequence
     run = RunDir(Path(args.output_dir) / FOLDER, writes=PartialState().is_main_process)
     if run.writes:
         run.path.mkdir(parents=True, exist_ok=True)
-    return Stage("stage2", recipe, policy, Encoder(policy.processor, args.max_length), run, examples)
+    return Stage("stage2", recipe, policy, policy.encoder(args.max_length), run, examples)
 
 
 def _policy(

@@ -9,7 +9,6 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
-from cwdpo.data.encode.encoder import Encoder
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.pipeline.finish import evaluate_policy
 from cwdpo.pipeline.inputs import check_inputs
@@ -22,7 +21,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import load_model, load_saved, save_model
-from cwdpo.stage.prepare import check_scoring
+from cwdpo.stage.scoring_check import check_scoring
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
 
@@ -84,7 +83,7 @@ def _train(
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
-    encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
+    encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
 

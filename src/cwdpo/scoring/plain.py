@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch
+from cwdpo.models.families.base import Family
 from cwdpo.models.inputs import device_of, padded
+from cwdpo.models.shared_attention import model_family
 from cwdpo.models.vision_cache import vision_inputs
 from cwdpo.objectives.base import TokenStat
 from cwdpo.scoring.token_logp import HeadRequest, TokenScores, score_rows
@@ -19,8 +21,8 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
     """Model inputs with one full sequence per completion, and the positions that predict completion tokens.
 
     Returns:
-        The model inputs: ``input_ids`` and ``attention_mask`` [N, L] with L the longest sequence, the family's
-        per-token inputs [N, L] (zero on completions), and image inputs. And the request for all M completion tokens.
+        ``input_ids`` and ``attention_mask`` [N, longest], the family's per-token rows of the same shape
+        and image inputs; and the request for M = sum of completion lengths tokens.
     """
     device = device_of(model)
     prompts = [batch.prompts[i] for i in batch.completion_prompt.tolist()]
@@ -29,13 +31,9 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
         "input_ids": padded(rows, device),
         "attention_mask": padded([[1] * len(r) for r in rows], device),
     }
-    longest = inputs["input_ids"].shape[1]
-    for name in sorted({n for p in prompts for n in p.per_token}):
-        inputs[name] = padded(
-            [p.per_token.get(name, [0] * len(p.input_ids)) for p in prompts], device, longest
-        )
-    inputs |= vision_inputs(model, prompts, device)
-    # The hidden state at a position predicts the next token: token t of a completion is predicted one position earlier.
+    longest, family = inputs["input_ids"].shape[1], model_family(model) or Family()
+    inputs |= {name: rows.to(device) for name, rows in family.token_rows(prompts, longest).items()}
+    inputs |= family.fit(vision_inputs(model, prompts, device), prompts, longest)
     where = [
         (row, len(p.input_ids) - 1 + t, token)
         for row, (p, c) in enumerate(zip(prompts, batch.completions, strict=True))

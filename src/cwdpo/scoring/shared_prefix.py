@@ -79,4 +79,4 @@ def lay_out(model: nn.Module, batch: PromptBatch) -> tuple[dict[str, Any], HeadR
         "position_ids": positions,
         "attention_mask": family.masks(inner, rows, positions),
     }
-    return inputs | images, request
+    return inputs | family.fit(images, batch.prompts, rows.ids.shape[1]), request

@@ -7,21 +7,25 @@ is called as usual, so wrappers (peft, DDP, FSDP) see an ordinary forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import ModelError
 from cwdpo.models.inputs import unwrapped
+from cwdpo.models.shared_attention import model_family
 from cwdpo.objectives.base import TokenStat
+from cwdpo.scoring.apart import parts_of
 from cwdpo.scoring.token_stats import resolve
 
+_CAP = "final_logit_softcapping"
 CHUNK_VALUES = 1 << 24
 """Largest number of logits in a chunk: 2^24 fp32 values are 64 MiB."""
 
@@ -117,8 +121,10 @@ def output_head(model: nn.Module) -> nn.Module:
             f"{type(inner).__name__} has no output head: a causal vision-language model is needed"
         )
     text = inner.config.get_text_config()
-    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
-        if getattr(text, name, neutral) not in (neutral, None):
+    family = model_family(inner)
+    known = {_CAP} if family is not None and family.caps_logits else set()
+    for name, neutral in ((_CAP, None), ("logit_scale", 1), ("logits_scaling", 1)):
+        if name not in known and getattr(text, name, neutral) not in (neutral, None):
             raise ModelError(
                 f"{type(inner).__name__} changes its logits after the head ({name} = {getattr(text, name)}): "
                 "the log-probabilities computed at the head would be wrong, so this model is not supported"
@@ -132,11 +138,22 @@ def scoring_head(model: nn.Module, request: HeadRequest) -> Iterator[None]:
     """While active, the model returns the numbers of the request [M, columns] in place of its logits."""
     head = output_head(model)
     original = head.forward
-    hooked = vars(head).get("forward")  # with a device map, accelerate sets a forward on the instance
-    head.forward = lambda hidden: _through_head(original, hidden, request)  # type: ignore[method-assign]
+    hooked = vars(head).get("forward")  # accelerate's device maps hang theirs on the instance
+    text: Any = unwrapped(model).config.get_text_config()
+    cap = getattr(text, _CAP, None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        found: Tensor = original(hidden)
+        return found if cap is None else cap * torch.tanh(found / cap)
+
+    head.forward = lambda hidden: _through_head(original if cap is None else logits, hidden, request)  # type: ignore[method-assign]
+    if cap is not None:
+        setattr(text, _CAP, None)  # or the model would cap the numbers that stand for its logits
     try:
         yield
     finally:
+        if cap is not None:
+            setattr(text, _CAP, cap)
         del head.forward
         if hooked is not None:
             head.forward = hooked
@@ -157,11 +174,47 @@ def score_rows(
         lay_out: builds model inputs and the request from the model and the batch.
         stats, whole: see :func:`cwdpo.scoring.score.score`.
     """
+    stats = resolve(stats)
+    parts = parts_of(model, batch)
+    scores = [
+        _score_part(model, part, lay_out, stats, None if whole is None else whole[index])
+        for index, part in parts
+    ]
+    if len(parts) == 1:
+        return scores[0]
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return _in_order(scores, order, whole)
+
+
+def _score_part(
+    model: nn.Module,
+    batch: PromptBatch,
+    lay_out: Callable[[nn.Module, PromptBatch], tuple[dict[str, Any], HeadRequest]],
+    stats: Mapping[str, TokenStat],
+    whole: Tensor | None,
+) -> TokenScores:
     inputs, request = lay_out(model, batch)
     lengths = [len(c.ids) for c in batch.completions]
     tokens = None if whole is None else whole.repeat_interleave(torch.tensor(lengths))
-    request = replace(request, stats=resolve(stats), whole=tokens)
+    request = replace(request, stats=stats, whole=tokens)
     return unpack(run(model, inputs, request), request, lengths)
+
+
+def _in_order(scores: Sequence[TokenScores], order: Tensor, kept: Tensor | None) -> TokenScores:
+    """The scores of several calls as those of one batch, its completions in ``order``; ``kept`` as ``whole`` above."""
+    longest = max(s.mask.shape[1] for s in scores)
+
+    def joined(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(v, (0, longest - v.shape[1])) for v in values])[order.to(values[0].device)]
+
+    mask, whole = joined([s.mask for s in scores]), None
+    if kept is not None:
+        found = torch.cat([s.whole for s in scores if s.whole is not None])
+        lengths = mask.sum(1).cpu() * kept.cpu()
+        blocks = found.split(lengths[order.argsort()].tolist())
+        whole = torch.cat([blocks[i] for i in order.tolist()])
+    stats = {name: joined([s.stats[name] for s in scores]) for name in scores[0].stats}
+    return TokenScores(joined([s.logp for s in scores]), mask, stats, whole)
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Tensor:

@@ -11,30 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from cwdpo.data.encode.collate import collate
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
-from cwdpo.errors import DataError, ModelError
+from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.errors import DataError
 from cwdpo.models.sample import sample
-from cwdpo.models.shared_attention import Scoring, shares_prefix, use_scoring
 from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
-from cwdpo.scoring import plain
-from cwdpo.scoring.score import score
 from cwdpo.stage.reference import stored_reference_pass
 from cwdpo.stage.stage import Stage
 
 logger = logging.getLogger("cwdpo")
 NEGATIVES = 1000
 """How many values stand for the negatives of a stage, where its objective calibrates on them."""
-MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
-"""Largest mean difference between the two row layouts, in nats per token, in fp32 and in bf16.
-
-The known errors make a difference of at least 0.2.
-"""
 
 
 def prepare(stage: Stage) -> list[EncodedExample]:
@@ -194,41 +184,3 @@ def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float
         )
     mean_logps = [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
     return list(broadcast_object_list([mean_logps])[0])
-
-
-@torch.no_grad()
-def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
-    """Compare shared-prefix scoring with plain scoring on one prompt, before shared-prefix scoring is used.
-
-    The row layout of a model family is chosen by its model type, but another release of transformers may change what
-    the model does. If the results differ, ``auto`` switches to plain rows and logs a warning.
-
-    Args:
-        model: the policy.
-        encoder: of the policy.
-        examples: the first readable one is used.
-        scoring: ``model.scoring`` of the recipe.
-
-    Raises:
-        ModelError: the results differ, and ``model.scoring`` is ``shared_prefix``.
-    """
-    if not shares_prefix(model):
-        return
-    encoded = encoder.encode_all(encoder.readable(examples, 1), "rejected", require_negative=False)[0]
-    if not encoded:
-        return  # encode() reports the problems of the data
-    batch = collate(encoded)
-    was_training = model.training
-    model.eval()
-    wanted, ours = plain.score(model, batch).logp, score(model, batch).logp
-    model.train(was_training)
-    rounded = wanted.dtype != torch.float32 or torch.is_autocast_enabled(wanted.device.type)
-    rounded = rounded or next(model.parameters()).dtype != torch.float32
-    difference = float((ours - wanted).abs().mean())
-    if not bool(wanted.isfinite().all()) or difference <= (MOST_ROUNDED if rounded else MOST_EXACT):
-        return
-    problem = f"its log-probabilities differ from those of plain scoring (by {difference:.2g} nats per token)"
-    if scoring == "shared_prefix":
-        raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
-    logger.warning("scoring is plain, one full sequence per completion: %s", problem)
-    use_scoring(model, "plain")

@@ -28,6 +28,7 @@ from cwdpo.trainer.guard import Guard, MicroBatch
 from cwdpo.trainer.memory import StepMemory
 from cwdpo.trainer.metrics import StepMetrics
 from cwdpo.trainer.processes import Unsharded, check_sharding, together
+from cwdpo.trainer.rounding import LostUpdates, Optimizer, check_optimizer, optimizer_class
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TrainerOptions:
         select: filters each micro-batch before tokens are counted (for a curriculum); default: identity.
         eval_dataset: data for transformers' evaluation during training (``eval_strategy``).
         optimizers: an optimizer and its schedule, instead of those that ``args`` describe.
+        optimizer: ``adamw``, or one that is made for trained bf16 weights, see :func:`optimizer_class`.
         before_checkpoint, add_to_checkpoint: see :class:`cwdpo.trainer.checkpoints.CompleteCheckpoints`.
     """
 
@@ -55,6 +57,7 @@ class TrainerOptions:
     select: Callable[[PromptBatch], PromptBatch] = field(default=lambda batch: batch)
     eval_dataset: Any = None
     optimizers: tuple[Any, Any] = (None, None)
+    optimizer: Optimizer = "adamw"
     before_checkpoint: Callable[[], None] = field(default=lambda: None)
     add_to_checkpoint: Callable[[Path], None] = field(default=lambda folder: None)
 
@@ -75,7 +78,8 @@ class PreferenceTrainer(CompleteCheckpoints):
         options: see :class:`TrainerOptions`.
 
     Raises:
-        RecipeError: a spike rule under DeepSpeed, where no update can be skipped.
+        RecipeError: a spike rule under DeepSpeed, where no update can be skipped; an optimizer for bf16 weights where
+            none is trained.
         DataError: a single example has more than ``max_tokens_per_batch`` tokens.
     """
 
@@ -102,17 +106,21 @@ class PreferenceTrainer(CompleteCheckpoints):
             args.ddp_find_unused_parameters = True
         self.guard = self.options.guard or Guard(Path(args.output_dir))
         self.memory = StepMemory()
+        self.lost = LostUpdates()
+        check_optimizer(self.options.optimizer, model)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=self.options.eval_dataset,
             optimizers=self.options.optimizers,
+            optimizer_cls_and_kwargs=optimizer_class(self.options.optimizer, args),
             data_collator=Collator(),
             processing_class=processing_class,
             callbacks=[
                 self.guard,
                 self.memory,
+                self.lost,
                 *callbacks,
             ],  # the guard checks before other callbacks measure
         )
@@ -306,7 +314,7 @@ class PreferenceTrainer(CompleteCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, averaged over processes, to the values that the Trainer logs."""
         if "loss" in logs:
-            logs |= self._sums.flush(self.accelerator)
+            logs |= self._sums.flush(self.accelerator) | self.lost.flush(self.accelerator)
             if self.guard.spike_factor is not None:
                 logs["spikes/skipped"] = float(self.guard.skipped)
         super().log(logs, start_time)

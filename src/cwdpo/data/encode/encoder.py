@@ -14,14 +14,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cwdpo.data.encode.span import differing_span
+from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
 from cwdpo.errors import DataError
 from cwdpo.records import Completion, Example, Origin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>", "<|end|>")
 NegativeSet = Literal["rejected", "gentle", "none"]
+_NOT_FOR_THE_MODEL = ("attention_mask", "labels")
+"""Rows that processors make and scoring makes itself, or that would make the model compute a loss of its own."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,46 @@ class Encoder:
         max_length: most tokens of prompt plus completion; ``None`` for no limit. Nothing is ever truncated:
             an example that is longer raises :class:`DataError`, and the caller leaves it out.
         cache_gb: memory for image tensors; what does not fit is decoded again at every use.
+        checkpoint: what generation_config and weights say of tokens; :meth:`cwdpo.models.load.Policy.encoder` knows.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None, cache_gb: float = 1.0) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        cache_gb: float = 1.0,
+        checkpoint: CheckpointTokens | None = None,
+    ) -> None:
         self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.template = ChatTemplate(processor, checkpoint)
+        self.tokenizer = self.template.tokenizer
         self.max_length = max_length
         self._prompts: dict[tuple[Any, ...], EncodedPrompt] = {}
         self._images: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._free_bytes = cache_gb * 2**30
         self._texts: dict[tuple[Any, ...], str] = {}
-        self._end_ids: frozenset[int] | None = None
+
+    def forget(self) -> None:
+        """Let go of the prompts and pictures that are kept."""
+        self._free_bytes += sum(
+            t.numel() * t.element_size() for i in self._images.values() for t in i.values()
+        )
+        for kept in (self._prompts, self._images, self._texts):
+            kept.clear()
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids at which a response ends; see :attr:`cwdpo.data.encode.template.ChatTemplate.stops`."""
+        return frozenset(self.template.stops)
 
     def prompt_text(self, example: Example) -> str:
-        """The prompt through the chat template, ready for a response (images as placeholders)."""
+        """The prompt through the chat template, ready for a response (images as placeholders).
+
+        Raises:
+            DataError: the template refuses it.
+        """
         if example.prompt not in self._texts:
-            self._texts[example.prompt] = self._render(example, None)
+            self._texts[example.prompt] = self.template.prompt(example)
         return self._texts[example.prompt]
 
     def prompt(self, example: Example) -> EncodedPrompt:
@@ -159,23 +185,51 @@ class Encoder:
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{example.where or example.id}: images: cannot be decoded ({reason})") from error
-        kwargs: dict[str, Any] = {"images": pictures} if pictures else {}
+        # A list of pictures is one picture of each text to some processors (LLaVA-OneVision): the list is nested.
+        kwargs: dict[str, Any] = {"images": [pictures]} if pictures else {}
         text = self.prompt_text(example).rstrip(" ")
         try:
-            outputs = self.processor(
-                text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **kwargs
-            )
+            outputs = self._processed(text, kwargs)
         except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
             raise DataError(
                 f"{example.where or example.id}: prompt: refused by the processor ({error})"
             ) from error
         ids = outputs.pop("input_ids")[0]
-        outputs.pop("attention_mask", None)
         per_token = {
-            k: tuple(v[0].tolist()) for k, v in outputs.items() if tuple(v.shape) == (1, ids.shape[0])
+            k: tuple(v[0].tolist())
+            for k, v in outputs.items()
+            if k.endswith("token_type_ids") and tuple(v.shape) == (1, ids.shape[0])
         }
-        images = {k: v for k, v in outputs.items() if k not in per_token}
+        images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
+        self._check_embedded(example, ids.tolist(), self.template.checkpoint.placeholders)
         return tuple(ids.tolist()), per_token, images
+
+    def _processed(self, text: str, kwargs: Mapping[str, Any]) -> Any:
+        """The processor's outputs; one that writes the line break of a bare prompt itself is not given a second."""
+        if not self.template.is_there:
+            bare = self._call(text.removesuffix("\n"), kwargs)
+            if self.tokenizer.decode(bare["input_ids"][0]).endswith("\n"):
+                return bare
+        return self._call(text, kwargs)
+
+    def _call(self, text: str, kwargs: Mapping[str, Any]) -> Any:
+        return self.processor(
+            text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **kwargs
+        )
+
+    def _check_embedded(self, example: Example, ids: Sequence[int], allowed: frozenset[int]) -> None:
+        """Refuse ids behind the model's embedding: tokenizer and weights are not of one checkpoint."""
+        rows = self.template.checkpoint.embedded
+        beyond = [] if rows is None else [i for i in ids if i >= rows and i not in allowed]
+        if beyond:
+            raise RefusedRowError(
+                example.where or example.id,
+                "token-without-embedding",
+                "",
+                f"token {self.tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, and the model "
+                f"embeds {rows} tokens",
+                "fetch tokenizer and weights from the same place, or resize the embedding",
+            )
 
     def completion_ids(self, example: Example, text: str) -> tuple[int, ...]:
         """Ids of a response behind its prompt, ending in the end-of-turn token.
@@ -183,20 +237,16 @@ class Encoder:
         Raises:
             DataError: nothing is left to train on.
         """
-        prompt = self.prompt_text(example)
-        whole = self._render(example, text)
-        # Some templates render a finished turn differently from an open one: then the response stands bare.
-        tail = whole[len(prompt) :] if whole.startswith(prompt) else text
+        prompt, end = self.prompt_text(example), self.template.end
+        tail = self.template.continuation(example, text)
         # A prompt that ends in a space would tokenize differently joined than apart: the space moves over.
         prompt, tail = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
-        before = self._ids(prompt)
-        if not self.end_ids.intersection(self._ids(tail)):
-            tail = tail.rstrip()  # without an end marker, white space behind the response is the template's
-        joined = self._ids(prompt + tail)
+        before, joined = self._ids(prompt), self._ids(prompt + tail)
         ids = joined[len(before) :] if joined[: len(before)] == before else self._ids(tail)
-        ids = self._closed(ids)
+        ids = ids if end.closing else [*ids, end.token]
         if len(ids) < 2:
             raise DataError(f"{example.where or example.id}: a response without tokens: {text!r}")
+        self._check_embedded(example, ids, frozenset())
         return tuple(ids)
 
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
@@ -205,9 +255,11 @@ class Encoder:
         Raises:
             DataError: unreadable image, response without tokens, or longer than ``max_length`` tokens.
         """
+        offered = {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
+        said = ((f"{negatives}[{k}]", completion.text) for k, completion in enumerate(offered))
+        self.template.check_texts(example, [("chosen", example.chosen.text), *said])
         chosen_ids = self.completion_ids(example, example.chosen.text)
         chosen = _encoded(example.chosen, chosen_ids, (0, len(chosen_ids)))
-        offered = {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
         rejected = []
         for completion in offered:
             ids = self.completion_ids(example, completion.text)
@@ -251,24 +303,6 @@ class Encoder:
             good.append(encoded)
         return good, problems
 
-    def _render(self, example: Example, response: str | None) -> str:
-        chat = [message.as_chat() for message in example.prompt]
-        if response is not None:
-            chat.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        template = getattr(self.processor, "chat_template", None) or getattr(
-            self.tokenizer, "chat_template", None
-        )
-        if template is None:
-            token = getattr(self.processor, "image_token", "<image>")
-            text = "\n".join(
-                "".join(token if part is None else part for part in m.parts) for m in example.prompt
-            )
-            return f"{text}\n{response or ''}"
-        rendered = self.processor.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=response is None
-        )
-        return str(rendered)
-
     def _adds_bos(self, text: str) -> bool:
         """Whether the tokenizer must put its bos in front: it has one by itself, and the template wrote none.
 
@@ -283,21 +317,6 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _closed(self, ids: list[int]) -> list[int]:
-        """Cut behind the end-of-turn token that the template wrote, or append the tokenizer's own."""
-        ends = [i for i, token in enumerate(ids) if token in self.end_ids]
-        return ids[: ends[-1] + 1] if ends else [*ids, int(self.tokenizer.eos_token_id)]
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Ids that end a turn: the tokenizer's eos and the usual end-of-turn markers it knows."""
-        if self._end_ids is None:
-            tokenizer = self.tokenizer
-            markers = map(tokenizer.convert_tokens_to_ids, END_MARKERS)
-            known = {t for t in markers if t is not None and t != tokenizer.unk_token_id}
-            self._end_ids = frozenset(known | {int(tokenizer.eos_token_id)})
-        return self._end_ids
 
 
 def _digest(images: Mapping[str, Tensor]) -> str:

@@ -86,8 +86,7 @@ class _Child:
         if self.pid == 0:
             code = 1
             try:
-                os.close(self._send)
-                os.close(self._receive)
+                _close_all_but(orders, answers)
                 _serve(processor, orders, answers)
                 code = 0
             finally:
@@ -129,6 +128,18 @@ class _Child:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
         self.pid = 0
+
+
+def _close_all_but(*kept: int) -> None:
+    """Without this the child would hold the run's lock, and its parent's output, a moment longer than its parent."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for handle in range(3):
+        os.dup2(null, handle)
+    after = 3
+    for handle in sorted(kept):
+        os.closerange(after, handle)
+        after = handle + 1
+    os.closerange(after, os.sysconf("SC_OPEN_MAX"))
 
 
 def _serve(processor: Any, orders: int, answers: int) -> None:

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from cwdpo.data.digests import DigestMap, FirstPlaces, digest8
+from cwdpo.data.encode.template import RefusedRowError
 from cwdpo.data.facts import ImageStats
 from cwdpo.data.formats.base import Spec
 from cwdpo.data.images import CheckImages, ImageFolder
@@ -157,6 +158,8 @@ def _measure(stats: LengthStats, counter: LengthCounter, example: Example) -> Ro
     """Count the lengths of an example; what is wrong with them."""
     try:
         found = counter.of(example)
+    except RefusedRowError as error:
+        return RowError(error.kind, error.key, error.reason, error.remedy)
     except DataError as error:
         reason = str(error).removeprefix(f"{example.where}: ")
         return RowError("not-encodable", "", reason, "repair the row, or leave it out")

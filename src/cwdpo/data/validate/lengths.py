@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.template import CheckpointTokens
 from cwdpo.records import Example
 
-_KEPT_EXAMPLES = 256  # an encoder keeps what it encoded; a fresh one now and then bounds the memory
+_KEPT_EXAMPLES = 256  # an encoder keeps what it encoded; to forget now and then bounds the memory
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,24 @@ def word_counter() -> LengthCounter:
     return LengthCounter("words", of)
 
 
-def token_counter(processor: Any) -> LengthCounter:
-    """Counts tokens exactly as training does; every image is decoded and goes through the processor."""
-    encoder = Encoder(processor, cache_gb=0)
+def token_counter(processor: Any, checkpoint: CheckpointTokens | None = None) -> LengthCounter:
+    """Counts tokens exactly as training does; every image is decoded and goes through the processor.
+
+    Raises:
+        ModelError: nothing ends a response of this checkpoint.
+    """
+    encoder = Encoder(processor, cache_gb=0, checkpoint=checkpoint)
+    assert encoder.end_ids
     counted = 0
 
     def of(example: Example) -> Lengths:
-        nonlocal encoder, counted
+        nonlocal counted
         counted += 1
         if counted % _KEPT_EXAMPLES == 0:
-            encoder = Encoder(processor, cache_gb=0)
+            encoder.forget()
+        sides = {"rejected": example.rejected, "gentle": example.gentle}
+        said = [(f"{side}[{k}]", c.text) for side, kept in sides.items() for k, c in enumerate(kept)]
+        encoder.template.check_texts(example, [("chosen", example.chosen.text), *said])
         responses = (example.chosen, *example.rejected, *example.gentle)
         chosen, *negatives = (len(encoder.completion_ids(example, c.text)) for c in responses)
         return Lengths(len(encoder.prompt(example).input_ids), chosen, tuple(negatives))

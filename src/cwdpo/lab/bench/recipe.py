@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from cwdpo.config import Recipe
-from cwdpo.data.encode.encoder import Encoder
 from cwdpo.lab.bench.measure import quiet
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.pipeline.run_stage import make_trainer
@@ -79,7 +78,7 @@ def _walk(recipe: Recipe, folder: Path) -> Iterator[tuple[float, int, int, int]]
     folder.mkdir(parents=True)
     splits = prepare_data(recipe, run)
     policy = load_model(recipe, splits, run)
-    encoder = Encoder(policy.processor, recipe.data.max_length, recipe.data.cache_gb)
+    encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
     stage = Stage("stage2", recipe, policy, encoder, run, splits.stage2)
     if stage.objective.needs_calibration:  # the cost of a step does not depend on floor and tau
         stage.in_force.objective = stage.objective.calibrated([-3.0, -2.0, -1.0])

@@ -42,11 +42,17 @@ class Family:
 
     ``needs``: per-token rows that the model's positions or masks are made from. Where a prompt with images comes
     without them, these models go on silently with others.
+    ``completion_types``: what those rows hold on the tokens of a completion, where it is not 0.
+    ``token_inputs``: vision inputs that have a row for each token of the text.
     ``windowed``: whether sliding-window layers are covered by the family's own masks.
+    ``caps_logits``: whether the model caps its logits behind the head by ``final_logit_softcapping``.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    completion_types: ClassVar[Mapping[str, int]] = {}
+    token_inputs: ClassVar[tuple[str, ...]] = ()
     windowed: ClassVar[bool] = False
+    caps_logits: ClassVar[bool] = False
 
     def check(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Refuse prompts that the model would score silently wrong, in any layout.
@@ -62,6 +68,49 @@ class Family:
                     f"positions or masks are silently others; remove return_{missing[0]}: false from "
                     "model.processor_options, or use the checkpoint's own processor"
                 )
+
+    def group(self, model: Any, prompt: EncodedPrompt) -> int:
+        """Prompts of different groups are run in calls of their own; by default all are of one group."""
+        del model, prompt
+        return 0
+
+    def token_rows(
+        self, prompts: Sequence[EncodedPrompt], width: int, *, left: bool = False
+    ) -> dict[str, Tensor]:
+        """The processor's per-token rows, [N, width]: 0 before a prompt, the completion's value behind it.
+
+        Args:
+            prompts: of the N rows.
+            width: columns.
+            left: prompts stand at the right end, with padding before them (sampling).
+        """
+        made: dict[str, Tensor] = {}
+        for name in sorted({n for p in prompts for n in p.per_token}):
+            fill = 0 if left else self.completion_types.get(name, 0)
+            out = torch.full((len(prompts), width), fill)
+            for row, prompt in enumerate(prompts):
+                length = len(prompt.input_ids)
+                own = torch.tensor(prompt.per_token.get(name, (0,) * length))
+                out[row, slice(width - length, None) if left else slice(length)] = own
+            made[name] = out
+        return made
+
+    def fit(
+        self,
+        images: Mapping[str, Tensor],
+        prompts: Sequence[EncodedPrompt],
+        width: int,
+        *,
+        left: bool = False,
+    ) -> dict[str, Tensor]:
+        """Vision inputs of rows with ``width`` tokens; those of ``token_inputs`` are brought to that width.
+
+        Args:
+            images: of all rows in order.
+            prompts, width, left: as for :meth:`token_rows`.
+        """
+        del prompts, width, left
+        return dict(images)
 
     def prompt_positions(self, model: Any, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
         """Position ids of the prompts, [B, P], or [3, B, P] for models with three axes.

@@ -1,0 +1,312 @@
+"""A checkpoint's chat template, known by what it does: how it takes contents, what ends a turn, whom it refuses.
+
+Nothing is looked up by a family's name. Each role is tried once with a text whose quotes and line break no template can
+print by accident: contents are given as the template gives them back verbatim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from cwdpo.data.encode.render import Renderer
+from cwdpo.errors import DataError, ModelError
+from cwdpo.records import Example, Message
+
+PROBE = 'it\'s "so"\nand so'
+"""Printed inside a list or as JSON, its quotes or its line break would be escaped."""
+Style = Literal["blocks", "text"]
+
+
+class RefusedRowError(DataError):
+    """A row that this checkpoint's template, tokenizer or processor cannot take.
+
+    Attributes:
+        kind: a short slug that problems are counted by.
+        key: which text of the row; empty where it is the whole row.
+        reason: what is wrong, without the place.
+        remedy: what to do.
+    """
+
+    def __init__(self, where: str, kind: str, key: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{where}{f' [{key}]' if key else ''}: {reason}: {remedy}")
+        self.kind, self.key, self.reason, self.remedy = kind, key, reason, remedy
+
+
+@dataclass(frozen=True)
+class CheckpointTokens:
+    """What a checkpoint's other files say of token ids.
+
+    ``stops``: ``eos_token_id`` of generation_config.json. ``embedded``: rows of the embedding; ``None`` if not known.
+    ``placeholders``: ids that stand for pictures and are never embedded.
+    """
+
+    stops: tuple[int, ...] = ()
+    embedded: int | None = None
+    placeholders: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a response ends.
+
+    ``token``: the id that ends it, the last one that is trained. ``tail``: what the template writes behind a last
+    response. ``closing``: the part of ``tail`` that is trained, the end token included; empty where the template
+    writes none and the id is appended.
+    """
+
+    token: int
+    tail: str
+    closing: str
+
+
+class ChatTemplate:
+    """Renders prompts and responses with the processor's chat template.
+
+    Args:
+        processor: what ``AutoProcessor.from_pretrained`` gave.
+        checkpoint: what generation_config and weights say.
+    """
+
+    def __init__(self, processor: Any, checkpoint: CheckpointTokens | None = None) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.checkpoint = checkpoint or CheckpointTokens()
+        self._renderer = Renderer(processor)
+        self._styles: dict[str, Style | str] = {}
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return any(getattr(one, "chat_template", None) for one in (self.processor, self.tokenizer))
+
+    def prompt(self, example: Example) -> str:
+        """The prompt, ready for a response, with pictures as placeholders.
+
+        Raises:
+            RefusedRowError: the template refuses it, or there is none and it is more than one user turn.
+        """
+        return self._render_row(example, None)
+
+    def continuation(self, example: Example, response: str) -> str:
+        """What stands behind the prompt for a response, up to its end token; see :class:`TurnEnd`.
+
+        End tokens that the response brings along are left out: the end is written once.
+
+        Raises:
+            RefusedRowError: see :meth:`prompt`.
+        """
+        prompt, end = self.prompt(example), self.end
+        whole = self._render_row(example, response)
+        body = response
+        # Some templates render a finished turn differently from an open one: then the response stands bare.
+        if (
+            whole.startswith(prompt)
+            and whole.endswith(end.tail)
+            and len(whole) >= len(prompt) + len(end.tail)
+        ):
+            body = whole[len(prompt) : len(whole) - len(end.tail)]
+        ends = [text for text in map(self._text, self.stops) if text]
+        while (found := next((e for e in ends if body.rstrip().endswith(e)), None)) is not None:
+            body = body.rstrip().removesuffix(found).rstrip()
+        # Without an end token, white space behind the response is the template's.
+        return body + end.closing if end.closing else body.rstrip()
+
+    @cached_property
+    def end(self) -> TurnEnd:
+        """How a turn ends: by generation_config, else by what the template writes, else by the tokenizer's eos.
+
+        Raises:
+            ModelError: none of them names a token.
+        """
+        tail, following = self._behind_a_response()
+        eos, known = self.tokenizer.eos_token_id, set(self.checkpoint.stops)
+        written, next_ = self._ids(tail), self._ids(following)
+        candidates = [
+            *(i for i in written if i in known),
+            *(i for i in written if i in self._special_ids),
+            *(i for i in next_ if i in known),
+            *((eos,) if eos in known else ()),
+            *self.checkpoint.stops,
+            *(() if eos is None else (int(eos),)),
+        ]
+        if not candidates:
+            raise ModelError(
+                "nothing ends a response: the tokenizer has no eos_token, generation_config.json names no "
+                "eos_token_id, and the chat template writes no special token behind a response; set eos_token in "
+                "tokenizer_config.json"
+            )
+        token = int(candidates[0])
+        text = self._text(token)
+        closing = tail[: tail.index(text) + len(text)] if token in written and text in tail else ""
+        return TurnEnd(token, tail, closing)
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Ids at which sampling stops: all of generation_config, what ends a turn in training, and eos.
+
+        Raises:
+            ModelError: see :attr:`end`.
+        """
+        eos = self.tokenizer.eos_token_id
+        found = [*self.checkpoint.stops, self.end.token, *(() if eos is None else (int(eos),))]
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def structural(self) -> dict[str, int]:
+        """Special tokens that a user's text must not hold, by their text: they would end or open turns or pictures.
+
+        Those are what the template prints, what ends a turn, bos, eos and pad, and what the processor names. Other
+        special tokens (Qwen's ``<|box_start|>``) are for users to write.
+        """
+        names = [n for n in vars(self.processor) if n.endswith("_token")]
+        named = [getattr(self.processor, name) for name in names]
+        tokens = [
+            *named,
+            *(getattr(self.tokenizer, f"{n}_token", None) for n in ("bos", "eos", "pad", "unk")),
+        ]
+        ids = {self.tokenizer.convert_tokens_to_ids(token) for token in tokens if isinstance(token, str)}
+        try:
+            printed = (
+                self._chat(_turns("user", "assistant", "user"), generation=True) if self.is_there else ""
+            )
+        except DataError:  # rows that the template refuses are reported one by one
+            printed = ""
+        ids |= set(self._ids(printed)) | set(self.stops)
+        return {self._text(i): i for i in ids if i in self._special_ids and self._text(i)}
+
+    def check_texts(self, example: Example, texts: Iterable[tuple[str, str]]) -> None:
+        """Refuse a row whose texts hold a special token of the checkpoint.
+
+        Args:
+            example: its prompt is looked at.
+            texts: (key, text) of responses; an end token at their end is allowed.
+
+        Raises:
+            RefusedRowError: naming the token and the key.
+        """
+        prompt = [
+            (f"prompt[{i}]", part) for i, turn in enumerate(example.prompt) for part in turn.parts if part
+        ]
+        ends = tuple(self._text(i) for i in self.stops)
+        for key, text in (*prompt, *((key, _without_ends(text, ends)) for key, text in texts)):
+            for token in self.structural:
+                if token in text:
+                    raise RefusedRowError(
+                        example.where or example.id,
+                        "special-token",
+                        key,
+                        f"the text holds {token!r}, a special token of this checkpoint, which the model would not see "
+                        "as text",
+                        "write it differently, or leave the row out",
+                    )
+
+    # --- rendering -------------------------------------------------------------------------------------
+
+    def _render_row(self, example: Example, response: str | None) -> str:
+        where = example.where or example.id
+        turns = [*example.prompt, *([] if response is None else [Message("assistant", (response,))])]
+        if not self.is_there:
+            return self._bare(example, response)
+        for turn in turns:
+            style = self._style(turn.role)
+            if style not in ("blocks", "text"):
+                raise RefusedRowError(
+                    where, "template-refuses", "", f"the chat template takes no {turn.role} turn ({style})",
+                    "leave such turns out, or set another chat template",
+                )  # fmt: skip
+        try:
+            return self._chat(turns, generation=response is None)
+        except DataError as error:
+            raise RefusedRowError(
+                where, "template-refuses", "", f"the chat template refuses the row ({error})",
+                "change the row, or leave it out",
+            ) from error  # fmt: skip
+
+    def _bare(self, example: Example, response: str | None) -> str:
+        """Without a template a prompt is the text of one user turn; its line break comes from :meth:`Encoder`."""
+        if [turn.role for turn in example.prompt] != ["user"]:
+            raise RefusedRowError(
+                example.where or example.id, "template-refuses", "",
+                "the checkpoint has no chat template, so a prompt is one user turn",
+                "leave the row out, or give the checkpoint a chat template",
+            )  # fmt: skip
+        return f"{self._joined(example.prompt[0])}\n{response or ''}"
+
+    def _chat(self, turns: Sequence[Message], *, generation: bool) -> str:
+        return self._renderer([self._as_chat(turn) for turn in turns], generation=generation)
+
+    def _as_chat(self, turn: Message) -> dict[str, Any]:
+        if self._styles.get(turn.role, "blocks") == "text":
+            return {"role": turn.role, "content": self._joined(turn)}
+        return turn.as_chat()
+
+    def _joined(self, turn: Message) -> str:
+        token = getattr(self.processor, "image_token", "<image>")
+        return "".join(token if part is None else part for part in turn.parts)
+
+    def _style(self, role: str) -> Style | str:
+        """How contents of a role are given, or why they cannot be."""
+        if role not in self._styles:
+            before = {"user": [], "system": [], "assistant": ["user"]}.get(role, ["user", "assistant"])
+            for other in before:
+                self._style(other)
+            if role == "system":
+                self._style("user")
+            after = ["user"] if role == "system" else []
+            reasons: list[str] = []
+            for style in ("blocks", "text"):
+                self._styles[role] = style
+                try:
+                    text = self._chat(
+                        [*_turns(*before), Message(role, (PROBE,)), *_turns(*after)], generation=False
+                    )
+                except DataError as error:
+                    reasons.append(str(error))
+                    continue
+                if PROBE in text:
+                    return style
+                reasons.append("it does not print their text")
+            self._styles[role] = reasons[-1]
+        return self._styles[role]
+
+    def _behind_a_response(self) -> tuple[str, str]:
+        """What the template writes behind a last response, and behind one that a user turn follows."""
+        if not self.is_there:
+            return "", ""
+        probe, found = Message("assistant", (PROBE,)), []
+        for role in ("user", "assistant"):
+            self._style(role)
+        for after in ([], _turns("user")):
+            try:
+                text = self._chat([*_turns("user"), probe, *after], generation=False)
+            except DataError:  # rows that the template refuses are reported one by one
+                text = ""
+            found.append(text.rpartition(PROBE)[2] if PROBE in text else "")
+        return found[0], found[1]
+
+    # --- tokens ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _text(self, token: int) -> str:
+        found = self.tokenizer.convert_ids_to_tokens(token)
+        return found if isinstance(found, str) else ""
+
+
+def _turns(*roles: str) -> list[Message]:
+    return [Message(role, ("a",)) for role in roles]
+
+
+def _without_ends(text: str, ends: Sequence[str]) -> str:
+    while (found := next((e for e in ends if e and text.rstrip().endswith(e)), None)) is not None:
+        text = text.rstrip().removesuffix(found)
+    return text

@@ -1,5 +1,0 @@
-"""InternVL 3: tiled images, 1-D positions."""
-
-from cwdpo.models.families.base import Family
-
-FAMILY = Family()

@@ -1,5 +1,0 @@
-"""LLaVA-NeXT: tiled images, 1-D positions."""
-
-from cwdpo.models.families.base import Family
-
-FAMILY = Family()

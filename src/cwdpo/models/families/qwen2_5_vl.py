@@ -1,5 +1,0 @@
-"""Qwen2.5-VL: positions on three axes."""
-
-from cwdpo.models.families.mrope import MRope
-
-FAMILY = MRope()

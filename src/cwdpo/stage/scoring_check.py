@@ -1,0 +1,103 @@
+"""Before a run: is what will be scored what the model itself computes?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from cwdpo.data.encode.collate import PromptBatch, collate
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.errors import ModelError
+from cwdpo.models.families import family_names
+from cwdpo.models.inputs import unwrapped
+from cwdpo.models.sample import forced_logps
+from cwdpo.models.shared_attention import Scoring, model_family, shares_prefix, use_scoring
+from cwdpo.records import Example
+from cwdpo.scoring import plain
+from cwdpo.scoring.score import score
+from cwdpo.scoring.token_logp import TokenScores
+
+logger = logging.getLogger("cwdpo")
+MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
+"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 up."""
+
+
+@torch.no_grad()
+def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
+    """Compare ways of scoring on a few rows before anything relies on them.
+
+    Families are known by their type, and what a release of transformers does with it may change. A family that is not
+    known is tried on two rows: plain scores must be those of the model's own generation code. Where shared-prefix and
+    plain scores differ, ``auto`` falls back to plain rows, with a line in the log.
+
+    Raises:
+        ModelError: an unknown family is scored wrongly, or shared-prefix rows are, and ``model.scoring`` asks for them.
+    """
+    known = model_family(model) is not None
+    if known and not shares_prefix(model):
+        return
+    readable = encoder.readable(_different(examples), 1 if known else 2)
+    encoded = encoder.encode_all(readable, "rejected", require_negative=False)[0]
+    if not encoded:
+        return  # encode() reports what is wrong with the data
+    batch = collate(encoded)
+    was_training = model.training
+    model.eval()
+    wanted = plain.score(model, batch) if known else _tried(model, batch, plain.score)
+    ours = score(model, batch) if known else _tried(model, batch, _own)
+    model.train(was_training)
+    rounded = wanted.logp.dtype != torch.float32 or torch.is_autocast_enabled(wanted.logp.device.type)
+    rounded = rounded or next(model.parameters()).dtype != torch.float32
+    difference = float((ours.logp - wanted.logp).abs().sum() / wanted.mask.sum())
+    finite = bool(wanted.logp.isfinite().all())
+    if difference <= (MOST_ROUNDED if rounded else MOST_EXACT) or (known and not finite):
+        return
+    if not known:
+        raise ModelError(
+            f"{_unknown(model)}, and on {len(encoded)} rows of the data its scores differ from the model's own "
+            f"generation by {difference:.2g} nats per token, so that another loss than asked for would be trained; "
+            f"known: {', '.join(family_names())}"
+        )
+    problem = f"its log-probabilities differ from those of plain scoring (by {difference:.2g} nats per token)"
+    if scoring == "shared_prefix":
+        raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
+    logger.warning("scoring is plain, one full sequence per completion: %s", problem)
+    use_scoring(model, "plain")
+
+
+def _different(examples: Sequence[Example]) -> list[Example]:
+    """The examples, the first one with a picture and the first with another number of pictures in front."""
+    first = next((e for e in examples if e.images), examples[0] if examples else None)
+    second = next((e for e in examples if first is not None and len(e.images) != len(first.images)), None)
+    ahead = [e for e in (first, second) if e is not None]
+    return [*ahead, *(e for e in examples if not any(e is one for one in ahead))]
+
+
+def _tried(
+    model: nn.Module, batch: PromptBatch, way: Callable[[nn.Module, PromptBatch], TokenScores]
+) -> TokenScores:
+    """Scores of a family that is not known: whatever its code raises is a reason to refuse it."""
+    try:
+        return way(model, batch)
+    except Exception as error:
+        raise ModelError(
+            f"{_unknown(model)}, and it cannot be scored like the known ones ({type(error).__name__}: "
+            f"{str(error)[:200]}); known: {', '.join(family_names())}"
+        ) from error
+
+
+def _own(model: nn.Module, batch: PromptBatch) -> TokenScores:
+    """Token log-probabilities by the model's own generation code, completion by completion."""
+    own = batch.completion_prompt.tolist()
+    rows = [forced_logps(model, batch.prompts[p], c.ids) for p, c in zip(own, batch.completions, strict=True)]
+    logp = pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(r) for r in rows], device=logp.device)
+    return TokenScores(logp, torch.arange(logp.shape[1], device=logp.device)[None] < lengths[:, None])
+
+
+def _unknown(model: nn.Module) -> str:
+    return f"model type {unwrapped(model).config.model_type!r} is not known"

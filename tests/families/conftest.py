@@ -1,0 +1,92 @@
+"""A tiny checkpoint of each family, loaded once; tests here run in the environment of ``make test-families`` only."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+collect_ignore_glob = [] if importlib.util.find_spec("torchvision") else ["test_*.py"]
+
+if not collect_ignore_glob:
+    from checkpoints import FAMILIES, Traits, write
+
+    from cwdpo.models.load import Policy, load_policy
+    from cwdpo.models.settings import ModelSettings
+    from cwdpo.records import Completion, Example, ImageRef, Message
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's checkpoint on disk and in memory."""
+
+    name: str
+    folder: Path
+    policy: Policy
+    traits: Traits
+
+    @property
+    def encoder(self) -> Any:
+        return self.policy.encoder()
+
+    @property
+    def examples(self) -> list[Example]:
+        """Rows of every kind that the family takes."""
+        return [e for e in rows() if e.id not in self.traits.refuses]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked = [m for m in metafunc.definition.iter_markers("parametrize") if m.args[0] == "family"]
+    if "family" in metafunc.fixturenames and not marked:
+        names = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES]
+        metafunc.parametrize("family", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    name = request.param
+    folder = write(name, tmp_path_factory.mktemp(name) / name)
+    policy = load_policy(ModelSettings(path=str(folder)))
+    policy.model.eval()
+    return Family(name, folder, policy, FAMILIES[name][1])
+
+
+def picture(width: int, height: int, seed: int) -> ImageRef:
+    """A picture of random coarse patches, so that its parts differ."""
+    import numpy as np
+    from PIL import Image
+
+    patches = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(patches).resize((width, height), Image.Resampling.NEAREST).save(file, "PNG")
+    return ImageRef(data=file.getvalue())
+
+
+def rows() -> list[Example]:
+    """One row of each kind: a picture, several pictures, text only, several turns, a system prompt."""
+    one, two, three = picture(100, 60, 1), picture(60, 110, 2), picture(64, 64, 3)
+
+    def row(kind: str, images: tuple[ImageRef, ...], *prompt: Message) -> Example:
+        return Example(
+            kind,
+            images,
+            prompt,
+            Completion("A red square stands left of the blue circle."),
+            (Completion("A red square stands right of it."), Completion("Nothing is shown.")),
+        )
+
+    ask = Message("user", (None, "What is shown here?"))
+    return [
+        row("picture", (one,), ask),
+        row("pictures", (one, two, three), Message("user", (None, None, None, "Which of the three is red?"))),
+        row("text", (), Message("user", ("Is a circle round?",))),
+        row("turns", (two,), ask, Message("assistant", ("A green triangle.",)), Message("user", ("And below it?",))),
+        row("system", (three,), Message("system", ("Be brief.",)), ask),
+    ]  # fmt: skip

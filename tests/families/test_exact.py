@@ -1,0 +1,273 @@
+"""For every family: prompts and completions as its own template and processor make them, scores and gradients as its
+own logits give them, samples as its own ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cwdpo.data.encode.collate import PromptBatch, collate
+from cwdpo.data.encode.template import RefusedRowError
+from cwdpo.errors import DataError, ModelError
+from cwdpo.models.families import family_names
+from cwdpo.models.sample import Decoding, forced_logps, shared_prefill
+from cwdpo.models.shared_attention import shares_prefix, use_scoring
+from cwdpo.records import Example
+from cwdpo.scoring import plain
+from cwdpo.scoring.score import score
+
+EXACT = 1e-5
+
+
+def chat(family: Any, example: Example) -> list[dict[str, Any]]:
+    """The prompt as a user of transformers writes it."""
+    pictures = iter(example.images)
+    turns = []
+    for turn in example.prompt:
+        blocks: Any = [
+            {"type": "image", "image": next(pictures).open()}
+            if part is None
+            else {"type": "text", "text": part}
+            for part in turn.parts
+        ]
+        if turn.role in family.traits.text_roles:
+            blocks = "".join(block["text"] for block in blocks)
+        turns.append({"role": turn.role, "content": blocks})
+    return turns
+
+
+def own_inputs(family: Any, example: Example) -> dict[str, Any]:
+    """What the processor's own ``apply_chat_template`` gives for the prompt."""
+    processor = family.policy.processor
+    if family.traits.template is None:
+        text = "".join("<image>" if part is None else part for part in example.prompt[0].parts)
+        made = processor(text=[text], images=[[i.open() for i in example.images]], return_tensors="pt")
+    else:
+        made = processor.apply_chat_template(
+            chat(family, example),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    made.pop("labels", None)
+    return dict(made)
+
+
+def continued(family: Any, example: Example, text: str) -> dict[str, Any]:
+    """What the processor gives for prompt and response together, in one piece."""
+    processor, traits = family.policy.processor, family.traits
+    pictures: Any = {"images": [[i.open() for i in example.images]]} if example.images else {}
+    if traits.template is None:
+        prompt = "".join("<image>" if part is None else part for part in example.prompt[0].parts)
+        made = processor(text=[prompt], suffix=[text], return_tensors="pt", **pictures)
+    else:
+        prompt = processor.apply_chat_template(
+            chat(family, example), add_generation_prompt=True, tokenize=False
+        )
+        bos = traits.adds_bos and not prompt.startswith(traits.bos)
+        whole = prompt + traits.opens + text + traits.end
+        made = processor(text=[whole], return_tensors="pt", add_special_tokens=bos, **pictures)
+    made.pop("labels", None)
+    return dict(made)
+
+
+def batch_of(family: Any) -> PromptBatch:
+    encoder = family.encoder
+    return collate([encoder.encode(e) for e in family.examples])
+
+
+def own_logps(family: Any, model: Any) -> list[torch.Tensor]:
+    """Token log-probabilities of every completion from the model's own logits, one row at a time, without padding."""
+    found = []
+    for example in family.examples:
+        for completion in (example.chosen, *example.rejected):
+            inputs = continued(family, example, completion.text)
+            n = len(family.encoder.completion_ids(example, completion.text))
+            logits = model(**inputs).logits[0, -n - 1 : -1].float()
+            found.append(logits.log_softmax(-1).gather(1, inputs["input_ids"][0, -n:, None])[:, 0])
+    return found
+
+
+def gradients(model: Any, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def weights(n: int) -> torch.Tensor:
+    """Chosen up, rejected down, as a preference loss has it."""
+    return torch.where(torch.arange(n) % 3 == 0, 1.0, -0.5) / n
+
+
+def assert_same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    assert scale > 0
+    for name in ours.keys() | theirs.keys():
+        a = ours.get(name, torch.zeros(()))
+        b = theirs.get(name, torch.zeros(()))
+        assert bool(a.isfinite().all())
+        assert float((a - b).abs().max()) <= EXACT * max(scale, 1.0), name
+
+
+def test_every_known_family_is_here() -> None:
+    from checkpoints import FAMILIES, Made
+
+    types = {
+        maker(Made(traits))[0].model_type for name, (maker, traits) in FAMILIES.items() if name != "mllama"
+    }
+    assert types | {"mllama"} == set(family_names())
+
+
+def test_prompts_are_what_the_processor_makes(family: Any) -> None:
+    encoder, decode = family.encoder, family.policy.processor.tokenizer.decode
+    for example in family.examples:
+        ours = encoder.prompt(example)
+        theirs = own_inputs(family, example)
+        ids = theirs.pop("input_ids")[0].tolist()
+        assert decode(ours.input_ids) == decode(ids), example.id
+        assert list(ours.input_ids) == ids, example.id
+        theirs.pop("attention_mask")
+        assert {*ours.per_token, *ours.images} == set(theirs)
+        for name, value in theirs.items():
+            if name in ours.per_token:
+                assert list(ours.per_token[name]) == value[0].tolist()
+            else:
+                assert torch.equal(ours.images[name], value), name
+
+
+def test_a_completion_is_the_response_and_one_end(family: Any) -> None:
+    encoder, traits = family.encoder, family.traits
+    end, decode = traits.end, family.policy.processor.tokenizer.decode
+    for example in family.examples:
+        text = example.chosen.text
+        ids, prompt = encoder.completion_ids(example, text), encoder.prompt(example).input_ids
+        assert decode([*prompt, *ids]) == f"{decode(prompt)}{traits.opens}{text}{end}", example.id
+        theirs = continued(family, example, text)["input_ids"][0].tolist()
+        assert [*encoder.prompt(example).input_ids, *ids] == theirs, example.id
+        for stop in (end, *traits.stops, end + end, " " + end):
+            assert encoder.completion_ids(example, text + stop) == ids, stop
+
+
+def test_an_end_token_within_a_response_does_not_cut_it(family: Any) -> None:
+    """It is reported before a run; whoever encodes it all the same gets all of the text."""
+    encoder, traits, example = family.encoder, family.traits, family.examples[0]
+    ids = encoder.completion_ids(example, f"The tag {traits.end} is old.")
+    said = family.policy.processor.tokenizer.decode(ids)
+    assert said.count(traits.end) == 2
+    assert said.endswith(f"is old.{traits.end}")
+    with pytest.raises(RefusedRowError, match="special token") as refused:
+        encoder.template.check_texts(example, [("chosen", f"The tag {traits.end} is old.")])
+    assert refused.value.key == "chosen"
+    encoder.template.check_texts(example, [("chosen", f"It is old.{traits.end}")])
+
+
+def test_rows_that_the_family_refuses_are_named(family: Any) -> None:
+    for example in rows_refused(family):
+        with pytest.raises(DataError, match=family.traits.refuses[example.id]):
+            family.encoder.encode(example)
+
+
+def rows_refused(family: Any) -> list[Example]:
+    from conftest import rows
+
+    return [e for e in rows() if e.id in family.traits.refuses]
+
+
+def test_plain_rows_against_the_models_own_logits(family: Any) -> None:
+    model, batch = family.policy.model, batch_of(family)
+    ours = plain.score(model, batch)
+    theirs = own_logps(family, model)
+    assert len(theirs) == len(batch.completions)
+    for row, logp in enumerate(theirs):
+        assert int(ours.mask[row].sum()) == len(logp)
+        assert bool(logp.isfinite().all())
+        assert float((ours.logp[row][ours.mask[row]] - logp).detach().abs().max()) <= EXACT, row
+    scale = weights(len(theirs))
+    mine = gradients(model, (ours.logp.sum(1) * scale).sum())
+    own = gradients(model, sum(logp.sum() * w for logp, w in zip(theirs, scale, strict=True)))
+    assert_same_gradients(mine, own)
+
+
+def test_shared_rows_against_plain_rows(family: Any) -> None:
+    model, batch = family.policy.model, batch_of(family)
+    assert use_scoring(model, "auto") == family.traits.shared
+    if not family.traits.shared:
+        return
+    plain_, shared = plain.score(model, batch), score(model, batch)
+    assert shares_prefix(model)
+    assert bool(shared.logp.isfinite().all())
+    assert float((plain_.logp - shared.logp).detach().abs().max()) <= EXACT
+    scale = weights(len(batch.completions))
+    assert_same_gradients(
+        gradients(model, (shared.logp.sum(1) * scale).sum()),
+        gradients(model, (plain_.logp.sum(1) * scale).sum()),
+    )
+
+
+def test_whole_distributions_come_in_order(family: Any) -> None:
+    model, batch = family.policy.model, batch_of(family)
+    kept = torch.arange(len(batch.completions)) % 2 == 0
+    with torch.no_grad():
+        found = score(model, batch, whole=kept)
+    assert found.whole is not None
+    tokens = [i for c, wanted in zip(batch.completions, kept.tolist(), strict=True) if wanted for i in c.ids]
+    logp = found.whole.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert torch.allclose(logp, found.logp[kept][found.mask[kept]])
+
+
+def test_sampling_is_the_models_own_greedy_generation(family: Any) -> None:
+    model, encoder = family.policy.model, family.encoder
+    examples = family.examples
+    prompts = [encoder.prompt(e) for e in examples]
+    stops = encoder.end_ids
+    got = shared_prefill(
+        model,
+        prompts,
+        2,
+        Decoding(0.0, 1.0, 10),
+        [str(i) for i in range(2 * len(prompts))],
+        end_ids=stops,
+        pad=0,
+    )
+    for i, example in enumerate(examples):
+        inputs = own_inputs(family, example)
+        with torch.no_grad():
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=10, eos_token_id=sorted(stops))
+        theirs = out[0, inputs["input_ids"].shape[1] :].tolist()
+        cut = next((k + 1 for k, token in enumerate(theirs) if token in stops), len(theirs))
+        assert got[2 * i][0] == got[2 * i + 1][0] == theirs[:cut], example.id
+
+
+def test_forced_generation_gives_the_same_scores(family: Any) -> None:
+    """What an unknown family is tried with before a run."""
+    model, batch = family.policy.model, batch_of(family)
+    with torch.no_grad():
+        ours = plain.score(model, batch)
+    for row, (completion, prompt) in enumerate(
+        zip(batch.completions, batch.completion_prompt.tolist(), strict=True)
+    ):
+        own = forced_logps(model, batch.prompts[prompt], completion.ids)
+        assert float((ours.logp[row][ours.mask[row]] - own).abs().max()) <= EXACT, row
+
+
+@pytest.mark.parametrize(
+    "family", ["llava_onevision", "lfm2_vl", "paligemma", "mllama"], indirect=True, scope="session"
+)
+def test_a_family_that_is_not_in_the_table_is_tried_first(
+    family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that need nothing of their own, two that would be silently off."""
+    from cwdpo.models import families
+    from cwdpo.stage.scoring_check import check_scoring
+
+    model, encoder = family.policy.model, family.encoder
+    monkeypatch.delitem(families.FAMILIES, model.config.model_type)
+    use_scoring(model, "auto")
+    if family.name in ("llava_onevision", "lfm2_vl"):
+        check_scoring(model, encoder, family.examples, "auto")
+        return
+    with pytest.raises(ModelError, match="is not known, and"):
+        check_scoring(model, encoder, family.examples, "auto")
