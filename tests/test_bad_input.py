@@ -222,7 +222,7 @@ BAD_ROWS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     # what: (row, its key, parts of the answer)
     "malformed-json": (b'{"image": "a.png", ', "", ("not JSON", "one JSON object per line")),
     "not-utf-8": (b'{"prompt": "caf\xe9"}', "", ("malformed-json", "UTF-8")),
-    "not-an-object": ([1, 2], "", ("list where an object", "write each row as")),
+    "not-an-object": ([1, 2], "", ("list is not an object", "write each row as")),
     "missing-key": ({**GOOD, "rejected": None}, "rejected", ("'rejected' is missing", "data.format")),
     "image-missing": ({**GOOD, "image": "gone.png"}, "image", ("no file 'gone.png'", "correct the path")),
     "image-truncated": (
@@ -337,7 +337,7 @@ def test_a_picture_on_both_sides(run: Run, place: Path) -> None:
         run("validate", "data"),
         "leak x 1",
         "data/train.jsonl:1 [images[0]]",
-        "stands in data/validation.jsonl:1",
+        "is in data/validation.jsonl:1",
     )
     assert run("validate", "data/validation.jsonl").code == 0
     (place / "data" / "validation.jsonl").rename(place / "data" / "other.jsonl")
@@ -430,7 +430,7 @@ BAD_SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, 
     "fix-is-there": (
         lambda d: None,
         ("data", "--fix", "recipe.jsonl"),
-        ("recipe.jsonl is there already", "another name"),
+        ("recipe.jsonl exists already", "another name"),
     ),
     "fix-is-no-jsonl": (
         lambda d: None,
@@ -534,7 +534,7 @@ def test_too_many_bad_rows(run: Run, place: Path) -> None:
 
 def test_no_usable_row(run: Run, place: Path) -> None:
     put(place, {**GOOD, "chosen": ""})
-    refused(train(run, "data.max_bad_fraction=1"), "no usable row among 1", "empty-chosen x 1")
+    refused(train(run, "data.max_bad_fraction=1"), "none of 1 rows is usable", "empty-chosen x 1")
 
 
 @pytest.fixture

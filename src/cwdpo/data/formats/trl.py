@@ -28,8 +28,8 @@ _REPLIES = "a string, a list of messages, or a list of several of these"
 class Trl(Format):
     """``images``/``image`` with ``prompt``, ``chosen``, ``rejected`` as strings or message lists.
 
-    Without ``prompt``, chosen and rejected are whole conversations that share everything but the last turn.
-    ``messages``, or ``prompt`` and ``completion``, give an example without negatives.
+    Without ``prompt``, chosen and rejected are whole conversations that are equal except for the last turn. Rows with
+    ``messages``, or with ``prompt`` and ``completion``, give an example without negatives.
     """
 
     columns = ("chosen rejected", "prompt chosen", "prompt completion", "messages")
@@ -74,7 +74,7 @@ def _split_conversation(row: Row, value: Any, key: str, style: Style) -> tuple[l
 
 
 def _rejected(row: Row, prompt: Sequence[Turn]) -> list[tuple[str, str]]:
-    """``(key, text)`` of each rejected response. Our own columns may take its place."""
+    """``(key, text)`` of each rejected response; may be missing if the row has this project's own columns."""
     has_own = any(key in row.values for key in ("negatives", "gentle"))
     is_sft = not row.has("chosen")
     row.used.add("rejected")
