@@ -69,36 +69,38 @@ def validate(
     """
     from cwdpo.models.settings import ModelSettings
 
-    given: dict[str, Any] = {
+    how: dict[str, Any] = {
         "format": data_format, "image_root": image_root, "max_length": max_length, "ignore_columns": ignore,
     }  # fmt: skip
-    given = {key: value for key, value in given.items() if value is not None}
-    settings = None if model is None else ModelSettings(path=model)
-    shown: list[ShownRow] = []
+    how = {key: value for key, value in how.items() if value is not None}
+    settings, source, lacking = None if model is None else ModelSettings(path=model), data, None
     if NAME not in data and Path(data).suffix.lower() in (".yaml", ".yml"):
         recipe = _with_data(Path(data), overrides or ())
         if settings is None and recipe.model.path != "init":  # the tokenizer of `init` does not exist yet
             settings = recipe.model
-        how = _how(recipe, given)
+        how, source = _how(recipe, how), str(recipe.data.path)
         reports, lacking = _of_recipe(recipe, how, settings, against or (), fix)
-        shown = _rows_to_show(str(recipe.data.path), how, settings, show)
     elif overrides:
         raise typer.BadParameter(
             f"{overrides[0]!r} is for a recipe, but {data!r} is not one", param_hint="OVERRIDES"
         )
     else:
-        reports, lacking = [_checked(data, given, settings, against or (), fix)], None
-        shown = _rows_to_show(data, given, settings, show)
+        reports = [_checked(data, how, settings, against or (), fix)]
     for report in reports:
         typer.echo(report.to_json() if as_json else report.to_text())
-    if as_json and show:
-        typer.echo(json.dumps({"shown": [row.to_dict() for row in shown]}, ensure_ascii=False))
-    elif show:
-        print_rows(shown)
+    if show:
+        _show(_rows_to_show(source, how, settings, show), as_json)
     if lacking:
         raise RecipeError(f"{data}: {lacking}")
     if any(report.problems for report in reports):
         raise typer.Exit(1)
+
+
+def _show(rows: list[ShownRow], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"shown": [row.to_dict() for row in rows]}, ensure_ascii=False))
+    else:
+        print_rows(rows)
 
 
 def _with_data(path: Path, overrides: Sequence[str]) -> Recipe:
@@ -178,8 +180,6 @@ def _rows_to_show(
     from cwdpo.data.read.reader import read_examples
     from cwdpo.data.validate.show import shown_rows
 
-    if not n:
-        return []
     if settings is None:
         raise typer.BadParameter(
             "what a model sees depends on its processor: give a recipe, or a checkpoint by --model",
