@@ -332,7 +332,8 @@ def _explained(error: ValidationError, where: str) -> str:
     for item in error.errors():
         known = _fields_at(Recipe, [str(p) for p in item["loc"][:-1]])
         key = str(item["loc"][-1]) if item["loc"] else ""
-        if item["type"] == "extra_forbidden" and (hint := belongs(key, _places(Recipe))):
+        hint = belongs(key, _places(Recipe)) or belongs(key, _settings_of_objectives())
+        if item["type"] == "extra_forbidden" and hint:
             # Of two hints the place of the very same name is the better one.
             lines.append(f"{where}: unknown key {'.'.join(map(str, item['loc']))!r}{hint}")
             continue
@@ -366,6 +367,12 @@ def _places(model: type[BaseModel], section: str = "") -> list[str]:
             if issubclass(inner, BaseModel):
                 places += _places(inner, f"{section}{name}.")
     return places
+
+
+def _settings_of_objectives() -> list[str]:
+    """Dotted keys of every objective's settings, under the stage where it is used most."""
+    names = {key for name in OBJECTIVES.names() for key in OBJECTIVES.get(name).model_fields}
+    return [f"stage2.objective.{name}" for name in sorted(names)]
 
 
 def _candidates(annotation: Any) -> list[type]:
