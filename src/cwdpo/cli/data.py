@@ -86,10 +86,8 @@ def validate(
         )
     else:
         reports = [_checked(data, how, settings, against or (), fix)]
-    for report in reports:
-        typer.echo(report.to_json() if as_json else report.to_text())
-    if show:
-        _show(_rows_to_show(source, how, settings, show), as_json)
+    typer.echo("\n".join(report.to_json() if as_json else report.to_text() for report in reports))
+    _show(_rows_to_show(source, how, settings, show) if show else [], as_json)
     if lacking:
         raise RecipeError(f"{data}: {lacking}")
     if any(report.problems for report in reports):
@@ -97,7 +95,7 @@ def validate(
 
 
 def _show(rows: list[ShownRow], as_json: bool) -> None:
-    if as_json:
+    if rows and as_json:
         typer.echo(json.dumps({"shown": [row.to_dict() for row in rows]}, ensure_ascii=False))
     else:
         print_rows(rows)
