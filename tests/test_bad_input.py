@@ -779,7 +779,7 @@ def test_run_folders(run: Run, place: Path) -> None:
     (held / "recipe.yaml").write_text("seed: 3\n")
     (held / "metrics.jsonl").write_text("{}\n")
     before = contents(place)
-    refused(train(run, out="held"), "held already holds a run", "--resume", "another --out")
+    refused(train(run, out="held"), "held already contains a run", "--resume", "another --out")
     refused(run("train", "recipe.yaml", "--out", "held", "--resume"), "held/recipe.yaml", "another recipe")
     refused(
         run("train", "recipe.yaml", "--out", "gone", "--resume"),

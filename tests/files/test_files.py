@@ -226,7 +226,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "more than 10000 values; aliases"),
         ("a: &a {b: *a}\n", "nested deeper than 30"),
         ("[" * 3000, "not valid YAML: nested too deep"),
-        ("train: {a: 1}\nmodel: {}\ntrain: {b: 2}\n", "the key 'train' stands twice, in lines 1 and 3"),
+        ("train: {a: 1}\nmodel: {}\ntrain: {b: 2}\n", "the key 'train' is given twice, in lines 1 and 3"),
         ("a: {b: 1, b: 2}\n", "the key 'b' stands twice"),
         ("a: !!python/name:os.system\n", "not valid YAML"),
         ("? [1]\n: 2\n", "not valid YAML"),

@@ -280,7 +280,7 @@ def test_a_missing_file_is_named_unless_it_is_made_again(place: Path, name: str,
 def test_damaged_checksums_are_named(place: Path) -> None:
     (place / "run" / CHECKSUMS).write_text("{")
     with pytest.raises(
-        FileError, match=r"checksums\.json: is not JSON.*: delete it, and the files are taken as they are"
+        FileError, match=r"checksums\.json: is not JSON.*: delete it, and the files are used without a check"
     ):
         resumed(place)
     (place / "run" / CHECKSUMS).write_text(
@@ -288,7 +288,7 @@ def test_damaged_checksums_are_named(place: Path) -> None:
     )
     assert RunDir(place / "run").changes() == [
         "checksums.json names '../x', which is not in the folder",
-        "checksums.json holds no checksum of metrics.jsonl",
+        "checksums.json contains no checksum of metrics.jsonl",
     ]
 
 

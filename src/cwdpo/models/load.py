@@ -299,7 +299,7 @@ def _wrapped(model: Any, config: Any) -> nn.Module:
 
     if getattr(config, "ensure_weight_tying", False) and model.dtype != torch.float32:
         raise ModelError(
-            "peft_config.ensure_weight_tying: in half precision, peft casts the tied adapters to float32 one by one, so "
+            "peft_config.ensure_weight_tying: in half precision, peft casts tied adapters to float32 one by one, so "
             "they are no longer tied and only one is saved: load the model in float32 (model.dtype), or leave "
             "ensure_weight_tying out"
         )
