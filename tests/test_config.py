@@ -233,6 +233,23 @@ def test_an_unknown_key_names_its_path_and_the_nearest(recipe: dict[str, Any], k
     assert f"did you mean {hint!r}?" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("stage2.floor=-1", "did you mean stage2.objective.floor?"),
+        ("tau=0.2", "did you mean stage2.objective.tau?"),
+        ("train.learning_rate=1e-5", "did you mean stage1.learning_rate or stage2.learning_rate?"),
+        ("train.num_train_epochs=2", "stage1.epochs and stage2.epochs"),
+        ("model.r=8", "did you mean model.lora.r?"),
+        ("model.lora.rank=8", "model.lora.r"),
+        ("train.gradient_clipping=1", "train.max_grad_norm"),
+        ("train.wandb=x", "train.report_to (wandb)"),
+    ],
+)
+def test_a_misplaced_key_is_told_its_place(override: str, hint: str) -> None:
+    assert hint in refusal(tree(stage2=STAGE), override)
+
+
 def test_every_problem_is_named_at_once() -> None:
     lines = refusal(tree(sed=1, train={"batch_size": 0}, probes={"every": "often"})).splitlines()
     assert len(lines) == 3

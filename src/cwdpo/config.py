@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cwdpo import shipped
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, FileError, RecipeError, nearest
@@ -231,13 +232,14 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``section.key=value`` overrides (:mod:`cwdpo.overrides`).
 
-    A recipe stored in a run folder may come from somebody else, so it must not load code.
+    If there is no such file, the path may be the name of a recipe of the package (``cwdpo recipe list``). A recipe
+    stored in a run folder may come from somebody else, so it must not load code.
 
     Raises:
         RecipeError: the file does not exist or is not YAML, a key is unknown (the most similar one is named) or a value
             is wrong; or a stored recipe names ``file.py:ClassName`` and no override names it too.
     """
-    path = Path(path)
+    path = shipped.resolve(path)
     tree = read_tree(path)
     if is_stored(path):
         _refuse_code(tree, path, overrides)
@@ -253,7 +255,8 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path)
     except FileError as error:
-        raise RecipeError(str(error)) from None
+        shown = shipped.nearest_name(path) if not path.exists() else ""
+        raise RecipeError(f"{error}{shown}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     return tree
@@ -336,7 +339,8 @@ def _explained(error: ValidationError, where: str) -> str:
     for item in error.errors():
         known = _fields_at(Recipe, [str(p) for p in item["loc"][:-1]])
         key = str(item["loc"][-1]) if item["loc"] else ""
-        if item["type"] == "extra_forbidden" and (hint := belongs(key, _places(Recipe))):
+        hint = belongs(key, _places(Recipe)) or belongs(key, _settings_of_objectives())
+        if item["type"] == "extra_forbidden" and hint:
             # If the same key exists in another section, that hint is better than a similar name.
             lines.append(f"{where}: unknown key {'.'.join(map(str, item['loc']))!r}{hint}")
             continue
@@ -370,6 +374,12 @@ def _places(model: type[BaseModel], section: str = "") -> list[str]:
             if issubclass(inner, BaseModel):
                 places += _places(inner, f"{section}{name}.")
     return places
+
+
+def _settings_of_objectives() -> list[str]:
+    """Dotted keys of every objective's settings, under the stage where it is used most."""
+    names = {key for name in OBJECTIVES.names() for key in OBJECTIVES.get(name).model_fields}
+    return [f"stage2.objective.{name}" for name in sorted(names)]
 
 
 def _candidates(annotation: Any) -> list[type]:

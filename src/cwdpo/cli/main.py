@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -87,6 +88,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
+    except KeyboardInterrupt:  # outside a command, or a second one while the first is answered
+        with contextlib.suppress(KeyboardInterrupt):
+            typer.echo("cwdpo: interrupted", err=True)
+        sys.exit(130)
     except CwdpoError as error:
         typer.echo(f"cwdpo: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from cwdpo.data.encode.render import Renderer
 from cwdpo.errors import ModelError
-from cwdpo.models.checkpoint import quiet, reason
+from cwdpo.models.checkpoint import check_processor, quiet, reason
 from cwdpo.records import Example
 
 
@@ -37,6 +38,8 @@ class RewardModel:
             raise ModelError(
                 f"reward model {source!r} has {self.model.config.num_labels} labels: a reward is one number"
             )
+        check_processor(self.processor, source)
+        self._render = Renderer(self.processor)
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
         # With left padding, models that count positions from the first column would get shifted positions.
         self.tokenizer.padding_side = "right"
@@ -58,8 +61,7 @@ class RewardModel:
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             rows = [
-                _conversation(self.processor, e, t)
-                for e, t in zip(part, texts[start : start + batch_size], strict=True)
+                self._conversation(e, t) for e, t in zip(part, texts[start : start + batch_size], strict=True)
             ]
             inputs: dict[str, Any] = {"text": rows, "padding": True, "return_tensors": "pt"}
             if self.processor is not self.tokenizer:
@@ -67,10 +69,9 @@ class RewardModel:
             rewards += self.model(**self.processor(**inputs)).logits[:, 0].float().tolist()
         return rewards
 
-
-def _conversation(processor: Any, example: Example, text: str) -> str:
-    chat = [m.as_chat() for m in example.prompt]
-    chat.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
-    if getattr(processor, "chat_template", None):
-        return str(processor.apply_chat_template(chat, tokenize=False))
-    return f"{example.prompt_text}\n{text}"
+    def _conversation(self, example: Example, text: str) -> str:
+        chat = [m.as_chat() for m in example.prompt]
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+        if getattr(self.processor, "chat_template", None):
+            return self._render(chat, generation=False)
+        return f"{example.prompt_text}\n{text}"

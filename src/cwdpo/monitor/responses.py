@@ -13,7 +13,7 @@ from typing import Any
 
 from cwdpo.data.read.reader import read_examples
 from cwdpo.dynamics.settings import TYPES
-from cwdpo.errors import DataError
+from cwdpo.errors import DataError, FileError
 from cwdpo.records import Example
 
 REN = {
@@ -117,12 +117,22 @@ def _one_or_all(values: list[str]) -> str | list[str]:
 
 
 def stored_responses(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Response]]:
-    """The further responses of a stored probe set, by example id."""
+    """The further responses of a stored probe set, by example id.
+
+    Raises:
+        FileError: a row is not one of :func:`to_jsonl`.
+    """
     found: dict[str, list[Response]] = {}
-    for row in rows:
-        own = found.setdefault(str(row["id"]), [])
-        for kind, said in row["provenance"].items():
-            if kind not in ("chosen", "negatives"):
-                texts = row[kind] if isinstance(row[kind], list) else [row[kind]]
-                own += _with_provenance(kind, texts, said)
+    for number, row in enumerate(rows, 1):
+        try:
+            own = found.setdefault(str(row["id"]), [])
+            for kind, said in row["provenance"].items():
+                if kind not in ("chosen", "negatives"):
+                    texts = row[kind] if isinstance(row[kind], list) else [row[kind]]
+                    own += _with_provenance(kind, [text for text in texts if isinstance(text, str)], said)
+        except (LookupError, AttributeError) as error:
+            raise FileError(
+                f"the stored probe set: row {number} is damaged ({error!r}): delete its file, and --resume makes it "
+                "again"
+            ) from None
     return found
