@@ -227,7 +227,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a {b: *a}\n", "nested deeper than 30"),
         ("[" * 3000, "not valid YAML: nested too deep"),
         ("train: {a: 1}\nmodel: {}\ntrain: {b: 2}\n", "the key 'train' is given twice, in lines 1 and 3"),
-        ("a: {b: 1, b: 2}\n", "the key 'b' stands twice"),
+        ("a: {b: 1, b: 2}\n", "the key 'b' is given twice"),
         ("a: !!python/name:os.system\n", "not valid YAML"),
         ("? [1]\n: 2\n", "not valid YAML"),
         ("a: 1\n---\nb: 2\n", "not valid YAML"),

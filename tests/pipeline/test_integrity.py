@@ -115,7 +115,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "swapped": (swapped, "rows of stage2: other texts"),
     "half": (lambda p: put_rows(p, rows_of(p)[:8]), "rows of stage2: 16 -> 8"),
     "reversed": (lambda p: put_rows(p, rows_of(p)[::-1]), "rows of stage2: the same in another order"),
-    "pictures": (other_pictures, "rows of stage2: other pictures"),
+    "pictures": (other_pictures, "rows of stage2: other images"),
     "base": (scaled, "base model: other weights"),
     "template": (other_template, "base model: another template"),
 }
