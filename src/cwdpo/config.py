@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cwdpo import shipped
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, FileError, RecipeError, nearest
@@ -227,13 +228,15 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``section.key=value`` overrides (:mod:`cwdpo.overrides`).
 
+    Where there is no such file, the path may be the name of a recipe of the package (``cwdpo recipe list``).
+
     A recipe that a run stored comes with the run's folder, perhaps from somebody else: it never loads code of its own.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key (the nearest is named) or a wrong value; or a stored recipe
             that names ``file.py:ClassName``, unless an override names it too.
     """
-    path = Path(path)
+    path = shipped.resolve(path)
     tree = read_tree(path)
     if is_stored(path):
         _refuse_code(tree, path, overrides)
@@ -249,7 +252,8 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path)
     except FileError as error:
-        raise RecipeError(str(error)) from None
+        shown = shipped.nearest_name(path) if not path.exists() else ""
+        raise RecipeError(f"{error}{shown}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     return tree

@@ -25,7 +25,7 @@ def with_adapter_settings(settings: ModelSettings) -> ModelSettings:
     An adapter's rank is the shape of its weights: nothing that ``model.lora`` says can change it.
 
     Raises:
-        ModelError: ``lora.r``, ``lora.alpha`` or ``lora.target_modules`` was set to something else.
+        ModelError: a setting of ``lora`` that belongs to the adapter was set to something else.
     """
     if settings.tune != "lora":
         return settings
@@ -40,6 +40,11 @@ def with_adapter_settings(settings: ModelSettings) -> ModelSettings:
                 f"model.lora.{key} = {getattr(settings.lora, key)!r}, but the adapter that is trained further "
                 f"({settings.path}) has {value!r}: {REMEDY}"
             )
+    if settings.lora.init_lora_weights != "default":
+        raise ModelError(
+            f"model.lora.init_lora_weights is of a new adapter, and {settings.path} is one that is trained further: "
+            f"{REMEDY}"
+        )
     if "target_modules" in settings.lora.model_fields_set:
         # What was asked for stays: it is the same, or `all-linear`, which the loaded model is asked about.
         kept.pop("target_modules", None)
@@ -55,6 +60,13 @@ def _written(written: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in named.items()
         if isinstance(value, int) and not isinstance(value, bool) and value > 0
     }
+    kept |= {key: value for key in ("use_dora", "use_rslora") if isinstance(value := written.get(key), bool)}
+    kept |= {
+        key: value for key in ("rank_pattern", "alpha_pattern") if isinstance(value := written.get(key), dict)
+    }
+    saved = written.get("modules_to_save") or []
+    if isinstance(saved, list) and all(isinstance(one, str) for one in saved):
+        kept["modules_to_save"] = tuple(sorted(saved))
     targets = written.get("target_modules")
     if isinstance(targets, str):
         kept["target_modules"] = targets

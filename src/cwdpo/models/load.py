@@ -275,17 +275,33 @@ def _excluded(settings: ModelSettings) -> str:
 
 
 def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:
-    """Wrap with LoRA; parts that are frozen by name receive no adapter."""
+    """Wrap with LoRA; parts that are frozen by name receive no adapter.
+
+    Raises:
+        ModelError: nothing matches ``lora.target_modules``, or a frozen module is to be saved.
+    """
     from peft import LoraConfig
 
     lora = settings.lora
+    excluded = _excluded(settings)
+    for name in lora.modules_to_save:
+        if excluded and re.search(excluded, name):
+            raise ModelError(
+                f"model.lora.modules_to_save: {name} is frozen by model.freeze {list(settings.freeze)}: leave it out "
+                "of one of the two"
+            )
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    excluded = "|".join(PARTS.get(p, re.escape(p)) for p in settings.freeze)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
         exclude_modules=f".*({excluded}).*" if excluded else None,
         task_type="CAUSAL_LM",
     )

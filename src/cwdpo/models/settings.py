@@ -12,12 +12,24 @@ from cwdpo.registry import Settings
 
 
 class LoraSettings(Settings):
-    """LoRA by peft; ``target_modules`` may be ``all-linear``, a regular expression or a list of names."""
+    """LoRA by peft, under peft's names.
+
+    ``target_modules`` may be ``all-linear``, a regular expression or a list of names. ``init_lora_weights`` offers only
+    starts that leave the base's weights as they are: the reference is the policy without its adapter.
+    """
 
     r: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = Field((), description="modules that are trained and saved whole")
+    use_dora: bool = False
+    use_rslora: bool = False
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="r of layers by name or pattern")
+    alpha_pattern: dict[str, int] = Field(
+        default_factory=dict, description="alpha of layers by name or pattern"
+    )
 
 
 class ModelSettings(Settings):
