@@ -63,6 +63,7 @@ def said_commands() -> list[list[str]]:
 
 def test_the_block_has_the_commands_that_are_tried() -> None:
     assert {words[0] for words in said_commands()} == {
+        "env",
         "recipe",
         "validate",
         "train",
