@@ -221,6 +221,7 @@ class Chaos:
     def _ends_like_its_twin(self, command: Command, place: Path, err: Path, case: str) -> None:
         if _traceback(err):
             self.figures.fail("tracebacks", case, err.read_text(errors="replace"))
+            err.unlink()
         arguments = command.arguments(place)
         if (
             command.name in ("sample", "export")
