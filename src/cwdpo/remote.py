@@ -26,7 +26,7 @@ from cwdpo.connection import Connection
 from cwdpo.errors import FileError, ServerError, optional_package
 from cwdpo.files.reading import ends_whole, parse_json, read_jsonl
 from cwdpo.files.writing import open_to_append, write_text
-from cwdpo.records import ImageRef, Message
+from cwdpo.records import TOOLS, ImageRef, Message
 from cwdpo.registry import Settings
 
 _MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif"}
@@ -280,7 +280,13 @@ def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Repl
 
 
 def _messages(ask: Ask) -> list[dict[str, Any]]:
-    """Messages in OpenAI's format; each image is a data URI at its place in the text."""
+    """Messages in OpenAI's format; each image is a data URI at its place in the text.
+
+    Raises:
+        ServerError: the prompt has tools, which are not sent.
+    """
+    if any(m.more or m.role == TOOLS for m in ask.messages):
+        raise ServerError("a prompt with tools is not sent to a server: leave such rows out, or sample here")
     images = iter(ask.images)
     return [
         {

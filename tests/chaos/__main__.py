@@ -4,6 +4,7 @@ Everything follows from the seed: a case that fails is repeated by ``--only NAME
 
 - a killed command, started again, ends where its uninterrupted twin ended, byte for byte;
 - a damaged run folder is refused in one line, or the run goes on and ends where the twin ended;
+- a command with too little disk, memory or files says so in one line, and ends like its twin once there is enough;
 - no input makes a reader raise anything but an error of cwdpo, or go on for ever.
 """
 
@@ -118,10 +119,11 @@ class Chaos:
         self.place, self.seed, self.figures = place, seed, Figures()
         self.recipe = place / "recipe.yaml"
         self.recipe.write_text(RECIPE)
-        self.server = Server(limit=300.0)
+        self.server: Server
         self.twin = place / "twin" / "run"
         self.commands = self._commands()
         self.middle: list[Path] = []
+        self.memory = 0
 
     def _commands(self) -> list[Command]:
         def train(place: Path) -> list[object]:
@@ -157,6 +159,9 @@ class Chaos:
 
     def prepare(self) -> None:
         """Run every command once undisturbed; keep the run as it stood in the middle, too."""
+        self.server = Server(limit=300.0)
+        status = Path(f"/proc/{self.server.process.pid}/statm").read_text(encoding="ascii")
+        self.memory = int(status.split()[0]) * os.sysconf("SC_PAGE_SIZE")
         for command in self.commands:
             place = self.twin.parent if command.name == "train" else self.place / f"twin-{command.name}"
             place.mkdir()
@@ -216,6 +221,7 @@ class Chaos:
     def _ends_like_its_twin(self, command: Command, place: Path, err: Path, case: str) -> None:
         if _traceback(err):
             self.figures.fail("tracebacks", case, err.read_text(errors="replace"))
+            err.unlink()
         arguments = command.arguments(place)
         if (
             command.name in ("sample", "export")
@@ -231,6 +237,32 @@ class Chaos:
         wrong = difference(command.result(place), command.wanted)
         if wrong:
             self.figures.fail("wrong continuations", case, f"differs from its twin: {wrong}")
+
+    # --- shortages --------------------------------------------------------------------------------------
+
+    def shortage(self, number: int) -> None:
+        """One command with too little disk, too few files or too little memory; then again with enough."""
+        case = f"shortage:{number}"
+        rng = Random(f"{self.seed} {case}")
+        command = rng.choices(self.commands, [c.weight for c in self.commands])[0]
+        place, err = self.place / "case", self.place / "case.err"
+        _clear(place, err)
+        place.mkdir()
+        name, most = rng.choice(
+            (
+                ("RLIMIT_FSIZE", int(10 ** rng.uniform(0, 6.5))),
+                ("RLIMIT_NOFILE", rng.randrange(12, 64)),
+                ("RLIMIT_AS", self.memory + int(rng.uniform(0, 400) * 2**20)),
+            )
+        )
+        said = f"{case} ({command.name}, {name} {most})"
+        self.server.start(err, *command.arguments(place), limits={name: most})
+        code = self.server.wait()
+        self.figures.count("shortages", f"shortages: {name[7:]}")
+        text = err.read_text(errors="replace") if err.is_file() else ""
+        if code and not _traceback(err) and "cwdpo: " not in text and code > 0:
+            self.figures.fail("tracebacks", said, f"exit code {code} without a word: {text}")
+        self._ends_like_its_twin(command, place, err, said)
 
     # --- damage -----------------------------------------------------------------------------------------
 
@@ -327,7 +359,12 @@ class Chaos:
 
     def until(self, end: float) -> None:
         """Take turns until the time is up."""
-        turns: list[tuple[Callable[[int], None], int]] = [(self.kill, 3), (self.damage, 6), (self.inputs, 2)]
+        turns: list[tuple[Callable[[int], None], int]] = [
+            (self.kill, 3),
+            (self.damage, 6),
+            (self.inputs, 2),
+            (self.shortage, 1),
+        ]
         done = Counter[str]()
         while time.monotonic() < end:
             for turn, times in turns:
@@ -388,22 +425,33 @@ def main() -> None:
     os.nice(10)
     begun = time.monotonic()
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
+    turn, _, number = (asked.only or "").partition(":")
     chaos = Chaos(place, asked.seed)
     try:
-        chaos.prepare()
-        if asked.only:
-            turn, _, number = asked.only.partition(":")
-            index = int(number) // 100 if turn == "inputs" else int(number)
-            chaos.one(getattr(chaos, turn), index)
+        if turn == "inputs":
+            chaos.one(chaos.inputs, int(number) // 100)
+        elif turn:
+            chaos.prepare()
+            chaos.one(getattr(chaos, turn), int(number))
         else:
+            chaos.prepare()
             chaos.until(begun + 60 * asked.minutes)
     finally:
-        chaos.server.close()
+        if hasattr(chaos, "server"):
+            chaos.server.close()
         if asked.keep:
             print(f"kept: {place}")
         else:
             shutil.rmtree(place, ignore_errors=True)
-    for name in ("kills", "damaged files", "mutated inputs", "wrong continuations", "tracebacks", "hangs"):
+    for name in (
+        "kills",
+        "damaged files",
+        "mutated inputs",
+        "shortages",
+        "wrong continuations",
+        "tracebacks",
+        "hangs",
+    ):
         chaos.figures.counts.setdefault(name, 0)
     print(
         f"chaos, seed {asked.seed}, {(time.monotonic() - begun) / 60:.1f} minutes:\n{chaos.figures.table()}"

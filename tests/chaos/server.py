@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 # The forked process is killed, and its locks and files go, as any other's.
 SERVER = """
-import json, os, signal, sys, traceback
+import json, os, resource, signal, sys, traceback
 import cwdpo.pipeline.two_stage, cwdpo.evaluation.run, cwdpo.onpolicy.preferences, cwdpo.pipeline.export
 import cwdpo.report.render, cwdpo.dynamics.diagnose
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
@@ -22,12 +22,15 @@ from cwdpo.cli import main as cli
 
 print("ready", flush=True)
 for line in sys.stdin:
-    err, *arguments = json.loads(line)
+    err, limits, *arguments = json.loads(line)
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         os.dup2(1, 0)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a full disk: the write itself says so
+        for name, most in limits.items():
+            resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
         sys.argv, code = ["cwdpo", *arguments], 0
         try:
             cli.main()
@@ -63,9 +66,13 @@ class Server:
         self.pid, self.limit = 0, limit
         assert self.answers.readline() == b"ready\n"
 
-    def start(self, err: Path, *arguments: object) -> None:
-        """Start a command; what it writes to stderr is appended to ``err``."""
-        order = [str(err), *map(str, arguments)]
+    def start(self, err: Path, *arguments: object, limits: Mapping[str, int] | None = None) -> None:
+        """Start a command; what it writes to stderr is appended to ``err``.
+
+        Args:
+            limits: of :mod:`resource`, ``RLIMIT_NOFILE`` for instance.
+        """
+        order = [str(err), dict(limits or {}), *map(str, arguments)]
         self.orders.write(json.dumps(order).encode() + b"\n")
         self.pid = int(self.answers.readline())
 

@@ -46,7 +46,7 @@ def test_recipes_of_the_package_are_listed_shown_copied_and_run_by_name(
     assert load_recipe("on_policy").name == "mine", "a file comes before a name"
     for wrong in (("recipe", "show", "tinny"), ("train", "tinny")):
         said = run(*wrong)
-        assert said.code == 2
+        assert said.code == 1
         assert "did you mean 'tiny'" in said.err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -88,7 +89,7 @@ def difference(folder: Path, name: str, entry: Any, *, grows: bool = False) -> s
         return f"{FILE} names {name!r}, which is not in the folder"
     if not isinstance(size, int) or not isinstance(digest, str):
         return f"{FILE} contains no checksum of {name}"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for names that no file can have
         return f"{name} is missing"
     now = path.stat().st_size
     if now < size or (now > size and not grows):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ MOST_BYTES = 2**26
 """Largest size of a JSON file, of a row of JSONL, and of a text file."""
 DEEPEST = 60
 """Largest depth of nested lists and mappings."""
+
+_LONG_NUMBER = re.compile(rb"[0-9]{301}")
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -77,6 +80,8 @@ def parse_json(text: str | bytes, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise FileError(f"{where}: is not JSON ({_short(error)})") from None
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    if _LONG_NUMBER.search(data):  # as a float it would be infinite
+        raise FileError(f"{where}: contains a number of more than 300 digits")
     # With fewer brackets than the limit it cannot be deeper: most files need no full check.
     if data.count(b"[") + data.count(b"{") > DEEPEST and is_deep(value):
         raise FileError(f"{where}: is nested deeper than {DEEPEST}")
@@ -126,7 +131,7 @@ def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         FileError: a complete line is not a JSON object, or is too long or too deep.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     with open_file(path) as file:
         number = 0

@@ -49,24 +49,25 @@ for _tag, _pattern in _NUMBERS.items():
 _DECIMAL = re.compile(r"[-+]?[0-9]{1,300}(\.[0-9]*)?([eE][-+]?[0-9]{1,4})?")
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, *, words: bool = False) -> Any:
     """The value of a YAML document.
 
     Args:
         text: YAML.
         where: name of the file, for messages.
+        words: read every scalar as text, also ``yes``, ``on`` and ``1``.
 
     Raises:
         FileError: it is not YAML, has a duplicate key or a custom tag, or is too large or too deep after its aliases
             are expanded.
     """
     try:
-        loader = _Loader(text)
+        loader = yaml.BaseLoader(text) if words else _Loader(text)
     except _ERRORS as error:
         raise FileError(f"{where}: not valid YAML: {_said(error)}") from None
     try:
         node = loader.get_single_node()
-        _refuse_large(node, where)
+        _refuse_large(node, where, 10 * MOST_VALUES if words else MOST_VALUES)
         return None if node is None else loader.construct_document(node)
     except _ERRORS as error:
         if isinstance(error, FileError):
@@ -102,25 +103,25 @@ def as_number(value: Any) -> Any:
     return (int(value) if "e" not in value.lower() else int(number)) if whole else number
 
 
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file.
+def read_yaml(path: Path, *, words: bool = False) -> Any:
+    """The value of a YAML file; ``words`` as in :func:`parse_yaml`.
 
     Raises:
         FileError: see :func:`cwdpo.files.reading.read_text` and :func:`parse_yaml`.
     """
-    return parse_yaml(read_text(path, MOST_BYTES), str(path))
+    return parse_yaml(read_text(path, MOST_BYTES), str(path), words=words)
 
 
-def _refuse_large(node: yaml.Node | None, where: str) -> None:
+def _refuse_large(node: yaml.Node | None, where: str, most: int) -> None:
     """Count values and depth of the document with all aliases expanded; refuse it above the limits."""
-    left = MOST_VALUES
+    left = most
     waiting = [] if node is None else [(node, 0)]
     while waiting:
         one, depth = waiting.pop()
         left -= 1
         if left < 0 or depth > DEEPEST:
             raise FileError(
-                f"{where}: nested deeper than {DEEPEST}, or more than {MOST_VALUES} values; aliases (*name) that go "
+                f"{where}: nested deeper than {DEEPEST}, or more than {most} values; aliases (*name) that go "
                 "in circles or multiply do that: write the values out"
             )
         if isinstance(one, yaml.MappingNode):

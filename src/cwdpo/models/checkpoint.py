@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -135,7 +136,7 @@ def adapter_base(source: str, revision: str | None) -> str | None:
         check_folder(base)
     except ModelError as error:
         raise ModelError(f"model.path {source!r}: its base: {error}; {hint}") from None
-    if (Path(base) / "adapter_config.json").is_file() or _is_hub_adapter(base, None):
+    if os.path.isfile(Path(base) / "adapter_config.json") or _is_hub_adapter(base, None):
         raise ModelError(f"model.path {source!r}: its base {base!r} is an adapter itself; {hint}")
     return base
 

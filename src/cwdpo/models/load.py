@@ -23,6 +23,7 @@ from cwdpo.models.checkpoint import (
 )
 from cwdpo.models.inputs import unwrapped
 from cwdpo.models.merge import tied_layers_handled
+from cwdpo.models.packages import install_line, missing_package
 from cwdpo.models.parts import PARTS
 
 if TYPE_CHECKING:
@@ -152,9 +153,13 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
                 **settings.processor_options,
             )
     except Exception as error:  # processors parse many files and raise errors of many types
+        if (package := missing_package(error)) is not None:
+            raise ModelError(
+                f"model.path {source!r}: its processor needs a package that is not installed: {install_line(package)}"
+            ) from error
         raise ModelError(
             f"model.path {source!r}: no usable processor ({reason(error)}). A checkpoint folder must contain its "
-            "processor and tokenizer files; some families also need torchvision"
+            "processor and tokenizer files"
         ) from error
     check_processor(processor, source)
     return processor

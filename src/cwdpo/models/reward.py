@@ -10,7 +10,7 @@ import torch
 from cwdpo.data.encode.render import Renderer
 from cwdpo.errors import ModelError
 from cwdpo.models.checkpoint import check_processor, quiet, reason
-from cwdpo.records import Example
+from cwdpo.records import Example, without_tools
 
 
 class RewardModel:
@@ -70,8 +70,9 @@ class RewardModel:
         return rewards
 
     def _conversation(self, example: Example, text: str) -> str:
-        chat = [m.as_chat() for m in example.prompt]
+        turns, tools = without_tools(example.prompt)
+        chat = [m.as_chat() for m in turns]
         chat.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
         if getattr(self.processor, "chat_template", None):
-            return self._render(chat, generation=False)
+            return self._render(chat, generation=False, tools=tools)
         return f"{example.prompt_text}\n{text}"

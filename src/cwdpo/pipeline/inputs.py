@@ -31,7 +31,7 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
     Raises:
         RecipeError: an input differs and ``accept_changes`` is not set; the message names every difference.
     """
-    trouble: list[CwdpoError | None] = [None]
+    trouble: list[Exception | None] = [None]
     if run.writes:
         try:
             now = {**_of_splits(splits), "model": _of_model(policy)}
@@ -49,7 +49,7 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
                 if found:
                     keep_old(run, {"inputs": found})
                 run.write_json(FILE, now)
-        except CwdpoError as error:
+        except (CwdpoError, OSError) as error:  # the other processes would wait for ever
             trouble = [error]
     found_trouble = broadcast_object_list(trouble)[0]
     if found_trouble is not None:

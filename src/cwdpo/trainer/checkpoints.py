@@ -178,9 +178,10 @@ def _lacking(checkpoint: Path) -> list[str]:
     """Missing files of a checkpoint without checksums, written by an older version."""
     if (checkpoint / CHECKSUMS).is_file():
         return []
-    lacking = [f"{name} is missing" for name in (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
-               if not (checkpoint / name).is_file()]  # fmt: skip
-    return [] if (checkpoint / "pytorch_model_fsdp_0").exists() else lacking
+    if any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("global_step*")):  # sharded: under other names
+        return []
+    needed = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
+    return [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -42,7 +42,7 @@ class Renderer:
         self._child: _Child | None = None
         self._given_up = ""
 
-    def __call__(self, chat: Sequence[dict[str, Any]], *, generation: bool) -> str:
+    def __call__(self, chat: Sequence[dict[str, Any]], *, generation: bool, tools: Sequence[Any] = ()) -> str:
         """The conversation as text; with ``generation`` it ends with the start of a response.
 
         Raises:
@@ -50,14 +50,14 @@ class Renderer:
             DataError: the template refuses the conversation.
         """
         if not hasattr(os, "fork"):
-            return _rendered(self._processor, chat, generation)
+            return _rendered(self._processor, chat, generation, tools)
         with self._lock:
             if self._given_up:
                 raise ModelError(self._given_up)
             if self._child is None or self._child.owner != os.getpid():
                 self._child = _Child(self._processor)
                 weakref.finalize(self, self._child.end, os.getpid())
-            text = self._child.ask(json.dumps([list(chat), generation]).encode(), self._seconds)
+            text = self._child.ask(json.dumps([list(chat), generation, list(tools)]).encode(), self._seconds)
             if text is None:
                 self._child.end(os.getpid())
                 self._child = None
@@ -156,9 +156,9 @@ def _serve(processor: Any, orders: int, answers: int) -> None:
                     return
             if not (head := _read(file, 4)):
                 return
-            chat, generation = json.loads(_read(file, struct.unpack("!I", head)[0]))
+            chat, generation, tools = json.loads(_read(file, struct.unpack("!I", head)[0]))
             try:
-                text = _rendered(processor, chat, generation)
+                text = _rendered(processor, chat, generation, tools)
                 if len(text) > MOST_CHARACTERS:
                     return
                 answer = {"text": text}
@@ -189,8 +189,11 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
 
 
-def _rendered(processor: Any, chat: Sequence[dict[str, Any]], generation: bool) -> str:
-    return str(processor.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=generation))
+def _rendered(processor: Any, chat: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Any]) -> str:
+    more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    return str(
+        processor.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=generation, **more)
+    )
 
 
 def _write(handle: int, data: bytes) -> None:

@@ -7,6 +7,7 @@ text unchanged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +15,29 @@ from typing import Any, Literal
 
 from cwdpo.data.encode.render import Renderer
 from cwdpo.errors import DataError, ModelError
-from cwdpo.records import Example, Message
+from cwdpo.records import Example, Message, without_tools
 
 PROBE = 'it\'s "so"\nand so'
 """If a template prints it as part of a list or as JSON, its quotes or its line break are escaped."""
 Style = Literal["blocks", "text"]
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "zq_tool",
+        "description": "zq description",
+        "parameters": {
+            "type": "object",
+            "properties": {"zq_key": {"type": "string", "description": "zq meaning"}},
+            "required": ["zq_key"],
+        },
+    },
+}
+"""A tool whose words no template holds."""
+_CALL = {
+    "type": "function", "id": "zqzqzqzq0", "function": {"name": "zq_tool", "arguments": {"zq_key": "zq value"}},
+}  # fmt: skip
+_CALLS = Message("assistant", (), json.dumps({"tool_calls": [_CALL]}))
+_ANSWERS = json.dumps({"name": "zq_tool", "tool_call_id": "zqzqzqzq0"})
 
 
 class RefusedRowError(DataError):
@@ -190,7 +209,10 @@ class ChatTemplate:
             RefusedRowError: with the token and the key.
         """
         prompt = [
-            (f"prompt[{i}]", part) for i, turn in enumerate(example.prompt) for part in turn.parts if part
+            (f"prompt[{i}]", part)
+            for i, turn in enumerate(example.prompt)
+            for part in (*turn.parts, turn.more)
+            if part
         ]
         ends = tuple(self._text(i) for i in self.stops)
         for key, text in (*prompt, *((key, _without_ends(text, ends)) for key, text in texts)):
@@ -209,9 +231,11 @@ class ChatTemplate:
 
     def _render_row(self, example: Example, response: str | None) -> str:
         where = example.where or example.id
-        turns = [*example.prompt, *([] if response is None else [Message("assistant", (response,))])]
+        prompt, tools = without_tools(example.prompt)
+        turns = [*prompt, *([] if response is None else [Message("assistant", (response,))])]
         if not self.is_there:
             return self._bare(example, response)
+        self._check_tools(where, prompt, tools)
         for turn in turns:
             style = self._style(turn.role)
             if style not in ("blocks", "text"):
@@ -220,7 +244,7 @@ class ChatTemplate:
                     "leave such turns out, or set another chat template",
                 )  # fmt: skip
         try:
-            return self._chat(turns, generation=response is None)
+            return self._chat(turns, generation=response is None, tools=tools)
         except DataError as error:
             raise RefusedRowError(
                 where, "template-refuses", "", f"the chat template refuses the row ({error})",
@@ -237,12 +261,47 @@ class ChatTemplate:
             )  # fmt: skip
         return f"{self._joined(example.prompt[0])}\n{response or ''}"
 
-    def _chat(self, turns: Sequence[Message], *, generation: bool) -> str:
-        return self._renderer([self._as_chat(turn) for turn in turns], generation=generation)
+    def _check_tools(self, where: str, prompt: Sequence[Message], tools: Sequence[Any]) -> None:
+        """Refuse a row of which the template would drop tools or calls without a word."""
+        calls = any("tool_calls" in turn.further for turn in prompt)
+        for there, key, printed in (
+            (tools, "tools", self._prints_tools),
+            (calls, "tool_calls", self._prints_calls),
+        ):
+            if there and not printed:
+                raise RefusedRowError(
+                    where, "template-refuses", key, f"the chat template does not print {key}",
+                    "leave such rows out, or set another chat template",
+                )  # fmt: skip
+
+    @cached_property
+    def _prints_tools(self) -> bool:
+        """Whether names, descriptions and parameters of tools reach the prompt."""
+        return self._prints(_turns("user"), [_TOOL], ("zq_tool", "zq description", "zq_key", "zq meaning"))
+
+    @cached_property
+    def _prints_calls(self) -> bool:
+        """Whether an assistant turn's calls reach the prompt: name, argument and value."""
+        turns = [*_turns("user"), _CALLS, Message("tool", ("a",), _ANSWERS), *_turns("assistant", "user")]
+        return self._prints(turns, [_TOOL], ("zq_tool", "zq_key", "zq value")) and self._prints(
+            turns, [], ("zq_tool", "zq_key", "zq value")
+        )
+
+    def _prints(self, turns: Sequence[Message], tools: Sequence[Any], words: Iterable[str]) -> bool:
+        for turn in turns:
+            self._style(turn.role)
+        try:
+            text = self._chat(turns, generation=True, tools=tools)
+        except DataError:
+            return False
+        return all(word in text for word in words)
+
+    def _chat(self, turns: Sequence[Message], *, generation: bool, tools: Sequence[Any] = ()) -> str:
+        return self._renderer([self._as_chat(turn) for turn in turns], generation=generation, tools=tools)
 
     def _as_chat(self, turn: Message) -> dict[str, Any]:
         if self._styles.get(turn.role, "blocks") == "text":
-            return {"role": turn.role, "content": self._joined(turn)}
+            return {"role": turn.role, "content": self._joined(turn), **turn.further}
         return turn.as_chat()
 
     def _joined(self, turn: Message) -> str:
@@ -261,10 +320,12 @@ class ChatTemplate:
             reasons: list[str] = []
             for style in ("blocks", "text"):
                 self._styles[role] = style
+                turn = Message(role, (PROBE,))
+                opening = _turns(*before)
+                if role == "tool":  # what it gave to a call
+                    opening, turn = [*_turns("user"), _CALLS], Message(role, (PROBE,), _ANSWERS)
                 try:
-                    text = self._chat(
-                        [*_turns(*before), Message(role, (PROBE,)), *_turns(*after)], generation=False
-                    )
+                    text = self._chat([*opening, turn, *_turns(*after)], generation=False)
                 except DataError as error:
                     reasons.append(str(error))
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Entry:
             raise DataError(f"{where}: neither 'file_name' nor 'hf_hub_url'; add one of them")
         self.place = hub if hub is not None else str(folder / str(file))
         self.folder = None if hub is not None else folder
-        if hub is None and not Path(self.place).exists():
+        if hub is None and not os.path.exists(self.place):
             raise DataError(f"{where}: file_name = {file!r}: there is no {self.place}; correct it")
 
     def renamed(self, row: Mapping[str, Any]) -> dict[str, Any] | RowError:

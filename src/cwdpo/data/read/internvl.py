@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -70,7 +71,7 @@ def registry_source(path: str, open_file: Callable[[Path], Source]) -> Source | 
 def _registry(file: Path) -> dict[str, Any] | None:
     """The entries of a registry, or ``None`` if the file is not one."""
     try:
-        if not file.is_file() or file.suffix.lower() != ".json" or file.stat().st_size > _MOST_BYTES:
+        if not os.path.isfile(file) or file.suffix.lower() != ".json" or file.stat().st_size > _MOST_BYTES:
             return None
         with file.open("rb") as stream:
             if stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
@@ -88,7 +89,7 @@ def _opened(
     """The folder that the entries' paths are relative to, and their data sets."""
     first = next(iter(entries.values()))["annotation"]
     folders = [file.parent.resolve(), file.parent.resolve().parent]
-    base = next((one for one in folders if isinstance(first, str) and (one / first).is_file()), None)
+    base = next((one for one in folders if isinstance(first, str) and os.path.isfile(one / first)), None)
     if base is None:
         raise DataError(
             f"{file}: annotation = {shown(first, 200)}: there is no such file in {folders[0]} or {folders[1]}; "
@@ -119,7 +120,7 @@ def _entry(
         if not isinstance(value, str) or not (base / value).resolve().is_relative_to(base):
             raise DataError(f"{where}: {key} = {shown(value)}: leads outside {base}; move the data below it")
     annotation = base / entry["annotation"]
-    if not annotation.is_file():
+    if not os.path.isfile(annotation):
         raise DataError(
             f"{where}: annotation = {entry['annotation']!r}: there is no {annotation}; correct it"
         )
