@@ -156,7 +156,10 @@ def _checked(
 ) -> ValidationReport:
     from cwdpo.data.read.rows import count_rows, open_source
     from cwdpo.data.validate.checks import validate as check
+    from cwdpo.models.packages import check_packages
 
+    if settings is not None:
+        check_packages(settings)
     source = open_source(data)
     rows, name = count_rows(source), Path(source.name).name
     with bars(transient=True) as shown:

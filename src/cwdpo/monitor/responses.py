@@ -14,7 +14,7 @@ from typing import Any
 from cwdpo.data.read.reader import read_examples
 from cwdpo.dynamics.settings import TYPES
 from cwdpo.errors import DataError, FileError
-from cwdpo.records import Example
+from cwdpo.records import Example, without_tools
 
 REN = {
     "chosen_gptsemantic": "chosen_paraphrase",
@@ -92,6 +92,7 @@ def _row(example: Example, responses: Iterable[Response]) -> dict[str, Any]:
     own: dict[str, list[Response]] = {}
     for response in responses:
         own.setdefault(response.type, []).append(response)
+    turns, tools = without_tools(example.prompt)
     kinds = [c.kind or "rejected" for c in example.rejected]
     provenance = {
         "chosen": f"chosen of {example.where or example.id}",
@@ -101,7 +102,8 @@ def _row(example: Example, responses: Iterable[Response]) -> dict[str, Any]:
     return {
         "id": example.id,
         **({"images": [str(i.path) for i in example.images if i.path]} if example.images else {}),
-        "prompt": [m.as_chat() for m in example.prompt],
+        **({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}),
+        "prompt": [m.as_chat() for m in turns],
         "chosen": example.chosen.text,
         "negatives": [
             {"text": c.text, "kind": kind, "origin": c.origin}

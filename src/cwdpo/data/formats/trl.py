@@ -9,6 +9,7 @@ from cwdpo.data.formats.base import Format
 from cwdpo.data.problems import RowError
 from cwdpo.data.rowparts import Row
 from cwdpo.data.texts import wrong_type
+from cwdpo.data.tools import tools_of
 from cwdpo.data.turns import (
     CHAT,
     TAGGED_CHAT,
@@ -42,6 +43,8 @@ class Trl(Format):
         },
     )
 
+    reads = frozenset({"tools"})
+
     def parse(self, row: Row) -> list[Example]:
         """One example a row."""
         images = row.images()
@@ -57,7 +60,7 @@ class Trl(Format):
             turns, chosen = _split_conversation(row, said, reply, style)
         rejected = [(where, Completion(text)) for where, text in _rejected(row, turns)]
         prompt, placed = place_images(turns, images, key)
-        return [row.example(prompt, placed, chosen, rejected)]
+        return [row.example((*tools_of(row), *prompt), placed, chosen, rejected)]
 
 
 def _split_conversation(row: Row, value: Any, key: str, style: Style) -> tuple[list[Turn], str]:

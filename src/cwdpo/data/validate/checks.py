@@ -222,7 +222,7 @@ class _Repeats:
         digest = blake2b(digest_size=8)
         for image in example.images:
             digest.update(self._pictures.of(image).to_bytes(8, "little"))
-        said = [[m.role, *m.parts] for m in example.prompt]
+        said = [[m.role, *m.parts, m.more] for m in example.prompt]
         digest.update(json.dumps([said, example.chosen.text]).encode())
         first = self._said.add(digest8(digest.digest()), *place)
         negatives = [[n.text for n in side] for side in (example.rejected, example.gentle)]
