@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-for-development
 
-.PHONY: demo test test-slow test-families test-lowest lint base sweep clean
+MINUTES ?= 4
+SEED ?= 0
+
+.PHONY: demo test test-slow test-families test-lowest chaos lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -14,6 +17,10 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+
+# Kills, damaged run folders and mutated inputs, compared with undisturbed twins: docs/security.md.
+chaos: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m chaos --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 # Every model family with its real processor, in an environment of its own (built once a machine, outside the clone).
 test-families:

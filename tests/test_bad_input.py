@@ -222,7 +222,7 @@ BAD_ROWS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     # what: (row, its key, parts of the answer)
     "malformed-json": (b'{"image": "a.png", ', "", ("not JSON", "one JSON object per line")),
     "not-utf-8": (b'{"prompt": "caf\xe9"}', "", ("malformed-json", "UTF-8")),
-    "not-an-object": ([1, 2], "", ("list where an object", "write each row as")),
+    "not-an-object": ([1, 2], "", ("list is not an object", "write each row as")),
     "missing-key": ({**GOOD, "rejected": None}, "rejected", ("'rejected' is missing", "data.format")),
     "image-missing": ({**GOOD, "image": "gone.png"}, "image", ("no file 'gone.png'", "correct the path")),
     "image-truncated": (
@@ -337,7 +337,7 @@ def test_a_picture_on_both_sides(run: Run, place: Path) -> None:
         run("validate", "data"),
         "leak x 1",
         "data/train.jsonl:1 [images[0]]",
-        "stands in data/validation.jsonl:1",
+        "is in data/validation.jsonl:1",
     )
     assert run("validate", "data/validation.jsonl").code == 0
     (place / "data" / "validation.jsonl").rename(place / "data" / "other.jsonl")
@@ -430,7 +430,7 @@ BAD_SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, 
     "fix-is-there": (
         lambda d: None,
         ("data", "--fix", "recipe.jsonl"),
-        ("recipe.jsonl is there already", "another name"),
+        ("recipe.jsonl exists already", "another name"),
     ),
     "fix-is-no-jsonl": (
         lambda d: None,
@@ -534,7 +534,7 @@ def test_too_many_bad_rows(run: Run, place: Path) -> None:
 
 def test_no_usable_row(run: Run, place: Path) -> None:
     put(place, {**GOOD, "chosen": ""})
-    refused(train(run, "data.max_bad_fraction=1"), "no usable row among 1", "empty-chosen x 1")
+    refused(train(run, "data.max_bad_fraction=1"), "none of 1 rows is usable", "empty-chosen x 1")
 
 
 @pytest.fixture
@@ -659,7 +659,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str
     "fewer-weights": (
         without_layer,
         (),
-        ("has no weights for", "layers.1.", "Nothing is filled in at random"),
+        ("has no weights for", "layers.1.", "Missing weights are never set at random"),
     ),
     "more-layers-in-config": (
         lambda m: edited(m / "config.json", text_config__num_hidden_layers=3),
@@ -671,7 +671,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str
         (),
         ("has more layers: ", "layers.1."),
     ),
-    "code-of-its-own": (with_code, (), ("Python code of its own", "model.trust_remote_code: true")),
+    "code-of-its-own": (
+        with_code,
+        (),
+        ("it comes with its own Python code", "model.trust_remote_code: true"),
+    ),
     "unknown-attention": (lambda m: None, ("model.attention=eagre",), ("'model' cannot be loaded", "eager")),
     "bad-processor-option": (
         lambda m: None,
@@ -775,7 +779,7 @@ def test_run_folders(run: Run, place: Path) -> None:
     (held / "recipe.yaml").write_text("seed: 3\n")
     (held / "metrics.jsonl").write_text("{}\n")
     before = contents(place)
-    refused(train(run, out="held"), "held already holds a run", "--resume", "another --out")
+    refused(train(run, out="held"), "held already contains a run", "--resume", "another --out")
     refused(run("train", "recipe.yaml", "--out", "held", "--resume"), "held/recipe.yaml", "another recipe")
     refused(
         run("train", "recipe.yaml", "--out", "gone", "--resume"),

@@ -183,7 +183,7 @@ def test_numbers_in_a_file_are_what_they_say(tmp_path: Path) -> None:
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("data: {path: x}\ntrain: {batch_size: 2}\nseed: 1\ntrain: {bf16: true}\n")
-    with pytest.raises(RecipeError, match=r"r\.yaml: the key 'train' stands twice, in lines 2 and 4"):
+    with pytest.raises(RecipeError, match=r"r\.yaml: the key 'train' is given twice, in lines 2 and 4"):
         load_recipe(path)
 
 
@@ -203,7 +203,7 @@ def test_overrides_of_a_wrong_form(override: str) -> None:
 
 
 def test_other_bad_overrides() -> None:
-    assert "'seed' holds a value, not a section" in refusal(tree(seed=1), "seed.deep=3")
+    assert "'seed' is a value, not a section" in refusal(tree(seed=1), "seed.deep=3")
     assert "override 'seed=[1': not valid YAML" in refusal(tree(), "seed=[1")
     assert "unknown key 'stage2.stepz'; did you mean 'steps'?" in refusal(
         tree(stage2=STAGE), "stage2.stepz=3"
@@ -231,6 +231,23 @@ def test_an_unknown_key_names_its_path_and_the_nearest(recipe: dict[str, Any], k
     assert message.startswith("my.yaml: ")
     assert f"unknown key {key!r}" in message
     assert f"did you mean {hint!r}?" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("stage2.floor=-1", "did you mean stage2.objective.floor?"),
+        ("tau=0.2", "did you mean stage2.objective.tau?"),
+        ("train.learning_rate=1e-5", "did you mean stage1.learning_rate or stage2.learning_rate?"),
+        ("train.num_train_epochs=2", "stage1.epochs and stage2.epochs"),
+        ("model.r=8", "did you mean model.lora.r?"),
+        ("model.lora.rank=8", "model.lora.r"),
+        ("train.gradient_clipping=1", "train.max_grad_norm"),
+        ("train.wandb=x", "train.report_to (wandb)"),
+    ],
+)
+def test_a_misplaced_key_is_told_its_place(override: str, hint: str) -> None:
+    assert hint in refusal(tree(stage2=STAGE), override)
 
 
 def test_every_problem_is_named_at_once() -> None:

@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "worlds": BASE,
     "objectives": BASE,
     "rundir": {"errors", "files", "records"},
+    "shipped": {"errors"},
     "connection": set(),
     "remote": {*BASE, "connection"},
     "negatives": {*BASE, "remote", "judging.base"},
@@ -56,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "dynamics": {*BASE, "rundir", "curriculum", "probes"},
     "config": {
         *BASE,
+        "shipped",
         "hints",
         "objectives",
         "overrides",
@@ -77,7 +79,18 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {*RUNNING, "monitor", "onpolicy", "report.render", "report.model_card"},
     "evaluation": {*MODELLING, "metrics", "judging"},
     "lab": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report"},
-    "cli": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report", "lab", "schema"},
+    "cli": {
+        *RUNNING,
+        "monitor",
+        "onpolicy",
+        "pipeline",
+        "metrics",
+        "evaluation",
+        "report",
+        "lab",
+        "schema",
+        "shipped",
+    },
     "__main__": {"cli"},
     "__init__": set(),  # its names are resolved on first use
 }
@@ -95,7 +108,7 @@ HEAVY_USERS = (
 )
 WITHOUT_TORCH = {
     *BASE, *DYNAMICS, "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics",
-    "judging", "overrides", "report", "schema", "cli",
+    "shipped", "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -118,22 +119,42 @@ def _scaled(image: Image) -> Image:
     return Image.fromarray(np.rint(share * 255).astype(np.uint8))
 
 
+TOOLS = "tools"
+"""Role of a prompt's first message if the model may call tools: its one part is their list in JSON."""
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn of a prompt; an entry of ``parts`` is a text, or ``None`` for the next image."""
+    """One turn of a prompt; an entry of ``parts`` is a text, or ``None`` for the next image.
+
+    ``more`` is an object in JSON with further keys of the turn: ``tool_calls``, ``tool_call_id``, ``name``.
+    """
 
     role: str
     parts: tuple[str | None, ...]
+    more: str = ""
 
     def as_chat(self) -> dict[str, Any]:
         """The turn in the form that transformers' chat templates take."""
         content = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in self.parts]
-        return {"role": self.role, "content": content}
+        return {"role": self.role, "content": content, **self.further}
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """``more`` as a mapping."""
+        return dict(json.loads(self.more)) if self.more else {}
 
     @property
     def text(self) -> str:
         """The text parts, joined by a newline."""
         return "\n".join(part for part in self.parts if part)
+
+
+def without_tools(prompt: Sequence[Message]) -> tuple[tuple[Message, ...], list[Any]]:
+    """The turns of a prompt, and the tools that it offers; an empty list if none."""
+    turns = tuple(message for message in prompt if message.role != TOOLS)
+    tools = [json.loads(m.parts[0] or "[]") for m in prompt if m.role == TOOLS]
+    return turns, tools[0] if tools else []
 
 
 @dataclass(frozen=True)

@@ -115,3 +115,31 @@ def test_what_the_machine_lacks_is_one_line(
     assert done.code == 1
     assert said in done.err
     assert len(done.err.splitlines()) == 1
+
+
+def test_an_interrupt_that_falls_into_a_callback_is_not_lost() -> None:
+    """Python prints and forgets what a callback of a weak reference raises."""
+    code = """
+import sys, time, weakref
+from cwdpo.cli import main as cli
+
+class Thing: ...
+
+def interrupted(_):
+    raise KeyboardInterrupt
+
+@cli.app.command("wait")
+def wait():
+    thing = Thing()
+    kept = weakref.ref(thing, interrupted)
+    del thing
+    for _ in range(200):
+        time.sleep(0.05)
+    print("went on")
+
+sys.argv = ["cwdpo", "wait"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cwdpo.config import Recipe
+from cwdpo.config import Recipe, load_recipe
+from paths import RECIPES
 
 Run = Callable[..., Any]  # the fixture `run`: arguments -> code, out, err
 
@@ -21,6 +22,32 @@ def test_recipe_schema_is_json(run: Run) -> None:
     done = run("recipe", "schema")
     assert done.code == 0
     assert set(json.loads(done.out)["properties"]) == set(Recipe.model_fields)
+
+
+def test_recipes_of_the_package_are_listed_shown_copied_and_run_by_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = run("recipe", "list")
+    assert listed.code == 0
+    names = [line.split()[0] for line in listed.out.splitlines()]
+    assert {"tiny", "on_policy", "photos", "qwen_lora", "base"} <= set(names)
+    assert all(len(line.split()) > 4 for line in listed.out.splitlines()), "each with what it is"
+    for name in names:
+        shown = run("recipe", "show", name)
+        assert shown.out == (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        assert load_recipe(name).name == load_recipe(RECIPES / f"{name}.yaml").name
+    copied = run("recipe", "copy", "tiny")
+    assert (copied.code, copied.out) == (0, "tiny.yaml: edit it, then: cwdpo validate tiny.yaml\n")
+    assert "exists" in run("recipe", "copy", "tiny").err
+    assert run("recipe", "copy", "qwen_lora", "my.yaml").code == 0
+    assert load_recipe("my.yaml").model.tune == "lora"
+    (tmp_path / "on_policy").write_text("name: mine\ndata: {path: x.jsonl}\n")
+    assert load_recipe("on_policy").name == "mine", "a file comes before a name"
+    for wrong in (("recipe", "show", "tinny"), ("train", "tinny")):
+        said = run(*wrong)
+        assert said.code == 1
+        assert "did you mean 'tiny'" in said.err
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_the_shipped_rules_cover_the_list_and_read_what_exists() -> None:
     trained = {f"train/{n}" for n in gradient_metrics(ones)} | {
         "train/cooling/weight_p10", "train/cooling/weight_p90", "train/cooling/weight_mean",
         "train/cooling/fraction_between", "train/logps_mean/chosen", "train/rewards/accuracies",
+        "train/updates/kept",
     }  # fmt: skip
     for r in rules:
         assert all(text.strip() for text in (r.title, r.advice, r.source)), r.name

@@ -14,6 +14,7 @@ from cwdpo.judging.base import JUDGES
 from cwdpo.judging.compare import kind_of, strengths, tournament, wins
 from cwdpo.judging.win_rate import win_rate
 from cwdpo.records import Completion, Example, Message
+from cwdpo.worlds.shapes import make_scene
 
 
 def example(number: int, **extra: Any) -> Example:
@@ -55,7 +56,7 @@ def test_samples_of_a_prompt_are_one_prompt() -> None:
 
 
 def test_kinds_of_the_world() -> None:
-    scene = example(0, scene={})
+    scene = example(0, scene=make_scene(1, "train", 0).to_json())
     assert kind_of(scene) == "question"
     assert kind_of(example(1, category="art")) == "art"
     assert kind_of(example(1)) == "all"

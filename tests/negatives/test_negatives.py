@@ -358,7 +358,7 @@ def test_an_extension_adds_to_the_shipped_lexicon(tmp_path: Path) -> None:
         ("covers: [a]", r"key 'covers': must be a mapping"),
         ("covers: {a: b}", r"key 'covers.a': must be a list of words"),
         ("lists: {a: b}", r"key 'lists.a': must be a list of words"),
-        ("colour: [", r"not YAML in UTF-8"),
+        ("colour: [", r"not valid YAML"),
     ],
 )
 def test_a_malformed_lexicon_names_file_and_key(text: str, complaint: str, tmp_path: Path) -> None:

@@ -6,9 +6,7 @@ import json
 import os
 import queue
 import random
-import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from chaos.server import Server
 
 RECIPE = """
 name: killed
@@ -36,8 +36,6 @@ ROUNDS = """
 negatives: {on_policy_fraction: 0.5, rounds: 3, sampler: {samples: 2, max_new_tokens: 48, batch_size: 4}}
 """
 ATTEMPTS = 6
-LIMIT = 240.0
-"""Seconds after which a run counts as stuck."""
 
 
 @dataclass(frozen=True)
@@ -74,84 +72,22 @@ IN_ROUNDS = [
 ]
 
 
-# Imports take longer than a run. A server pays for them once and forks a process for every start; the forked
-# process is killed, and its locks and files go, as any other's.
-SERVER = """
-import json, os, sys, traceback
-import cwdpo.pipeline.two_stage
-from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
-from cwdpo.cli import main as cli
-
-print("ready", flush=True)
-for line in sys.stdin:
-    err, *arguments = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-        os.dup2(1, 0)
-        sys.argv, code = ["cwdpo", *arguments], 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 70
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
+def start(server: Server, folder: Path, recipe: Path) -> None:
+    again = ["--resume"] if folder.is_dir() else []
+    server.start(folder.with_suffix(".err"), "train", recipe, "--out", folder, *again)
 
 
-class Server:
-    """Starts one run at a time."""
+def kill(server: Server) -> bool:
+    """Kill the run; false where it had ended by itself."""
+    server.signal(signal.SIGKILL)
+    return server.wait() == -signal.SIGKILL
 
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-            env=environment,
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.orders, self.answers = self.process.stdin, self.process.stdout
-        self.pid = 0
-        assert self.answers.readline() == b"ready\n"
 
-    def start(self, folder: Path, recipe: Path) -> None:
-        again = ["--resume"] if folder.is_dir() else []
-        order = [str(folder.with_suffix(".err")), "train", str(recipe), "--out", str(folder), *again]
-        self.orders.write(json.dumps(order).encode() + b"\n")
-        self.pid = int(self.answers.readline())
-
-    def follow(self, condition: Callable[[], bool]) -> bool:
-        """Wait until something holds; false where the run has ended before."""
-        until = time.monotonic() + LIMIT
-        while not condition():
-            if select.select([self.answers], [], [], 0.0005)[0]:
-                return False
-            assert time.monotonic() < until, "the run is stuck"
-        return True
-
-    def kill(self) -> bool:
-        """Kill the run; false where it had ended by itself."""
-        if not select.select([self.answers], [], [], 0)[0]:
-            os.kill(self.pid, signal.SIGKILL)
-        return int(self.answers.readline()) == -signal.SIGKILL
-
-    def finish(self, folder: Path) -> None:
-        """Wait for the run's own end."""
-        self.follow(lambda: False)
-        code = int(self.answers.readline())
-        said = folder.with_suffix(".err").read_text(encoding="utf-8", errors="replace")
-        assert code == 0, said[-3000:]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.orders.close()
-        self.answers.close()
+def finish(server: Server, folder: Path) -> None:
+    """Wait for the run's own end."""
+    code = server.wait()
+    said = folder.with_suffix(".err").read_text(encoding="utf-8", errors="replace")
+    assert code == 0, said[-3000:]
 
 
 def seen(folder: Path, instant: Instant) -> Callable[[], bool]:
@@ -169,7 +105,7 @@ def uninterrupted(server: Server, folder: Path, recipe: Path, instants: list[Ins
     """Run to the end; the seconds at which each name appeared."""
     names = {name for i in instants for name in (i.begins, i.ends) if name and "*" not in name}
     found: dict[str, float] = {}
-    server.start(folder, recipe)
+    start(server, folder, recipe)
 
     def look() -> bool:
         for name in names - set(found):
@@ -178,7 +114,7 @@ def uninterrupted(server: Server, folder: Path, recipe: Path, instants: list[Ins
         return False
 
     server.follow(look)
-    server.finish(folder)
+    finish(server, folder)
     return found
 
 
@@ -189,22 +125,22 @@ def killed_and_resumed(
     length = times[instant.ends] - times[instant.begins] if instant.ends else 0.004
     for attempt in range(ATTEMPTS):
         run = folder.with_name(f"{folder.name}-{attempt}")
-        server.start(run, recipe)
+        start(server, run, recipe)
         hit = server.follow(seen(run, instant))
         time.sleep(draw.uniform(0, length))
-        if server.kill() and hit:
+        if kill(server) and hit:
             break
     else:
         pytest.fail(f"{instant.name}: the run was always faster than the kill")
     run.rename(folder)
     kills = 1
     if draw.random() < 1 / 3:
-        server.start(folder, recipe)
+        start(server, folder, recipe)
         server.follow(lambda: f"process {server.pid} " in (folder / ".lock").read_text())
         time.sleep(draw.uniform(0, 3))
-        kills += server.kill()
-    server.start(folder, recipe)
-    server.finish(folder)
+        kills += kill(server)
+    start(server, folder, recipe)
+    finish(server, folder)
     return kills
 
 

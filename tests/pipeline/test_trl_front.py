@@ -164,7 +164,7 @@ def test_other_rows_have_no_reference_after_training(
     made.train()
     with pytest.raises(RecipeError, match="the reference was the policy before training"):
         made.evaluate(held)
-    with pytest.raises(RecipeError, match="cwdpo evaluate MODEL DATA"):
+    with pytest.raises(RecipeError, match="cwdpo evaluate MODEL --data"):
         made.predict(held)
     free = trainer(str(model_folder), config(tmp_path, objective="simpo"), dataset.select(range(8)))
     free.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import threading
 import time
@@ -133,3 +134,15 @@ def test_a_client_that_goes_away_or_says_nothing_harms_nobody(
         assert silent.recv(10) == b"", "closed for it"
         silent.close()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_requests_leave_no_open_files(folder: Path) -> None:
+    with running(folder) as server:
+        get(server)
+        before = len(os.listdir("/proc/self/fd"))
+        with ThreadPoolExecutor(8) as pool:
+            assert {status for status, _ in pool.map(lambda _: get(server), range(80))} == {200}
+        time.sleep(0.2)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        assert threading.active_count() < 12

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import errno
 import io
 import os
 import re
 import sys
+import threading
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,8 +88,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a path may contain bytes that are not valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_once_more
     try:
         app(standalone_mode=True)
+    except KeyboardInterrupt:  # outside a command, or a second one while the first is answered
+        with contextlib.suppress(KeyboardInterrupt):
+            typer.echo("cwdpo: interrupted", err=True)
+        sys.exit(130)
     except CwdpoError as error:
         typer.echo(f"cwdpo: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
@@ -96,6 +104,17 @@ def main() -> None:
             raise
         typer.echo(f"cwdpo: {printable(trouble)}", err=True)
         sys.exit(1)
+    finally:
+        sys.unraisablehook = hook
+
+
+def _interrupt_once_more(unraisable: Any) -> None:
+    """Python ignores an exception in a callback of a weak reference: an interrupt that falls there would be lost."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # From another thread and a little later: here it would fall into this function.
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

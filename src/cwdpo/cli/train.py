@@ -1,4 +1,4 @@
-"""``cwdpo train``, ``report``, ``init-model`` and ``recipe schema``."""
+"""``cwdpo train``, ``report``, ``init-model`` and ``recipe``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from typing import Annotated
 
 import typer
 
+from cwdpo import shipped
 from cwdpo.cli.common import Overrides, Recipe
 from cwdpo.cli.progress import run_listener
-from cwdpo.errors import DataError, MissingPackageError, RunDirError
+from cwdpo.errors import DataError, MissingPackageError, RecipeError, RunDirError
+from cwdpo.files.writing import write_text
 
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    recipes = typer.Typer(no_args_is_help=True, help="About recipes.")
-    recipes.command("schema")(recipe_schema)
+    recipes = typer.Typer(no_args_is_help=True, help="The recipes of the package, and the schema of recipes.")
+    for name, command in (
+        ("list", recipe_list),
+        ("show", recipe_show),
+        ("copy", recipe_copy),
+        ("schema", recipe_schema),
+    ):
+        recipes.command(name)(command)
     app.command()(train)
     app.command()(report)
     app.command("init-model")(init_model)
@@ -92,6 +100,31 @@ def init_model(
         image_size=image_size, width=width, layers=layers, vocabulary=vocabulary, seed=seed
     )
     typer.echo(write(out, lines, settings))
+
+
+def recipe_list() -> None:
+    """List the recipes of the package; `cwdpo train NAME` runs one."""
+    width = max(map(len, shipped.names()))
+    for name in shipped.names():
+        typer.echo(f"{name:{width}}  {shipped.summary(name)}")
+
+
+def recipe_show(name: Annotated[str, typer.Argument(help="see `cwdpo recipe list`")]) -> None:
+    """Print a recipe of the package."""
+    typer.echo(shipped.text(name), nl=False)
+
+
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="see `cwdpo recipe list`")],
+    file: Annotated[Path | None, typer.Argument(help="default: NAME.yaml")] = None,
+) -> None:
+    """Copy a recipe of the package into a file of your own, to edit it."""
+    target = file or Path(f"{name}.yaml")
+    text = shipped.text(name)
+    if target.exists():
+        raise RecipeError(f"{target} exists: give another name, or remove it first")
+    write_text(target, text)
+    typer.echo(f"{target}: edit it, then: cwdpo validate {target}")
 
 
 def recipe_schema() -> None:

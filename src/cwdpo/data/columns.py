@@ -30,7 +30,10 @@ _PLACES = (
     "places in the picture",
     "write them into the text as your model wants them, and remove the column",
 )
-_TOOLS = ("tools that the model may call", "tool calls are not read: leave such rows out")
+_TOOLS = (
+    "tools that the model may call",
+    "tools are read from the column 'tools' of trl rows, as a list of {type: function, function: {...}}",
+)
 _LABEL = (
     "a label of the response",
     "single labelled responses are read as 'prompt', 'completion' and 'label' (true or false), and paired within a "

@@ -75,5 +75,5 @@ def _group_keys(examples: Sequence[Example]) -> list[bytes]:
 
 
 def _text_key(example: Example) -> bytes:
-    said = repr([(message.role, message.parts) for message in example.prompt])
+    said = repr([(m.role, m.parts, *([m.more] if m.more else [])) for m in example.prompt])
     return b"text:" + blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -10,6 +10,7 @@ from cwdpo.data.columns import present
 from cwdpo.data.problems import RowError, shown
 from cwdpo.data.rowparts import Row
 from cwdpo.data.texts import IMAGE_TAG, plain_text, split_tags, wrong_type
+from cwdpo.data.tools import more_of
 from cwdpo.records import ImageRef, Message
 
 Part = str | ImageRef | None
@@ -18,9 +19,6 @@ Part = str | ImageRef | None
 _DROPPED = "leave such rows out"
 # Keys of a turn that change its meaning, and what to do instead. Other keys have no effect on a template.
 _TURN_MEANING = {
-    "tool_calls": f"tool calls are not read: {_DROPPED}",
-    "function_call": f"tool calls are not read: {_DROPPED}",
-    "tool_call_id": f"tool calls are not read: {_DROPPED}",
     "reasoning_content": "write the reasoning into the content, in the form that your template has for it",
     "reasoning": "write the reasoning into the content, in the form that your template has for it",
     "thinking": "write the reasoning into the content, in the form that your template has for it",
@@ -33,9 +31,11 @@ _TURN_MEANING = {
     "prefix": "write the whole response: the start of one is not read separately",
     "refusal": "write the refusal into the content",
 }
-_TOOLS = f"turns of tools do not reach the chat template: {_DROPPED}"
+_TOOLS = (
+    "write calls as 'tool_calls' of an assistant turn, and what the tool gave as a turn of the role 'tool'"
+)
 _ROLES = {
-    **dict.fromkeys(("tool", "function", "observation", "function_call", "ipython", "tool_response"), _TOOLS),
+    **dict.fromkeys(("function", "observation", "function_call", "ipython", "tool_response"), _TOOLS),
     "developer": "call it system, if it says how to answer",
     "human": "call it user", "gpt": "call it assistant", "bot": "call it assistant", "model": "call it assistant",
 }  # fmt: skip
@@ -59,7 +59,9 @@ class Style:
 
     role: str = "role"
     content: str = "content"
-    roles: tuple[tuple[str, str], ...] = (("system", "system"), ("user", "user"), ("assistant", "assistant"))
+    roles: tuple[tuple[str, str], ...] = (
+        ("system", "system"), ("user", "user"), ("assistant", "assistant"), ("tool", "tool"),
+    )  # fmt: skip
     split: Callable[[str], Sequence[str | None]] | None = None
 
 
@@ -72,11 +74,15 @@ SHAREGPT = Style(
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn before images are placed; ``plain``: its content was a string without a marked place."""
+    """A turn before images are placed; ``plain``: its content was a string without a marked place.
+
+    ``more``: what it has beside its content, see :class:`cwdpo.records.Message`.
+    """
 
     role: str
     parts: tuple[Part, ...]
     plain: bool = True
+    more: str = ""
 
 
 def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
@@ -104,13 +110,16 @@ def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
                 _ROLES.get(str(role), "rename the role, or drop the row"),
             )
         _refuse_unread(message, where)
+        more = more_of(message, roles[role], where)
         content, where = message.get(style.content), f"{where}.{style.content}"
+        if content is None and more:  # a call says nothing beside
+            content = ""
         if isinstance(content, list):
             blocks = [_block(row, block, f"{where}[{j}]", style) for j, block in enumerate(content)]
-            turns.append(Turn(roles[role], tuple(part for parts in blocks for part in parts), plain=False))
+            turns.append(Turn(roles[role], tuple(part for parts in blocks for part in parts), False, more))
         else:
             parts = _texts(content, where, style)
-            turns.append(Turn(roles[role], parts, plain=None not in parts))
+            turns.append(Turn(roles[role], parts, None not in parts, more))
     return turns
 
 
@@ -255,6 +264,13 @@ def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
         raise RowError(
             "wrong-role", key, "does not end in an assistant turn; allowed: one", "end it in the response"
         )
+    if turns[-1].more:
+        raise RowError(
+            "call-in-response",
+            key,
+            "the response calls a tool; what is trained is a text",
+            "write the call into its content, in the form that your template has for it",
+        )
     texts = [part for part in turns[-1].parts if isinstance(part, str)]
     if len(texts) < len(turns[-1].parts):
         raise RowError(
@@ -287,12 +303,16 @@ def place_images(
     Raises:
         RowError: the counts differ, the prompt is empty, or it does not end in a user turn.
     """
-    if not turns or turns[-1].role != "user":
+    if not turns or turns[-1].role not in ("user", "tool"):
         raise RowError(
             "wrong-role",
             key,
-            "the prompt does not end in a user turn; allowed: one",
+            "the prompt does not end in a user turn; allowed: one, or a turn of a tool",
             "end it in the question",
+        )
+    if not any(turn.role == "user" for turn in turns):
+        raise RowError(
+            "wrong-role", key, "the prompt has no user turn; allowed: one or more", "add the question"
         )
     placed = list(turns)
     places = [part for turn in placed for part in turn.parts if not isinstance(part, str)]
@@ -312,6 +332,7 @@ def place_images(
         Message(
             t.role,
             tuple(p if isinstance(p, str) else None for p in t.parts if p is None or (p != "" and _said(p))),
+            t.more,
         )
         for t in placed
     )

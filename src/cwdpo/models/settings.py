@@ -1,4 +1,4 @@
-"""The recipe's section ``model``. No torch is imported here."""
+"""The recipe's section ``model``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,33 @@ from cwdpo.registry import Settings
 
 
 class LoraSettings(Settings):
-    """LoRA by peft; ``target_modules`` may be ``all-linear``, a regular expression or a list of names."""
+    """LoRA by peft, under peft's names.
+
+    ``target_modules`` may be ``all-linear``, a regular expression or a list of names. ``init_lora_weights`` offers only
+    starts that leave the base's weights as they are: the reference is the policy without its adapter.
+    """
 
     r: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = Field((), description="modules that are trained and saved whole")
+    use_dora: bool = False
+    use_rslora: bool = False
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="r of layers by name or pattern")
+    alpha_pattern: dict[str, int] = Field(
+        default_factory=dict, description="alpha of layers by name or pattern"
+    )
 
 
 class ModelSettings(Settings):
-    """Which model, and what of it is trained."""
+    """Which model, and which parts of it are trained."""
 
     path: str = Field("embedded", description="'embedded', 'init', a local folder, or a hub id")
     init: TinyModelSettings = Field(
         default_factory=TinyModelSettings,
-        description="shape of the small random LLaVA that path: init makes from the data's own texts",
+        description="shape of the small random LLaVA that path: init makes, with a tokenizer trained on the data",
     )
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -36,12 +48,12 @@ class ModelSettings(Settings):
     attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; default: transformers'")
     scoring: Literal["auto", "shared_prefix", "plain"] = Field(
         "auto",
-        description="auto: image and prompt once for all completions wherever that is exact; plain: one sequence each",
+        description="auto: image and prompt once for all completions if that is exact; plain: one sequence each",
     )
     vision_cache_gb: float = Field(
         1.0,
         ge=0,
-        description="memory for the image features of a frozen vision side; what does not fit is computed",
+        description="memory for image features if the vision tower is frozen; those that do not fit are recomputed",
     )
     tune: Literal["full", "lora"] = "full"
     lora: LoraSettings = LoraSettings()
@@ -54,7 +66,7 @@ class ModelSettings(Settings):
     @field_validator("processor_options")
     @classmethod
     def _numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """``max_pixels: 5e5`` is a text in YAML; no processor wants a number as text."""
+        """Convert numbers that YAML reads as text (``max_pixels: 5e5``)."""
         return {
             key: {k: as_number(v) for k, v in value.items()} if isinstance(value, dict) else as_number(value)
             for key, value in options.items()

@@ -13,8 +13,8 @@ from typing import Any
 
 from cwdpo.data.read.reader import read_examples
 from cwdpo.dynamics.settings import TYPES
-from cwdpo.errors import DataError
-from cwdpo.records import Example
+from cwdpo.errors import DataError, FileError
+from cwdpo.records import Example, without_tools
 
 REN = {
     "chosen_gptsemantic": "chosen_paraphrase",
@@ -92,6 +92,7 @@ def _row(example: Example, responses: Iterable[Response]) -> dict[str, Any]:
     own: dict[str, list[Response]] = {}
     for response in responses:
         own.setdefault(response.type, []).append(response)
+    turns, tools = without_tools(example.prompt)
     kinds = [c.kind or "rejected" for c in example.rejected]
     provenance = {
         "chosen": f"chosen of {example.where or example.id}",
@@ -101,7 +102,8 @@ def _row(example: Example, responses: Iterable[Response]) -> dict[str, Any]:
     return {
         "id": example.id,
         **({"images": [str(i.path) for i in example.images if i.path]} if example.images else {}),
-        "prompt": [m.as_chat() for m in example.prompt],
+        **({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}),
+        "prompt": [m.as_chat() for m in turns],
         "chosen": example.chosen.text,
         "negatives": [
             {"text": c.text, "kind": kind, "origin": c.origin}
@@ -117,12 +119,22 @@ def _one_or_all(values: list[str]) -> str | list[str]:
 
 
 def stored_responses(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Response]]:
-    """The further responses of a stored probe set, by example id."""
+    """The further responses of a stored probe set, by example id.
+
+    Raises:
+        FileError: a row is not one of :func:`to_jsonl`.
+    """
     found: dict[str, list[Response]] = {}
-    for row in rows:
-        own = found.setdefault(str(row["id"]), [])
-        for kind, said in row["provenance"].items():
-            if kind not in ("chosen", "negatives"):
-                texts = row[kind] if isinstance(row[kind], list) else [row[kind]]
-                own += _with_provenance(kind, texts, said)
+    for number, row in enumerate(rows, 1):
+        try:
+            own = found.setdefault(str(row["id"]), [])
+            for kind, said in row["provenance"].items():
+                if kind not in ("chosen", "negatives"):
+                    texts = row[kind] if isinstance(row[kind], list) else [row[kind]]
+                    own += _with_provenance(kind, [text for text in texts if isinstance(text, str)], said)
+        except (LookupError, AttributeError) as error:
+            raise FileError(
+                f"the stored probe set: row {number} is damaged ({error!r}): delete its file, and --resume makes it "
+                "again"
+            ) from None
     return found

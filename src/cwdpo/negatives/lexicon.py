@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
-from cwdpo.errors import DataError, nearest
+from cwdpo.errors import DataError, FileError, nearest
+from cwdpo.files.yamlfile import read_yaml
 
 Kind = Literal["colour", "size", "material", "number", "object", "relation", "action", "answer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -168,12 +167,9 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # BaseLoader keeps every scalar a string: here yes, no, on and 1 are words, not booleans and numbers.
-            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-        except OSError as error:
-            raise DataError(f"lexicon {path}: cannot be read ({error.strerror}); name a YAML file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"lexicon {path}: not YAML in UTF-8: {error}") from None
+            tree = read_yaml(path, words=True)
+        except FileError as error:
+            raise DataError(f"lexicon {error}; name a YAML file") from None
         self.tree: dict[str, Any] = self.mapping(
             "the file", tree or {}, ("lists", "keep", "same", "covers", *KINDS)
         )

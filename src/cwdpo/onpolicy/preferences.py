@@ -23,7 +23,7 @@ from cwdpo.onpolicy.blend import BlendCounts, blend
 from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
 from cwdpo.onpolicy.samples import sort_samples
-from cwdpo.records import Example, ImageRef, Message
+from cwdpo.records import Example, ImageRef, Message, without_tools
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.splits import prepare_data
@@ -140,12 +140,14 @@ def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
     are kept.
     """
     for example in examples:
+        turns, tools = without_tools(example.prompt)
         for k, c in enumerate(example.rejected):
             yield {
                 **{key: value for key, value in example.extra.items() if _is_json(value)},
                 "id": example.id if len(example.rejected) == 1 else f"{example.id}#{k}",
                 "images": list(example.images),
-                "prompt": [_blocks(m) for m in example.prompt],
+                **({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}),
+                "prompt": [_blocks(m) for m in turns],
                 "chosen": [_blocks(Message("assistant", (example.chosen.text,)))],
                 "rejected": [_blocks(Message("assistant", (c.text,)))],
                 "negatives": [{"text": c.text, "origin": c.origin, "kind": c.kind, "made": dict(c.made)}],
@@ -156,7 +158,7 @@ def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
 def _blocks(message: Message) -> dict[str, Any]:
     # Every block has both keys, because all rows of a table must have the same type.
     content = [{"type": "image" if p is None else "text", "text": p or ""} for p in message.parts]
-    return {"role": message.role, "content": content}
+    return {"role": message.role, "content": content, **message.further}
 
 
 def _is_json(value: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -36,7 +37,7 @@ class ListenerCallback(TrainerCallback):  # type: ignore[misc]
 def training_arguments(stage: Stage) -> TrainingArguments:
     """transformers' arguments for a stage, from the recipe."""
     recipe, settings = stage.recipe, stage.settings
-    train, cpu = recipe.train, recipe.model.device == "cpu"
+    train, cpu = recipe.train, PartialState().device.type == "cpu"  # without a GPU `auto` is the CPU
     return TrainingArguments(
         output_dir=str(stage.run.path / stage.name),
         per_device_train_batch_size=train.batch_size,

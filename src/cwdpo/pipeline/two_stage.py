@@ -10,6 +10,7 @@ from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.models.adapter import with_adapter_settings
+from cwdpo.models.packages import check_packages
 from cwdpo.pipeline.finish import evaluate_policy
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
@@ -51,6 +52,7 @@ def train_two_stage(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_environment(recipe.train.bf16)
+    check_packages(recipe.model)
     recipe = recipe.model_copy(update={"model": with_adapter_settings(recipe.model)})
     listener = listener or Listener()
     state = PartialState(cpu=recipe.model.device == "cpu")

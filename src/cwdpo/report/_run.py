@@ -36,7 +36,9 @@ def run_page(folder: Folder) -> dict[str, Any]:
         "histogram": _histogram(calibration, cooling, names),
         "samples": _samples(folder),
         "negatives": negatives_section(folder, metrics),
-        "problems": problems[:MAX_PROBLEMS],
+        "problems": [
+            {key: plain(row.get(key)) for key in ("stage", "problem")} for row in problems[:MAX_PROBLEMS]
+        ],
         "n_problems": len(problems),
         "recipe": folder.text("recipe.yaml").strip(),
         "versions": _versions(environment),

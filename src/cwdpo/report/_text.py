@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import unicodedata
 import warnings
 from pathlib import Path
@@ -89,7 +90,7 @@ def picture_uri(path: str | None, folder: Path) -> str | None:
 
     if not path or "\0" in path:
         return None
-    candidates = [p for p in (folder / path, Path(path)) if p.is_file()]
+    candidates = [p for p in (folder / path, Path(path)) if os.path.isfile(p)]
     if not candidates:
         return None
     try:

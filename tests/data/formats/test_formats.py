@@ -397,7 +397,7 @@ def test_vlfeedback_takes_the_best_rated_and_all_that_are_worse(folder: Path) ->
         key: [row[key] for row in rows] for key in rows[0]
     }  # as datasets' Sequence of a struct stores it
     assert only(read(folder, {**made, "completions": columns})).rejected == example.rejected
-    with pytest.raises(DataError, match="all are rated alike"):
+    with pytest.raises(DataError, match="all have the same rating"):
         read(folder, {**made, "completions": rows[1:3]})
     with pytest.raises(DataError, match="1 with a rating; allowed: two or more"):
         read(folder, {**made, "completions": [rows[0], rated("m6", "no number", "nan", "inf", "")]})

@@ -286,8 +286,10 @@ def test_a_leak_through_a_block_is_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("role", "remedy"),
     [
-        ("tool", "turns of tools do not reach the chat template: leave such rows out"),
-        ("observation", "turns of tools do not reach the chat template: leave such rows out"),
+        (
+            "observation",
+            "write calls as 'tool_calls' of an assistant turn, and what the tool gave as a turn of the role 'tool'",
+        ),
         ("developer", "call it system, if it says how to answer"),
         ("human", "call it user"),
         ("narrator", "rename the role, or drop the row"),

@@ -54,7 +54,7 @@ def turn(content: Any, role: str = "user") -> dict[str, Any]:
 BAD_ROWS: list[tuple[str, str, Any, str]] = [  # kind, key, row, part of the message
     ("malformed-json", "", '{"prompt": "Q", ', "not JSON"),
     ("malformed-json", "", "[" * 100_000, "not JSON"),
-    ("not-an-object", "", "[1, 2]", "list where an object"),
+    ("not-an-object", "", "[1, 2]", "list is not an object"),
     ("missing-key", "chosen", {"prompt": "Q", "rejected": "B"}, "'chosen' is missing"),
     ("missing-key", "rejected", {"prompt": "Q", "chosen": "A"}, "'rejected' is missing"),
     ("missing-key", "prompt", {"chosen": "A", "rejected": "B"}, "no 'prompt'"),
@@ -172,7 +172,7 @@ def test_each_problem_is_named_and_costs_no_more_than_it_must(
     ],
 )
 def test_problems_of_the_other_formats(folder: Path, format: str, kind: str, row: Any) -> None:
-    with pytest.raises(DataError, match=f"no usable row among 1.*\n  {kind} x 1\n"):
+    with pytest.raises(DataError, match=f"none of 1 rows is usable.*\n  {kind} x 1\n"):
         read(folder, row, format=format)
 
 

@@ -148,9 +148,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (example,) = read_examples("someone/dogs").examples
     assert (example.id, example.where) == ("dog#0", "someone/dogs[train]:1")
     assert example.images[0].encoded() == jpeg("blue")
-    with pytest.raises(
-        DataError, match=r"no file or folder 'someone/cats' here, and the hub .*FileNotFoundError"
-    ):
+    with pytest.raises(DataError, match=r"no file or folder 'someone/cats', and the hub .*FileNotFoundError"):
         read_examples("someone/cats")
     for path in ("someone/dogs.jsonl", "just-a-name", "../someone/dogs", "a/b/c", "nul\0/x"):
         with pytest.raises(DataError, match=r"no file or folder|cannot be a path"):

@@ -200,7 +200,7 @@ def test_leaks_are_found_by_content_and_named_on_the_training_side(tmp_path: Pat
     write(tmp_path, {**ROW, "image": "other.png"}, name="test.jsonl")
     report = validate(tmp_path)
     assert kinds(report) == {"leak": [1]}
-    assert f"stands in {tmp_path / 'val.jsonl'}:3" in report.problems[0].first[0].message
+    assert f"is in {tmp_path / 'val.jsonl'}:3" in report.problems[0].first[0].message
     assert report.against == {str(tmp_path / "test.jsonl"): 1, str(tmp_path / "val.jsonl"): 1}
     assert kinds(validate(file, check_images="exists")) == {}, "other names, and the bytes were not read"
     assert validate(tmp_path / "test.jsonl").against == {}
@@ -314,7 +314,7 @@ def test_a_set_without_a_good_row_leaves_no_file(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path, taken: str) -> None:
     write(tmp_path, ROW)
     (tmp_path / taken).mkdir()
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists already"):
         validate(tmp_path, fix=tmp_path / "good.jsonl")
     assert sorted(os.listdir(tmp_path)) == sorted(["a.png", taken, "train.jsonl"])
 

@@ -1,11 +1,13 @@
-"""A checkpoint's chat template, known by what it does: how it takes contents, what ends a turn, whom it refuses.
+"""A checkpoint's chat template: how it takes contents, what ends a turn, which turns it refuses.
 
-Nothing is looked up by a family's name. Each role is tried once with a text whose quotes and line break no template can
-print by accident: contents are given as the template gives them back verbatim.
+This is found by rendering test conversations, not by the name of the model family. Each role is tried once with a test
+text with quotes and a line break. Contents are passed as blocks or as text, whichever makes the template print this
+text unchanged.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,20 +15,38 @@ from typing import Any, Literal
 
 from cwdpo.data.encode.render import Renderer
 from cwdpo.errors import DataError, ModelError
-from cwdpo.records import Example, Message
+from cwdpo.records import Example, Message, without_tools
 
 PROBE = 'it\'s "so"\nand so'
-"""Printed inside a list or as JSON, its quotes or its line break would be escaped."""
+"""If a template prints it as part of a list or as JSON, its quotes or its line break are escaped."""
 Style = Literal["blocks", "text"]
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "zq_tool",
+        "description": "zq description",
+        "parameters": {
+            "type": "object",
+            "properties": {"zq_key": {"type": "string", "description": "zq meaning"}},
+            "required": ["zq_key"],
+        },
+    },
+}
+"""A tool whose words no template holds."""
+_CALL = {
+    "type": "function", "id": "zqzqzqzq0", "function": {"name": "zq_tool", "arguments": {"zq_key": "zq value"}},
+}  # fmt: skip
+_CALLS = Message("assistant", (), json.dumps({"tool_calls": [_CALL]}))
+_ANSWERS = json.dumps({"name": "zq_tool", "tool_call_id": "zqzqzqzq0"})
 
 
 class RefusedRowError(DataError):
-    """A row that this checkpoint's template, tokenizer or processor cannot take.
+    """A row that this checkpoint's chat template, tokenizer or processor cannot encode.
 
     Attributes:
-        kind: a short slug that problems are counted by.
-        key: which text of the row; empty where it is the whole row.
-        reason: what is wrong, without the place.
+        kind: short name by which problems are counted.
+        key: which text of the row; empty for the whole row.
+        reason: what is wrong, without file and row.
         remedy: what to do.
     """
 
@@ -37,10 +57,10 @@ class RefusedRowError(DataError):
 
 @dataclass(frozen=True)
 class CheckpointTokens:
-    """What a checkpoint's other files say of token ids.
+    """Token ids from a checkpoint's other files.
 
     ``stops``: ``eos_token_id`` of generation_config.json. ``embedded``: rows of the embedding; ``None`` if not known.
-    ``placeholders``: ids that stand for pictures and are never embedded.
+    ``placeholders``: ids of image placeholders, which are never embedded.
     """
 
     stops: tuple[int, ...] = ()
@@ -52,9 +72,9 @@ class CheckpointTokens:
 class TurnEnd:
     """How a response ends.
 
-    ``token``: the id that ends it, the last one that is trained. ``tail``: what the template writes behind a last
-    response. ``closing``: the part of ``tail`` that is trained, the end token included; empty where the template
-    writes none and the id is appended.
+    ``token``: id of the end token, the last token that is trained. ``tail``: text that the template writes after the
+    last response. ``closing``: the part of ``tail`` that is trained, up to and with the end token; empty if the
+    template does not write the end token, whose id is then appended.
     """
 
     token: int
@@ -66,8 +86,8 @@ class ChatTemplate:
     """Renders prompts and responses with the processor's chat template.
 
     Args:
-        processor: what ``AutoProcessor.from_pretrained`` gave.
-        checkpoint: what generation_config and weights say.
+        processor: the result of ``AutoProcessor.from_pretrained``.
+        checkpoint: token ids from generation_config and weights.
     """
 
     def __init__(self, processor: Any, checkpoint: CheckpointTokens | None = None) -> None:
@@ -83,17 +103,17 @@ class ChatTemplate:
         return any(getattr(one, "chat_template", None) for one in (self.processor, self.tokenizer))
 
     def prompt(self, example: Example) -> str:
-        """The prompt, ready for a response, with pictures as placeholders.
+        """The prompt up to the start of the response, with images as placeholders.
 
         Raises:
-            RefusedRowError: the template refuses it, or there is none and it is more than one user turn.
+            RefusedRowError: the template refuses it, or there is no template and the prompt is not one user turn.
         """
         return self._render_row(example, None)
 
     def continuation(self, example: Example, response: str) -> str:
-        """What stands behind the prompt for a response, up to its end token; see :class:`TurnEnd`.
+        """The text after the prompt: the response up to its end token; see :class:`TurnEnd`.
 
-        End tokens that the response brings along are left out: the end is written once.
+        End tokens in the response's own text are removed, so that the end token is written once.
 
         Raises:
             RefusedRowError: see :meth:`prompt`.
@@ -101,7 +121,8 @@ class ChatTemplate:
         prompt, end = self.prompt(example), self.end
         whole = self._render_row(example, response)
         body = response
-        # Some templates render a finished turn differently from an open one: then the response stands bare.
+        # Some templates render a conversation with a response so that it does not start with the rendered prompt.
+        # For these, the response's own text is used.
         if (
             whole.startswith(prompt)
             and whole.endswith(end.tail)
@@ -111,12 +132,12 @@ class ChatTemplate:
         ends = [text for text in map(self._text, self.stops) if text]
         while (found := next((e for e in ends if body.rstrip().endswith(e)), None)) is not None:
             body = body.rstrip().removesuffix(found).rstrip()
-        # Without an end token, white space behind the response is the template's.
+        # If the template writes no end token, white space after the response comes from the template.
         return body + end.closing if end.closing else body.rstrip()
 
     @cached_property
     def end(self) -> TurnEnd:
-        """How a turn ends: by generation_config, else by what the template writes, else by the tokenizer's eos.
+        """How a turn ends: from generation_config, else from the template, else from the tokenizer's eos.
 
         Raises:
             ModelError: none of them names a token.
@@ -134,8 +155,8 @@ class ChatTemplate:
         ]
         if not candidates:
             raise ModelError(
-                "nothing ends a response: the tokenizer has no eos_token, generation_config.json names no "
-                "eos_token_id, and the chat template writes no special token behind a response; set eos_token in "
+                "no token ends a response: the tokenizer has no eos_token, generation_config.json has no "
+                "eos_token_id, and the chat template writes no special token after a response; set eos_token in "
                 "tokenizer_config.json"
             )
         token = int(candidates[0])
@@ -145,7 +166,7 @@ class ChatTemplate:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """Ids at which sampling stops: all of generation_config, what ends a turn in training, and eos.
+        """Ids at which sampling stops: those of generation_config, the end token of training, and eos.
 
         Raises:
             ModelError: see :attr:`end`.
@@ -156,10 +177,10 @@ class ChatTemplate:
 
     @cached_property
     def structural(self) -> dict[str, int]:
-        """Special tokens that a user's text must not hold, by their text: they would end or open turns or pictures.
+        """Special tokens that no text of the data may contain: they would end or start turns or images. Text to id.
 
-        Those are what the template prints, what ends a turn, bos, eos and pad, and what the processor names. Other
-        special tokens (Qwen's ``<|box_start|>``) are for users to write.
+        These are the tokens that the template prints, those that end a turn, bos, eos, pad and unk, and those that the
+        processor names. Other special tokens (Qwen's ``<|box_start|>``) are allowed in texts.
         """
         names = [n for n in vars(self.processor) if n.endswith("_token")]
         named = [getattr(self.processor, name) for name in names]
@@ -172,23 +193,26 @@ class ChatTemplate:
             printed = (
                 self._chat(_turns("user", "assistant", "user"), generation=True) if self.is_there else ""
             )
-        except DataError:  # rows that the template refuses are reported one by one
+        except DataError:  # rows that the template refuses are reported row by row
             printed = ""
         ids |= set(self._ids(printed)) | set(self.stops)
         return {self._text(i): i for i in ids if i in self._special_ids and self._text(i)}
 
     def check_texts(self, example: Example, texts: Iterable[tuple[str, str]]) -> None:
-        """Refuse a row whose texts hold a special token of the checkpoint.
+        """Refuse a row whose texts contain a special token of the checkpoint.
 
         Args:
-            example: its prompt is looked at.
-            texts: (key, text) of responses; an end token at their end is allowed.
+            example: its prompt is checked.
+            texts: (key, text) of responses; an end token at the end is allowed.
 
         Raises:
-            RefusedRowError: naming the token and the key.
+            RefusedRowError: with the token and the key.
         """
         prompt = [
-            (f"prompt[{i}]", part) for i, turn in enumerate(example.prompt) for part in turn.parts if part
+            (f"prompt[{i}]", part)
+            for i, turn in enumerate(example.prompt)
+            for part in (*turn.parts, turn.more)
+            if part
         ]
         ends = tuple(self._text(i) for i in self.stops)
         for key, text in (*prompt, *((key, _without_ends(text, ends)) for key, text in texts)):
@@ -198,8 +222,8 @@ class ChatTemplate:
                         example.where or example.id,
                         "special-token",
                         key,
-                        f"the text holds {token!r}, a special token of this checkpoint, which the model would not see "
-                        "as text",
+                        f"the text contains {token!r}, a special token of this checkpoint, which the model would not "
+                        "see as text",
                         "write it differently, or leave the row out",
                     )
 
@@ -207,9 +231,11 @@ class ChatTemplate:
 
     def _render_row(self, example: Example, response: str | None) -> str:
         where = example.where or example.id
-        turns = [*example.prompt, *([] if response is None else [Message("assistant", (response,))])]
+        prompt, tools = without_tools(example.prompt)
+        turns = [*prompt, *([] if response is None else [Message("assistant", (response,))])]
         if not self.is_there:
             return self._bare(example, response)
+        self._check_tools(where, prompt, tools)
         for turn in turns:
             style = self._style(turn.role)
             if style not in ("blocks", "text"):
@@ -218,7 +244,7 @@ class ChatTemplate:
                     "leave such turns out, or set another chat template",
                 )  # fmt: skip
         try:
-            return self._chat(turns, generation=response is None)
+            return self._chat(turns, generation=response is None, tools=tools)
         except DataError as error:
             raise RefusedRowError(
                 where, "template-refuses", "", f"the chat template refuses the row ({error})",
@@ -226,7 +252,7 @@ class ChatTemplate:
             ) from error  # fmt: skip
 
     def _bare(self, example: Example, response: str | None) -> str:
-        """Without a template a prompt is the text of one user turn; its line break comes from :meth:`Encoder`."""
+        """Without a template a prompt is the text of one user turn, then a line break."""
         if [turn.role for turn in example.prompt] != ["user"]:
             raise RefusedRowError(
                 example.where or example.id, "template-refuses", "",
@@ -235,12 +261,47 @@ class ChatTemplate:
             )  # fmt: skip
         return f"{self._joined(example.prompt[0])}\n{response or ''}"
 
-    def _chat(self, turns: Sequence[Message], *, generation: bool) -> str:
-        return self._renderer([self._as_chat(turn) for turn in turns], generation=generation)
+    def _check_tools(self, where: str, prompt: Sequence[Message], tools: Sequence[Any]) -> None:
+        """Refuse a row of which the template would drop tools or calls without a word."""
+        calls = any("tool_calls" in turn.further for turn in prompt)
+        for there, key, printed in (
+            (tools, "tools", self._prints_tools),
+            (calls, "tool_calls", self._prints_calls),
+        ):
+            if there and not printed:
+                raise RefusedRowError(
+                    where, "template-refuses", key, f"the chat template does not print {key}",
+                    "leave such rows out, or set another chat template",
+                )  # fmt: skip
+
+    @cached_property
+    def _prints_tools(self) -> bool:
+        """Whether names, descriptions and parameters of tools reach the prompt."""
+        return self._prints(_turns("user"), [_TOOL], ("zq_tool", "zq description", "zq_key", "zq meaning"))
+
+    @cached_property
+    def _prints_calls(self) -> bool:
+        """Whether an assistant turn's calls reach the prompt: name, argument and value."""
+        turns = [*_turns("user"), _CALLS, Message("tool", ("a",), _ANSWERS), *_turns("assistant", "user")]
+        return self._prints(turns, [_TOOL], ("zq_tool", "zq_key", "zq value")) and self._prints(
+            turns, [], ("zq_tool", "zq_key", "zq value")
+        )
+
+    def _prints(self, turns: Sequence[Message], tools: Sequence[Any], words: Iterable[str]) -> bool:
+        for turn in turns:
+            self._style(turn.role)
+        try:
+            text = self._chat(turns, generation=True, tools=tools)
+        except DataError:
+            return False
+        return all(word in text for word in words)
+
+    def _chat(self, turns: Sequence[Message], *, generation: bool, tools: Sequence[Any] = ()) -> str:
+        return self._renderer([self._as_chat(turn) for turn in turns], generation=generation, tools=tools)
 
     def _as_chat(self, turn: Message) -> dict[str, Any]:
         if self._styles.get(turn.role, "blocks") == "text":
-            return {"role": turn.role, "content": self._joined(turn)}
+            return {"role": turn.role, "content": self._joined(turn), **turn.further}
         return turn.as_chat()
 
     def _joined(self, turn: Message) -> str:
@@ -248,7 +309,7 @@ class ChatTemplate:
         return "".join(token if part is None else part for part in turn.parts)
 
     def _style(self, role: str) -> Style | str:
-        """How contents of a role are given, or why they cannot be."""
+        """How the contents of a role are passed to the template, or why it does not take this role."""
         if role not in self._styles:
             before = {"user": [], "system": [], "assistant": ["user"]}.get(role, ["user", "assistant"])
             for other in before:
@@ -259,10 +320,12 @@ class ChatTemplate:
             reasons: list[str] = []
             for style in ("blocks", "text"):
                 self._styles[role] = style
+                turn = Message(role, (PROBE,))
+                opening = _turns(*before)
+                if role == "tool":  # what it gave to a call
+                    opening, turn = [*_turns("user"), _CALLS], Message(role, (PROBE,), _ANSWERS)
                 try:
-                    text = self._chat(
-                        [*_turns(*before), Message(role, (PROBE,)), *_turns(*after)], generation=False
-                    )
+                    text = self._chat([*opening, turn, *_turns(*after)], generation=False)
                 except DataError as error:
                     reasons.append(str(error))
                     continue
@@ -273,7 +336,7 @@ class ChatTemplate:
         return self._styles[role]
 
     def _behind_a_response(self) -> tuple[str, str]:
-        """What the template writes behind a last response, and behind one that a user turn follows."""
+        """Text that the template writes after the last response, and after a response before a user turn."""
         if not self.is_there:
             return "", ""
         probe, found = Message("assistant", (PROBE,)), []
@@ -282,7 +345,7 @@ class ChatTemplate:
         for after in ([], _turns("user")):
             try:
                 text = self._chat([*_turns("user"), probe, *after], generation=False)
-            except DataError:  # rows that the template refuses are reported one by one
+            except DataError:  # rows that the template refuses are reported row by row
                 text = ""
             found.append(text.rpartition(PROBE)[2] if PROBE in text else "")
         return found[0], found[1]

@@ -1,7 +1,7 @@
-"""What a data format is, and which format a set of columns belongs to.
+"""The interface of a data format, and how the format is found from the columns.
 
-A format is one file of this folder with one class; nothing else lists it. One outside the package is named
-``path/to/file.py:ClassName`` in ``data.format``.
+A format is one class in one file of this folder. A format outside the package is named ``path/to/file.py:ClassName``
+in ``data.format``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Spec = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns by which a format is known: those that must be there, and those that must not."""
+    """Columns by which a format is recognised: those that must exist, and those that must not."""
 
     need: frozenset[str]
     without: frozenset[str]
 
     @classmethod
     def of(cls, words: str) -> Columns:
-        """From one entry of :attr:`Format.columns`.
+        """Parse one entry of :attr:`Format.columns`.
 
         >>> Columns.of("messages chosen !prompt").without
         frozenset({'prompt'})
@@ -44,15 +44,16 @@ class Columns:
 
 
 class Format(Component, ABC):
-    """One way to write an example as a row.
+    """A way to write an example as a row.
 
     Class attributes:
-        columns: the sets of columns by which the format is known, as words; one set is enough. ``!column`` must not
-            be there. A set that holds another format's wins over it (:func:`find_format`), so a new format never
-            needs a change in an old one.
-        examples: rows of this format that give one example or more, for tests and readers; a picture is ``a.png``.
-        reads: columns of :data:`cwdpo.data.columns.MEANING` that :meth:`parse` understands. Any other column of that
-            table is refused before a row is parsed.
+        columns: sets of columns, as words; rows with all columns of one set have this format. ``!column`` must not
+            exist. A set that contains a set of another format is preferred (:func:`find_format`), so a new format
+            needs no change in the others.
+        examples: rows of this format that give at least one example, for tests and documentation; an image is
+            ``a.png``.
+        reads: columns of :data:`cwdpo.data.columns.MEANING` that :meth:`parse` reads. A row with another column of
+            that table is an error.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -60,11 +61,11 @@ class Format(Component, ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
 
     def joined(self, rows: Iterator[RawRow], notes: list[str]) -> Iterator[RawRow]:
-        """The rows as :meth:`parse` takes them. A format whose examples take several rows joins these here.
+        """The rows for :meth:`parse`. A format whose examples need several rows joins these rows here.
 
         Args:
-            rows: the rows of the source; the value of one that cannot be read is a RowError, to be passed on.
-            notes: for a line that says what was joined, once all rows are read.
+            rows: the rows of the source; a row that cannot be read has a RowError as its value and must be passed on.
+            notes: a line about the joined rows may be appended after all rows are read.
         """
         del notes
         return rows
@@ -79,7 +80,7 @@ class Format(Component, ABC):
 
     @property
     def name(self) -> str:
-        """The file's name for a shipped format, the class's for a user's own."""
+        """The name of the file for a shipped format, or of the class for a format outside the package."""
         package, _, module = type(self).__module__.rpartition(".")
         return module if package == FORMATS.package else type(self).__name__
 
@@ -90,7 +91,7 @@ class Format(Component, ABC):
 
     @classmethod
     def matched(cls, columns: Set[str]) -> list[frozenset[str]]:
-        """Every set of columns by which these are known as this format; empty where they are not."""
+        """All sets of this format that match the columns; empty if the columns are not of this format."""
         return [one.need for one in cls.signatures() if one.match(columns)]
 
 
@@ -98,15 +99,15 @@ FORMATS: Registry[Format] = Registry("data format", "cwdpo.data.formats", Format
 
 
 def find_format(spec: Spec, columns: Set[str], where: str) -> Format:
-    """The format that ``spec`` names; for ``auto`` the one that the columns belong to.
+    """The format that ``spec`` names; for ``auto``, the format of the columns.
 
-    Of several formats that know the columns, one gives way to another if each set by which it knows them is part of
-    a larger set of the other: ``chosen rejected`` (TRL) gives way to ``messages chosen rejected`` (LLaMA-Factory).
+    If several formats match, a format is dropped if each of its matching sets is part of a larger set of another
+    format: ``chosen rejected`` (TRL) is dropped for ``messages chosen rejected`` (LLaMA-Factory).
 
     Raises:
-        UnknownComponentError: no such format, file or class.
-        RecipeError: a setting of the format that does not exist.
-        DataError: columns that match no format, or several of which none gives way.
+        UnknownComponentError: there is no such format, file or class.
+        RecipeError: the format has no such setting.
+        DataError: no format matches the columns, or several do.
     """
     if spec != "auto":
         return FORMATS.build(spec)
@@ -129,7 +130,7 @@ def find_format(spec: Spec, columns: Set[str], where: str) -> Format:
     )
     raise DataError(
         f"{where}: the columns ({seen[:500]}) match no known format{_nearest(columns)}; allowed: {allowed}. "
-        "Rename the columns, set data.format to have each row's problem named, or write a format of your own "
+        "Rename the columns, set data.format to see the problem of each row, or write a format of your own "
         "(data.format: file.py:ClassName)"
     )
 
@@ -139,7 +140,7 @@ def _gives_way(sets: list[frozenset[str]], other: list[frozenset[str]]) -> bool:
 
 
 def _nearest(columns: Set[str]) -> str:
-    """What would have to be added or taken away for each of the formats of which most is there."""
+    """The columns to add or remove for the formats with the most matching columns."""
     groups = [
         (name, one)
         for name in FORMATS.names()

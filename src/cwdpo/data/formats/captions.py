@@ -1,4 +1,4 @@
-"""Captioned pictures, as COCO and Flickr give them: several true captions for each image."""
+"""Images with captions, as in COCO and Flickr: several true captions for each image."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cwdpo.records import Example, Message
 class Captions(Format):
     """``{"image": ..., "captions": [str, ...]}``: one example for each of ``captions_per_image`` captions.
 
-    Which captions become chosen is drawn by a hash of the id, so it does not hang on the order of rows, and
-    asking for more captions keeps the ones drawn before. All captions are references.
+    A hash of the id decides which captions become chosen, so this does not depend on the order of rows, and with more
+    captions per image the earlier ones stay. All captions are references.
     """
 
     columns = ("image captions",)
@@ -31,7 +31,7 @@ class Captions(Format):
     )
 
     def parse(self, row: Row) -> list[Example]:
-        """``data.captions_per_image`` examples a row, fewer where there are fewer captions."""
+        """``data.captions_per_image`` examples per row, or fewer if there are fewer captions."""
         if not present(row.values.get("image")):
             raise RowError(
                 "missing-key", "image", "there is no picture; allowed: one", "add 'image', or drop the row"

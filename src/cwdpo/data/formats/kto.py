@@ -16,8 +16,8 @@ from cwdpo.records import Example
 class Kto(Format):
     """``prompt``, ``completion``, ``label`` (TRL), or ``messages`` and ``label`` (ms-swift).
 
-    A response labelled true is chosen; all responses to the same prompt that are labelled false are its negatives. A
-    prompt whose responses all have one label is refused: there is no pair in it.
+    A response labelled true is chosen; all responses to the same prompt that are labelled false are its negatives. It
+    is an error if all responses to a prompt have the same label, because there is no pair.
     """
 
     columns = ("prompt completion label", "messages label")
@@ -31,5 +31,5 @@ class Kto(Format):
         return pair_labelled(rows, notes)
 
     def parse(self, row: Row) -> list[Example]:
-        """As TRL's rows, which :meth:`joined` has made of them."""
+        """Parse the row like TRL's rows, since :meth:`joined` has made it one."""
         return Trl().parse(row)

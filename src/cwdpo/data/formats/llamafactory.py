@@ -1,4 +1,4 @@
-"""LLaMA-Factory's rows: sharegpt, its OpenAI spelling, and alpaca."""
+"""LLaMA-Factory's rows: sharegpt, also with OpenAI's names, and alpaca."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TURNS = "a list of {from, value} or of {role, content}"
 
 
 class LlamaFactory(Format):
-    """Sharegpt, its OpenAI spelling, or alpaca; each with ``chosen`` and ``rejected``, or as SFT data without.
+    """Sharegpt, sharegpt with OpenAI's names, or alpaca; with ``chosen`` and ``rejected``, or as SFT data.
 
-    Sharegpt: ``conversations[{from, value}]`` (or ``messages[{role, content}]``), answers as one such turn each; the
-    last turn is chosen where there is no ``chosen`` (LLaVA's SFT form). Alpaca: ``instruction`` and ``input``, joined
-    by a line break, after the pairs of ``history``; answers are strings; ``output`` is chosen where there is no
-    ``chosen``. ``<image>`` marks each picture of ``images`` in the text.
+    Sharegpt: ``conversations[{from, value}]`` (or ``messages[{role, content}]``); an answer is one such turn. Without
+    ``chosen`` the last turn is chosen (LLaVA's SFT data). Alpaca: the pairs of ``history``, then ``instruction`` and
+    ``input`` joined by a line break; answers are strings. Without ``chosen``, ``output`` is chosen. ``<image>`` in the
+    text marks the place of each image of ``images``.
     """
 
     columns = (
@@ -89,7 +89,7 @@ def _instruction(row: Row) -> tuple[str | None, ...]:
 
 
 def _refuse_history(row: Row) -> None:
-    """LLaMA-Factory reads the column in alpaca rows only."""
+    """Raise an error for ``history`` in a conversation: LLaMA-Factory reads it in alpaca rows only."""
     if present(row.values.get("history")):
         raise RowError(
             "column-not-read",

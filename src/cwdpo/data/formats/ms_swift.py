@@ -15,7 +15,7 @@ from cwdpo.records import Completion, Example
 class MsSwift(Format):
     """``messages`` ending in chosen, with ``rejected_response`` or ``rejected_messages``, and ``images``.
 
-    Images without an ``<image>`` in the text go in front of the first user turn, as ms-swift puts them.
+    Images without an ``<image>`` in the text are put before the first user turn, as in ms-swift.
     """
 
     columns = ("messages rejected_response", "messages rejected_messages")

@@ -1,4 +1,4 @@
-"""POVID's and V-DPO's rows: LLaVA's conversation and a second one that ends in rejected."""
+"""The rows of POVID and V-DPO: LLaVA's conversation, and a second one that ends with rejected."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _TURNS = "a list of {from, value}"
 
 
 class Povid(Format):
-    """LLaVA's rows (``image``, ``conversations`` ending in chosen) with a second conversation that ends in rejected.
+    """LLaVA's rows (``image``, ``conversations`` ending with chosen) and a second conversation ending with rejected.
 
-    POVID calls it ``rejected_conversations``, V-DPO ``contrastive_conversations``. ``<image>`` marks the picture.
+    It is called ``rejected_conversations`` in POVID and ``contrastive_conversations`` in V-DPO. ``<image>`` marks the
+    place of the image.
     """
 
     columns = ("conversations rejected_conversations", "conversations contrastive_conversations")

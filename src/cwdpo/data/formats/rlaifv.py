@@ -16,10 +16,10 @@ from cwdpo.records import Completion, Example
 
 
 class RlaifV(Format):
-    """``image``, ``question``, ``chosen``, ``rejected``; RLHF-V holds the last three as JSON in ``text``.
+    """``image``, ``question``, ``chosen``, ``rejected``; in RLHF-V the last three are JSON in ``text``.
 
-    MMPR marks its pictures by ``<image>`` in the question, and gives several as a list under ``image``; rows without
-    a picture are texts alone.
+    MMPR marks the places of images with ``<image>`` in the question, and several images are a list in ``image``; a row
+    may have no image.
     """
 
     columns = ("question chosen rejected !captions", "image text !captions")

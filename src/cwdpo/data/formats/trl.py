@@ -9,6 +9,7 @@ from cwdpo.data.formats.base import Format
 from cwdpo.data.problems import RowError
 from cwdpo.data.rowparts import Row
 from cwdpo.data.texts import wrong_type
+from cwdpo.data.tools import tools_of
 from cwdpo.data.turns import (
     CHAT,
     TAGGED_CHAT,
@@ -28,8 +29,8 @@ _REPLIES = "a string, a list of messages, or a list of several of these"
 class Trl(Format):
     """``images``/``image`` with ``prompt``, ``chosen``, ``rejected`` as strings or message lists.
 
-    Without ``prompt``, chosen and rejected are whole conversations that share everything but the last turn.
-    ``messages``, or ``prompt`` and ``completion``, give an example without negatives.
+    Without ``prompt``, chosen and rejected are whole conversations that are equal except for the last turn. Rows with
+    ``messages``, or with ``prompt`` and ``completion``, give an example without negatives.
     """
 
     columns = ("chosen rejected", "prompt chosen", "prompt completion", "messages")
@@ -41,6 +42,8 @@ class Trl(Format):
             "rejected": "a dog",
         },
     )
+
+    reads = frozenset({"tools"})
 
     def parse(self, row: Row) -> list[Example]:
         """One example a row."""
@@ -57,7 +60,7 @@ class Trl(Format):
             turns, chosen = _split_conversation(row, said, reply, style)
         rejected = [(where, Completion(text)) for where, text in _rejected(row, turns)]
         prompt, placed = place_images(turns, images, key)
-        return [row.example(prompt, placed, chosen, rejected)]
+        return [row.example((*tools_of(row), *prompt), placed, chosen, rejected)]
 
 
 def _split_conversation(row: Row, value: Any, key: str, style: Style) -> tuple[list[Turn], str]:
@@ -74,7 +77,7 @@ def _split_conversation(row: Row, value: Any, key: str, style: Style) -> tuple[l
 
 
 def _rejected(row: Row, prompt: Sequence[Turn]) -> list[tuple[str, str]]:
-    """``(key, text)`` of each rejected response. Our own columns may take its place."""
+    """``(key, text)`` of each rejected response; may be missing if the row has this project's own columns."""
     has_own = any(key in row.values for key in ("negatives", "gentle"))
     is_sft = not row.has("chosen")
     row.used.add("rejected")

@@ -19,9 +19,9 @@ _ALLOWED = "a list of {annotations, model, response}"
 class VlFeedback(Format):
     """``prompt``, ``img_path`` (or ``image``) and ``completions[{annotations: {aspect: {Rating}}, model, response}]``.
 
-    Chosen is the response with the best mean rating over the aspects that have one, the first of several; every
-    response with a lower one is a negative, the model that wrote it and its rating in ``made``. Ratings that are no
-    number do not count, nor do responses without any.
+    Chosen is the (first) response with the best mean rating over the aspects that have a rating. Every response with a
+    lower mean rating is a negative, with its model and rating in ``made``. Ratings that are not numbers and
+    responses without a rating are ignored.
     """
 
     columns = ("prompt completions",)
@@ -62,7 +62,7 @@ class VlFeedback(Format):
             raise RowError(
                 "no-preference",
                 "completions",
-                "all are rated alike; allowed: one that is better",
+                "all have the same rating; allowed: one that is better",
                 "drop the row",
             )
         prompt, placed = place_images([turn], images, "prompt")
@@ -72,7 +72,7 @@ class VlFeedback(Format):
 def _completions(row: Row) -> list[Any]:
     value = row.take("completions", _ALLOWED)
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
-        # A table of such rows holds a column for each key.
+        # In a table of such rows there is a column for each key.
         if len({len(one) for one in value.values()}) > 1:
             raise wrong_type("completions", value, f"{_ALLOWED}, or columns of these of equal length")
         value = [dict(zip(value, one, strict=True)) for one in zip(*value.values(), strict=True)]
@@ -82,7 +82,7 @@ def _completions(row: Row) -> list[Any]:
 
 
 def _rated(value: Any, key: str) -> tuple[float, str, str, str] | None:
-    """Mean rating, response, model and key; ``None`` without a rating."""
+    """Mean rating, response, model and key; ``None`` if there is no rating."""
     if not isinstance(value, dict):
         raise wrong_type(key, value, "{annotations, model, response}")
     annotations = value.get("annotations") or {}

@@ -1,8 +1,9 @@
-"""LLaMA-Factory's registry of data sets: where one lies, and what its columns and tags mean."""
+"""LLaMA-Factory's registry of data sets: the place of each data set, and the meaning of its columns and tags."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ _KNOWN = ("file_name", "hf_hub_url", "formatting", "ranking", "split", "columns"
 class Entry:
     """One data set of a registry.
 
-    ``place`` is a path or a hub id, ``folder`` where image paths start (``None`` for the hub); :meth:`renamed` brings
-    a row under LLaMA-Factory's default columns and tags.
+    ``place`` is a path or a hub id; image paths are relative to ``folder`` (``None`` for the hub). :meth:`renamed`
+    changes a row to LLaMA-Factory's default columns and tags.
     """
 
     def __init__(self, where: str, folder: Path, described: Mapping[str, Any]) -> None:
@@ -61,13 +62,13 @@ class Entry:
             raise DataError(f"{where}: neither 'file_name' nor 'hf_hub_url'; add one of them")
         self.place = hub if hub is not None else str(folder / str(file))
         self.folder = None if hub is not None else folder
-        if hub is None and not Path(self.place).exists():
+        if hub is None and not os.path.exists(self.place):
             raise DataError(f"{where}: file_name = {file!r}: there is no {self.place}; correct it")
 
     def renamed(self, row: Mapping[str, Any]) -> dict[str, Any] | RowError:
-        """The row under the names that LLaMA-Factory has for what its columns and tags mean.
+        """The row with LLaMA-Factory's default names of columns and tags.
 
-        Where the entry lists columns, the parser sees no others under its names.
+        If the entry lists columns, other columns with these default names are removed.
         """
         found = dict(row)
         if self._columns:
@@ -81,7 +82,7 @@ class Entry:
             found = {key: value for key, value in row.items() if key not in listed and key not in _OURS}
             found |= {_COLUMNS[key]: row[own] for key, own in self._columns.items() if own in row}
             if found.get("images") is not None and not isinstance(found["images"], list):
-                found["images"] = [found["images"]]  # LLaMA-Factory takes one picture for a list of one
+                found["images"] = [found["images"]]  # LLaMA-Factory treats one image as a list of one
         try:
             for key in ("messages", "chosen", "rejected") if self._tags else ():
                 ours = _COLUMNS[key]
@@ -109,10 +110,10 @@ class Entry:
 
 
 def registry_entry(path: str) -> Entry | None:
-    """The entry that ``FOLDER/dataset_info.json:NAME`` names; ``None`` for any other path.
+    """The entry of a path ``FOLDER/dataset_info.json:NAME``; ``None`` for any other path.
 
     Raises:
-        DataError: no such registry or entry, or one that says what cannot be read.
+        DataError: there is no such registry or entry, or the entry needs something that is not supported.
     """
     text, colon, name = path.rpartition(f"{NAME}:")
     if not colon:
@@ -149,7 +150,7 @@ def _refuse_unknown(where: str, described: Mapping[str, Any]) -> None:
 
 
 def _names(where: str, described: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[str, str]:
-    """A mapping of the entry: our names to the data's, each used once."""
+    """A mapping of the entry from LLaMA-Factory's names to those of the data; each name may be used once."""
     given = described.get(key) or {}
     if not isinstance(given, dict):
         raise DataError(f"{where}: {key}: {type(given).__name__}; allowed: an object of names")

@@ -1,4 +1,4 @@
-"""Raw rows of one file: lines, a list, a table, plain or through gzip; shards of WebDataset are in ``tar.py``."""
+"""Raw rows of one file: lines, a list or a table, possibly compressed with gzip; ``tar.py`` reads WebDataset shards."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cwdpo.errors import DataError
 
 LINES, LIST, TABLE, SHARD = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".tar", ".tgz")
 SUFFIXES = (*LINES, *LIST, *TABLE, *SHARD, *(one + GZIP for one in (*LINES, *LIST, ".tar")))
-_PARQUET_BATCH = 64  # rows; they may carry whole images
+_PARQUET_BATCH = 64  # rows; they may contain images
 
 
 def file_source(path: Path) -> Source:
     """The source of one file.
 
     Raises:
-        DataError: a suffix that says of nothing that is read.
+        DataError: the suffix is not supported.
     """
     readers: dict[tuple[str, ...], Callable[[Path], Iterator[RawRow]]] = {
         LINES: _line_rows,

@@ -1,4 +1,4 @@
-"""Rows of data sets that ``datasets`` stores: folders of ``save_to_disk``, and the hub."""
+"""Rows of data sets of the ``datasets`` library: folders of ``save_to_disk``, and the hub."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 from cwdpo.data.read.source import RawRow, as_row
 from cwdpo.errors import DataError
 
-_BATCH = 64  # rows; they may carry whole images
+_BATCH = 64  # rows; they may contain images
 
 
 def saved_rows(folder: Path) -> Iterator[RawRow]:
-    """Rows of a folder that ``save_to_disk`` wrote; of several splits those of ``train``.
+    """Rows of a folder that ``save_to_disk`` wrote; if there are several splits, those of ``train``.
 
     Raises:
-        DataError: ``datasets`` cannot load it, or it has several splits and no ``train``.
+        DataError: ``datasets`` cannot load the folder, or it has several splits but no ``train``.
     """
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # datasets raises many kinds
+    except Exception as error:  # datasets raises many types of error
         raise DataError(f"{folder}: datasets cannot load this folder ({str(error)[:300]})") from None
     yield from dataset_rows(str(folder), loaded)
 
 
 def hub_rows(name: str) -> Iterator[RawRow]:
-    """Rows of a data set on the hub, as :func:`saved_rows`.
+    """Rows of a data set on the hub; splits as for :func:`saved_rows`.
 
     Raises:
         DataError: the hub does not answer or has no such data set.
@@ -39,21 +39,23 @@ def hub_rows(name: str) -> Iterator[RawRow]:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # network, permissions, several configurations, ...
         raise DataError(
-            f"there is no file or folder {name!r} here, and the hub did not give such a data set "
+            f"there is no file or folder {name!r}, and the hub has no such data set or did not answer "
             f"({type(error).__name__}: {str(error)[:300]})"
         ) from None
     yield from dataset_rows(name, loaded)
 
 
 def dataset_rows(name: str, loaded: Any, *, embed: bool = False) -> Iterator[RawRow]:
-    """Rows of a ``datasets`` object; of several splits those of ``train``.
+    """Rows of a ``datasets`` object; if there are several splits, those of ``train``.
 
     Args:
-        embed: read the files that its features name. A stranger's data set could name any file, so only for one that
-            the caller has made.
+        name: name of the data set, for messages.
+        loaded: the object.
+        embed: whether to read files that its features name. Use it only for data sets that the caller has made,
+            because a foreign data set could name any file.
 
     Raises:
-        DataError: several splits and no ``train``.
+        DataError: there are several splits but no ``train``.
     """
     if isinstance(loaded, dict):
         splits: Iterable[str] = loaded.keys()
@@ -63,8 +65,8 @@ def dataset_rows(name: str, loaded: Any, *, embed: bool = False) -> Iterator[Raw
                 f"{name}: has no split 'train' but {', '.join(splits) or 'none at all'}; save one of them"
             )
         name, loaded = f"{name}[{split}]", loaded[split]
-    # Arrow's own rows: pictures, films and sound stay as they are stored, at any depth. Encoded bytes are smaller
-    # than decoded pictures, nothing is compressed twice, and only our own checks open them.
+    # Take the rows as Arrow stores them, so that `datasets` does not decode images, videos and audio. Encoded bytes are
+    # smaller than decoded images, nothing is compressed twice, and only our own checks open them.
     number = 0
     for table in loaded.with_format("arrow").iter(batch_size=_BATCH):
         for value in (_embedded(table, name) if embed else table).to_pylist():
@@ -77,7 +79,7 @@ def _embedded(table: Any, name: str) -> Any:
 
     try:
         return embed_table_storage(table, remote_files=False)
-    except Exception as error:  # a file that is not there, storage that cannot be read
+    except Exception as error:  # a missing file, or storage that cannot be read
         raise DataError(
             f"{name}: a picture cannot be read ({type(error).__name__}: {str(error)[:200]})"
         ) from None

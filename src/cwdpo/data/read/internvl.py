@@ -1,8 +1,9 @@
-"""InternVL's registry of data sets (``meta.json`` of MMPR): where each lies, and how often its rows are taken."""
+"""InternVL's registry of data sets (``meta.json`` of MMPR): the place of each, and how often its rows are used."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +24,12 @@ _UNREAD = {
     "dynamic_image_size": "tiles are the processor's: set model.processor_options",
     "conversation_template": "the checkpoint's own chat template is used; remove the key",
 }
-_MOST_BYTES = 64 << 20  # of a registry; a .json list of rows is told from one by its first character
+_MOST_BYTES = 64 << 20  # largest registry; a .json list of rows is recognised by its first character
 
 
 @dataclass(frozen=True)
 class _Set:
-    """One data set of a registry: its rows, the folder of its pictures from the registry's base, and its share."""
+    """One data set of a registry: its rows, the folder of its images relative to the base, and ``repeat_time``."""
 
     name: str
     source: Source
@@ -37,15 +38,15 @@ class _Set:
 
 
 def registry_source(path: str, open_file: Callable[[Path], Source]) -> Source | None:
-    """The data sets of ``META.json``, or one as ``META.json:NAME``, one after the other; ``None`` for any other path.
+    """The rows of all data sets of ``META.json``, or of one as ``META.json:NAME``; ``None`` for any other path.
 
-    A registry is an object of objects with ``annotation``. ``root`` and ``annotation`` are looked for in the folder
-    of the file, then in the one above it, as MMPR's releases need it; both must stay inside. Of ``repeat_time`` a
-    whole number takes each row so often, and a share below 1 takes a row where a hash of its place says so, so that
-    the same rows are taken each time.
+    A registry is an object of objects with ``annotation``. ``root`` and ``annotation`` are relative to the folder of
+    the file or to the folder above it, as MMPR's releases need, and must stay inside. If ``repeat_time`` is an integer,
+    each row is used that often. If it is a share below 1, a hash of a row's place decides whether it is used, so that
+    the same rows are used each time.
 
     Raises:
-        DataError: no such entry, a place outside the folder, or a key that cannot be honoured.
+        DataError: there is no such entry, a path leads outside the folder, or a key is not supported.
     """
     named = _NAMED.fullmatch(path)
     file = Path(named["file"] if named else path)
@@ -68,16 +69,16 @@ def registry_source(path: str, open_file: Callable[[Path], Source]) -> Source | 
 
 
 def _registry(file: Path) -> dict[str, Any] | None:
-    """The entries of a registry, or ``None`` where the file is none."""
+    """The entries of a registry, or ``None`` if the file is not one."""
     try:
-        if not file.is_file() or file.suffix.lower() != ".json" or file.stat().st_size > _MOST_BYTES:
+        if not os.path.isfile(file) or file.suffix.lower() != ".json" or file.stat().st_size > _MOST_BYTES:
             return None
         with file.open("rb") as stream:
             if stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
                 return None
         entries = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
-        return None  # reading it as rows says why
+        return None  # the error is reported when the file is read as rows
     is_registry = entries and all(isinstance(one, dict) and "annotation" in one for one in entries.values())
     return entries if is_registry else None
 
@@ -85,10 +86,10 @@ def _registry(file: Path) -> dict[str, Any] | None:
 def _opened(
     file: Path, entries: Mapping[str, Mapping[str, Any]], open_file: Callable[[Path], Source]
 ) -> tuple[Path, list[_Set]]:
-    """The folder that the entries' paths start from, and their data sets."""
+    """The folder that the entries' paths are relative to, and their data sets."""
     first = next(iter(entries.values()))["annotation"]
     folders = [file.parent.resolve(), file.parent.resolve().parent]
-    base = next((one for one in folders if isinstance(first, str) and (one / first).is_file()), None)
+    base = next((one for one in folders if isinstance(first, str) and os.path.isfile(one / first)), None)
     if base is None:
         raise DataError(
             f"{file}: annotation = {shown(first, 200)}: there is no such file in {folders[0]} or {folders[1]}; "
@@ -119,7 +120,7 @@ def _entry(
         if not isinstance(value, str) or not (base / value).resolve().is_relative_to(base):
             raise DataError(f"{where}: {key} = {shown(value)}: leads outside {base}; move the data below it")
     annotation = base / entry["annotation"]
-    if not annotation.is_file():
+    if not os.path.isfile(annotation):
         raise DataError(
             f"{where}: annotation = {entry['annotation']!r}: there is no {annotation}; correct it"
         )
@@ -127,7 +128,7 @@ def _entry(
 
 
 def _taken(one: _Set) -> Iterator[RawRow]:
-    """The rows of a set, its pictures' paths from the registry's base, as often as its share says."""
+    """The rows of a data set, as often as ``repeat_time`` says, with image paths relative to the base."""
     for time in range(max(1, int(one.times))):
         for raw in one.source.rows():
             if one.times < 1 and not _drawn(raw, one.times):
@@ -139,7 +140,7 @@ def _taken(one: _Set) -> Iterator[RawRow]:
             for key in IMAGE_KEYS:
                 if key in value:
                     value[key] = _below(one.root, value[key])
-            # Ids are unique within an annotation file only.
+            # Ids are unique only within an annotation file.
             value["id"] = f"{one.name}#{raw.number}" + (f"@{time + 1}" if time else "")
             yield replace(raw, value=value, line=None, again=time > 0)
 

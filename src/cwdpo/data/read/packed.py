@@ -1,4 +1,4 @@
-"""Files that may be packed by gzip: what they hold, and their bytes."""
+"""Files that may be compressed with gzip: their kind and their bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GZIP = ".gz"
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says what a file holds, in lower case and without ``.gz``.
+    """The suffix of a file's content, in lower case and without ``.gz``.
 
     >>> kind_of(Path("train.JSONL.gz"))
     '.jsonl'
@@ -20,12 +20,12 @@ def kind_of(path: Path) -> str:
 
 
 def bare_name(path: Path) -> str:
-    """The name without the suffixes that say what the file holds: ``train`` of ``train.jsonl.gz``."""
+    """The name without suffixes: ``train`` for ``train.jsonl.gz``."""
     name = path.stem if path.suffix.lower() == GZIP else path.name
     return Path(name).stem
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The file, unpacked if it is a ``.gz`` or a ``.tgz``."""
+    """Open a file; a ``.gz`` or ``.tgz`` is decompressed."""
     packed = path.suffix.lower() in (GZIP, ".tgz")
     return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")

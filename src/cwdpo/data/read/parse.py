@@ -1,4 +1,4 @@
-"""Raw rows to Examples by their format, one row at a time. What is wrong with a row is named, never guessed at."""
+"""Parses raw rows into Examples with a format, one row at a time; a problem is reported, not guessed around."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cwdpo.data.rowparts import ReadOptions, Row
 from cwdpo.errors import DataError
 from cwdpo.records import Example, ImageRef
 
-_PEEKED_ROWS = 16  # optional columns may be absent from the first row
+_PEEKED_ROWS = 16  # rows used to find the format; the first row may lack optional columns
 
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """What became of one row. A row whose negative was left out has examples and problems.
+    """The result of one row; if a negative was left out, the row has both examples and problems.
 
-    ``columns`` are those that are not null, ``unread`` those that say something and were not read, ``pictures`` the
-    row's pictures by their key (``images[0]``).
+    ``columns`` are the columns that are not null, ``unread`` those with a value that were not read. ``pictures`` are
+    the row's images by key (``images[0]``).
     """
 
     raw: RawRow
@@ -37,17 +37,17 @@ class ParsedRow:
 
 
 class ParsedRows:
-    """The rows of a source, parsed as they are read; no row is kept.
+    """The rows of a source, parsed one by one while iterating; rows are not kept.
 
     Args:
         source: the rows.
-        format: ``auto``, a name, ``file.py:ClassName``, or a mapping with ``name`` and settings; where the source
-            says its format, ``auto`` is that one.
-        folder: where its pictures are.
-        options: what rows do not say.
+        format: ``auto``, a name, ``file.py:ClassName``, or a mapping with ``name`` and settings; ``auto`` is the format
+            that the source states, if any.
+        folder: the folder of the images.
+        options: settings for reading.
 
     Raises:
-        CwdpoError: as :func:`cwdpo.data.read.reader.read_examples`, but bad rows and empty sets are left to the caller.
+        CwdpoError: as in :func:`cwdpo.data.read.reader.read_examples`, except for bad rows and empty data sets.
     """
 
     def __init__(self, source: Source, format: Spec, folder: ImageFolder, options: ReadOptions) -> None:
@@ -61,7 +61,7 @@ class ParsedRows:
         stream = source.rows()
         peeked = list(islice(stream, _PEEKED_ROWS))
         if not peeked:
-            raise DataError(f"{source.name}: no rows; give a set with at least one")
+            raise DataError(f"{source.name}: no rows; use a data set with at least one")
         if all(isinstance(raw.value, RowError) for raw in peeked):
             problems = [
                 raw.value.at(raw.file, raw.number) for raw in peeked if isinstance(raw.value, RowError)
@@ -72,7 +72,7 @@ class ParsedRows:
         columns = frozenset[str]().union(*(_columns(raw) for raw in peeked)) - options.ignore
         self.format = find_format(source.format if format == "auto" else format, columns, source.name)
         self.unread: Counter[str] = Counter()
-        """Rows that say something in a column that the format does not read, by column."""
+        """For each column that the format does not read, the number of rows with a value in it."""
         self._joined: list[str] = []
         self._rows = self.format.joined(map(self._without_ignored, chain(peeked, stream)), self._joined)
         self._ids = FirstPlaces()
@@ -84,7 +84,7 @@ class ParsedRows:
             yield row
 
     def notes(self) -> list[str]:
-        """What a reader should know of the rows so far, beside the problems: a line each."""
+        """Notes about the rows read so far, other than problems; one line each."""
         notes = list(self._joined)
         if self._options.ignore:
             notes.append(f"columns ignored as asked: {', '.join(sorted(self._options.ignore))}")
@@ -130,7 +130,7 @@ def _columns(raw: RawRow) -> frozenset[str]:
 
 
 def _new_ids(examples: list[Example], ids: FirstPlaces) -> list[int]:
-    """Digests of the examples' ids, none of which may have been used before."""
+    """Digests of the examples' ids; an error if an id was used before."""
     digests = [digest8(example.id.encode("utf-8", "surrogatepass")) for example in examples]
     for example, digest in zip(examples, digests, strict=True):
         before = ids.find(digest)

@@ -1,4 +1,4 @@
-"""From files, folders and the hub to Examples. Bad rows are left out and named, never guessed at."""
+"""Reads files, folders and data sets of the hub into Examples; bad rows are left out and reported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cwdpo.records import Example
 
 @dataclass(frozen=True)
 class ReadResult:
-    """The usable examples, and everything that was wrong with the others.
+    """The usable examples, and all problems of the rows.
 
-    ``rows`` and ``bad_rows`` count the rows read and those with at least one problem. ``notes`` are lines that a user
-    should see once: columns that were not read, pictures that were altered.
+    ``rows`` counts the rows read, ``bad_rows`` those with at least one problem. ``notes`` are lines that a user should
+    see once: columns that were not read, images that were changed.
     """
 
     examples: list[Example]
@@ -46,26 +46,26 @@ def read_examples(
     check_images: CheckImages = "identify",
     ignore_columns: Collection[str] = (),
 ) -> ReadResult:
-    """Read a data set (see :func:`iter_rows` for what ``path`` may be) into Examples, in stored order.
+    """Read a data set into Examples, in stored order; for ``path`` see :func:`cwdpo.data.read.rows.iter_rows`.
 
-    A row that cannot be used is left out; a negative that is empty or equals the chosen response is left out
-    of its row. Both are problems, and the row counts as bad. Of rows with the same id the first is kept.
+    A row that cannot be used is left out. A negative that is empty or equal to chosen is left out of its row. Both are
+    problems, and the row counts as bad. If several rows have the same id, the first one is kept.
 
     Args:
         path: file, folder, hub id, or an opened source (:func:`cwdpo.data.read.rows.rows_source`).
         format: ``auto``, a name of :data:`cwdpo.data.formats.base.FORMATS`, ``file.py:ClassName``, or a mapping
             with ``name`` and the format's settings.
-        max_bad_fraction: the share of rows, 0 to 1, that may have a problem.
-        image_root: where image paths start from and must stay; the data file's folder when ``None``.
-        default_prompt: the question where rows have none (``captions``).
+        max_bad_fraction: share of rows, 0 to 1, that may have a problem.
+        image_root: folder that image paths are relative to and must not leave; ``None``: the folder of the data file.
+        default_prompt: the question for rows without one (format ``captions``).
         limit: stop after this many examples.
-        captions_per_image: examples made of one captioned picture (``captions``).
-        check_images: ``none``, ``exists``, ``identify`` (reads headers) or ``decode`` (reads every pixel).
-        ignore_columns: columns that count as absent, whatever they say.
+        captions_per_image: number of examples from one image with captions (format ``captions``).
+        check_images: ``none``, ``exists``, ``identify`` (reads headers) or ``decode`` (reads all pixels).
+        ignore_columns: columns to ignore.
 
     Raises:
-        DataError: nothing to read, columns of no format, too many bad rows, or no usable row.
-        UnknownComponentError: an unknown format, file or class.
+        DataError: there are no rows, no format has these columns, too many rows are bad, or none is usable.
+        UnknownComponentError: the format, file or class is unknown.
     """
     if not 0 <= max_bad_fraction <= 1:
         raise DataError(f"data.max_bad_fraction = {max_bad_fraction}; allowed: 0 to 1")
@@ -82,17 +82,19 @@ def read_examples(
         raise DataError(
             f"{source.name}: {bad_rows} of {rows} rows are bad, more than data.max_bad_fraction = "
             f"{max_bad_fraction:g} allows (format {result.format})\n{explain_problems(result.problems)}\n"
-            "Fix these rows, or raise data.max_bad_fraction to go on without them."
+            "Fix these rows, or raise data.max_bad_fraction to continue without them."
         )
     if not examples:
         detail = f"\n{explain_problems(result.problems)}" if result.problems else ""
-        raise DataError(f"{source.name}: no usable row among {rows}; give a set with at least one{detail}")
+        raise DataError(
+            f"{source.name}: none of {rows} rows is usable; use a data set with at least one{detail}"
+        )
     notes = [*parsed.notes(), *stats.notes()]
     return replace(result, notes=tuple(printable(f"{source.name}: {note}") for note in notes))
 
 
 def _usable(parsed: ParsedRows, limit: int | None) -> ReadResult:
-    """The examples of all rows, or the first ``limit`` of them, with every problem on the way."""
+    """The examples of all rows, or the first ``limit`` of them, and all problems of the rows read."""
     examples: list[Example] = []
     problems: list[Problem] = []
     rows = bad_rows = 0

@@ -1,4 +1,4 @@
-"""Raw rows, one at a time, from files, folders and the hub; what they mean is the business of formats."""
+"""Raw rows, one at a time, from files, folders and the hub; the formats interpret them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """``(row number from 1, row)`` for every row, streaming (a ``.json`` list alone is read whole).
+    """``(row number from 1, row)`` for every row. Rows are streamed; only a ``.json`` list is read completely.
 
-    ``path`` is a ``.jsonl``, ``.json``, ``.parquet`` or ``.tar`` (WebDataset) file, the first two and the last also
-    as ``.gz``; a folder with such a file (``train`` or ``captions`` go first), with shards, or written by
-    ``datasets``' ``save_to_disk``; shards as ``FOLDER/*.tar``; an entry of LLaMA-Factory's registry,
-    ``FOLDER/dataset_info.json:NAME``; InternVL's registry, ``META.json`` or ``META.json:NAME``; or, where no such path
-    exists, a hub id ``owner/name``. Of several splits ``train`` is read. Each shard counts from 1.
+    ``path`` may be: a ``.jsonl``, ``.json``, ``.parquet`` or ``.tar`` (WebDataset) file, all but ``.parquet`` also as
+    ``.gz``; a folder with such a file (``train`` or ``captions`` is preferred), with shards, or written by
+    ``save_to_disk`` of ``datasets``; shards as ``FOLDER/*.tar``; an entry of LLaMA-Factory's registry,
+    ``FOLDER/dataset_info.json:NAME``; InternVL's registry, ``META.json`` or ``META.json:NAME``; or, if there is no such
+    path, a hub id ``owner/name``. If there are several splits, ``train`` is read. Each shard counts from 1.
 
     Raises:
-        DataError: nothing there, several candidates, or a row that is no JSON object.
+        DataError: there is no such data, there are several candidates, or a row is not a JSON object.
     """
     for row in open_source(path).rows():
         if isinstance(row.value, RowError):
@@ -49,7 +49,7 @@ def rows_source(rows: Iterable[Mapping[str, Any]], name: str) -> Source:
 
 
 def open_source(path: str | Path) -> Source:
-    """The source behind ``path`` (see :func:`iter_rows`); rows are read when iterated."""
+    """The source of ``path`` (see :func:`iter_rows`); rows are read while iterating."""
     if entry := registry_entry(str(path)):
         return _described(open_source(entry.place), entry, str(path))
     place = Path(path)
@@ -77,14 +77,15 @@ def open_source(path: str | Path) -> Source:
 
 
 def _described(source: Source, entry: Entry, name: str) -> Source:
-    """A source whose rows come under the names that a registry gives their columns."""
+    """A source whose columns are renamed as a registry says."""
 
     def rows() -> Iterator[RawRow]:
         for raw in source.rows():
             value = raw.value if isinstance(raw.value, RowError) else entry.renamed(raw.value)
             yield replace(raw, value=value, line=None)
 
-    # Image paths start from the registry's folder, as in LLaMA-Factory; the files' own columns are not to be read.
+    # Image paths are relative to the registry's folder, as in LLaMA-Factory. The format is fixed, because the files'
+    # own columns must not decide it.
     return Source(name, entry.folder, rows, format="llamafactory")
 
 
@@ -104,12 +105,12 @@ def _folder_source(folder: Path) -> Source:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    # dataset_info.json and the like describe data; a lone .json list must be named itself.
+    # .json files in a folder are often descriptions such as dataset_info.json, so a .json list must be named itself.
     return sorted(f for f in folder.iterdir() if f.is_file() and kind_of(f) in _IN_FOLDERS)
 
 
 def _shard(file: Path) -> re.Match[str] | None:
-    """What a file's name says of a set in several files; tars need no total."""
+    """The parts of a shard's file name; names of tars need no total."""
     shard = _SHARD.fullmatch(bare_name(file))
     return shard if shard or kind_of(file) not in SHARD else _TAR_SHARD.fullmatch(bare_name(file))
 
@@ -133,7 +134,7 @@ def _one_set(folder: Path, files: list[Path]) -> Source:
         raise DataError(f"{folder}: several data files ({names}); name the one to read")
     present = {int(s["index"]) for s in shards if s}
     total = next(s.groupdict().get("total") for s in shards if s)
-    # Tars do not say how many there are: those that are there must follow each other.
+    # Names of tars do not have the number of shards: those that exist must have consecutive numbers.
     expected = range(int(total)) if total else range(min(present), max(present) + 1)
     missing = sorted(set(expected) - present)
     if missing:
@@ -150,7 +151,7 @@ def _one_set(folder: Path, files: list[Path]) -> Source:
 
 
 def count_rows(source: Source) -> int | None:
-    """Rows of a source, for a progress bar (blank lines count too); ``None`` where counting is no cheaper."""
+    """Number of rows, for a progress bar (blank lines are counted); ``None`` if counting would mean reading all."""
     total = 0
     for file in source.files:
         try:
@@ -163,13 +164,13 @@ def count_rows(source: Source) -> int | None:
                 total += pq.read_metadata(file).num_rows
             else:
                 return None
-        except (OSError, ValueError):  # reading it will say why
+        except (OSError, ValueError):  # reading the file reports the error
             return None
     return total or None
 
 
 def held_out_beside(source: Source) -> list[Source]:
-    """Validation and test sets in the folder of a source that is called ``train``."""
+    """The validation and test sets next to a source with the name ``train``."""
     if not source.files or _stem(source.files[0]).lower() != "train":
         return []
     folder = source.files[0].parent

@@ -1,4 +1,4 @@
-"""What a reader gives: rows as stored, and where they come from."""
+"""Raw rows as stored, and their source."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cwdpo.data.problems import RowError
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as stored, or the reason why it cannot be understood as one.
+    """A row as stored, or the error if it cannot be read.
 
-    ``line`` is its line in a ``.jsonl`` file, without the line feed. ``again`` marks the repetitions of a row that a
-    registry asks for (``repeat_time``).
+    ``line`` is its line in a ``.jsonl`` file, without the line feed. ``again`` marks a repetition of a row that a
+    registry sets (``repeat_time``).
     """
 
     file: str
@@ -27,10 +27,10 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from. ``folder`` is where image paths start from; ``None`` for the hub.
+    """A source of rows. Image paths are relative to ``folder``; ``None`` for the hub.
 
-    ``files`` are the data files that are read, one after the other; none for folders of ``save_to_disk``. ``format`` is
-    what a registry says of them.
+    ``files`` are the data files, read one after another; empty for folders of ``save_to_disk``. ``format`` is set if a
+    registry states it.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Source:
 
 
 def as_row(file: str, number: int, value: Any, line: bytes | None = None) -> RawRow:
-    """A stored value as a row; anything but an object with keys is a problem of its own."""
+    """A stored value as a row; a value that is not an object with keys is an error."""
     if isinstance(value, dict):
         return RawRow(file, number, value, line)
     error = RowError(
         "not-an-object",
         "",
-        f"{type(value).__name__} where an object with keys belongs",
+        f"{type(value).__name__} is not an object with keys",
         'write each row as {"key": value, ...}',
     )
     return RawRow(file, number, error)

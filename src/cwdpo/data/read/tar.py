@@ -1,4 +1,4 @@
-"""WebDataset's shards: a tar whose members of one name are a row."""
+"""WebDataset's shards: tar files in which the members with the same name are a row."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from cwdpo.errors import DataError
 _PICTURES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"}
 _VIDEOS, _AUDIOS = {"mp4", "mkv", "avi", "mov", "webm"}, {"wav", "mp3", "flac", "ogg", "m4a"}
 _TEXTS = {"txt", "text", "caption"}
-_LARGEST = 1 << 30  # bytes of one member
+_LARGEST = 1 << 30  # largest size of a member, in bytes
 
 
 def tar_rows(path: Path) -> Iterator[RawRow]:
-    """A row for each sample of a shard: its ``.json``, with the pictures of the same name.
+    """One row for each sample of a shard: its ``.json``, with the images of the same name.
 
-    As WebDataset has it, the name of a member up to the first dot of its last part is the sample's key, the rest says
-    what it is, and members of one key follow each other. Pictures become ``image`` (one) or ``images`` (several, by
-    name), unless the JSON names them: then a name is replaced by its member. A ``.txt`` without JSON becomes
-    ``captions``. Films and sound become ``videos`` and ``audios``; other members are columns called by their ending.
+    As in WebDataset, a member's file name up to its first dot is the key of the sample, the rest is the kind of the
+    member, and the members of a sample follow each other. Images become ``image`` (one) or ``images`` (several, sorted
+    by name); if the JSON names images, the names are replaced by the members. A ``.txt`` without a JSON becomes
+    ``captions``. Videos and audio become ``videos`` and ``audios``; other members become columns with the name of their
+    kind.
 
     Raises:
-        DataError: no tar, or one that ends too early.
+        DataError: the file is not a tar, or it is truncated.
     """
     number = 0
     try:
         with open_bytes(path) as file:
             stream = _Watched(file)
-            # As a stream: members are read in their order, and links and devices are not looked at.
+            # Read as a stream: members in their order, without following links or opening devices.
             with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
                 for key, members in _samples(archive, path):
                     number += 1
@@ -50,7 +51,7 @@ def tar_rows(path: Path) -> Iterator[RawRow]:
 
 
 class _Watched:
-    """A stream that knows how it ended: ``tarfile`` takes a tar that is cut short for a shorter one."""
+    """A stream that checks the end of a tar: ``tarfile`` does not notice if a tar is truncated."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._size, self._tail = file, 0, b""
@@ -63,10 +64,10 @@ class _Watched:
         return data
 
     def check_end(self) -> None:
-        """Read to the end, which is an empty block.
+        """Read to the end, which must be an empty block.
 
         Raises:
-            tarfile.ReadError: it is not; or EOFError of an archive whose packing ends too early.
+            tarfile.ReadError: the end is missing. EOFError: the compressed data are truncated.
         """
         while self.read(1 << 20):
             pass
@@ -75,7 +76,7 @@ class _Watched:
 
 
 def _samples(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members of each sample: what follows the first dot of a name -> the bytes."""
+    """Key and members of each sample; members by their kind, the part of the name after its first dot."""
     last: str | None = None
     members: dict[str, bytes] = {}
     for member in archive:
@@ -97,7 +98,7 @@ def _samples(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, dict[s
 
 
 def _row(path: Path, number: int, key: str, members: Mapping[str, bytes]) -> RawRow:
-    """One sample as a row, or the problem with it."""
+    """One sample as a row, or its error."""
     name = key.rpartition("/")[2]
     try:
         row = _described(members)
@@ -115,7 +116,7 @@ def _row(path: Path, number: int, key: str, members: Mapping[str, bytes]) -> Raw
 
 
 def _described(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The columns of a sample, its pictures left out."""
+    """The columns of a sample without its images."""
     row: dict[str, Any] = {}
     if "json" in members:
         try:
@@ -154,7 +155,7 @@ def _text(kind: str, data: bytes) -> str:
 
 
 def _place(row: dict[str, Any], pictures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the pictures into the row: where its JSON names them, else all of them in the order of their names."""
+    """Put the images into the row: in place of their names in the JSON, or else all of them, sorted by name."""
     key = next((k for k in IMAGE_KEYS if present(row.get(k))), None)
     if key is None:
         every = list(pictures.values())

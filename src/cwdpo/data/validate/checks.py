@@ -1,4 +1,4 @@
-"""A check of a data set before any model is loaded: what was understood, what is wrong, what to repair."""
+"""Checks a data set before a model is loaded: how it is read, what is wrong, and what to repair."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ def validate(
     fix: Path | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> ValidationReport:
-    """Read every row, decode every image once, and report. Bad rows are reported, however many.
+    """Read every row, decode every image once, and report all problems.
 
-    Streaming: memory grows by some 150 bytes per row, for digests of ids, texts and pictures.
+    Rows are streamed: memory grows by about 150 bytes per row, for digests of ids, texts and images.
 
     Args:
-        path: what to read; this and the next six as for :func:`cwdpo.data.read.reader.read_examples`.
-        image_root: where image paths start from; also those of ``against``.
-        against: sets that may not share a picture with this one, besides the validation and test files next
-            to a ``train`` file. Rows whose picture stands there, by its bytes, are bad.
-        lengths: how to count lengths; words by default.
-        max_length: tokens of prompt plus longest response above which a row is bad.
-        fix: a new ``.jsonl`` file for the rows without any problem.
-        progress: told the number of rows read now and then, and at the end.
+        path: the data set; this and the next six arguments are as in :func:`cwdpo.data.read.reader.read_examples`.
+        image_root: folder that image paths are relative to, also those of ``against``.
+        against: data sets that must not have an image of this one, in addition to the validation and test files next
+            to a ``train`` file. A row with such an image, compared by its bytes, is bad.
+        lengths: counts lengths; by default in words.
+        max_length: a row with more tokens of prompt plus longest response is bad.
+        fix: a new ``.jsonl`` file for the rows without problems.
+        progress: called with the number of rows read, from time to time and at the end.
 
     Raises:
-        DataError: nothing to read, an unknown format, none of the first rows is an object, or ``fix`` cannot
-            be written.
+        DataError: there are no rows, the format is unknown, none of the first rows is an object, or ``fix`` cannot be
+            written.
     """
     if max_length is not None and max_length < 1:
         raise DataError(f"max_length = {max_length}; allowed: 1 or more")
@@ -94,7 +94,7 @@ def _check_rows(
     fix: Path | None,
     progress: Callable[[int], None],
 ) -> None:
-    """Count every row and its problems into the report; write the good ones to ``fix``."""
+    """Count all rows and problems in the report; write the good rows to ``fix``."""
     log = ProblemLog()
     with good_rows(fix) if fix is not None else nullcontext() as writer:
         for row in parsed:
@@ -111,7 +111,7 @@ def _check_rows(
 
 
 class _Checks:
-    """What is asked of a row beyond its being readable."""
+    """Checks of rows in addition to reading them: repetitions, images in other sets, lengths."""
 
     def __init__(
         self,
@@ -126,10 +126,10 @@ class _Checks:
         self._repeats = _Repeats(report, pictures)
 
     def problems(self, row: ParsedRow) -> list[Problem]:
-        """What reading found, and what these checks find."""
+        """The problems found while reading, and those of these checks."""
         found = []
         for example in row.examples:
-            if not row.raw.again:  # a repetition that the data asks for is no mistake
+            if not row.raw.again:  # a repetition set by a registry is not a problem
                 found.append(self._repeats.add(example, row))
             found.append(self._leaks.find(example))
             found.append(_measure(self._stats, self._counter, example))
@@ -149,13 +149,13 @@ def _count_row(report: ValidationReport, row: ParsedRow, problems: Sequence[Prob
         kinds = Counter(negative.kind or "unnamed" for negative in example.rejected)
         kinds["all"] = len(example.rejected)
         for kind in kinds.keys() | report.negatives_per_prompt.keys():
-            # A kind met for the first time was absent from every example before.
+            # All earlier examples have 0 negatives of a kind that occurs for the first time.
             counts = report.negatives_per_prompt.setdefault(kind, Counter({0: before} if before else {}))
             counts[kinds[kind]] += 1
 
 
 def _measure(stats: LengthStats, counter: LengthCounter, example: Example) -> RowError | None:
-    """Count the lengths of an example; what is wrong with them."""
+    """Count the lengths of an example; returns the problem if it cannot be encoded or is too long."""
     try:
         found = counter.of(example)
     except RefusedRowError as error:
@@ -180,17 +180,17 @@ def _measure(stats: LengthStats, counter: LengthCounter, example: Example) -> Ro
 
 
 class _Pictures:
-    """Tells pictures apart by 8 bytes; each file is read once."""
+    """8-byte digests of images; each file is read once."""
 
     def __init__(self, *, by_content: bool) -> None:
         self._by_content = by_content
         self._of_path = DigestMap()
 
     def of(self, image: ImageRef) -> int:
-        """Digest of the encoded bytes; of the path where files are not looked into, because they may be missing.
+        """Digest of the encoded bytes; if files are not opened (they may be missing), digest of the path.
 
         Raises:
-            DataError: the file cannot be read any more.
+            DataError: the file cannot be read.
         """
         if image.path is None:
             return digest8(image.encoded())
@@ -210,19 +210,19 @@ class _Pictures:
 
 
 class _Repeats:
-    """Finds examples that say again what an earlier one said."""
+    """Finds examples that repeat an earlier one."""
 
     def __init__(self, report: ValidationReport, pictures: _Pictures) -> None:
         self.report, self._pictures = report, pictures
         self._said, self._whole = FirstPlaces(), FirstPlaces()
 
     def add(self, example: Example, row: ParsedRow) -> RowError | None:
-        """Note an example; the problem when another row is its equal, negatives included."""
+        """Add an example; returns the problem if an earlier row is equal, including negatives."""
         place = row.raw.file, row.raw.number
         digest = blake2b(digest_size=8)
         for image in example.images:
             digest.update(self._pictures.of(image).to_bytes(8, "little"))
-        said = [[m.role, *m.parts] for m in example.prompt]
+        said = [[m.role, *m.parts, m.more] for m in example.prompt]
         digest.update(json.dumps([said, example.chosen.text]).encode())
         first = self._said.add(digest8(digest.digest()), *place)
         negatives = [[n.text for n in side] for side in (example.rejected, example.gentle)]
@@ -238,12 +238,12 @@ class _Repeats:
             "duplicate-row",
             "",
             f"the same images, prompt, chosen and negatives as {same}",
-            "keep one of them; a repeated row counts double in training",
+            "keep one of them; a repeated row is trained on twice",
         )
 
 
 class _Others:
-    """Other sets, and how their pictures are read."""
+    """The other data sets, and how their images are read."""
 
     def __init__(
         self, sources: Sequence[Source], format: Spec, image_root: Path | None, options: ReadOptions
@@ -252,11 +252,11 @@ class _Others:
         self._image_root, self._options = image_root, options
 
     def images(self, source: Source) -> Iterator[tuple[ImageRef, str, int]]:
-        """Every picture of a set that is there; what is wrong with its rows is for its own validation to say."""
+        """All images of a data set that exist, with file and row; problems of its rows are not reported here."""
         folder = ImageFolder(self._image_root or source.folder, "exists")
         try:
             rows = iter(ParsedRows(source, self._format, folder, self._options))
-        except CwdpoError:  # rows that nobody trains on need no format: their image columns are read
+        except CwdpoError:  # these rows are not trained on, so only their image columns are needed
             for raw in source.rows():
                 if isinstance(raw.value, dict):
                     row = Row(raw.value, raw.file, raw.number, folder, self._options)
@@ -269,7 +269,7 @@ class _Others:
 
 
 class _Leaks:
-    """Finds pictures that are in another set too."""
+    """Finds images that are also in another data set."""
 
     def __init__(self, report: ValidationReport, pictures: _Pictures, others: _Others) -> None:
         self._pictures = pictures
@@ -277,19 +277,19 @@ class _Leaks:
         for other in others.sources:
             before = len(self._elsewhere)
             for image, file, row in others.images(other):
-                with suppress(DataError):  # an unreadable picture is for its own validation to name
+                with suppress(DataError):  # validating the other data set reports an unreadable image
                     self._elsewhere.add(pictures.of(image), file, row)
             report.against[other.name] = len(self._elsewhere) - before
 
     def find(self, example: Example) -> RowError | None:
-        """The problem when a picture of the example is in another set."""
+        """The problem if an image of the example is in another data set."""
         for i, image in enumerate(example.images):
             other = self._elsewhere.find(self._pictures.of(image))
             if other is not None:
                 return RowError(
                     "leak",
                     f"images[{i}]",
-                    f"the same picture, byte for byte, stands in {other}",
-                    "take it out of one of the sets, or leave out data.validation_path: then the split is by picture",
+                    f"the same image, byte for byte, is in {other}",
+                    "remove it from one of the sets, or leave out data.validation_path: then the split is by image",
                 )
         return None

@@ -1,4 +1,4 @@
-"""Good rows into a new JSONL file, as they stood; image paths are rewritten so that they still lead there."""
+"""Writes good rows unchanged to a new JSONL file; image paths are adapted to the new place."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)
 
 @contextmanager
 def good_rows(out: Path) -> Iterator[GoodRows]:
-    """A writer of rows to ``out``, which appears when the block ends well and wrote at least one row.
+    """A writer of rows to ``out``; the file is created if the block ends without an error and wrote a row.
 
-    Images below the folder of ``out`` are named relative to it. Others, and those that came as bytes, are
-    linked or copied into ``<stem>_images`` next to it, because no path may lead out of a data folder.
-    Values that JSON lacks (dates of a table, say) become text.
+    Paths of images below the folder of ``out`` become relative to it. Other images, and images given as bytes, are
+    linked or copied into ``<stem>_images`` next to it, because paths must not leave a data folder. Values that JSON
+    does not support (for example dates) become text.
 
     Raises:
-        DataError: ``out`` or its image folder is there already, is no ``.jsonl``, or cannot be written.
+        DataError: ``out`` or its image folder exists, is not a ``.jsonl``, or cannot be written.
     """
     images = out.with_name(f"{out.stem}_images")
     temporary = temporary_name(out)
@@ -38,7 +38,7 @@ def good_rows(out: Path) -> Iterator[GoodRows]:
         raise DataError(f"--fix {out}: allowed: a name that ends in {' or '.join(LINES)}")
     for path in (out, images):
         if os.path.lexists(path):
-            raise DataError(f"--fix {out}: {path} is there already; choose another name, or remove it first")
+            raise DataError(f"--fix {out}: {path} exists already; choose another name, or remove it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
@@ -48,30 +48,30 @@ def good_rows(out: Path) -> Iterator[GoodRows]:
             os.fsync(file.fileno())
         if rows.count:
             os.replace(temporary, out)
-            images = temporary  # both are in use now
+            images = temporary  # so that the cleanup below does not remove the image folder
     except OSError as error:
         raise DataError(
             f"--fix {out}: cannot be written ({error.strerror or error}); nothing was left behind: free some space, "
             "or name a place that you may write to"
         ) from None
     finally:
-        with suppress(OSError):  # a read-only place says so even of a file that is not there
+        with suppress(OSError):  # in a read-only folder this fails even if the file does not exist
             temporary.unlink(missing_ok=True)
         shutil.rmtree(images, ignore_errors=True)
 
 
 class GoodRows:
-    """Writes rows to ``file``, which stands in ``folder``; ``images`` takes pictures from elsewhere."""
+    """Writes rows to ``file`` in ``folder``; images from elsewhere go to the folder ``images``."""
 
     def __init__(self, file: BinaryIO, folder: Path, images: Path) -> None:
         self._file, self._folder, self._images = file, folder, images
         self.count = 0
 
     def write(self, raw: RawRow, pictures: Mapping[str, ImageRef]) -> None:
-        """Write one row; ``pictures`` are those that it was read with, by their key (``images[0]``).
+        """Write one row; ``pictures`` are its images by key (``images[0]``).
 
         Raises:
-            OSError: the disk refuses.
+            OSError: the row cannot be written.
         """
         assert isinstance(raw.value, dict)
         row = {key: self._placed(value, key, pictures) for key, value in raw.value.items()}
@@ -81,7 +81,7 @@ class GoodRows:
         self.count += 1
 
     def _placed(self, value: Any, key: str, pictures: Mapping[str, ImageRef]) -> Any:
-        """The value with its pictures named as the new file needs it; the value itself where none changes."""
+        """The value with image paths for the new file; the same object if no path changes."""
         if key in pictures:
             return self._named(value, pictures[key])
         if isinstance(value, list):
@@ -96,7 +96,7 @@ class GoodRows:
         named = value.get("path") if isinstance(value, Mapping) else value
         text = named if isinstance(named, str) else ""
         if image.path is None:
-            # A picture that came as text (a data URI, base64) can stay where it is.
+            # An image given as text (a data URI or base64) needs no change.
             return value if text and text is value else self._stored(image, Path(text).suffix)
         if (self._folder / text.removeprefix("file://")).resolve() == image.path:
             return value
@@ -105,7 +105,7 @@ class GoodRows:
         return self._stored(image, image.path.suffix)
 
     def _stored(self, image: ImageRef, suffix: str) -> str:
-        """The picture in our own folder, called by its content."""
+        """Store an image in the image folder, named by its digest; returns the path for the row."""
         data = image.encoded()
         name = blake2b(data, digest_size=16).hexdigest() + (suffix if _SUFFIX.fullmatch(suffix) else "")
         path = self._images / name
@@ -119,7 +119,7 @@ class GoodRows:
 def _linked(old: Path, new: Path) -> bool:
     try:
         os.link(old, new)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or a file system without links
         return False
     return True
 
@@ -127,5 +127,5 @@ def _linked(old: Path, new: Path) -> bool:
 def _as_json(row: dict[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # half a surrogate pair in a column that nobody reads
+    except UnicodeEncodeError:  # half of a surrogate pair in a column that is not read
         return json.dumps(row, default=str).encode()

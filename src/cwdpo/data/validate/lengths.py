@@ -1,4 +1,4 @@
-"""How long examples are: in words, or in tokens where a checkpoint's processor is at hand."""
+"""Lengths of examples, in words, or in tokens of a checkpoint's processor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.encode.template import CheckpointTokens
 from cwdpo.records import Example
 
-_KEPT_EXAMPLES = 256  # an encoder keeps what it encoded; to forget now and then bounds the memory
+_KEPT_EXAMPLES = 256  # an encoder keeps its results; it is replaced after so many examples to save memory
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Words or tokens of one example; tokens count expanded images and the end of the turn."""
+    """Words or tokens of one example; tokens include expanded images and the end-of-turn token."""
 
     prompt: int
     chosen: int
@@ -23,7 +23,7 @@ class Lengths:
 
     @property
     def longest(self) -> int:
-        """Prompt plus longest response: what ``data.max_length`` limits."""
+        """Prompt plus longest response, which ``data.max_length`` limits."""
         return self.prompt + max(self.chosen, *self.negatives, 0)
 
 
@@ -36,7 +36,7 @@ class LengthCounter:
 
 
 def word_counter() -> LengthCounter:
-    """Counts words (stretches without white space)."""
+    """Counts words (separated by white space)."""
 
     def of(example: Example) -> Lengths:
         said = sum(len(part.split()) for turn in example.prompt for part in turn.parts if part)
@@ -49,10 +49,10 @@ def word_counter() -> LengthCounter:
 
 
 def token_counter(processor: Any, checkpoint: CheckpointTokens | None = None) -> LengthCounter:
-    """Counts tokens exactly as training does; every image is decoded and goes through the processor.
+    """Counts tokens exactly as in training; every image is decoded and processed.
 
     Raises:
-        ModelError: nothing ends a response of this checkpoint.
+        ModelError: the checkpoint has no token that ends a response.
     """
     encoder = Encoder(processor, cache_gb=0, checkpoint=checkpoint)
     assert encoder.end_ids

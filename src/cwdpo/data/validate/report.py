@@ -1,4 +1,4 @@
-"""What a data set holds: the counts that validation gathers, as plain data and as text."""
+"""The report of a validation: counts of a data set, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _EDGES = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # lower edg
 
 @dataclass
 class LengthStats:
-    """Lengths in ``unit``, by half-open buckets; ``examples`` is prompt plus longest response.
+    """Histograms of lengths in ``unit``; ``examples`` counts prompt plus longest response.
 
-    ``over`` counts the examples above ``max_length`` (tokens); counted in words, it is a lower bound.
+    ``over`` counts the examples longer than ``max_length`` (tokens); if the unit is words, it is a lower bound.
     """
 
     unit: str = "words"
@@ -40,7 +40,7 @@ class LengthStats:
         self.over += self.max_length is not None and length > self.max_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The histograms as JSON."""
         return {
             "unit": self.unit,
             "responses": {side: _buckets(counts) for side, counts in self.responses.items()},
@@ -52,7 +52,7 @@ class LengthStats:
         }
 
     def lines(self) -> list[str]:
-        """The same as text; nothing when nothing was counted."""
+        """The histograms as text; empty if nothing was counted."""
         if not self.examples:
             return []
         sides = {**self.responses, "prompt + longest response": self.examples}
@@ -66,16 +66,20 @@ class LengthStats:
 
 @dataclass
 class ValidationReport:
-    """What a data set holds. Histograms map a value (or a bucket of lengths) to a count of examples.
+    """Counts of a data set. A histogram maps a value (or a bucket of lengths) to a number of examples.
 
-    ``bad`` counts rows with at least one problem, ``good`` the others; ``columns`` counts the rows in which
-    each column is not null, ``unread`` those in which it says something that the format does not read; ``notes`` are
-    further lines for a reader. ``negatives_per_prompt`` maps a kind (``all`` for every kind together,
-    ``unnamed`` for none) to {number of negatives: examples}. ``duplicates`` counts the examples whose images,
-    prompt and chosen response equal those of an earlier one (several negatives may be written so; where the
-    negatives are equal too, the row is a problem); ``first_duplicates`` names the first pairs. ``against``
-    maps each set compared with to the number of its pictures. ``fixed`` is the file of good rows, if one was
-    written.
+    Attributes:
+        bad, good: rows with and without problems.
+        columns: for each column, the rows in which it is not null.
+        unread: for each column that the format does not read, the rows in which it has a value.
+        notes: further lines for the user.
+        negatives_per_prompt: for each kind of negative (``all``: all kinds together, ``unnamed``: no kind), a histogram
+            of the number of negatives.
+        duplicates: examples with the same images, prompt and chosen response as an earlier one. This is allowed for
+            several negatives; if the negatives are also the same, the row is a problem.
+        first_duplicates: the first pairs of them.
+        against: for each data set compared with, the number of its images.
+        fixed: the file of good rows, if one was written.
     """
 
     path: str
@@ -100,11 +104,11 @@ class ValidationReport:
 
     @property
     def bad_fraction(self) -> float | None:
-        """Share of bad rows, to compare with ``data.max_bad_fraction``; ``None`` without rows."""
+        """Share of bad rows, which ``data.max_bad_fraction`` limits; ``None`` if there are no rows."""
         return self.bad / self.rows if self.rows else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; counts are ordered by value."""
+        """The report as JSON; counts are sorted by value."""
         return {
             "path": self.path,
             "format": self.format,
@@ -149,7 +153,7 @@ class ValidationReport:
         lines += self.lengths.lines()
         lines.append(f"the same images, prompt and chosen again: {self.duplicates}")
         lines += [f"    {again} repeats {first}" for first, again in self.first_duplicates]
-        lines += [f"compared with {name}: {n} pictures" for name, n in self.against.items()]
+        lines += [f"compared with {name}: {n} images" for name, n in self.against.items()]
         lines.append(f"problems:\n{join_groups(self.problems)}" if self.problems else "problems: none")
         if self.fixed is not None:
             lines.append(f"good rows: {self.good} in {self.fixed}")

@@ -1,0 +1,122 @@
+"""A process that has everything imported and forks one command after another: imports take longer than small runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+# The forked process is killed, and its locks and files go, as any other's.
+SERVER = """
+import json, os, resource, signal, sys, traceback
+import cwdpo.pipeline.two_stage, cwdpo.evaluation.run, cwdpo.onpolicy.preferences, cwdpo.pipeline.export
+import cwdpo.report.render, cwdpo.dynamics.diagnose
+from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
+from cwdpo.cli import main as cli
+
+print("ready", flush=True)
+for line in sys.stdin:
+    err, limits, *arguments = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        os.dup2(1, 0)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a full disk: the write itself says so
+        for name, most in limits.items():
+            resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
+        sys.argv, code = ["cwdpo", *arguments], 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        except KeyboardInterrupt:
+            code = 130  # around the command, where a process of its own would be importing
+        except BaseException:
+            traceback.print_exc()
+            code = 70
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Server:
+    """Runs one command at a time.
+
+    Args:
+        limit: seconds after which a command counts as stuck.
+    """
+
+    def __init__(self, limit: float = 240.0) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            env=environment,
+        )  # fmt: skip
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.orders, self.answers = self.process.stdin, self.process.stdout
+        self.pid, self.limit = 0, limit
+        assert self.answers.readline() == b"ready\n"
+
+    def start(self, err: Path, *arguments: object, limits: Mapping[str, int] | None = None) -> None:
+        """Start a command; what it writes to stderr is appended to ``err``.
+
+        Args:
+            limits: of :mod:`resource`, ``RLIMIT_NOFILE`` for instance.
+        """
+        order = [str(err), dict(limits or {}), *map(str, arguments)]
+        self.orders.write(json.dumps(order).encode() + b"\n")
+        self.pid = int(self.answers.readline())
+
+    def follow(self, condition: Callable[[], bool]) -> bool:
+        """Wait until something holds; false where the command has ended before.
+
+        Raises:
+            TimeoutError: neither within the limit.
+        """
+        until = time.monotonic() + self.limit
+        while not condition():
+            if select.select([self.answers], [], [], 0.0005)[0]:
+                return False
+            if time.monotonic() > until:
+                raise TimeoutError("the command is stuck")
+        return True
+
+    def signal(self, number: int) -> bool:
+        """Send a signal; false where the command had ended by itself."""
+        if select.select([self.answers], [], [], 0)[0]:
+            return False
+        os.kill(self.pid, number)
+        return True
+
+    def wait(self) -> int:
+        """The exit code, negative for a signal. A command that is stuck is killed.
+
+        Raises:
+            TimeoutError: it was stuck.
+        """
+        if not select.select([self.answers], [], [], self.limit)[0]:
+            os.kill(self.pid, signal.SIGKILL)
+            self.answers.readline()
+            raise TimeoutError("the command is stuck")
+        return int(self.answers.readline())
+
+    def run(self, err: Path, *arguments: object) -> int:
+        """Run a command to its end; its exit code."""
+        self.start(err, *arguments)
+        return self.wait()
+
+    def close(self) -> None:
+        """End the server."""
+        self.process.kill()
+        self.process.wait()
+        self.orders.close()
+        self.answers.close()
