@@ -118,7 +118,7 @@ def adapter_base(source: str, revision: str | None) -> str | None:
     """
     config = Path(source) / "adapter_config.json"
     if not config.is_file():
-        if not Path(source).is_dir() and _is_hub_adapter(source, revision):
+        if not os.path.isdir(source) and _is_hub_adapter(source, revision):
             raise ModelError(
                 f"model.path {source!r} is an adapter on the hub; download it, and name its folder"
             )
@@ -127,7 +127,7 @@ def adapter_base(source: str, revision: str | None) -> str | None:
     hint = f"set base_model_name_or_path in {config} to the checkpoint that the adapter was trained on"
     if not isinstance(base, str) or not base:
         raise ModelError(f"model.path {source!r}: the adapter names no base; {hint}")
-    if not Path(base).is_dir() and (near := _near(base, Path(source))) is not None:
+    if not os.path.isdir(base) and (near := _near(base, Path(source))) is not None:
         raise ModelError(
             f"model.path {source!r}: its base {base!r} is a relative path, and there is no such folder in "
             f"{Path.cwd()}; there is one at {near}: if that is it, {hint}"
@@ -154,7 +154,7 @@ def _near(base: str, adapter: Path) -> Path | None:
 def _is_hub_adapter(name: str, revision: str | None) -> bool:
     from transformers.utils import find_adapter_config_file
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return False
     try:
         return find_adapter_config_file(name, revision=revision) is not None

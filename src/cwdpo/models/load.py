@@ -54,8 +54,10 @@ class Policy:
             max_length, cache_gb: see :class:`Encoder`.
         """
         inner: Any = unwrapped(self.model)
-        embedded = inner.get_input_embeddings().weight.shape[0]
-        tokens = checkpoint_tokens(inner.generation_config, inner.config, embedded)
+        embeddings = inner.get_input_embeddings()
+        # The weight itself may be sharded, or wrapped by an adapter.
+        embedded = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+        tokens = checkpoint_tokens(getattr(inner, "generation_config", None), inner.config, embedded)
         return Encoder(self.processor, max_length, cache_gb, tokens)
 
 

@@ -91,7 +91,11 @@ def _features(inner: Any, cache: _Cache, prompt: EncodedPrompt, device: torch.de
     if key in cache.kept:
         return cache.kept[key]
     images = image_inputs([prompt], device)
-    known = inspect.signature(inner.get_image_features).parameters
+    # The outer model hands on what it does not name itself (Pixtral's image_sizes).
+    owners: list[Any] = [
+        one for one in (inner, getattr(inner, "model", None)) if hasattr(one, "get_image_features")
+    ]
+    known = {name for one in owners for name in inspect.signature(one.get_image_features).parameters}
     with torch.no_grad():
         output = inner.get_image_features(**{n: v for n, v in images.items() if n in known}, return_dict=True)
     features = {
