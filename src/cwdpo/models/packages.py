@@ -38,7 +38,7 @@ def install_line(package: str) -> str:
     return _LINES.get(package, f"pip install {package.replace('_', '-')}")
 
 
-def missing_package(error: Exception) -> str | None:
+def missing_package(error: BaseException) -> str | None:
     """The package that an error of transformers asks for; ``None`` where it is about something else."""
     text = str(error)
     if not isinstance(error, ImportError) and "Missing optional dependencies" not in text:
@@ -70,7 +70,13 @@ def check_packages(settings: ModelSettings) -> None:
     tower = config.get("vision_config")
     if isinstance(tower, dict) and tower.get("model_type") == "timm_wrapper":
         _need("timm", f"model.path {source!r}: its vision tower is timm's")
-    load_processor(settings.path, settings)
+    try:
+        load_processor(settings.path, settings)
+    except (
+        ModelError
+    ) as error:  # anything else that is wrong with it is said after the data and the run folder
+        if error.__cause__ is not None and missing_package(error.__cause__):
+            raise
 
 
 def _need(package: str, why: str) -> None:
