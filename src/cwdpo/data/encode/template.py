@@ -59,12 +59,13 @@ class CheckpointTokens:
     """What a checkpoint's other files say of token ids.
 
     ``stops``: ``eos_token_id`` of generation_config.json. ``embedded``: rows of the embedding; ``None`` if not known.
-    ``placeholders``: ids that stand for pictures and are never embedded.
+    ``placeholders``: ids that stand for pictures and are never embedded. ``positions``: most tokens of a sequence.
     """
 
     stops: tuple[int, ...] = ()
     embedded: int | None = None
     placeholders: frozenset[int] = frozenset()
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
