@@ -77,7 +77,8 @@ def test_without_an_eos_the_template_s_end_is_trained(like: Like, world_folder: 
 def test_contents_as_text(like: Like, world_folder: Path) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-        "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     found = encoder(like(template))
     example = read_examples(world_folder / "train.jsonl", limit=1).examples[0]
