@@ -659,7 +659,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str
     "fewer-weights": (
         without_layer,
         (),
-        ("has no weights for", "layers.1.", "Nothing is filled in at random"),
+        ("has no weights for", "layers.1.", "Missing weights are never set at random"),
     ),
     "more-layers-in-config": (
         lambda m: edited(m / "config.json", text_config__num_hidden_layers=3),
@@ -671,7 +671,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str
         (),
         ("has more layers: ", "layers.1."),
     ),
-    "code-of-its-own": (with_code, (), ("Python code of its own", "model.trust_remote_code: true")),
+    "code-of-its-own": (
+        with_code,
+        (),
+        ("it comes with its own Python code", "model.trust_remote_code: true"),
+    ),
     "unknown-attention": (lambda m: None, ("model.attention=eagre",), ("'model' cannot be loaded", "eager")),
     "bad-processor-option": (
         lambda m: None,
@@ -775,7 +779,7 @@ def test_run_folders(run: Run, place: Path) -> None:
     (held / "recipe.yaml").write_text("seed: 3\n")
     (held / "metrics.jsonl").write_text("{}\n")
     before = contents(place)
-    refused(train(run, out="held"), "held already holds a run", "--resume", "another --out")
+    refused(train(run, out="held"), "held already contains a run", "--resume", "another --out")
     refused(run("train", "recipe.yaml", "--out", "held", "--resume"), "held/recipe.yaml", "another recipe")
     refused(
         run("train", "recipe.yaml", "--out", "gone", "--resume"),

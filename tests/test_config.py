@@ -183,7 +183,7 @@ def test_numbers_in_a_file_are_what_they_say(tmp_path: Path) -> None:
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("data: {path: x}\ntrain: {batch_size: 2}\nseed: 1\ntrain: {bf16: true}\n")
-    with pytest.raises(RecipeError, match=r"r\.yaml: the key 'train' stands twice, in lines 2 and 4"):
+    with pytest.raises(RecipeError, match=r"r\.yaml: the key 'train' is given twice, in lines 2 and 4"):
         load_recipe(path)
 
 
@@ -203,7 +203,7 @@ def test_overrides_of_a_wrong_form(override: str) -> None:
 
 
 def test_other_bad_overrides() -> None:
-    assert "'seed' holds a value, not a section" in refusal(tree(seed=1), "seed.deep=3")
+    assert "'seed' is a value, not a section" in refusal(tree(seed=1), "seed.deep=3")
     assert "override 'seed=[1': not valid YAML" in refusal(tree(), "seed=[1")
     assert "unknown key 'stage2.stepz'; did you mean 'steps'?" in refusal(
         tree(stage2=STAGE), "stage2.stepz=3"

@@ -341,7 +341,7 @@ def test_an_answer_that_is_no_completion_is_named(
     serve: Callable[..., Fake], tmp_path: Path, body: bytes, kind: str
 ) -> None:
     server = serve(raw(body, Content_Type=kind))
-    with pytest.raises(ServerError, match=r"model 'm'\).*: look at the server, then start again"):
+    with pytest.raises(ServerError, match=r"model 'm'\).*: check the server, then start again"):
         Client(to(server, retries=0), tmp_path / "a.jsonl").ask(asks(1))
     assert read_jsonl(tmp_path / "a.jsonl") == []
 
@@ -360,7 +360,7 @@ def test_a_redirect_is_not_followed(serve: Callable[..., Fake]) -> None:
     other = serve()
     server = serve(raw(b"", 307, Location=f"{other.url}/chat/completions"))
     with pytest.raises(
-        ServerError, match="sends requests elsewhere, which is not followed: correct base_url"
+        ServerError, match="redirects requests, and redirects are not followed: correct base_url"
     ):
         Client(to(server, retries=0)).ask(asks(1))
     assert len(server.seen) == 1
@@ -409,7 +409,7 @@ def test_a_flood_is_refused(serve: Callable[..., Fake], monkeypatch: pytest.Monk
     headers = {"Content_Type": "application/json"}
     if how == "packed":
         body, headers = gzip.compress(body), {**headers, "Content_Encoding": "gzip"}
-    said = {"long": "has more than 10000 bytes", "packed": "packed by 'gzip'"}[how]
+    said = {"long": "has more than 10000 bytes", "packed": "compressed by 'gzip'"}[how]
     with pytest.raises(ServerError, match=said):
         Client(to(serve(raw(body, **headers)), retries=0)).ask(asks(1))
 
@@ -419,7 +419,7 @@ def test_a_flood_is_refused(serve: Callable[..., Fake], monkeypatch: pytest.Monk
 )
 def test_a_damaged_store_is_named(tmp_path: Path, row: Any) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(FileError, match=r"a\.jsonl: line 1: is no stored answer: take that line out"):
+    with pytest.raises(FileError, match=r"a\.jsonl: line 1: is not a stored answer: remove that line"):
         Client(ServerSettings(base_url="http://127.0.0.1:1/v1", model="m"), tmp_path / "a.jsonl")
 
 

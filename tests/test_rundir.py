@@ -34,7 +34,7 @@ def test_an_existing_run_is_only_continued_when_asked(tmp_path: Path) -> None:
     run.create()  # nothing was trained: a start that failed on its data may simply be repeated
     assert not (run.path / "problems.jsonl").exists()
     write_text(run.path / "metrics.jsonl", "{}\n")
-    with pytest.raises(RunDirError, match=r"run already holds a run: continue it with --resume"):
+    with pytest.raises(RunDirError, match=r"run already contains a run: continue it with --resume"):
         RunDir(run.path).create()
     assert RunDir(run.path).create(resume=True).path == run.path
     assert (run.path / "recipe.yaml").read_text() == "name: a\n"

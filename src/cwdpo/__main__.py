@@ -1,4 +1,4 @@
-"""``python -m cwdpo``, and what ``accelerate launch -m cwdpo`` starts."""
+"""``python -m cwdpo``; also used by ``accelerate launch -m cwdpo``."""
 
 from cwdpo.cli.main import main
 

@@ -1,6 +1,6 @@
-"""The recipe: a typed schema, YAML plus ``section.key=value`` overrides. No torch is imported here.
+"""The recipe: its typed schema, and loading from YAML with ``section.key=value`` overrides. Does not import torch.
 
-Unknown keys are refused with the nearest known name; a recipe is data and is loaded safely.
+Unknown keys are refused, and the message names the most similar known key.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from cwdpo.registry import Settings, explain, shortened
 from cwdpo.worlds.shapes import ShapesSettings
 
 Spec = dict[str, Any]
-"""A component in a recipe: ``name`` plus its settings."""
+"""A component in a recipe: its ``name`` and its settings."""
 
 
 TRACKERS = ("clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-"""What ``train.report_to`` may name; each is also the name of the package that it needs."""
-# Those of transformers that need no settings of their own.
+"""Allowed names in ``train.report_to``; each is also the name of the package that it needs."""
+# The schedules of transformers that need no further settings.
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "inverse_sqrt",
@@ -43,27 +43,27 @@ _Section = TypeVar("_Section", bound=Settings)
 
 
 class DataSettings(Settings):
-    """Where the examples come from and how they are split."""
+    """The source of the examples, and their split."""
 
     path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
-    world: ShapesSettings | None = Field(None, description="write this embedded world to the run and read it")
+    world: ShapesSettings | None = Field(None, description="embedded world to generate in the run folder")
     format: str | Spec = Field(
         "auto",
         description="auto, a name, file.py:ClassName, or a mapping with name and the format's settings",
     )
-    ignore_columns: tuple[str, ...] = Field((), description="columns that count as absent, whatever they say")
+    ignore_columns: tuple[str, ...] = Field((), description="columns to ignore")
     image_root: str | None = Field(
-        None, description="where image paths start and must stay; default: the data's folder"
+        None, description="folder of relative image paths; images must be in it; default: the data's folder"
     )
     validation_path: str | None = None
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="by image, when no validation_path")
     stage1_fraction: float = Field(0.75, ge=0, le=1, description="share of training images in stage 1")
-    captions_per_image: int = Field(1, gt=0, description="examples made of one captioned picture")
-    default_prompt: str = Field("Describe the image.", description="for data without prompts")
-    max_length: int | None = Field(None, gt=0, description="most tokens of prompt + completion")
+    captions_per_image: int = Field(1, gt=0, description="number of examples from one image with captions")
+    default_prompt: str = Field("Describe the image.", description="prompt for data without prompts")
+    max_length: int | None = Field(None, gt=0, description="largest number of tokens of prompt + completion")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
-    limit: int | None = Field(None, gt=0, description="read this many examples only")
+    limit: int | None = Field(None, gt=0, description="read only this many examples")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
@@ -75,12 +75,12 @@ class DataSettings(Settings):
 
 
 class StageSettings(Settings):
-    """One stage: its objective and how long and fast it runs."""
+    """One stage: its objective, learning rate and length."""
 
     enabled: bool = True
     objective: Spec
     learning_rate: float = Field(gt=0)
-    steps: int | None = Field(None, gt=0, description="optimizer steps; wins over epochs")
+    steps: int | None = Field(None, gt=0, description="optimizer steps; if set, epochs is not used")
     epochs: float = Field(1.0, gt=0)
 
     @field_validator("objective", mode="before")
@@ -89,7 +89,7 @@ class StageSettings(Settings):
         return {"name": value} if isinstance(value, str) else value
 
     def build(self) -> Objective:
-        """The objective itself."""
+        """The stage's objective."""
         return OBJECTIVES.build(self.objective)
 
 
@@ -98,23 +98,25 @@ def _stage(objective: str, learning_rate: float) -> StageSettings:
 
 
 class TrainSettings(Settings):
-    """What both stages share; names as in transformers' TrainingArguments."""
+    """Settings of both stages; names as in transformers' TrainingArguments."""
 
     batch_size: int = Field(16, gt=0, description="prompts per device and micro-batch")
     gradient_accumulation_steps: int = Field(1, gt=0)
-    warmup_steps: float = Field(10, ge=0, description="steps, or a share of all steps when below 1")
+    warmup_steps: float = Field(10, ge=0, description="steps, or a share of all steps if below 1")
     lr_scheduler_type: str = "constant_with_warmup"
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.98, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer: Literal["adamw", "adamw_kahan"] = Field(
         "adamw",
-        description="adamw_kahan: for trained bf16 weights, keeps what rounding leaves out (torch-optimi)",
+        description="adamw_kahan: for trained bf16 weights, compensates their rounding errors (torch-optimi)",
     )
     spike_factor: float | None = Field(
-        None, gt=1, description="a gradient norm this many times its running median skips the update"
+        None,
+        gt=1,
+        description="skip an update if the gradient norm exceeds its running median by this factor",
     )
-    spike_window: int = Field(50, ge=2, description="steps of that median; the rule acts once they are full")
+    spike_window: int = Field(50, ge=2, description="steps of that median; no update is skipped before them")
     logging_steps: int = Field(10, gt=0)
     save_steps: int | None = Field(None, gt=0, description="default: no checkpoint within a stage")
     save_total_limit: int = Field(2, gt=0)
@@ -124,17 +126,19 @@ class TrainSettings(Settings):
     max_tokens_per_batch: int | None = Field(
         None,
         gt=0,
-        description="most tokens of a micro-batch, padding included; takes the place of batch_size",
+        description="largest number of tokens in a micro-batch, with padding; used instead of batch_size",
     )
-    group_by_length: bool = Field(True, description="micro-batches of rows of like length, in random order")
+    group_by_length: bool = Field(
+        True, description="micro-batches of rows of similar length, in random order"
+    )
     reference_cache: str | None = Field(
-        None, description="folder of the reference's values, shared between runs; default: in the run folder"
+        None, description="folder for reference log-probabilities of several runs; default: in the run folder"
     )
 
     @field_validator("lr_scheduler_type", "report_to")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
-        """Asked at once: transformers would find out when data and model are loaded already."""
+        """Check names when the recipe is read; transformers would check them after data and model are loaded."""
         known = TRACKERS if info.field_name == "report_to" else SCHEDULES
         for name in [value] if isinstance(value, str) else value:
             if name not in known:
@@ -143,18 +147,18 @@ class TrainSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """What is generated and measured on held-out prompts after the last stage."""
+    """Generation and measurement on held-out prompts after the last stage."""
 
-    prompts: int = Field(64, ge=0, description="0 leaves generation out")
-    samples: int = Field(1, ge=0, description="samples at temperature 1 per prompt, besides greedy")
+    prompts: int = Field(64, ge=0, description="0: no generation")
+    samples: int = Field(1, ge=0, description="samples per prompt at temperature 1, in addition to greedy")
     max_new_tokens: int = Field(NEW_TOKENS, gt=0)
     batch_size: int = Field(64, gt=0)
 
 
 class CalibrationSettings(Settings):
-    """How floor and tau are found when they are ``auto``."""
+    """How floor and tau are estimated if they are ``auto``."""
 
-    samples: int = Field(200, ge=2, description="samples of the reference policy")
+    samples: int = Field(200, ge=2, description="samples of the reference model")
     max_new_tokens: int = Field(NEW_TOKENS, gt=0)
 
 
@@ -172,7 +176,7 @@ class Recipe(Settings):
     calibration: CalibrationSettings = CalibrationSettings()
     probes: ProbeSettings = ProbeSettings()
     stop: tuple[str, ...] = Field(
-        DEFAULT_STOP, description="rules over readings; one that holds ends stage 2 and takes it back"
+        DEFAULT_STOP, description="rules over readings; a true rule ends stage 2 and restores a checkpoint"
     )
     curriculum: CurriculumSpec = Field(default_factory=lambda: {"name": "steady"})
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -180,7 +184,7 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _partial_stages(cls, tree: Any) -> Any:
-        """A stage that is given in part keeps the defaults of the rest."""
+        """A stage with some keys only gets the stage's defaults for the others."""
         if not isinstance(tree, dict):
             return tree
         defaults = {
@@ -197,7 +201,7 @@ class Recipe(Settings):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        """It names the run's folder, and a recipe may come from anyone."""
+        """The name becomes the run's folder, and a recipe may come from anyone: no paths."""
         if not name.strip(".").strip() or not name.isprintable() or set(name) & set("/\\"):
             raise ValueError("allowed: one or more characters without slashes, the name of the run's folder")
         return name
@@ -205,7 +209,7 @@ class Recipe(Settings):
     @field_validator("stop")
     @classmethod
     def _rules(cls, stop: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        """Checked at once: a rule whose reading nobody writes would never hold."""
+        """Check that the readings of the rules exist: a rule over an unknown reading would never be true."""
         probes = info.data.get("probes")
         return tuple(parse_rule(text, probes.extra if probes else ()).text for text in stop)
 
@@ -215,26 +219,25 @@ class Recipe(Settings):
             raise ValueError("stage1 and stage2 are both disabled: nothing would be trained")
         if self.train.max_tokens_per_batch is not None and self.negatives.on_policy_fraction is not None:
             raise ValueError(
-                "train.max_tokens_per_batch: the rows of a round are not known before it, so their batches cannot be "
-                "counted; leave it out with negatives.on_policy_fraction, and set train.batch_size"
+                "train.max_tokens_per_batch: the rows of a round are not known before the round, so its batches cannot "
+                "be counted; with negatives.on_policy_fraction leave it out, and set train.batch_size"
             )
         return self
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default spelled out; it parses back to the same recipe."""
+        """The resolved recipe as YAML, with all defaults; it can be loaded again to the same recipe."""
         return dump_yaml(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``section.key=value`` overrides (:mod:`cwdpo.overrides`).
 
-    Where there is no such file, the path may be the name of a recipe of the package (``cwdpo recipe list``).
-
-    A recipe that a run stored comes with the run's folder, perhaps from somebody else: it never loads code of its own.
+    If there is no such file, the path may be the name of a recipe of the package (``cwdpo recipe list``). A recipe
+    stored in a run folder may come from somebody else, so it must not load code.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key (the nearest is named) or a wrong value; or a stored recipe
-            that names ``file.py:ClassName``, unless an override names it too.
+        RecipeError: the file does not exist or is not YAML, a key is unknown (the most similar one is named) or a value
+            is wrong; or a stored recipe names ``file.py:ClassName`` and no override names it too.
     """
     path = shipped.resolve(path)
     tree = read_tree(path)
@@ -244,10 +247,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """What a recipe's file holds, unchecked; nothing is imported.
+    """The content of a recipe's file, not validated; nothing is imported.
 
     Raises:
-        RecipeError: no such file, not YAML, or no mapping.
+        RecipeError: the file does not exist, is not YAML, or is not a mapping.
     """
     try:
         tree = read_yaml(path)
@@ -260,16 +263,16 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def stored_model(path: Path) -> ModelSettings:
-    """The section ``model`` of a run's recipe. Nothing else of it is looked at, so that no name is imported.
+    """The section ``model`` of a run's recipe. Other sections are not read, so no ``file.py`` is imported.
 
     Raises:
-        RecipeError: as :func:`load_recipe`.
+        RecipeError: see :func:`load_recipe`.
     """
     return _stored(path, "model", ModelSettings)
 
 
 def stored_data(path: Path) -> DataSettings:
-    """The section ``data`` of a run's recipe, as :func:`stored_model`; its format is a name, not loaded."""
+    """The section ``data`` of a run's recipe, like :func:`stored_model`; its format is not loaded."""
     return _stored(path, "data", DataSettings)
 
 
@@ -281,12 +284,12 @@ def _stored(path: Path, name: str, section: type[_Section]) -> _Section:
 
 
 def is_stored(path: Path) -> bool:
-    """Whether a recipe lies in a run's folder."""
+    """Whether a recipe is in a run's folder."""
     return any((path.parent / name).exists() for name in ("environment.json", ".lock"))
 
 
 def code_names(tree: Any, key: str = "") -> dict[str, str]:
-    """Every ``file.py:ClassName`` in a recipe's tree: dotted key -> name. A mix has them as keys."""
+    """Every ``file.py:ClassName`` in a recipe's tree: dotted key -> name. In a mix, the names are keys."""
     if isinstance(tree, Mapping):
         found = {f"{key}.{name}".lstrip("."): str(name) for name in tree if ".py:" in str(name)}
         for name, value in tree.items():
@@ -302,7 +305,7 @@ def _refuse_code(tree: Any, path: Path, overrides: Sequence[str]) -> None:
     for key, name in code_names(tree).items():
         if not any(name in text for text in asked):
             raise RecipeError(
-                f"{path}: {key} names code, {shortened(name)}, and a recipe in a run's folder loads none: read that "
+                f"{path}: {key} names code, {shortened(name)}, and a recipe in a run's folder loads no code: read that "
                 "file first; if it is yours, give your own recipe instead, or name it on the command line, e.g. "
                 f"stage2.objective.name={shortened(name)}"
             )
@@ -331,14 +334,14 @@ def _takes_text(path: Sequence[str]) -> bool:
 
 
 def _explained(error: ValidationError, where: str) -> str:
-    """As :func:`cwdpo.registry.explain`, with the known keys of the section in question."""
+    """Like :func:`cwdpo.registry.explain`, with the known keys of the error's section."""
     lines = []
     for item in error.errors():
         known = _fields_at(Recipe, [str(p) for p in item["loc"][:-1]])
         key = str(item["loc"][-1]) if item["loc"] else ""
         hint = belongs(key, _places(Recipe)) or belongs(key, _settings_of_objectives())
         if item["type"] == "extra_forbidden" and hint:
-            # Of two hints the place of the very same name is the better one.
+            # If the same key exists in another section, that hint is better than a similar name.
             lines.append(f"{where}: unknown key {'.'.join(map(str, item['loc']))!r}{hint}")
             continue
         single = ValidationError.from_exception_data("recipe", [_line(item)])

@@ -1,8 +1,8 @@
-"""An ``openai`` client that a server can neither keep waiting, nor flood, nor send elsewhere.
+"""An ``openai`` client with limits of time and size for each answer, and without redirects.
 
-The package's own timeout counts seconds without a byte: a server that sends one byte at a time would hold a request
-for ever. Here the whole of an attempt is timed. Redirects are not followed, because they would carry prompts, pictures
-and the key to another place.
+The package's own timeout counts seconds without a byte: with a server that sends byte by byte, a request would never
+end. Here the whole attempt has a time limit. Redirects are not followed, because they would send prompts, images and
+the key to another address.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 MOST_BYTES = 2**24
-"""Of an answer; a response of a model has some thousands."""
+"""Largest size of an answer; usual responses have some thousands."""
 
 
 class Connection:
     """A client for one server.
 
     Args:
-        openai: the package.
-        base_url, api_key, retries: as the package's.
-        timeout: seconds that an attempt may take, from its first byte to its last.
+        openai: the imported package.
+        base_url, api_key, retries: as in the package.
+        timeout: largest number of seconds for an attempt, from its start to the last byte.
     """
 
     def __init__(self, openai: Any, *, base_url: str, api_key: str, timeout: float, retries: int) -> None:
@@ -40,7 +40,7 @@ class Connection:
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultHttpxClient(
                 follow_redirects=False,
-                # A connection of its own per attempt: cutting one off must not touch another.
+                # Each attempt has its own connection: closing it must not affect another.
                 limits=http.Limits(max_keepalive_connections=0),
                 event_hooks={
                     "request": [self._begin],
@@ -50,10 +50,13 @@ class Connection:
         )
 
     def post(self, **request: Any) -> bytes:
-        """The body of a chat completion's answer.
+        """Request a chat completion.
+
+        Returns:
+            The body of the answer.
 
         Raises:
-            openai.OpenAIError: no answer in time, a redirect, or a status that is no success, after all retries.
+            openai.OpenAIError: no answer in time, a redirect, or an error status, after all retries.
         """
         try:
             return bytes(self._client.chat.completions.with_raw_response.create(**request).content)
@@ -61,7 +64,7 @@ class Connection:
             self._end()
 
     def _begin(self, request: Any) -> None:
-        """Time an attempt: its sockets are shut down when it is over."""
+        """Start the timer of an attempt, which shuts down the attempt's sockets when the time is over."""
         self._end()
         sockets: list[socket.socket] = []
 
@@ -101,12 +104,12 @@ class _Bounded:
             yield part
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._stream.close()
 
 
 def _limit(response: Any, bounded: Any) -> None:
     packed = response.headers.get("content-encoding", "identity")
     if packed != "identity":
-        raise ValueError(f"the answer is packed by {packed[:40]!r}, which was not asked for")
+        raise ValueError(f"the answer is compressed by {packed[:40]!r}, which was not requested")
     response.stream = bounded(response.stream)

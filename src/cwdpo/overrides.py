@@ -1,4 +1,4 @@
-"""``section.key=value`` on a recipe's tree. A plain value is taken as it is written; brackets and quotes are YAML."""
+"""Applies ``section.key=value`` to a recipe's tree. A value with a bracket or a quote at its start is YAML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cwdpo.errors import FileError, RecipeError
 from cwdpo.files.yamlfile import as_number, parse_scalar, parse_yaml
 
 COMPONENTS = ("objective", "judge", "curriculum", "format")
-"""Keys that hold a component: its name stands for a mapping with that name."""
+"""Keys of components: a text there is the short form of a mapping with that ``name``."""
 
 
 def apply_override(
@@ -19,12 +19,12 @@ def apply_override(
 
     Args:
         tree: changed in place.
-        override: ``section.key=value``. A value that begins with a bracket or a quote is YAML. Any other is a single
-            value: ``/a #1/t.jsonl`` is a path, ``010`` is ten, ``5e5`` a number; ``null`` is null.
-        is_text: whether the key at a path takes text, so that ``12`` stays text.
+        override: ``section.key=value``. A value that begins with a bracket or a quote is parsed as YAML. Any other is a
+            single value: ``/a #1/t.jsonl`` is a path, ``010`` is ten, ``5e5`` a number; ``null`` is null.
+        is_text: whether the key at a path takes text only; then ``12`` is not converted to a number.
 
     Raises:
-        RecipeError: no ``=``, a value that is not YAML, or a key below a value.
+        RecipeError: there is no ``=``, the value is not YAML, or a key before the last one has a value, not a section.
     """
     key, equals, text = override.partition("=")
     parts, text = key.strip().split("."), text.strip()
@@ -38,7 +38,7 @@ def apply_override(
         if child is None:
             child = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {part!r} holds a value, not a section")
+            raise RecipeError(f"override {override!r}: {part!r} is a value, not a section")
         node[part] = child
         node = child
     value = _value(text, override, is_text(parts))

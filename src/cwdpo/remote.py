@@ -1,8 +1,8 @@
-"""One client for every OpenAI-compatible server: vLLM, ``transformers serve``, or a hosted model.
+"""A client for OpenAI-compatible servers: vLLM, ``transformers serve``, or a hosted model.
 
-Answers are stored one by one as they come, so that a kill or a broken connection costs the requests in flight
-only; what is stored is not asked again. Retries, back-off and the server's own ``Retry-After`` are the
-``openai`` package's. No torch is imported here.
+Each answer is stored when it arrives and is not requested again, so a kill or a broken connection loses only the
+requests in flight. The ``openai`` package does retries, back-off and the server's ``Retry-After``. Does not import
+torch.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ _LETTERS_PER_TOKEN = 4
 
 
 class ServerSettings(Settings):
-    """A server that speaks OpenAI's chat completions, and how it may be used."""
+    """A server with OpenAI's chat completions API, and limits of its use."""
 
-    base_url: str = Field(description="for instance http://localhost:8000/v1")
-    model: str = Field(description="the model's name there")
+    base_url: str = Field(description="for example http://localhost:8000/v1")
+    model: str = Field(description="the model's name on the server")
     api_key_env: str = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the key; its name ends in _API_KEY"
+        "OPENAI_API_KEY", description="environment variable with the key; its name ends in _API_KEY"
     )
-    timeout: float = Field(120.0, gt=0, description="seconds for a whole answer before a request is repeated")
-    retries: int = Field(6, ge=0, description="of one request, each after a longer pause")
+    timeout: float = Field(
+        120.0, gt=0, description="seconds for a complete answer, then the request is repeated"
+    )
+    retries: int = Field(6, ge=0, description="repetitions of one request, each after a longer pause")
     concurrency: int = Field(8, gt=0, description="requests in flight")
     requests_per_minute: float | None = Field(None, gt=0)
     extra_body: dict[str, Any] = Field(
         default_factory=dict,
-        description="further keys of every request; transformers serve samples only with "
+        description="further keys of every request; transformers serve samples at random only with "
         '{generation_config: \'{"do_sample": true, "top_k": 0}\'}',
     )
-    image_tokens: int = Field(800, ge=0, description="input tokens of a picture, for the estimate")
+    image_tokens: int = Field(800, ge=0, description="input tokens of an image, for the estimate")
     usd_per_million_input: float | None = Field(None, ge=0)
     usd_per_million_output: float | None = Field(None, ge=0)
     max_usd: float | None = Field(None, ge=0, description="refuse to start above this estimate")
@@ -58,7 +60,7 @@ class ServerSettings(Settings):
     @field_validator("api_key_env")
     @classmethod
     def _is_a_key(cls, name: str) -> str:
-        """A recipe may come from anyone, and what this variable holds is sent to its base_url."""
+        """The variable's value is sent to base_url, and a recipe may come from anyone: allow API keys only."""
         if not name.endswith("_API_KEY"):
             raise ValueError("allowed: the name of a variable that ends in _API_KEY")
         return name
@@ -66,7 +68,7 @@ class ServerSettings(Settings):
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: a conversation with images, and how to answer. ``draw`` tells repetitions apart."""
+    """One request: a conversation with images, and settings of sampling. ``draw`` numbers repeated requests."""
 
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...] = ()
@@ -79,7 +81,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """A server's response text, and whether it ended by itself (``stop``) or was cut (``length``)."""
+    """A server's response, and whether it ended with an end token (``stop``) or was cut (``length``)."""
 
     text: str
     ended: bool
@@ -87,7 +89,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Before anything is sent: requests to make, answers at hand, tokens (output: at most), cost or ``None``."""
+    """Estimate before requests are sent: new requests, stored answers, tokens (output: at most), cost or ``None``."""
 
     requests: int
     stored: int
@@ -104,11 +106,11 @@ class Estimate:
 
 
 class Client:
-    """Asks a server and keeps its answers.
+    """Sends requests to a server and stores the answers.
 
     Args:
         settings: the server.
-        store: JSONL file of answers; it is made where it is absent. ``None`` keeps nothing.
+        store: JSONL file of answers; created if it does not exist. ``None``: answers are not stored.
 
     Raises:
         MissingPackageError: the ``openai`` package is not installed.
@@ -118,7 +120,7 @@ class Client:
         openai = optional_package("openai", "asking a server", "pip install 'cwdpo[server]'")
         self.settings, self.store = settings, store
         self._openai = openai
-        # Servers of one's own want no key, but the package does.
+        # The user's own server may need no key, but the package does.
         self._key = os.environ.get(settings.api_key_env) or "none"
         try:
             self._connection = Connection(
@@ -128,7 +130,7 @@ class Client:
                 timeout=settings.timeout,
                 retries=settings.retries,
             )
-        except Exception as error:  # httpx's own, for an address or a proxy that cannot be one
+        except Exception as error:  # httpx's errors for an invalid address or proxy
             raise ServerError(
                 f"{settings.base_url}: {type(error).__name__}: {error}: correct base_url"
             ) from None
@@ -137,16 +139,16 @@ class Client:
         self._known: dict[str, Reply] = {}
         if store is not None:
             rows = read_jsonl(store)
-            if not ends_whole(store):  # a kill cut the last line
+            if not ends_whole(store):  # the last line is incomplete after a kill
                 write_text(store, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             self._known = dict(_stored(store, number, row) for number, row in enumerate(rows, 1))
 
     def estimate(self, asks: Sequence[Ask]) -> Estimate:
-        """What :meth:`ask` would send."""
+        """Estimate of what :meth:`ask` would send."""
         new = {key: ask for key, ask in self._keyed(asks) if key not in self._known}
         letters = sum(len(m.text) for ask in new.values() for m in ask.messages)
-        pictures = sum(len(ask.images) for ask in new.values())
-        tokens_in = letters // _LETTERS_PER_TOKEN + pictures * self.settings.image_tokens
+        images = sum(len(ask.images) for ask in new.values())
+        tokens_in = letters // _LETTERS_PER_TOKEN + images * self.settings.image_tokens
         tokens_out = sum(ask.max_tokens for ask in new.values())
         price_in, price_out = self.settings.usd_per_million_input, self.settings.usd_per_million_output
         known = price_in is not None and price_out is not None
@@ -159,18 +161,19 @@ class Client:
         """Replies in the order of ``asks``; equal requests are sent once.
 
         Args:
+            asks: the requests.
             progress: called with the number of new answers.
 
         Raises:
-            ServerError: the estimate is above ``max_usd``, or a request failed after all retries. Answers that
-                came before are stored.
+            ServerError: the estimate is above ``max_usd``, or a request failed after all retries. Answers received
+                before are stored.
         """
         estimate = self.estimate(asks)
         limit = self.settings.max_usd
         if limit is not None and (estimate.usd is None or estimate.usd > limit):
             raise ServerError(
                 f"{self.settings.base_url}: {estimate}; that is not below max_usd = {limit:g}: raise it, set both "
-                "prices, or ask for less"
+                "prices, or send fewer requests"
             )
         keyed = list(self._keyed(asks))
         new = {key: ask for key, ask in keyed if key not in self._known}
@@ -231,16 +234,16 @@ class Client:
             assert error is not None
             return error if isinstance(error, Exception) else ServerError(str(error))
         status = getattr(error, "status_code", None)
-        remedy = "look at the server, then start again: answers that came are stored and are not asked again"
+        remedy = "check the server, then start again: stored answers are not requested again"
         if status in (401, 403):
             remedy = f"set the environment variable {self.settings.api_key_env} to a valid key"
         elif status == 404:
             remedy = "correct base_url (it usually ends in /v1) or model"
         elif status is not None and 300 <= status < 400:
-            remedy = "it sends requests elsewhere, which is not followed: correct base_url"
+            remedy = "it redirects requests, and redirects are not followed: correct base_url"
         causes = [error, (error.__cause__ or error.__context__) if status is None else None]
         said = ": ".join(f"{type(one).__name__}: {one}" for one in causes if one is not None)
-        if self._key != "none":  # some servers say it back
+        if self._key != "none":  # some servers repeat the key in their errors
             said = said.replace(self._key, f"[the value of {self.settings.api_key_env}]")
         return ServerError(
             f"{self.settings.base_url} (model {self.settings.model!r}): {said[:400]}; "
@@ -249,20 +252,20 @@ class Client:
 
 
 def read_reply(body: bytes) -> Reply:
-    """A server's answer as text.
+    """Parse a server's answer.
 
     Raises:
-        ValueError: it is no chat completion.
+        ValueError: it is not a chat completion.
     """
     try:
         choice = parse_json(body, "the answer")["choices"][0]
         text, ended = choice["message"]["content"] or "", choice.get("finish_reason") == "stop"
-        # Half a surrogate pair is no text; a tokenizer and a file would refuse it.
+        # Single surrogates are replaced: tokenizers and files refuse them.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     except (FileError, LookupError, TypeError, AttributeError) as error:
         start = body[:120].decode(errors="replace")
         raise ValueError(
-            f"the answer is no chat completion ({type(error).__name__}: {str(error)[:100]}): {start!r}"
+            f"the answer is not a chat completion ({type(error).__name__}: {str(error)[:100]}): {start!r}"
         ) from None
     return Reply(text.strip(), ended)
 
@@ -271,13 +274,13 @@ def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Repl
     key, text, ended = row.get("key"), row.get("text"), row.get("ended")
     if not (isinstance(key, str) and isinstance(text, str) and isinstance(ended, bool)):
         raise FileError(
-            f"{store}: line {number}: is no stored answer: take that line out, and it is asked again"
+            f"{store}: line {number}: is not a stored answer: remove that line, and it is requested again"
         )
     return key, Reply(text, ended)
 
 
 def _messages(ask: Ask) -> list[dict[str, Any]]:
-    """OpenAI's messages; each image as a data URI where its place is.
+    """Messages in OpenAI's format; each image is a data URI at its place in the text.
 
     Raises:
         ServerError: the prompt has tools, which are not sent.
@@ -300,9 +303,10 @@ def _messages(ask: Ask) -> list[dict[str, Any]]:
 
 
 def data_uri(image: ImageRef) -> str:
-    """The picture as ``data:image/...;base64,...``; other encodings than JPEG, PNG and GIF become PNG.
+    """The image as ``data:image/...;base64,...``; encodings other than JPEG, PNG and GIF are converted to PNG.
 
-    So do deep and transparent pictures, which the server would show otherwise than training does.
+    Images with 16 bits per channel or transparency are converted too: a server would decode them differently than
+    training does.
     """
     data = image.encoded()
     mime = next((m for start, m in _MIME.items() if data.startswith(start)), None)

@@ -1,30 +1,30 @@
-"""What a run writes and how it is read back. No torch is imported here.
+"""Writes and reads the files of a run folder. Does not import torch.
 
-A run folder explains itself::
+The files::
 
     recipe.yaml        the resolved recipe
     environment.json   versions, platform, command
     problems.jsonl     rows that were left out, and why
-    notes.jsonl        what else a reader should know of the data: columns that are not read, altered pictures
-    calibration.json   floor and tau, and the mean_logps they came from
-    reference/         log-likelihoods of the reference, as its pass goes on
-    pool.jsonl         samples of the policy by round, as they are drawn (only with on-policy negatives)
-    answers.jsonl      what a server answered
-    rounds.jsonl       per round of stage 2: what was asked, blended and dropped, and some pairs
+    notes.jsonl        notes on the data: columns that are not read, images that are converted
+    calibration.json   floor and tau, and the mean_logps that they were computed from
+    reference/         log-probabilities of the reference model, written batch by batch
+    pool.jsonl         samples of the policy by round (only with on-policy negatives)
+    answers.jsonl      answers of a server
+    rounds.jsonl       per round of stage 2: how many negatives were sampled, mixed in and dropped, and some pairs
     metrics.jsonl      one JSON object per logging step: stage, step, and the Trainer's metrics
-    timings.jsonl      one per start that ended a stage: its run time and speed, that start's steps only
+    timings.jsonl      one row per start that finished a stage: run time and speed of that start's steps
     readings.jsonl     one Reading per line: held-out probes
     probes-STAGE.jsonl the probe set: per prompt its responses by type, each with its provenance
-    stopped-STAGE.json why a stage ended early, and the step that it went back to
-    samples.jsonl      held-out prompts with the captions that the final policy wrote
+    stopped-STAGE.json why a stage ended early, and the step whose checkpoint was restored
+    samples.jsonl      held-out prompts with the final policy's responses
     summary.json       the final figures
     stage1/, stage2/   checkpoints of each stage
     model/             the final model with its processor
     report.html
-    .lock              held by the process that works in the folder; names it
-    recipe.1.yaml ...  what an accepted change of the recipe left behind
+    .lock              locked by the process that works in the folder; contains its id
+    recipe.1.yaml ...  older recipes, after accepted changes of the recipe
 
-Names that begin with a dot and end in .tmp or .old are pieces of unfinished writing; a resumed run clears them.
+Names that begin with a dot and end in .tmp or .old are incomplete files; a resumed run removes them.
 """
 
 from __future__ import annotations
@@ -52,38 +52,38 @@ from cwdpo.records import Reading
 
 try:
     import fcntl
-except ImportError:  # Windows: two starts in one folder are not told apart
+except ImportError:  # Windows: a second start in the same folder is not detected
     fcntl = None  # type: ignore[assignment]
 
 BEGUN = (
     "metrics.jsonl", "readings.jsonl", "reference", "pool.jsonl", "answers.jsonl", "stage1", "stage2",
     "model", "summary.json",
 )  # fmt: skip
-"""What a folder holds once training has begun."""
+"""Names that exist in a folder after training has begun."""
 FOLDERS = ("data", "init", "reference", "stage1", "stage2", "model")
 RECORDED = (
     "metrics.jsonl", "readings.jsonl", "curriculum.jsonl", "rounds.jsonl", "pool.jsonl", "answers.jsonl",
     "stopped-*.json", "inputs.json", "calibration*.json", "probes-*.jsonl", "samples.jsonl",
 )  # fmt: skip
-"""Files that a resumed run goes on from: their checksums are kept."""
+"""Files that a resumed run continues from: their checksums are stored."""
 _MADE_AGAIN = ("calibration.json", "probes-*.jsonl", "samples.jsonl", "inputs.json")
-"""Those of them that may be missing: what a resumed run makes again is the same."""
+"""Files of these that may be missing: a resumed run makes the same file again."""
 _SUFFIXES = {".json", ".jsonl", ".yaml", ".html", ".md", ".tmp", ".old"}
 _REMEDIES = (
     ("calibration.json", "delete it, and --resume calibrates again"),
     ("probes-*.jsonl", "delete it, and --resume makes the probe set again"),
-    ("samples.jsonl", "delete it, and --resume draws the samples again"),
-    (CHECKSUMS, "delete it, and the files are taken as they are"),
-    ("inputs.json", "delete it, and data and base model are taken as they are"),
+    ("samples.jsonl", "delete it, and --resume samples the responses again"),
+    (CHECKSUMS, "delete it, and the files are used without a check"),
+    ("inputs.json", "delete it, and data and base model are used without a check"),
     ("summary.json", "delete it, and --resume writes it again"),
-    ("*.jsonl", "take that line out, or restore the file from a copy"),
+    ("*.jsonl", "remove that line, or restore the file from a copy"),
     ("*", "restore it from a copy, or start a new run in another --out"),
 )
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a run depends on."""
+    """Installed versions of the packages that affect a run."""
     found = {}
     for name in PACKAGES:
         try:
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 class RunDir:
-    """One run's folder. Of several processes only one has ``writes`` set; the others change nothing."""
+    """The folder of one run. Of several processes only one has ``writes`` set; the others do not write."""
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
@@ -103,21 +103,23 @@ class RunDir:
         self._running: dict[str, Running] = {}
 
     def lock(self) -> None:
-        """Hold the folder against another start until :meth:`unlock`, or until this process ends, in whatever way.
+        """Lock the folder against another start until :meth:`unlock`, or until this process ends.
 
         Raises:
-            RunDirError: another process holds it, which the message names; or the folder's name is not UTF-8.
+            RunDirError: another process has locked it (the message names it); or the folder's name is not UTF-8.
         """
         try:
             str(self.path).encode()
         except UnicodeEncodeError:
             raise RunDirError(
-                f"{self.path}: the name holds bytes that are not UTF-8, and the tokenizer's files cannot be written "
+                f"{self.path}: the name contains bytes that are not UTF-8, so the tokenizer's files cannot be written "
                 "there: choose another --out"
             ) from None
         self.path.mkdir(parents=True, exist_ok=True)
         self.refuse_links()
-        file = open_to_append(self.path / ".lock")  # the holder's name is not cut
+        file = open_to_append(
+            self.path / ".lock"
+        )  # not opened with "w": the other process's id must remain readable
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,38 +136,38 @@ class RunDir:
         self._lock = file
 
     def refuse_links(self) -> None:
-        """Refuse a folder in which a name of a run is a link: it would lead readers and writers outside.
+        """Refuse a folder in which a file of the run is a link to another place.
 
         Raises:
-            FileError: the first such name.
+            FileError: with the first such name.
         """
         refuse_links(
             self.path, lambda name: name in FOLDERS or Path(name).suffix in _SUFFIXES or name == ".lock"
         )
 
     def unlock(self) -> None:
-        """Let go of the folder. The file stays: to delete it would let two starts hold two files of one name."""
+        """Unlock the folder. The lock file is kept: if it were deleted, two starts could lock two different files."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def recover(self) -> None:
-        """Clear what a kill left: pieces of unfinished writing, and cut last lines. A whole old folder returns."""
+        """Clean up after a kill: remove incomplete files and incomplete last lines, restore renamed old folders."""
         for folder in (self.path, self.path / "stage1", self.path / "stage2"):
             clear_pieces(folder)
         for path in self.path.glob("*.jsonl"):
             self._keep_rows(path.name, lambda row: True)
 
     def create(self, *, resume: bool = False) -> RunDir:
-        """Make the folder; an existing run is only continued when asked.
+        """Make the folder; an existing run is continued only with ``resume``.
 
         Raises:
-            RunDirError: the folder already holds a run and ``resume`` is not set.
+            RunDirError: the folder already contains a run and ``resume`` is not set.
         """
-        # A start that ended before training (bad data, no model) has made nothing worth keeping.
+        # After a start that failed before training (bad data, no model), there is nothing to keep.
         if any((self.path / name).exists() for name in BEGUN) and not resume:
             raise RunDirError(
-                f"{self.path} already holds a run: continue it with --resume, or choose another --out"
+                f"{self.path} already contains a run: continue it with --resume, or choose another --out"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume and (self.path / "recipe.yaml").exists():
@@ -180,11 +182,11 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
-        """An existing run, to read.
+        """Open an existing run for reading.
 
         Raises:
             RunDirError: there is no run in the folder.
-            FileError: it holds a link, a pipe or a device.
+            FileError: it contains a link, a pipe or a device.
         """
         run = cls(path)
         if run.path.is_dir():
@@ -210,14 +212,14 @@ class RunDir:
         self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file of the run, and record it."""
+        """Write a text file of the run, and update the checksums."""
         if self.writes:
             self.forget(name)
             write_text(self.path / name, text)
             self.record()
 
     def record(self) -> None:
-        """Store the checksums of the files that a resumed run goes on from, as they are now."""
+        """Store the current checksums of the files that a resumed run continues from."""
         if not self.writes:
             return
         entries = {}
@@ -230,17 +232,17 @@ class RunDir:
             write_json(self.path / CHECKSUMS, entries)
 
     def forget(self, name: str) -> None:
-        """Take a file out of the checksums before it is written anew: a kill in between must not look like damage."""
+        """Remove a file's checksum before the file is rewritten: a kill in between must not look like damage."""
         self._running.pop(name, None)
         known = self.json(CHECKSUMS) if self.writes else {}
         if known.pop(name, None) is not None:
             write_json(self.path / CHECKSUMS, known)
 
     def changes(self) -> list[str]:
-        """Files that are not as this run, or the one before it, recorded them; rows may have come since.
+        """Problems of files that differ from their stored checksums; rows may have been appended.
 
         Raises:
-            FileError: the checksums themselves are damaged.
+            FileError: the file of checksums is damaged.
         """
         return [
             text
@@ -258,13 +260,13 @@ class RunDir:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Have every appended row on disk, and recorded."""
+        """Sync all appended rows to disk, and update the checksums."""
         for path in self.path.glob("*.jsonl") if self.writes else ():
             sync(path)
         self.record()
 
     def drop_after(self, stage: str, step: int) -> None:
-        """Cut what ``stage`` wrote behind ``step``: a resumed run writes it again."""
+        """Remove the rows that ``stage`` wrote after ``step``: a resumed run writes them again."""
         for name in ("metrics.jsonl", "readings.jsonl", "curriculum.jsonl"):
             self._keep_rows(name, lambda row: row.get("stage") != stage or row.get("step", 0) <= step)
         if self.writes and self.json(f"stopped-{stage}.json").get("step", -1) > step:
@@ -272,11 +274,11 @@ class RunDir:
             (self.path / f"stopped-{stage}.json").unlink(missing_ok=True)
 
     def drop_stages(self, name: str, stages: Collection[str]) -> None:
-        """Cut the rows of some stages out of a JSONL file: a resumed run writes them again."""
+        """Remove the rows of some stages from a JSONL file: a resumed run writes them again."""
         self._keep_rows(name, lambda row: row.get("stage") not in stages)
 
     def _keep_rows(self, name: str, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Rewrite a JSONL file where rows go, or where its last line is cut."""
+        """Rewrite a JSONL file with the rows to keep, if rows are removed or its last line is incomplete."""
         path = self.path / name
         if not self.writes or not path.is_file():
             return
@@ -287,7 +289,7 @@ class RunDir:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def append_readings(self, stage: str, readings: Iterable[Reading]) -> None:
-        """Append held-out readings of a stage; a number that is not finite is left out."""
+        """Append held-out readings of a stage; numbers that are not finite are written as null."""
         rows: list[dict[str, Any]] = [{"stage": stage, **asdict(r)} for r in readings]
         for row in rows:
             for key in ("value", "low", "high"):
@@ -300,7 +302,7 @@ class RunDir:
         return self.rows("metrics.jsonl")
 
     def readings(self) -> list[dict[str, Any]]:
-        """Rows of readings.jsonl: stage plus the fields of a Reading."""
+        """Rows of readings.jsonl: the stage and the fields of a Reading."""
         return self.rows("readings.jsonl")
 
     def samples(self) -> list[dict[str, Any]]:
@@ -312,10 +314,10 @@ class RunDir:
         return self.rows("rounds.jsonl")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Rows of a JSONL file of the run; an absent file has none.
+        """Rows of a JSONL file of the run; a missing file has no rows.
 
         Raises:
-            FileError: it is damaged; the message says what to do.
+            FileError: the file is damaged; the message says what to do.
         """
         try:
             return read_jsonl(self.path / name)
@@ -323,10 +325,10 @@ class RunDir:
             raise FileError(f"{error}: {remedy(name)}") from None
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; an absent file is an empty mapping.
+        """A JSON file of the run; a missing file gives an empty mapping.
 
         Raises:
-            FileError: it is damaged; the message says what to do.
+            FileError: the file is damaged; the message says what to do.
         """
         path = self.path / name
         try:

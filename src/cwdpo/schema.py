@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe, for editors. No torch is imported here."""
+"""The JSON schema of a recipe, for editors. Does not import torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _component_schema(
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, objectives, judges and their settings included, for editors."""
+    """The JSON schema of a recipe, with the settings of all objectives and judges."""
     schema = Recipe.model_json_schema()
     defs = schema["$defs"]
     defs["Objective"] = _component_schema(OBJECTIVES, defs)

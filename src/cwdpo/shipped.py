@@ -1,4 +1,4 @@
-"""The recipes that come with the package. No torch is imported here."""
+"""The recipes of the package. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 def names() -> list[str]:
-    """Their names, as ``cwdpo train NAME`` takes them."""
+    """Names of the recipes, for ``cwdpo train NAME``."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def resolve(path: str | Path) -> Path:
-    """A recipe's file: the path itself, or a shipped recipe where there is no such file and the path is its name."""
+    """A recipe's file: the path, or, if it does not exist and is the name of a shipped recipe, that recipe's file."""
     path = Path(path)
     if path.exists() or str(path) not in names():
         return path
@@ -24,15 +24,15 @@ def resolve(path: str | Path) -> Path:
 
 
 def nearest_name(path: Path) -> str:
-    """For the message about a file that does not exist: the shipped recipe that it may be meant to be, or nothing."""
+    """A suggestion for the message about a missing file: the shipped recipe with a similar name, or an empty text."""
     return nearest(str(path), names()) if len(path.parts) == 1 else ""
 
 
 def text(name: str) -> str:
-    """What a shipped recipe holds.
+    """The text of a shipped recipe.
 
     Raises:
-        RecipeError: there is no such recipe; the nearest is named.
+        RecipeError: there is no such recipe; the message names the most similar one.
     """
     if name not in names():
         raise RecipeError(f"no shipped recipe {name!r}{nearest(name, names())}; known: {', '.join(names())}")
@@ -40,7 +40,7 @@ def text(name: str) -> str:
 
 
 def summary(name: str) -> str:
-    """The comment at a recipe's head, up to the first full stop or colon."""
+    """The comment at the start of a recipe, up to the first full stop or colon."""
     lines = []
     for line in text(name).splitlines():
         if not line.startswith("#"):

@@ -221,7 +221,7 @@ def qwen3_vl(made: Made) -> tuple[Any, Any]:
 def qwen3_vl_moe(made: Made) -> tuple[Any, Any]:
     text = {
         **made.text, "head_dim": 16, "rope_parameters": _mrope(mrope_interleaved=True), "num_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24,  # not square: the hub holds experts the other way round
     }  # fmt: skip
     vision = _qwen3_vision(deepstack_visual_indexes=[0, 1])
     config = t.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_qwen_ids(made))
@@ -597,8 +597,12 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
 }  # fmt: skip
 
 
-def write(name: str, folder: Path) -> Path:
-    """Write the checkpoint of a family; its weights are far enough from zero that every part of it matters."""
+def write(name: str, folder: Path, ends: float = 1.0) -> Path:
+    """Write the checkpoint of a family; its weights are far from zero, so that every part of it matters.
+
+    Args:
+        ends: factor of the end token's row in the head; responses of a random model would hardly ever end.
+    """
     maker, traits = FAMILIES[name]
     made = Made(traits)
     if name == "mllama":
@@ -612,6 +616,8 @@ def write(name: str, folder: Path) -> Path:
                 parameter.normal_(0, 0.08)
             elif parameter.numel() == 1:  # Mllama's gates are closed in a fresh model
                 parameter.fill_(0.5)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[made.id(traits.end)] *= ends
     tokenizer = made.tokenizer
     model.generation_config = t.GenerationConfig(
         eos_token_id=[made.id(token) for token in traits.stops],

@@ -90,3 +90,31 @@ def rows() -> list[Example]:
         row("turns", (two,), ask, Message("assistant", ("A green triangle.",)), Message("user", ("And below it?",))),
         row("system", (three,), Message("system", ("Be brief.",)), ask),
     ]  # fmt: skip
+
+
+_FOUND: dict[tuple[str, str], str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect the cells of the table, in the process that has them all."""
+    if report.when == "call" and report.passed:
+        for name, value in report.user_properties:
+            if name == "cell":
+                family, cell, found = value
+                _FOUND[family, cell] = found
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where every cell was tried, the page's table is compared, and written anew if it does not agree."""
+    from cells import CELLS, PAGE, table, with_table, written
+
+    if collect_ignore_glob or hasattr(session.config, "workerinput"):
+        return
+    if {family for family, _ in _FOUND} != set(FAMILIES) or {cell for _, cell in _FOUND} != set(CELLS):
+        return  # a part of the tests was chosen
+    made = table(_FOUND, {name: traits.shared for name, (_, traits) in FAMILIES.items()})
+    page = PAGE.read_text(encoding="utf-8")
+    if written(page) != made:
+        PAGE.write_text(with_table(page, made), encoding="utf-8")
+        print("\ndocs/models.md did not agree with what was found: its table is written anew; commit it")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -3,17 +3,22 @@ own logits give them, samples as its own ``generate``."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from cwdpo.data.encode.collate import PromptBatch, collate
-from cwdpo.data.encode.template import RefusedRowError
+from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.template import RefusedRowError, TurnEnd
 from cwdpo.errors import DataError, ModelError
 from cwdpo.models.families import family_names
+from cwdpo.models.parts import PARTS
 from cwdpo.models.sample import Decoding, forced_logps, shared_prefill
 from cwdpo.models.shared_attention import shares_prefix, use_scoring
+from cwdpo.models.vision_cache import forget_vision_features, keep_vision_features
 from cwdpo.records import Example
 from cwdpo.scoring import plain
 from cwdpo.scoring.score import score
@@ -271,3 +276,62 @@ def test_a_family_that_is_not_in_the_table_is_tried_first(
         return
     with pytest.raises(ModelError, match="is not known, and"):
         check_scoring(model, encoder, family.examples, "auto")
+
+
+def test_the_comparisons_notice_a_mistake(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another bos, end or way of giving contents, and prompt or completion are no longer the family's own."""
+    example, traits = family.examples[0], family.traits
+    own = own_inputs(family, example)["input_ids"][0].tolist()
+    whole = continued(family, example, example.chosen.text)["input_ids"][0].tolist()
+
+    def agree(encoder: Encoder) -> bool:
+        prompt = list(encoder.prompt(example).input_ids)
+        return prompt == own and [*prompt, *encoder.completion_ids(example, example.chosen.text)] == whole
+
+    assert agree(family.encoder)
+    if traits.adds_bos:
+        right = Encoder._adds_bos
+        with monkeypatch.context() as patch:
+            patch.setattr(Encoder, "_adds_bos", lambda self, text: not right(self, text))
+            assert not agree(family.encoder)
+    ends_elsewhere = family.encoder
+    ends_elsewhere.template.end = TurnEnd(own[-1], "", "")
+    assert not agree(ends_elsewhere)
+    for role in traits.text_roles:
+        as_blocks = family.encoder
+        as_blocks.prompt(example)
+        as_blocks.template.end  # noqa: B018 - found before the style is changed
+        as_blocks.template._styles[role] = "blocks"
+        if role != "assistant":
+            continue  # the example has no such turn
+        with contextlib.suppress(RefusedRowError):  # the template cannot take a list
+            assert not agree(as_blocks)
+
+
+def test_parts_are_found_by_name(family: Any) -> None:
+    names = [name for name, _ in family.policy.model.named_parameters()]
+    for part, pattern in PARTS.items():
+        assert any(re.search(pattern, name) for name in names), part
+    unnamed = [n for n in names if not any(re.search(pattern, n) for pattern in PARTS.values())]
+    assert not unnamed
+
+
+def test_kept_image_features_change_nothing(family: Any) -> None:
+    model, batch = family.policy.model, batch_of(family)
+    text = re.compile(PARTS["text"])
+    frozen = [p for name, p in model.named_parameters() if not text.search(name)]
+    with torch.no_grad():
+        before = score(model, batch).logp
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        kept = keep_vision_features(model, 1.0)
+        with torch.no_grad():
+            first, second = score(model, batch).logp, score(model, batch).logp
+    finally:
+        forget_vision_features(model)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    assert kept == (family.name != "mllama")
+    assert float((first - before).abs().max()) <= EXACT
+    assert torch.equal(first, second)

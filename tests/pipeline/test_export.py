@@ -172,7 +172,7 @@ def test_rounding_is_the_callers_wish_and_its_cost_is_said(
     undone = sum(int((moved[name] & (half[name] == base[name])).sum()) for name in full)
     share = undone / sum(int(m.sum()) for m in moved.values())
     assert 0.05 < share < 1
-    assert f"Rounding put {share:.1%} of the" in done.out
+    assert f"Rounding set {share:.1%} of the" in done.out
 
 
 def test_a_full_fine_tuning_is_compared_and_may_be_rounded(
@@ -208,7 +208,7 @@ def test_an_export_that_says_something_else_is_not_written(
     with (
         pytest.warns(UserWarning, match="tie_word_embeddings"),
         pytest.raises(
-            ModelError, match=r"would be another model: merging the adapter changes .* nats a token"
+            ModelError, match=r"would be a different model: merging the adapter changes .* nats a token"
         ),
     ):
         export(tmp_path / "run", tmp_path / "out", merge=True)
@@ -237,7 +237,7 @@ def test_rows_that_are_gone_are_named_with_the_way_out(
     trained(tied["float32"], "language model", world_folder, tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(world_folder), "/gone"))
-    with pytest.raises(RunDirError, match=r"gone/train\.jsonl: there are no rows .* by --data"):
+    with pytest.raises(RunDirError, match=r"gone/train\.jsonl: there are no rows .* with --data"):
         export(tmp_path / "run", tmp_path / "out", merge=False)
     done = run(
         "export", tmp_path / "run", "--out", tmp_path / "out", "--data", world_folder / "validation.jsonl"
@@ -311,7 +311,7 @@ def test_a_format_of_ones_own_is_not_loaded_from_a_stored_recipe(
     trained(tied["float32"], "language model", world_folder, tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("data: {", "data: {format: 'mine.py:Mine', "))
-    with pytest.raises(RunDirError, match=r"format of your own \(mine\.py:Mine\).* by --data"):
+    with pytest.raises(RunDirError, match=r"format of your own \(mine\.py:Mine\).* with --data"):
         export(tmp_path / "run", tmp_path / "out", merge=False)
     done = export(
         tmp_path / "run", tmp_path / "out", merge=False, data=str(world_folder / "validation.jsonl")

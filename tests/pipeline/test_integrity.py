@@ -115,7 +115,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "swapped": (swapped, "rows of stage2: other texts"),
     "half": (lambda p: put_rows(p, rows_of(p)[:8]), "rows of stage2: 16 -> 8"),
     "reversed": (lambda p: put_rows(p, rows_of(p)[::-1]), "rows of stage2: the same in another order"),
-    "pictures": (other_pictures, "rows of stage2: other pictures"),
+    "pictures": (other_pictures, "rows of stage2: other images"),
     "base": (scaled, "base model: other weights"),
     "template": (other_template, "base model: another template"),
 }
@@ -195,10 +195,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(
         checkpoint_to_resume(tmp_path / "stage2")
     said = str(caught.value)
     assert said.startswith(f"{newest}: damaged: {name} ")
-    assert said.endswith("remove the folder, and --resume goes on from checkpoint-2, which is whole")
+    assert said.endswith("remove the folder, and --resume continues from checkpoint-2, which is not damaged")
     flip(tmp_path / "stage2" / "checkpoint-2" / "optimizer.pt")
     with pytest.raises(
-        FileError, match="no older one is whole: remove the folder, and --resume begins the stage"
+        FileError, match="no older one is undamaged: remove the folder, and --resume starts the stage"
     ):
         checkpoint_to_resume(tmp_path / "stage2")
     shutil.rmtree(newest)
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_an_older_version_is_answered_in_words_too(
     else:
         torch.save(content, checkpoint / name)
     with pytest.raises(
-        CwdpoError, match=r"checkpoint-2.*: remove the checkpoint's folder, and --resume goes on"
+        CwdpoError, match=r"checkpoint-2.*: remove the checkpoint's folder, and --resume continues"
     ):
         resumed(place)
 
@@ -265,7 +265,7 @@ def test_a_damaged_file_of_the_run_is_named(
     DAMAGE[how](place / "run" / name)
     with pytest.raises(FileError) as caught:
         resumed(place)
-    assert str(caught.value).startswith(f"{place / 'run'}: not as the run left it: {name} ")
+    assert str(caught.value).startswith(f"{place / 'run'}: changed since the run wrote it: {name} ")
     assert "--accept-changes" in str(caught.value)
 
 
@@ -280,7 +280,7 @@ def test_a_missing_file_is_named_unless_it_is_made_again(place: Path, name: str,
 def test_damaged_checksums_are_named(place: Path) -> None:
     (place / "run" / CHECKSUMS).write_text("{")
     with pytest.raises(
-        FileError, match=r"checksums\.json: is not JSON.*: delete it, and the files are taken as they are"
+        FileError, match=r"checksums\.json: is not JSON.*: delete it, and the files are used without a check"
     ):
         resumed(place)
     (place / "run" / CHECKSUMS).write_text(
@@ -288,7 +288,7 @@ def test_damaged_checksums_are_named(place: Path) -> None:
     )
     assert RunDir(place / "run").changes() == [
         "checksums.json names '../x', which is not in the folder",
-        "checksums.json holds no checksum of metrics.jsonl",
+        "checksums.json contains no checksum of metrics.jsonl",
     ]
 
 

@@ -74,7 +74,7 @@ def test_a_refused_start_lets_go_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: other\n")
     (tmp_path / "metrics.jsonl").write_text("")
     recipe = parse_recipe({"data": {"path": "x.jsonl"}})
-    with pytest.raises(RunDirError, match="already holds a run"):
+    with pytest.raises(RunDirError, match="already contains a run"):
         start_run(RunDir(tmp_path), recipe)
     run = RunDir(tmp_path)
     run.lock()

@@ -102,5 +102,7 @@ def test_a_resumed_run_keeps_what_was_left_out(tmp_path: Path) -> None:
 def test_an_optimizer_for_bf16_weights_needs_some() -> None:
     check_optimizer("adamw", nn.Linear(2, 2))
     check_optimizer("adamw_kahan", nn.Linear(2, 2).to(torch.bfloat16))
-    with pytest.raises(RecipeError, match="adamw_kahan is for trained weights in bf16, and here none is"):
+    with pytest.raises(
+        RecipeError, match="adamw_kahan is for trained weights in bf16, but no trained weight is bf16"
+    ):
         check_optimizer("adamw_kahan", nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""``cwdpo env``: what a bug report needs to say of a machine, and nothing that is secret."""
+"""``cwdpo env``: facts about the machine for a bug report, without secrets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = (
     "HF_HUB_OFFLINE", "LOCAL_RANK", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK",
     "TOKENIZERS_PARALLELISM", "TRANSFORMERS_OFFLINE", "WORLD_SIZE",
 )  # fmt: skip
-"""Variables whose values are shown. Of any other not even the name is: it may be a key, or say who somebody is."""
+"""Variables that are shown. Others are not shown, not even their names: they may be keys or personal data."""
 
 
 def mount(app: typer.Typer) -> None:
@@ -42,7 +42,7 @@ def env(as_json: AsJson = False) -> None:
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """Versions of packages, the system, devices and settings, by name."""
+    """Versions of packages, system, devices and environment variables, by name."""
     from cwdpo.rundir import versions
     from cwdpo.stage.environment import devices
 

@@ -1,4 +1,4 @@
-"""``cwdpo validate --show``: rows as the model sees them, on a terminal or piped."""
+"""``cwdpo validate --show``: prints encoded rows to a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LABEL = 12
 
 
 def print_rows(rows: Iterable[ShownRow]) -> None:
-    """Print rows at most 80 columns wide: the prompt dim, trained tokens apart; colours on a terminal only."""
+    """Print rows, at most 80 columns wide: the prompt dim, bars between trained tokens, colours on terminals only."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -54,7 +54,7 @@ def _said(response: ShownResponse) -> str:
 
 
 def _tokens(response: ShownResponse) -> Text:
-    """The tokens with a bar between them; a line break is written as one character, so that no token is lost."""
+    """The tokens with a bar between them; line breaks are printed as ``\\n``, so that every token is visible."""
     from rich.text import Text
 
     text = Text()

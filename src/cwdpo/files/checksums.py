@@ -1,4 +1,4 @@
-"""Checksums of finished files: what has changed since they were written is named before anything goes on from it."""
+"""Checksums of finished files, which are compared before the files are used again."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _CHUNK = 2**20
 
 
 class Running:
-    """The digest of a growing file; what was read once is not read again."""
+    """The digest of a growing file; each byte is read once only."""
 
     def __init__(self) -> None:
         self._digest = blake2b(digest_size=16)
         self.size = 0
 
     def read_on(self, path: Path, size: int | None = None) -> str:
-        """The digest of the file's first ``size`` bytes, by default of all of it.
+        """The digest of the file's first ``size`` bytes; default: of the whole file.
 
         Raises:
-            FileError: it cannot be read.
+            FileError: the file cannot be read.
         """
         with open_file(path) as file:
             file.seek(self.size)
@@ -47,7 +47,7 @@ class Running:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write :data:`FILE` into a folder that is finished: size and digest of every file in it but its README."""
+    """Write :data:`FILE` into a finished folder: size and digest of every file in it except README.md."""
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -59,7 +59,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """What has become of the files of a folder since :func:`write_checksums`; empty where it wrote none.
+    """Problems of the files of a folder since :func:`write_checksums`; empty if it wrote no checksums.
 
     Returns:
         ``NAME is missing``, ``NAME was changed``, ... in order.
@@ -76,35 +76,37 @@ def damage(folder: Path) -> list[str]:
 
 
 def difference(folder: Path, name: str, entry: Any, *, grows: bool = False) -> str:
-    """What is wrong with a file, or an empty text.
+    """What is wrong with a file; an empty text if nothing.
 
     Args:
-        entry: of :meth:`Running.entry`, as it was stored.
-        grows: the file may have become longer.
+        folder, name: the file.
+        entry: the stored result of :meth:`Running.entry`.
+        grows: whether the file may have become longer.
     """
     size, digest = (entry.get("bytes"), entry.get("blake2b")) if isinstance(entry, dict) else (None, None)
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return f"{FILE} names {name!r}, which is not in the folder"
     if not isinstance(size, int) or not isinstance(digest, str):
-        return f"{FILE} holds no checksum of {name}"
-    if not os.path.isfile(path):  # also where the name cannot be one
+        return f"{FILE} contains no checksum of {name}"
+    if not os.path.isfile(path):  # False also for names that no file can have
         return f"{name} is missing"
     now = path.stat().st_size
     if now < size or (now > size and not grows):
-        return f"{name} has {now} bytes where {size} were written"
+        return f"{name} has {now} bytes, but {size} were written"
     return "" if Running().read_on(path, size) == digest else f"{name} was changed"
 
 
 def refuse_damage(folder: Path, remedy: str, more: Iterable[str] = ()) -> None:
-    """Refuse a folder that is not what was written.
+    """Refuse a folder whose files are not as they were written.
 
     Args:
-        remedy: what to do.
-        more: further problems, found otherwise.
+        folder: the folder.
+        remedy: what to do, for the message.
+        more: further problems.
 
     Raises:
-        FileError: the problems and the remedy.
+        FileError: with the problems and the remedy.
     """
     problems = [*damage(folder), *more]
     if problems:

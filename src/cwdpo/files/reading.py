@@ -1,7 +1,6 @@
-"""JSON, YAML and text of others, read with limits of size and depth; every failure is one line with the file's name.
+"""Reads JSON and text files with limits of size and depth; every error is one line with the file's name.
 
-A deep or a very large file would otherwise end in a traceback or not at all, and a few lines of YAML can stand for
-gigabytes (an alias that names aliases).
+Without the limits, a very deep or very large file ends in a traceback, or fills the memory.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from typing import Any, BinaryIO
 from cwdpo.errors import FileError
 
 MOST_BYTES = 2**26
-"""Of a JSON file, of a row of JSONL, and of a text file."""
+"""Largest size of a JSON file, of a row of JSONL, and of a text file."""
 DEEPEST = 60
-"""Lists and mappings inside each other."""
+"""Largest depth of nested lists and mappings."""
 
 _LONG_NUMBER = re.compile(rb"[0-9]{301}")
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file to read; a pipe or a device, which could keep the reader waiting for ever, is refused.
+    """Open a file to read. Pipes and devices are refused, because reading them might never end.
 
     Raises:
-        FileError: it cannot be opened, or is no regular file.
+        FileError: it cannot be opened, or is not a regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -42,23 +41,23 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The whole of a file.
+    """All bytes of a file.
 
     Raises:
-        FileError: it cannot be read, is no file, or holds more than ``most`` bytes.
+        FileError: it cannot be read, is not a file, or has more than ``most`` bytes.
     """
     with open_file(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise FileError(f"{path}: has more than {most} bytes, the most that is read here")
+        raise FileError(f"{path}: has more than {most} bytes, which is the limit")
     return data
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """The whole of a text file in UTF-8, a byte order mark left out.
+    """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileError: as :func:`read_bytes`, or it is not UTF-8.
+        FileError: see :func:`read_bytes`; or the file is not UTF-8.
     """
     try:
         return read_bytes(path, most).decode("utf-8-sig")
@@ -67,13 +66,14 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """A JSON value, at most :data:`DEEPEST` deep.
+    """Parse a JSON value.
 
     Args:
-        where: the file, for messages.
+        text: JSON.
+        where: name of the file, for messages.
 
     Raises:
-        FileError: it is not JSON, or too deep.
+        FileError: it is not JSON, or nested deeper than :data:`DEEPEST`.
     """
     try:
         value = json.loads(text)
@@ -81,15 +81,15 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise FileError(f"{where}: is not JSON ({_short(error)})") from None
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
     if _LONG_NUMBER.search(data):  # as a float it would be infinite
-        raise FileError(f"{where}: holds a number of more than 300 digits")
-    # Fewer brackets than that cannot be deeper; most files need no walk.
+        raise FileError(f"{where}: contains a number of more than 300 digits")
+    # With fewer brackets than the limit it cannot be deeper: most files need no full check.
     if data.count(b"[") + data.count(b"{") > DEEPEST and is_deep(value):
         raise FileError(f"{where}: is nested deeper than {DEEPEST}")
     return value
 
 
 def is_deep(value: Any, limit: int = DEEPEST) -> bool:
-    """Whether lists and mappings stand inside each other more than ``limit`` times."""
+    """Whether lists and mappings are nested more than ``limit`` levels deep."""
     level: list[Any] = [value]
     for _ in range(limit):
         level = [
@@ -108,16 +108,16 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:
-        FileError: as :func:`read_bytes` and :func:`parse_json`.
+        FileError: see :func:`read_bytes` and :func:`parse_json`.
     """
     return parse_json(read_bytes(path), str(path))
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON file holds.
+    """The JSON object of a file.
 
     Raises:
-        FileError: as :func:`read_json`, or it holds something else.
+        FileError: see :func:`read_json`; or the value is not an object.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -126,16 +126,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; a last line cut off by a kill is left out; no file is no rows.
+    """The rows of a JSONL file. An incomplete last line (after a kill) is left out; a missing file has no rows.
 
     Raises:
-        FileError: a line that ends in a line feed is not a JSON object, or is too long or too deep.
+        FileError: a complete line is not a JSON object, or is too long or too deep.
     """
     if not os.path.isfile(path):
         return
     with open_file(path) as file:
         number = 0
-        # Only a line feed ends a row: text of a model may hold every other line break.
+        # Only a line feed ends a row: a model's text may contain any other line break.
         while line := file.readline(MOST_BYTES + 1):
             number += 1
             where = f"{path}: line {number}"
@@ -154,16 +154,16 @@ def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of :func:`iter_jsonl`.
+    """All rows of a JSONL file as a list.
 
     Raises:
-        FileError: as there.
+        FileError: see :func:`iter_jsonl`.
     """
     return list(iter_jsonl(path))
 
 
 def ends_whole(path: Path) -> bool:
-    """Whether a JSONL file is absent, empty, or ends in a line feed: then a row can be appended."""
+    """Whether a row can be appended to a JSONL file: it is absent, empty, or ends in a line feed."""
     if not path.is_file() or path.stat().st_size == 0:
         return True
     with path.open("rb") as file:

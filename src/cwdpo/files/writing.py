@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, under temporary names that nobody can prepare.
+"""Writes files and folders atomically: under a temporary name, which is renamed at the end.
 
-A temporary name is ``.NAME.<16 random hex digits>.tmp`` beside the final one. It is made exclusively, so a link that
-somebody left under a guessed name is neither followed nor overwritten. A kill leaves such a piece behind;
+A temporary name is ``.NAME.<16 random hex digits>.tmp`` in the same folder. It is created with ``O_EXCL``, so an
+existing link of that name is neither followed nor overwritten. After a kill a temporary file may remain;
 :func:`clear_pieces` removes it.
 """
 
@@ -21,20 +21,20 @@ from typing import Any, TextIO
 from cwdpo.errors import FileError
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-"""Absent on Windows, where making a link takes rights that few users have."""
+"""Does not exist on Windows, where few users have the right to make links."""
 _BYTES = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def temporary_name(path: Path) -> Path:
-    """An unused name beside ``path``."""
+    """An unused name in the same folder as ``path``."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new empty file under a temporary name, which takes the name ``path`` when the block ends well.
+    """A new empty file with a temporary name; it is renamed to ``path`` when the block ends without an error.
 
-    The file is on disk before it gets its name. After an error nothing is left of it.
+    The file is synced to disk before it is renamed. After an error it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -50,9 +50,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name, sync, rename: a kill leaves the old file or the new one.
+    """Write a text file atomically: after a kill, there is the complete old file or the complete new one.
 
-    Half surrogate pairs (a command's argument or a column's name may hold some) are written as ``\\udce4``.
+    Single surrogates (a command's argument or a column's name may contain some) are written as ``\\udce4``.
     """
     with (
         replacing(path) as temporary,
@@ -62,12 +62,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON through :func:`write_text`; NaN is refused, because no other reader takes it."""
+    """Write JSON with :func:`write_text`; NaN raises ValueError, because other JSON readers refuse it."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def open_to_append(path: Path) -> TextIO:
-    """A text file to append to; it is made where it is absent, and never reached through a link.
+    """Open a text file to append to; it is created if it does not exist. Links are not followed.
 
     Raises:
         FileError: the name is a link.
@@ -82,7 +82,7 @@ def open_to_append(path: Path) -> TextIO:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder's list of names on disk."""
+    """Sync a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -91,7 +91,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have a folder and everything in it on disk."""
+    """Sync a folder and everything in it to disk."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file():
             sync(path)
@@ -106,9 +106,9 @@ def _sync_names(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder under a temporary name, which takes the name ``folder`` when the block ends well.
+    """A new empty folder with a temporary name; it is renamed to ``folder`` when the block ends without an error.
 
-    Everything in it is on disk before it gets its name. After an error nothing is left of it.
+    Everything in it is synced to disk before it is renamed. After an error it is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
@@ -123,9 +123,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Give a finished folder its name. A folder cannot be replaced in one step, so the old one steps aside.
+    """Rename a finished folder to its final name, replacing an older one.
 
-    A kill between the two renames leaves it as ``.NAME.old``, whole; :func:`clear_pieces` brings it back.
+    A folder cannot be replaced in one step, so the old one is first renamed to ``.NAME.old``. After a kill between the
+    two renames, :func:`clear_pieces` gives it its name back.
     """
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
@@ -137,7 +138,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; its name goes first, so that a kill leaves no half of it under that name."""
+    """Delete a folder; it is renamed first, so that a kill leaves no incomplete folder with this name."""
     aside = temporary_name(folder)
     os.rename(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
@@ -155,10 +156,11 @@ def clear_pieces(folder: Path) -> None:
 def refuse_links(folder: Path, within: Callable[[str], bool] = lambda name: True) -> None:
     """Refuse a folder with anything in it, at any depth, but plain files and folders.
 
-    A link can make a reader show, and a writer change, files outside; a pipe can keep a reader waiting for ever.
+    Through a link, files outside the folder could be read or changed; reading a pipe might never end.
 
     Args:
-        within: which names of the folder itself are looked at; default: all.
+        folder: the folder.
+        within: whether to check a name directly in the folder; default: all are checked.
 
     Raises:
         FileError: the first such name.
@@ -179,7 +181,7 @@ def refuse_links(folder: Path, within: Callable[[str], bool] = lambda name: True
                 raise FileError(f"{entry.path}: {_kind(entry)}; {_PLAIN}: remove it")
 
 
-_PLAIN = "a run folder holds plain files and folders only"
+_PLAIN = "a run folder may contain plain files and folders only"
 
 
 def _link(path: Path) -> str:
@@ -192,10 +194,10 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder that holds no links into an existing empty one.
+    """Copy a folder without links into an existing empty folder.
 
     Raises:
-        FileError: it holds a link, a pipe or a device.
+        FileError: it contains a link, a pipe or a device.
     """
     refuse_links(source)
     shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)

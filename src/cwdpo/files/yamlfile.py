@@ -1,7 +1,7 @@
-"""YAML of others: plain values only, no key twice, and no alias that makes a page of text into gigabytes.
+"""Reads YAML safely: plain values only, no duplicate keys, and limits against aliases that expand to gigabytes.
 
-Numbers begin with another digit than 0: ``010``, ``12:30`` and ``2024-01-01`` are text, where YAML 1.1 makes them 8,
-750 and a date. Settings that are numbers take such a text as people read it.
+``010``, ``12:30`` and ``2024-01-01`` are text; in YAML 1.1 they are 8, 750 and a date. A numeric setting converts such
+a text to the decimal number (``010`` is 10).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from cwdpo.files.reading import read_text
 MOST_BYTES = 2**20
 MOST_VALUES = 10_000
 DEEPEST = 30
-# PyYAML lets out what Python's own parsers say of odd numbers and tags, and of brackets without end.
+# PyYAML does not catch the errors of Python's parsers for wrong numbers and tags, and for deep nesting.
 _ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with other numbers, and without dates."""
+    """PyYAML's safe loader with different rules for numbers, and without dates."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper: what either loader would take for a number is quoted."""
+    """PyYAML's safe dumper, which quotes texts that either loader would read as a number."""
 
 
 _KEPT = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
@@ -50,15 +50,16 @@ _DECIMAL = re.compile(r"[-+]?[0-9]{1,300}(\.[0-9]*)?([eE][-+]?[0-9]{1,4})?")
 
 
 def parse_yaml(text: str, where: str, *, words: bool = False) -> Any:
-    """A YAML document's value.
+    """The value of a YAML document.
 
     Args:
-        where: the file, for messages.
-        words: every scalar is a text: ``yes``, ``on`` and ``1`` are words then.
+        text: YAML.
+        where: name of the file, for messages.
+        words: read every scalar as text, also ``yes``, ``on`` and ``1``.
 
     Raises:
-        FileError: it is not YAML, holds a key twice or a tag of a program's own, or is too large or too deep once its
-            aliases are written out.
+        FileError: it is not YAML, has a duplicate key or a custom tag, or is too large or too deep after its aliases
+            are expanded.
     """
     try:
         loader = yaml.BaseLoader(text) if words else _Loader(text)
@@ -77,12 +78,12 @@ def parse_yaml(text: str, where: str, *, words: bool = False) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """A value as YAML that :func:`parse_yaml` and YAML 1.1 readers read as the same value."""
+    """YAML of a value, which :func:`parse_yaml` and YAML 1.1 readers read as the same value."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def parse_scalar(text: str) -> Any:
-    """A text as the plain scalar that it would be in a YAML file: a number, ``true``, ``null``, or itself."""
+    """The value that a text has as a plain scalar in a YAML file: a number, ``true``, ``null``, or the text."""
     loader = _Loader("")
     try:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))
@@ -94,7 +95,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def as_number(value: Any) -> Any:
-    """A text that is a decimal number, as that number: ``010`` is 10, ``5e5`` 500000, ``1e-5`` a float. Else itself."""
+    """Convert a text with a decimal number: ``010`` to 10, ``5e5`` to 500000. Other values are returned unchanged."""
     if not isinstance(value, str) or _DECIMAL.fullmatch(value.strip()) is None:
         return value
     number = float(value)
@@ -106,13 +107,13 @@ def read_yaml(path: Path, *, words: bool = False) -> Any:
     """The value of a YAML file; ``words`` as in :func:`parse_yaml`.
 
     Raises:
-        FileError: as :func:`cwdpo.files.reading.read_text` and :func:`parse_yaml`.
+        FileError: see :func:`cwdpo.files.reading.read_text` and :func:`parse_yaml`.
     """
     return parse_yaml(read_text(path, MOST_BYTES), str(path), words=words)
 
 
 def _refuse_large(node: yaml.Node | None, where: str, most: int) -> None:
-    """Walk the document with every alias written out; stop at the limits."""
+    """Count values and depth of the document with all aliases expanded; refuse it above the limits."""
     left = most
     waiting = [] if node is None else [(node, 0)]
     while waiting:
@@ -138,8 +139,8 @@ def _refuse_twice(node: yaml.MappingNode, where: str) -> None:
         name, line = (key.tag, key.value), key.start_mark.line + 1
         if name in lines:
             raise FileError(
-                f"{where}: the key {key.value!r} stands twice, in lines {lines[name]} and {line}, and only one of them "
-                "would count: join them"
+                f"{where}: the key {key.value!r} is given twice, in lines {lines[name]} and {line}; only one of them "
+                "would be used: join them"
             )
         lines[name] = line
 

@@ -1,4 +1,4 @@
-"""Training an adapter further: its own rank and targets hold, and a setting that says otherwise is refused."""
+"""Training an adapter further: it keeps its rank and targets, and other settings in the recipe are refused."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ REMEDY = (
 
 
 def with_adapter_settings(settings: ModelSettings) -> ModelSettings:
-    """The settings with rank, alpha and targets of the adapter at ``path``, if that is one to be trained further.
+    """The settings with rank, alpha and targets of the adapter at ``path``, if there is one to train further.
 
-    An adapter's rank is the shape of its weights: nothing that ``model.lora`` says can change it.
+    The rank is given by the shape of the adapter's weights, so ``model.lora`` cannot change it.
 
     Raises:
-        ModelError: a setting of ``lora`` that belongs to the adapter was set to something else.
+        ModelError: a setting of ``lora`` that belongs to the adapter is set to another value.
     """
     if settings.tune != "lora":
         return settings
     try:
         written = read_object(Path(settings.path) / "adapter_config.json")
     except FileError:
-        return settings  # no adapter, or loading it says what is wrong
+        return settings  # no adapter, or a broken one: loading reports the error
     kept = _written(written)
     for key, value in kept.items():
         if key in settings.lora.model_fields_set and not _same(getattr(settings.lora, key), value):
@@ -46,14 +46,14 @@ def with_adapter_settings(settings: ModelSettings) -> ModelSettings:
             f"{REMEDY}"
         )
     if "target_modules" in settings.lora.model_fields_set:
-        # What was asked for stays: it is the same, or `all-linear`, which the loaded model is asked about.
+        # The recipe's value is kept: it is the same, or `all-linear`, which check_targets compares with the model.
         kept.pop("target_modules", None)
     lora = LoraSettings(**{**settings.lora.model_dump(), **kept})
     return settings.model_copy(update={"lora": lora})
 
 
 def _written(written: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter_config.json says, by our names."""
+    """Settings of an adapter_config.json, by their names in ``model.lora``."""
     named = {"r": written.get("r"), "alpha": written.get("lora_alpha")}
     kept: dict[str, Any] = {
         key: value
@@ -76,7 +76,7 @@ def _written(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same(asked: Any, value: Any) -> bool:
-    if asked == "all-linear":  # peft stores the names that this stood for; the loaded model is asked
+    if asked == "all-linear":  # peft stores the names of the layers instead; check_targets compares them
         return True
     if isinstance(asked, tuple) and isinstance(value, tuple):
         return set(asked) == set(value)
@@ -84,12 +84,12 @@ def _same(asked: Any, value: Any) -> bool:
 
 
 def check_targets(model: nn.Module, settings: ModelSettings, excluded: str) -> None:
-    """Refuse ``target_modules: all-linear`` for an adapter that leaves linear layers without one.
+    """Refuse ``target_modules: all-linear`` if the adapter does not cover all linear layers.
 
     Args:
-        model: with its adapter.
-        settings: with what was asked for.
-        excluded: a pattern of names that get no adapter (``model.freeze``); empty for none.
+        model: the model with its adapter.
+        settings: the recipe's settings.
+        excluded: regular expression of names that get no adapter (``model.freeze``); empty for none.
 
     Raises:
         ModelError: a linear layer, other than the output head, has no adapter.
@@ -117,7 +117,7 @@ def check_targets(model: nn.Module, settings: ModelSettings, excluded: str) -> N
 
 
 def set_dropout(model: nn.Module, share: float) -> None:
-    """Give every adapter layer of a loaded model the recipe's ``lora.dropout``: that is no part of its weights."""
+    """Set the recipe's ``lora.dropout`` in every adapter layer of a loaded model; weights do not contain it."""
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
@@ -130,7 +130,7 @@ def set_dropout(model: nn.Module, share: float) -> None:
 
 
 def sort_targets(model: nn.Module) -> None:
-    """Have peft write the names in its config in order: it keeps them as sets, whose order differs from run to run."""
+    """Sort the names in peft's config: peft keeps them as sets, whose order differs from run to run."""
     for config in getattr(model, "peft_config", {}).values():
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(config, key, None)

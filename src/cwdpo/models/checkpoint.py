@@ -1,4 +1,4 @@
-"""What is asked of a checkpoint before and after it is loaded: safetensors, and every weight in its place."""
+"""Checks of a checkpoint before and after loading: safetensors only, and every weight loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PICKLE = (
 _SETTINGS = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
 )  # fmt: skip
-"""What transformers reads beside config.json; the tokenizer's own file is too large to be read twice."""
+"""Files that transformers reads besides config.json; the tokenizer's file is too large to be read twice."""
 MOST_IMAGE_TOKENS = 2**16
 _DIGITS = re.compile(r"\d+")
 _EMBEDDING = re.compile(r"\b(embed_tokens|lm_head)(\.base_layer|\.modules_to_save)?\.weight$")
@@ -33,7 +33,7 @@ _EMBEDDING = re.compile(r"\b(embed_tokens|lm_head)(\.base_layer|\.modules_to_sav
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' warnings: its tables of odd weights say at length what :func:`check_loaded` says."""
+    """Without transformers' warnings and progress bars; :func:`check_loaded` reports wrong weights in one line."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -46,10 +46,10 @@ def quiet() -> Iterator[None]:
 
 
 def check_folder(source: str) -> None:
-    """Refuse a local folder that holds no checkpoint, or only a pickled one. Other names are hub ids.
+    """Refuse a local folder without a checkpoint, or with pickled weights only. Other names are hub ids.
 
     Raises:
-        ModelError: no such folder, no config, or weights that are pickles.
+        ModelError: the folder does not exist, has no config, or its weights are pickles.
     """
     folder = Path(source)
     try:
@@ -68,7 +68,7 @@ def check_folder(source: str) -> None:
         kind, config = "adapter_model", folder / "adapter_config.json"
     if not config.is_file():
         raise ModelError(
-            f"model.path {source!r}: the folder holds neither config.json nor adapter_config.json; name the "
+            f"model.path {source!r}: the folder contains neither config.json nor adapter_config.json; name the "
             "folder that save_pretrained wrote"
         )
     try:
@@ -90,10 +90,10 @@ def check_folder(source: str) -> None:
 
 
 def check_processor(processor: Any, source: str) -> None:
-    """Refuse a processor that writes more tokens for a picture than any model reads: it would not end.
+    """Refuse a processor whose number of tokens per image is impossible: encoding would not end.
 
     Raises:
-        ModelError: the setting.
+        ModelError: with the setting.
     """
     for part in (
         processor,
@@ -113,12 +113,12 @@ def adapter_base(source: str, revision: str | None) -> str | None:
     """The base checkpoint of a local peft adapter folder, or ``None`` for a full checkpoint.
 
     Raises:
-        ModelError: the adapter names no base, or one that is not there or is an adapter itself; or ``source``
-            is an adapter on the hub, of which transformers would also take pickled weights.
+        ModelError: the adapter names no base, or the base does not exist or is an adapter itself; or ``source``
+            is an adapter on the hub, where transformers would also load pickled weights.
     """
     config = Path(source) / "adapter_config.json"
     if not config.is_file():
-        if not Path(source).is_dir() and _is_hub_adapter(source, revision):
+        if not os.path.isdir(source) and _is_hub_adapter(source, revision):
             raise ModelError(
                 f"model.path {source!r} is an adapter on the hub; download it, and name its folder"
             )
@@ -127,7 +127,7 @@ def adapter_base(source: str, revision: str | None) -> str | None:
     hint = f"set base_model_name_or_path in {config} to the checkpoint that the adapter was trained on"
     if not isinstance(base, str) or not base:
         raise ModelError(f"model.path {source!r}: the adapter names no base; {hint}")
-    if not Path(base).is_dir() and (near := _near(base, Path(source))) is not None:
+    if not os.path.isdir(base) and (near := _near(base, Path(source))) is not None:
         raise ModelError(
             f"model.path {source!r}: its base {base!r} is a relative path, and there is no such folder in "
             f"{Path.cwd()}; there is one at {near}: if that is it, {hint}"
@@ -142,7 +142,7 @@ def adapter_base(source: str, revision: str | None) -> str | None:
 
 
 def _near(base: str, adapter: Path) -> Path | None:
-    """A folder of that relative path from the adapter's folder or one above it: a guess for a message, never used."""
+    """A folder with this relative path, seen from the adapter's folder or a parent; only suggested in a message."""
     try:
         return next(
             (one / base for one in (adapter, *adapter.resolve().parents) if (one / base).is_dir()), None
@@ -154,16 +154,16 @@ def _near(base: str, adapter: Path) -> Path | None:
 def _is_hub_adapter(name: str, revision: str | None) -> bool:
     from transformers.utils import find_adapter_config_file
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return False
     try:
         return find_adapter_config_file(name, revision=revision) is not None
-    except (OSError, ValueError):  # no such name, or no network: loading it says so
+    except (OSError, ValueError):  # no such name, or no network: loading reports it
         return False
 
 
 def with_adapter(model: Any, source: str, *, merged: bool) -> Any:
-    """The base with the adapter: added to its own weights, or as the adapter that is trained further.
+    """The base with the adapter: merged into its weights, or as an adapter to train further.
 
     Raises:
         ModelError: the adapter does not fit this base.
@@ -177,12 +177,12 @@ def with_adapter(model: Any, source: str, *, merged: bool) -> Any:
             tied_layers_handled(),
             safe_open(Path(source) / "adapter_model.safetensors", "pt") as file,
         ):
-            # peft only warns where an adapter leaves parts of the base without weights.
+            # peft only warns if the adapter's file lacks weights.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             _resize(model, file)
             wrapped = PeftModel.from_pretrained(model, source, is_trainable=not merged)
             _refuse_layers_beyond(wrapped, file.keys())
-    except Exception as error:  # peft lets out whatever its tuners raise
+    except Exception as error:  # peft's tuners raise errors of many types
         raise ModelError(
             f"model.path {source!r}: the adapter does not fit its base ({type(error).__name__}: "
             f"{str(error)[:300]}); set base_model_name_or_path in its adapter_config.json to the checkpoint that it "
@@ -192,7 +192,7 @@ def with_adapter(model: Any, source: str, *, merged: bool) -> Any:
 
 
 def _resize(model: Any, file: Any) -> None:
-    """Give the base as many tokens as the embeddings that the adapter brings: it was trained on a resized model."""
+    """Resize the base's embeddings to those saved with the adapter, which was trained on a resized model."""
     rows = {file.get_slice(key).get_shape()[0] for key in file.keys() if _EMBEDDING.search(key)}  # noqa: SIM118
     if len(rows) == 1 and rows != {model.get_input_embeddings().weight.shape[0]}:
         with quiet():
@@ -200,7 +200,7 @@ def _resize(model: Any, file: Any) -> None:
 
 
 def _refuse_layers_beyond(model: nn.Module, keys: Iterable[str]) -> None:
-    """peft says nothing of an adapter's weights for which the base has no layer."""
+    """Refuse adapter weights for which the base has no layer; peft ignores them."""
     names = {name.replace(".default.", ".") for name, _ in model.named_parameters()}
     places = {_DIGITS.sub("#", name) for name in names}
     beyond = [key for key in keys if key not in names and _DIGITS.sub("#", key) in places]
@@ -209,13 +209,15 @@ def _refuse_layers_beyond(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any], source: str) -> None:
-    """Refuse a checkpoint that did not fill the model, or that holds more layers than the model has.
+    """Refuse a checkpoint that lacks weights of the model, or has more layers than the model.
 
     Args:
-        info: what ``from_pretrained(..., output_loading_info=True)`` gave.
+        model: the loaded model.
+        info: from ``from_pretrained(..., output_loading_info=True)``.
+        source: the checkpoint's name, for the message.
 
     Raises:
-        ModelError: weights are missing, have another shape, or belong to layers that the config leaves out.
+        ModelError: weights are missing, have another shape, or belong to layers that the config does not have.
     """
     missing = sorted(info["missing_keys"])
     other_shape = sorted(key for key, *_ in info["mismatched_keys"])
@@ -228,16 +230,16 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], source: str) -> None
     if found:
         raise ModelError(
             f"model.path {source!r}: weights and config.json do not fit each other: the checkpoint {found}. "
-            "Nothing is filled in at random: fetch weights and config from the same place"
+            "Missing weights are never set at random: fetch weights and config from the same place"
         )
 
 
 def reason(error: Exception) -> str:
-    """What transformers says, or which key of the recipe it is about."""
+    """Transformers' message, or a clearer one that names the recipe's key."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
-            "it brings Python code of its own, which would run on this machine: read that code, pin its "
+            "it comes with its own Python code, which would run on this machine: read that code, pin its "
             "model.revision, and set model.trust_remote_code: true"
         )
     if "use_safetensors" in text or "no file named model.safetensors" in text:

@@ -1,4 +1,4 @@
-"""Encoded prompts to model inputs: what scoring and sampling share."""
+"""Model inputs from encoded prompts, for scoring and sampling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model itself, without DDP's, DeepSpeed's or peft's shell."""
+    """The model without its wrappers (DDP, DeepSpeed, peft)."""
     inner: Any = model
     while hasattr(inner, "module"):
         inner = inner.module
@@ -25,7 +25,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def cat_rows(pieces: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first axis; other axes are padded with zeros to the longest piece."""
+    """Concatenate tensors along the first axis; the other axes are padded with zeros to the largest size."""
     if len({p.shape[1:] for p in pieces}) == 1:
         return torch.cat(list(pieces))
     shape = [max(sizes) for sizes in zip(*(p.shape[1:] for p in pieces), strict=True)]
@@ -39,15 +39,15 @@ def cat_rows(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def image_inputs(prompts: Sequence[EncodedPrompt], device: torch.device) -> dict[str, Tensor]:
-    """Vision inputs of rows in order; a row without an image adds nothing."""
-    loaded = {id(p): p.images for p in prompts}  # a prompt stands in one row per completion
+    """Inputs of the vision tower for all rows in order; rows without an image add nothing."""
+    loaded = {id(p): p.images for p in prompts}  # in plain scoring, a prompt is in one row per completion
     rows = [loaded[id(p)] for p in prompts]
     names = {name for images in rows for name in images}
     return {name: cat_rows([r[name] for r in rows if name in r]).to(device) for name in sorted(names)}
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device, width: int = 0) -> Tensor:
-    """[rows, longest] of ``long``, zeros on the right; at least ``width`` columns."""
+    """[rows, max(longest row, ``width``)] token ids of dtype ``long``, padded on the right with zeros."""
     longest = max(width, max(map(len, rows)))
     out = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):

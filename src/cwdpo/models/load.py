@@ -1,4 +1,4 @@
-"""Load a policy through transformers' Auto classes; LoRA by peft; parts frozen by name."""
+"""Loads a policy with transformers' Auto classes, adds LoRA with peft, and freezes parts by name."""
 
 from __future__ import annotations
 
@@ -32,26 +32,32 @@ if TYPE_CHECKING:
     from cwdpo.models.settings import ModelSettings
 
 EMBEDDED = Path(__file__).parent.parent / "worlds" / "base"
-"""The shipped base VLM of the embedded world."""
+"""The base model of the embedded world; it is part of the package."""
 
 
 @dataclass
 class Policy:
-    """A model to train with the processor that belongs to it, and the folder or id it came from."""
+    """A model to train, its processor, and the folder or hub id that it was loaded from."""
 
     model: nn.Module
     processor: Any
     source: str
 
     def trainable(self) -> dict[str, Tensor]:
-        """Parameters that receive gradients, by name."""
+        """Trainable parameters by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def encoder(self, max_length: int | None = None, cache_gb: float = 1.0) -> Encoder:
-        """An encoder that knows what ends a turn of this model, and which tokens it embeds."""
+        """An encoder with this model's end tokens and its number of embedded tokens.
+
+        Args:
+            max_length, cache_gb: see :class:`Encoder`.
+        """
         inner: Any = unwrapped(self.model)
-        embedded = inner.get_input_embeddings().weight.shape[0]
-        tokens = checkpoint_tokens(inner.generation_config, inner.config, embedded)
+        embeddings = inner.get_input_embeddings()
+        # The weight itself may be sharded, or wrapped by an adapter.
+        embedded = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+        tokens = checkpoint_tokens(getattr(inner, "generation_config", None), inner.config, embedded)
         return Encoder(self.processor, max_length, cache_gb, tokens)
 
 
@@ -60,13 +66,13 @@ def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bo
 
     Args:
         settings: the recipe's section ``model``.
-        peft_config: a configuration of peft to wrap the model with, in place of ``settings.lora``.
-        dropout: leave dropout as the checkpoint has it; policy and reference then differ by more than their weights.
+        peft_config: a peft configuration to use instead of ``settings.lora``.
+        dropout: keep the checkpoint's dropout; policy and reference model then differ by more than their weights.
 
     Raises:
-        ModelError: the folder is missing or incomplete, holds no safetensors, or cannot be loaded;
-            nothing in it matches ``freeze`` or ``lora.target_modules``, it cannot be scored as asked, or an adapter
-            that is trained further has another rank, alpha or targets than was asked for.
+        ModelError: the folder is missing or incomplete, has no safetensors, or cannot be loaded;
+            ``freeze`` or ``lora.target_modules`` matches nothing; ``scoring`` is not possible for this model; or an
+            adapter to train further has another rank, alpha or targets than the settings.
     """
     settings = with_adapter_settings(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
@@ -78,7 +84,9 @@ def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bo
     asked = settings
     if base is not None:
         model = with_adapter(model, source, merged=not further)
-        settings = settings.model_copy(update={"tune": "full"})  # it has its adapter
+        settings = settings.model_copy(
+            update={"tune": "full"}
+        )  # the adapter is there: adopt adds no second one
     policy = adopt(Policy(model, processor, source), settings, peft_config=peft_config, dropout=dropout)
     if further:
         check_targets(policy.model, asked, _excluded(asked))
@@ -92,10 +100,10 @@ def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bo
 def adopt(
     policy: Policy, settings: ModelSettings, *, peft_config: Any = None, dropout: bool = False
 ) -> Policy:
-    """Make a model that is loaded already ready to train: frozen parts, LoRA, device, rows, image features.
+    """Make a loaded model ready to train: frozen parts, LoRA, device, scoring, cache of image features.
 
     Args:
-        policy: its model is changed in place, and wrapped if adapters are asked for.
+        policy: its model is changed in place, and wrapped by peft if there are adapters.
         settings, peft_config, dropout: see :func:`load_policy`.
 
     Raises:
@@ -120,7 +128,7 @@ def adopt(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: policy and reference must differ by their weights only."""
+    """Set every dropout to 0: policy and reference model may differ by their weights only."""
     from torch import nn
 
     for module in model.modules():
@@ -134,7 +142,7 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
     """The checkpoint's processor.
 
     Raises:
-        ModelError: there is none, or it needs a package that is not installed.
+        ModelError: the checkpoint has no processor, or it needs a package that is not installed.
     """
     from transformers import AutoProcessor
 
@@ -146,13 +154,13 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
                 trust_remote_code=settings.trust_remote_code,
                 **settings.processor_options,
             )
-    except Exception as error:  # processors parse many files, and each family fails in its own way
+    except Exception as error:  # processors parse many files and raise errors of many types
         if (package := missing_package(error)) is not None:
             raise ModelError(
                 f"model.path {source!r}: its processor needs a package that is not installed: {install_line(package)}"
             ) from error
         raise ModelError(
-            f"model.path {source!r}: no usable processor ({reason(error)}). A checkpoint folder must hold its "
+            f"model.path {source!r}: no usable processor ({reason(error)}). A checkpoint folder must contain its "
             "processor and tokenizer files"
         ) from error
     check_processor(processor, source)
@@ -160,27 +168,30 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
 
 
 def checkpoint_tokens(generation: Any, config: Any, embedded: int | None = None) -> CheckpointTokens:
-    """What generation_config, config and weights say of tokens.
+    """Token ids from generation_config and config.
 
     Args:
-        generation, config: transformers' configurations; ``None`` where the checkpoint has none.
-        embedded: rows of the embedding; default: what the config says.
+        generation, config: transformers' configurations; ``None`` if the checkpoint has none.
+        embedded: rows of the embedding; default: ``vocab_size`` of the config.
     """
     stops = getattr(generation, "eos_token_id", None)
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if config is not None and embedded is None:
         embedded = getattr(config.get_text_config(), "vocab_size", None)
     names = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
-    pictures = frozenset(i for name in names if isinstance(i := getattr(config, name, None), int))
+    placeholders = frozenset(i for name in names if isinstance(i := getattr(config, name, None), int))
     text = None if config is None else config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     return CheckpointTokens(
-        tuple(int(i) for i in stops), embedded, pictures, positions if isinstance(positions, int) else None
+        tuple(int(i) for i in stops),
+        embedded,
+        placeholders,
+        positions if isinstance(positions, int) else None,
     )
 
 
 def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTokens:
-    """:func:`checkpoint_tokens` from the files of a checkpoint, before any weight is read."""
+    """:func:`checkpoint_tokens` from the files of a checkpoint; no weights are read."""
     from transformers import AutoConfig, GenerationConfig
 
     how: dict[str, Any] = {"revision": settings.revision}
@@ -193,16 +204,16 @@ def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTo
         try:
             with quiet():
                 found.append(kind.from_pretrained(base, **how, **more))
-        except Exception:  # a checkpoint may lack them; loading it says what is wrong
+        except Exception:  # a checkpoint may lack them; loading reports what is wrong
             found.append(None)
     return checkpoint_tokens(*found)
 
 
 def training_dtype(settings: ModelSettings) -> str:
-    """The dtype to load in: ``auto`` is the checkpoint's own, but fp32 where those weights are trained themselves.
+    """The dtype to load in: ``auto`` is float32 for full fine-tuning, else the checkpoint's own dtype.
 
-    At fine-tuning's learning rates the updates of bf16 weights round away; ``train.bf16`` casts the
-    computation instead.
+    At the usual learning rates, updates of bf16 weights are rounded away. ``train.bf16`` casts the computation
+    instead.
     """
     return "float32" if settings.dtype == "auto" and settings.tune == "full" else settings.dtype
 
@@ -210,21 +221,21 @@ def training_dtype(settings: ModelSettings) -> str:
 def _load_model(source: str, settings: ModelSettings) -> Any:
     """The model with every weight from the checkpoint.
 
-    transformers fills what a checkpoint lacks with random numbers and leaves out what the config has no place
-    for, with no more than a warning; both would train another model than the one asked for.
+    For weights that a checkpoint lacks, transformers uses random numbers; weights that the config has no place for are
+    ignored. It only warns. Both would train a different model than the recipe names, so both are refused.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import is_fsdp_enabled
 
-    if is_fsdp_enabled():  # which means: and only the first process reads the weights
+    if is_fsdp_enabled():  # true only with fsdp_cpu_ram_efficient_loading
         raise ModelError(
-            "fsdp_cpu_ram_efficient_loading: true leaves the weights on the first process alone, but every process "
+            "fsdp_cpu_ram_efficient_loading: true loads the weights on the first process only, but every process "
             "scores the reference before the model is sharded: set it to false, as configs/accelerate/fsdp2.yaml does"
         )
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
-                # An adapter remembers this name: a relative path would be another place from another folder.
+                # An adapter's config stores this name: a relative path would be wrong from another folder.
                 os.path.abspath(source) if Path(source).is_dir() else source,
                 revision=settings.revision,
                 dtype=training_dtype(settings),
@@ -233,14 +244,14 @@ def _load_model(source: str, settings: ModelSettings) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # from_pretrained lets out whatever config, weights or a family's code raise
+    except Exception as error:  # from_pretrained raises errors of many types
         raise ModelError(f"model.path {source!r} cannot be loaded: {reason(error)}") from error
     check_loaded(model, info, source)
     return model
 
 
 def _move(model: nn.Module, name: str) -> None:
-    """Put the model on the asked device; ``auto`` is this process's own accelerator, or the CPU."""
+    """Move the model to the device; ``auto`` is this process's accelerator, or the CPU."""
     from accelerate import PartialState
 
     try:
@@ -252,7 +263,7 @@ def _move(model: nn.Module, name: str) -> None:
 
 
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
-    """Freeze parameters whose name matches a part (``vision``, ``projector``, ``text``, or any text).
+    """Freeze parameters whose names match a part (``vision``, ``projector``, ``text``, or part of a name).
 
     Returns:
         Number of parameter tensors frozen.
@@ -274,15 +285,15 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
 
 
 def _excluded(settings: ModelSettings) -> str:
-    """A pattern of the parts that are frozen by name; empty for none."""
+    """Regular expression of the names of frozen parts; empty for none."""
     return "|".join(PARTS.get(p, re.escape(p)) for p in settings.freeze)
 
 
 def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:
-    """Wrap with LoRA; parts that are frozen by name receive no adapter.
+    """Wrap the model with LoRA; parts frozen by ``settings.freeze`` get no adapter.
 
     Raises:
-        ModelError: nothing matches ``lora.target_modules``, or a frozen module is to be saved.
+        ModelError: ``lora.target_modules`` matches nothing, or a frozen module is to be saved.
     """
     from peft import LoraConfig
 
@@ -318,8 +329,8 @@ def _wrapped(model: Any, config: Any) -> nn.Module:
 
     if getattr(config, "ensure_weight_tying", False) and model.dtype != torch.float32:
         raise ModelError(
-            "peft_config.ensure_weight_tying: peft casts the adapters of a model in half precision to float32 one by "
-            "one, which unties them again, and saves one of two: load the model in float32 (model.dtype), or leave "
+            "peft_config.ensure_weight_tying: in half precision, peft casts tied adapters to float32 one by one, so "
+            "they are no longer tied and only one is saved: load the model in float32 (model.dtype), or leave "
             "ensure_weight_tying out"
         )
     try:
@@ -331,13 +342,13 @@ def _wrapped(model: Any, config: Any) -> nn.Module:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Put the weights (or the adapter) of a saved folder into a model of the same shape.
+    """Load the weights (or the adapter) of a saved folder into a model of the same shape.
 
-    Goes through ``from_pretrained``, because families rename their parameters on disk: loading the file's
-    own names would leave most of the model as it was.
+    It uses ``from_pretrained``, because families rename their parameters in files: loading the file's names directly
+    would leave most of the model unchanged.
 
     Raises:
-        ModelError: the folder holds no safetensors, or some that do not fit the model.
+        ModelError: the folder has no safetensors, or they do not fit the model.
     """
     adapter = folder / "adapter_model.safetensors"
     if adapter.is_file():

@@ -1,4 +1,4 @@
-"""An adapter added to its base's weights, and what rounding the sum would undo."""
+"""Merges an adapter into its base, and counts the updates that are lost by rounding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Counts of single weights: ``moved`` by training, and ``undone`` of these: rounded back to the base's value."""
+    """Numbers of weights: ``moved`` changed in training; ``undone`` of these are rounded back to the base's value."""
 
     moved: int = 0
     undone: int = 0
@@ -25,13 +25,13 @@ class Rounding:
 
     @property
     def share(self) -> float:
-        """Share of the moved weights that rounding undoes, 0 to 1."""
+        """Share of the changed weights that are rounded back, 0 to 1."""
         return self.undone / self.moved if self.moved else 0.0
 
 
 @contextmanager
 def tied_layers_handled() -> Iterator[None]:
-    """Without peft's warnings about adapters on tied embeddings: :func:`merge` sees to these."""
+    """Without peft's warnings about adapters on tied embeddings; :func:`merge` handles these."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*tie_word_embeddings")
         warnings.filterwarnings("ignore", message=r".*are no longer tied after merging")
@@ -39,11 +39,10 @@ def tied_layers_handled() -> Iterator[None]:
 
 
 def merge(wrapped: Any) -> nn.Module:
-    """The base of a peft model with every adapter added to its weights, and nothing frozen.
+    """The base of a peft model with every adapter merged into its weights, and nothing frozen.
 
-    Where input embeddings and output head are one matrix and the adapter changes one of them, or each in its own way,
-    the head gets a weight of its own and the config says ``tie_word_embeddings: false``: one matrix would be another
-    model.
+    If input embeddings and output head are one matrix, and the adapter changes only one of them or both differently,
+    the head gets its own weight and the config ``tie_word_embeddings: false``: one matrix could not represent both.
     """
     base = wrapped.get_base_model()
     was_tied = _is_tied(base)
@@ -54,12 +53,12 @@ def merge(wrapped: Any) -> nn.Module:
         plain: Any = wrapped.merge_and_unload()
     if was_tied and not _is_tied(plain):
         _tie_or_say(plain, tie=kept_tied)
-    plain.requires_grad_(True)  # peft leaves the base frozen behind the merge
+    plain.requires_grad_(True)  # peft leaves the base frozen after the merge
     return plain  # type: ignore[no-any-return]
 
 
 def _ends(base: Any) -> list[Any]:
-    """Input embeddings and output head, those that the model has."""
+    """Input embeddings and output head, if the model has them."""
     return [m for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None]
 
 
@@ -68,7 +67,7 @@ def _has_adapter(module: Any) -> bool:
 
 
 def _bare(module: Any) -> Any:
-    """The layer that an adapter layer is wrapped around."""
+    """The original layer inside an adapter layer."""
     for name in ("base_layer", "original_module"):
         if hasattr(module, name):
             return _bare(getattr(module, name))
@@ -88,7 +87,7 @@ def _untie(base: Any) -> None:
 
 
 def _tie_or_say(plain: Any, *, tie: bool) -> None:
-    """One matrix again where peft trained one (``ensure_weight_tying``); else the config says that there are two."""
+    """Tie both again if peft trained one matrix (``ensure_weight_tying``); else set them as untied in the config."""
     embeddings, head = _ends(plain)
     if tie:
         head.weight = embeddings.weight
@@ -98,10 +97,11 @@ def _tie_or_say(plain: Any, *, tie: bool) -> None:
 
 
 def rounding_of_adapter(wrapped: Any, dtype: torch.dtype) -> Rounding:
-    """What casting the merged weights to ``dtype`` would undo of an adapter; nothing is merged.
+    """How many of an adapter's updates are lost if the merged weights are cast to ``dtype``; nothing is merged.
 
     Args:
         wrapped: a peft model in float32.
+        dtype: dtype of the merged weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -122,7 +122,7 @@ def rounding_of_adapter(wrapped: Any, dtype: torch.dtype) -> Rounding:
 
 
 def rounding(before: Tensor, after: Tensor, dtype: torch.dtype) -> Rounding:
-    """What casting to ``dtype`` undoes of one tensor's training; both of one shape."""
+    """How many updates of one tensor are lost by casting to ``dtype``; ``before`` and ``after`` have the same shape."""
     moved = before != after
     undone = moved & (before.to(dtype) == after.to(dtype))
     return Rounding(int(moved.sum()), int(undone.sum()))

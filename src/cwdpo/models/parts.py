@@ -1,4 +1,4 @@
-"""Parts of a vision-language model by the names that families give their parameters."""
+"""Parts of a vision-language model, as patterns of the parameter names of all families."""
 
 PARTS = {
     "vision": r"(vision_tower|vision_model|visual|vision_encoder|image_encoder)\b",

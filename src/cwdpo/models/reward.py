@@ -1,4 +1,4 @@
-"""Rewards of responses by a sequence classifier with one label."""
+"""Rewards of responses from a sequence classifier with one label."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cwdpo.records import Example, without_tools
 
 
 class RewardModel:
-    """A sequence classifier whose one logit is the reward of a conversation.
+    """A sequence classifier with one logit, which is the reward of a conversation.
 
     Args:
-        source: folder or hub id with a processor (or a tokenizer, for models that read text only).
+        source: folder or hub id with a processor (or a tokenizer, for text-only models).
 
     Raises:
-        ModelError: it cannot be loaded, or has more than one label.
+        ModelError: the model cannot be loaded, or has more than one label.
     """
 
     def __init__(self, source: str) -> None:
@@ -32,9 +32,7 @@ class RewardModel:
                     source, use_safetensors=True
                 ).eval()
                 self.processor: Any = AutoProcessor.from_pretrained(source)
-        except (
-            Exception
-        ) as error:  # from_pretrained lets out whatever config, weights or a family's code raise
+        except Exception as error:  # from_pretrained raises errors of many types
             raise ModelError(f"reward model {source!r} cannot be loaded: {reason(error)}") from error
         if self.model.config.num_labels != 1:
             raise ModelError(
@@ -43,7 +41,7 @@ class RewardModel:
         check_processor(self.processor, source)
         self._render = Renderer(self.processor)
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
-        # On the left, padding would shift the positions of models that count them from the first column.
+        # With left padding, models that count positions from the first column would get shifted positions.
         self.tokenizer.padding_side = "right"
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -52,7 +50,13 @@ class RewardModel:
     def rewards(
         self, examples: Sequence[Example], texts: Sequence[str], *, batch_size: int = 8
     ) -> list[float]:
-        """The one logit of each conversation of prompt and response, as float32."""
+        """The reward (the one logit, float32) of each response to its example's prompt.
+
+        Args:
+            examples: prompts.
+            texts: one response for each example.
+            batch_size: conversations per forward pass.
+        """
         rewards: list[float] = []
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]

@@ -1,8 +1,8 @@
-"""Sampling from the current policy: one prefill per prompt, shared by all of its samples.
+"""Sampling from the current policy: one prefill per prompt, shared by all its samples.
 
-Every draw has a generator of its own, seeded by (seed, example, number of the sample): what is drawn does not
-depend on how prompts are batched, on their order, or on the number of processes. ``generate_batch``
-(continuous batching) is not used: it silently ignores images.
+Every sample has its own random generator, seeded by (seed, example, number of the sample). So samples do not depend on
+how prompts are batched, on their order, or on the number of processes. transformers' ``generate_batch`` (continuous
+batching) is not used, because it ignores images without an error.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from cwdpo.records import NEW_TOKENS, Example, Sample
 _PREPARED = signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE = "cache" if "cache" in _PREPARED else "past_key_values"  # before transformers 5.24
 _CHUNK = 2**24
-"""Most probabilities that are summed up at once (they are in double precision)."""
+"""Largest number of probabilities in one cumulative sum (in double precision), to limit memory."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are drawn.
+    """Settings of sampling.
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: nucleus: the smallest set of most likely tokens with at least this probability; 1 is all.
-        max_new_tokens: longest response; one that does not end by then is cut.
+        top_p: nucleus sampling: only the smallest set of most likely tokens with at least this total probability is
+            sampled from; 1 is all tokens.
+        max_new_tokens: largest number of new tokens; longer responses are cut.
     """
 
     temperature: float = 1.0
@@ -57,16 +58,16 @@ def sample(
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[Sample]:
-    """One response per example, in order. An example that stands in the list twice gets two draws.
+    """One response per example, in order. An example that is in the list twice gets two different samples.
 
     Args:
-        model: the policy; its mode is restored afterwards.
+        model: the policy; its mode (train or eval) is restored afterwards.
         encoder: the checkpoint's encoder.
-        examples: prompts to answer.
+        examples: prompts.
         temperature: 0 is greedy.
-        max_new_tokens: longest response; one that does not end by then has ``ended = False``.
-        batch_size: prompts per forward.
-        seed: of the draws; the global generator is not touched.
+        max_new_tokens: largest number of new tokens; a response that is cut has ``ended = False``.
+        batch_size: prompts per forward pass.
+        seed: seed of the samples; torch's global generator is not used.
         progress: called with the number of finished prompts.
     """
     decoding = Decoding(temperature, 1.0, max_new_tokens)
@@ -86,7 +87,7 @@ def sample(
 
 
 def by_length(encoder: Encoder, examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """Batches of indices, prompts of like length together."""
+    """Batches of indices; prompts of similar length are in the same batch."""
     order = sorted(range(len(examples)), key=lambda i: (len(encoder.prompt(examples[i]).input_ids), i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -100,7 +101,14 @@ def sample_batch(
     seed: int,
     keys: Sequence[str],
 ) -> list[list[Sample]]:
-    """``n`` responses for each example of one batch; ``keys`` name the examples to the draws' generators."""
+    """``n`` responses for each example of one batch.
+
+    Args:
+        model, encoder, examples: see :func:`sample`.
+        n: responses per example.
+        decoding: settings of sampling.
+        seed, keys: each generator is seeded by the seed, the example's key and the number of the sample.
+    """
     pad = encoder.tokenizer.pad_token_id
     rows = shared_prefill(
         model,
@@ -131,23 +139,23 @@ def shared_prefill(
     end_ids: frozenset[int],
     pad: int,
 ) -> list[tuple[list[int], list[float]]]:
-    """Sample ``n`` continuations of each of B prompts.
+    """Sample ``n`` completions of each of B prompts.
 
-    Prompts are padded on the left and prefilled once; the cache is then repeated ``n`` times. A row that has
-    ended goes on as padding until half of the rows have, and then leaves the batch.
+    Prompts are padded on the left and prefilled once; then the cache is repeated ``n`` times. When half of the rows
+    have ended, the ended rows are removed from the batch.
 
     Args:
         model: a causal vision-language model, bare or wrapped by peft; its mode is restored.
-        prompts: what the encoder gave.
-        n: continuations per prompt.
-        decoding: how tokens are drawn.
-        draws: [B * n] what seeds the generator of each row.
-        end_ids: tokens that end a response; one is the last token of a response that ended.
+        prompts: encoded prompts.
+        n: completions per prompt.
+        decoding: settings of sampling.
+        draws: [B * n] texts that seed the generator of each row.
+        end_ids: tokens that end a response; the end token is part of the result.
         pad: any token id; it is masked.
 
     Returns:
-        For each row, prompt by prompt, its T <= max_new_tokens token ids and their log-probabilities (nats) under
-        the model at temperature 1.
+        For each row, in the order of the prompts: its T <= max_new_tokens token ids, and their log-probabilities
+        (nats) under the model at temperature 1.
     """
     family, inner = model_family(model), unwrapped(model)
     groups = [0 if family is None else family.group(inner, p) for p in prompts]
@@ -163,9 +171,9 @@ def shared_prefill(
 
 @torch.no_grad()
 def forced_logps(model: Any, prompt: EncodedPrompt, ids: Sequence[int]) -> Tensor:
-    """[tokens] log-probabilities (nats) of a continuation as the model's own generation code computes them.
+    """[tokens] log-probabilities (nats) of a given completion, computed by the model's own generation code.
 
-    Independent of how rows are laid out for scoring: token by token, through the model's cache.
+    They are computed token by token with the model's cache, so they do not depend on the rows of scoring.
     """
     with _generating(model):
         rows = _Rows(model, [prompt], 0)
@@ -178,7 +186,7 @@ def forced_logps(model: Any, prompt: EncodedPrompt, ids: Sequence[int]) -> Tenso
 
 @contextmanager
 def _generating(model: Any) -> Iterator[None]:
-    """In evaluation mode; afterwards its mode is restored, and positions that it remembers of this batch are gone."""
+    """Evaluation mode; afterwards the mode and the positions that the model stores (``rope_deltas``) are restored."""
     was_training = model.training
     mrope = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
     stale = None if mrope is None else mrope.rope_deltas
@@ -192,14 +200,14 @@ def _generating(model: Any) -> Iterator[None]:
 
 
 class _Rows:
-    """Rows between two tokens, as transformers' ``generate`` hands them on: cache, mask, positions.
+    """The state of B rows during generation (cache, mask, positions), as in transformers' ``generate``.
 
     Positions, token types and further masks come from the model's own ``prepare_inputs_for_generation`` and
     ``_update_model_kwargs_for_generation``, which families override.
 
     Args:
         model: bare or wrapped by peft.
-        prompts: of B rows; they are padded on the left.
+        prompts: B prompts; they are padded on the left.
         pad: any token id; it is masked.
     """
 
@@ -222,16 +230,20 @@ class _Rows:
     def prefill(self) -> Tensor:
         """[B, V] logits of the first new token."""
         logits = self._forward(self.ids, first=True)
-        # Pictures are in the cache now, and have no row of their own that could be selected.
+        # The images are in the cache now. Their tensors are not needed and could not be indexed by row.
         self.state = {k: v for k, v in self.state.items() if k in self._of_tokens}
         return logits
 
     def step(self, token: Tensor) -> Tensor:
-        """[B, V] logits behind one more token of each row, [B]."""
+        """[B, V] logits after one more token of each row.
+
+        Args:
+            token: [B] token ids.
+        """
         return self._forward(token[:, None], first=False)
 
     def select(self, index: Tensor) -> None:
-        """Go on with these rows: some of them, or some several times."""
+        """Keep the rows of ``index``, in this order; an index may be repeated."""
         self.cache.reorder_cache(index)
         for name, value in self.state.items():
             self.state[name] = value.index_select(-2 if name == "position_ids" else 0, index)
@@ -286,7 +298,7 @@ def _decode(
 
 
 def _uniform(draws: Sequence[str], decoding: Decoding) -> Tensor:
-    """[rows, max_new_tokens] numbers in [0, 1), each row from a generator of its own."""
+    """[rows, max_new_tokens] random numbers in [0, 1); each row has its own generator."""
     rows = []
     for key in draws:
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
@@ -296,7 +308,11 @@ def _uniform(draws: Sequence[str], decoding: Decoding) -> Tensor:
 
 
 def _draw(logits: Tensor, decoding: Decoding, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token of each row, [rows], by inverting the cumulative distribution; and its log-probability."""
+    """Sample the next token of each row by inverting the cumulative distribution.
+
+    Returns:
+        [rows] token ids and [rows] their log-probabilities (nats, at temperature 1).
+    """
     tokens = []
     size = max(_CHUNK // logits.shape[1], 1)
     if decoding.temperature == 0:
@@ -309,7 +325,13 @@ def _draw(logits: Tensor, decoding: Decoding, uniform: Tensor) -> tuple[Tensor, 
 
 
 def _inverted(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
-    """[rows] indices drawn from ``probabilities`` [rows, V], renormalised over the nucleus."""
+    """[rows] token ids sampled from ``probabilities`` [rows, V], renormalised over the nucleus.
+
+    Args:
+        probabilities: [rows, V].
+        top_p: see :class:`Decoding`.
+        uniform: [rows] random numbers in [0, 1).
+    """
     order = None
     if top_p < 1:
         probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""The recipe's section ``model``. No torch is imported here."""
+"""The recipe's section ``model``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class LoraSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Which model, and what of it is trained."""
+    """Which model, and which parts of it are trained."""
 
     path: str = Field("embedded", description="'embedded', 'init', a local folder, or a hub id")
     init: TinyModelSettings = Field(
         default_factory=TinyModelSettings,
-        description="shape of the small random LLaVA that path: init makes from the data's own texts",
+        description="shape of the small random LLaVA that path: init makes, with a tokenizer trained on the data",
     )
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -48,12 +48,12 @@ class ModelSettings(Settings):
     attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; default: transformers'")
     scoring: Literal["auto", "shared_prefix", "plain"] = Field(
         "auto",
-        description="auto: image and prompt once for all completions wherever that is exact; plain: one sequence each",
+        description="auto: image and prompt once for all completions if that is exact; plain: one sequence each",
     )
     vision_cache_gb: float = Field(
         1.0,
         ge=0,
-        description="memory for the image features of a frozen vision side; what does not fit is computed",
+        description="memory for image features if the vision tower is frozen; those that do not fit are recomputed",
     )
     tune: Literal["full", "lora"] = "full"
     lora: LoraSettings = LoraSettings()
@@ -66,7 +66,7 @@ class ModelSettings(Settings):
     @field_validator("processor_options")
     @classmethod
     def _numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """``max_pixels: 5e5`` is a text in YAML; no processor wants a number as text."""
+        """Convert numbers that YAML reads as text (``max_pixels: 5e5``)."""
         return {
             key: {k: as_number(v) for k, v in value.items()} if isinstance(value, dict) else as_number(value)
             for key, value in options.items()

@@ -1,8 +1,8 @@
-"""Attention over shared-prefix rows, registered with transformers, and the switch that a model runs with it.
+"""Attention for shared-prefix rows, registered with transformers, and the function that switches a model to it.
 
-The prompt part is causal and needs no mask, so the fastest kernel serves it; only completion tokens need a mask,
-[M, P + M] instead of [P + M, P + M]. A model that is switched over stays so: under gradient checkpointing its
-layers run again in the backward pass and must find the same attention.
+The prompt part is causal and needs no mask, so the fastest kernel is used for it. Only completion tokens need a mask:
+[M, P + M] instead of [P + M, P + M]. The switch is permanent: with gradient checkpointing, the layers run again in the
+backward pass and must use the same attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Scoring = Literal["auto", "shared_prefix", "plain"]
 NAME = "cwdpo_shared_prefix"
 logger = logging.getLogger("cwdpo")
 _NOT_HERE = ("softcap", "s_aux", "position_bias")
-"""What some towers hand to their attention and would be left out without a word."""
+"""Arguments that some language models pass to their attention, and that this function does not support."""
 
 
 def shared_prefix_attention(
@@ -43,11 +43,13 @@ def shared_prefix_attention(
 
     Args:
         query, key, value: [B, heads, P + M, width]; key and value may have fewer heads.
-        attention_mask: [B, 1, M, P + M] for shared-prefix rows; anything else is an ordinary call, which goes to
-            transformers' SDPA.
+        attention_mask: [B, 1, M, P + M] for shared-prefix rows; with any other mask, transformers' SDPA is called.
 
     Returns:
-        [B, P + M, heads, width], and ``None`` for the weights.
+        [B, P + M, heads, width], and ``None`` for the attention weights.
+
+    Raises:
+        ModelError: there is a cache of keys, or an argument that is not supported.
     """
     length = query.shape[2]
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.shape[-2] == length:
@@ -56,10 +58,10 @@ def shared_prefix_attention(
         )
         return output, None
     if key.shape[2] != length:
-        raise ModelError("shared-prefix rows are scored without a cache of keys")
+        raise ModelError("shared-prefix rows cannot be scored with a cache of keys")
     for name in _NOT_HERE:
         if kwargs.get(name) is not None:
-            raise ModelError(f"this text tower's attention has a {name}; set model.scoring: plain")
+            raise ModelError(f"this language model's attention has a {name}; set model.scoring: plain")
     width = length - attention_mask.shape[-2]
     groups = query.shape[1] // key.shape[1]
     prompt = scaled_dot_product_attention(
@@ -83,19 +85,22 @@ def shared_prefix_attention(
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
-# Without this, transformers makes no mask at all for the name: padded batches would see their padding.
+# Without this, transformers makes no mask for this name, and padding would not be masked in ordinary calls.
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use_scoring(model: nn.Module, scoring: Scoring) -> bool:
-    """Switch a model to shared-prefix scoring, where it is exact and asked for; whether it is on now.
+    """Switch a model to shared-prefix scoring if it is exact and wanted.
 
     Args:
         model: bare or wrapped.
         scoring: ``auto`` falls back to plain scoring with one line in the log, ``shared_prefix`` does not.
 
+    Returns:
+        Whether the model is now switched to shared-prefix scoring.
+
     Raises:
-        ModelError: ``shared_prefix`` for a model that cannot have it; the message says why.
+        ModelError: ``shared_prefix`` is not possible for this model; the message says why.
     """
     inner = unwrapped(model)
     reason = "asked for" if scoring == "plain" else obstacle(inner)
@@ -112,7 +117,7 @@ def use_scoring(model: nn.Module, scoring: Scoring) -> bool:
 
 
 def obstacle(inner: Any) -> str | None:
-    """Why a bare model cannot score shared-prefix rows exactly, or ``None``."""
+    """Why a bare model cannot score shared-prefix rows exactly; ``None`` if it can."""
     config = inner.config
     family = family_of(config.model_type)
     if family is None:
@@ -121,20 +126,20 @@ def obstacle(inner: Any) -> str | None:
     attention = text._attn_implementation
     if attention not in ("sdpa", NAME):
         return (
-            f"model.attention is {attention!r}, and only sdpa takes the rows' mask as it is (flash attention would "
-            "un-pad by it, eager attention would add it)"
+            f"model.attention is {attention!r}, and only sdpa can use the mask of shared-prefix rows (flash attention "
+            "would use it to remove padding, eager attention would add it to the logits)"
         )
     if text is config or _text_key(config) is None:
-        return "its text tower has no config of its own"
+        return "its language model has no config of its own"
     if getattr(text, "attn_logit_softcapping", None):
-        return "its text tower caps attention logits"
+        return "its language model caps attention logits"
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    # Without layer types, a window holds for all layers unless it is switched off.
+    # Without layer types, the sliding window applies to all layers unless it is switched off.
     if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
         kinds = {"sliding_attention"} if getattr(text, "use_sliding_window", True) else kinds
     known = {"full_attention", "sliding_attention"} if family.windowed else {"full_attention"}
     if kinds - known:
-        return f"its text tower has layers of type {', '.join(sorted(kinds - known))}"
+        return f"its language model has layers of type {', '.join(sorted(kinds - known))}"
     return None
 
 
@@ -145,7 +150,7 @@ def shares_prefix(model: nn.Module) -> bool:
 
 
 def model_family(model: nn.Module) -> Family | None:
-    """The family of a model, bare or wrapped."""
+    """The family of a model, bare or wrapped; ``None`` if it is not known."""
     config = getattr(unwrapped(model), "config", None)
     return None if config is None else family_of(config.model_type)
 

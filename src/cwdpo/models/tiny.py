@@ -1,6 +1,6 @@
-"""Small random VLM folders: real LLaVA models for smoke runs, tests, and the embedded base.
+"""Writes small random vision-language models (LLaVA) for smoke runs, tests, and the embedded base.
 
-The folder holds what a hub checkpoint holds, so ``AutoModelForImageTextToText`` and
+The folder has the same files as a hub checkpoint, so ``AutoModelForImageTextToText`` and
 ``AutoProcessor.from_pretrained`` load it unchanged, without torchvision.
 """
 
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 class TinyModelSettings(Settings):
-    """Shape of a small LLaVA: a CLIP-style vision tower and a Llama-style text tower."""
+    """Shape of a small LLaVA: a CLIP-style vision tower and a Llama-style language model."""
 
     image_size: int = 48
     patch_size: int = 12
@@ -46,8 +46,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     """A byte-level BPE tokenizer trained on ``texts``, as a ``PreTrainedTokenizerFast``.
 
     Args:
-        texts: the texts to learn merges from.
-        vocabulary: number of tokens, the 256 bytes and the special tokens included.
+        texts: training texts of the tokenizer.
+        vocabulary: number of tokens, with the 256 bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,7 @@
-"""Image features of a frozen vision tower, computed once per picture and kept in memory for the run.
+"""Cache of image features: with a frozen vision tower they are computed once per image and kept in memory.
 
-They are computed prompt by prompt, so that they depend neither on the batch nor on what was kept before: a resumed
-run finds the same values to the last bit.
+They are computed prompt by prompt, so they depend neither on the batch nor on the cache: a resumed run computes the
+same values to the last bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger("cwdpo")
 @dataclass(frozen=True)
 class _Kept:
     features: dict[str, Any]  # fields of the tower's output
-    rest: dict[str, Tensor]  # what the model takes besides: grids, sizes
+    rest: dict[str, Tensor]  # other inputs of the model: grids, sizes
 
 
 @dataclass
@@ -41,11 +41,14 @@ _CACHES: WeakKeyDictionary[nn.Module, _Cache] = WeakKeyDictionary()
 
 
 def keep_vision_features(model: nn.Module, gigabytes: float) -> bool:
-    """Keep image features of ``model`` from now on, where its vision side is frozen; whether they are kept.
+    """Cache the image features of ``model`` from now on, if its vision tower and projector are frozen.
 
     Args:
         model: bare or wrapped.
-        gigabytes: most memory (of the host) for them; what does not fit is computed at every use. 0 keeps none.
+        gigabytes: host memory for the features, in GiB; those that do not fit are computed at every use. 0: no cache.
+
+    Returns:
+        Whether features are cached.
     """
     inner = unwrapped(model)
     _CACHES.pop(inner, None)
@@ -55,25 +58,25 @@ def keep_vision_features(model: nn.Module, gigabytes: float) -> bool:
     if not gigabytes or not takes or not hasattr(inner, "get_image_features"):
         return False
     if trained:
-        logger.info("image features are computed anew at every step: %s is trained", trained[0])
+        logger.info("image features are computed at every step, not cached: %s is trained", trained[0])
         return False
     _CACHES[inner] = _Cache(gigabytes * 2**30)
     return True
 
 
 def forget_vision_features(model: nn.Module) -> None:
-    """Compute image features within the model again (parameters that are sharded cannot be called from outside)."""
+    """Stop caching: the model computes image features itself again (sharded modules cannot be called from outside)."""
     _CACHES.pop(unwrapped(model), None)
 
 
 def vision_inputs(model: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device) -> dict[str, Any]:
-    """Vision inputs of rows in order: pixels, or features that were computed before."""
+    """Vision inputs of all rows in order: pixels, or cached image features."""
     inner = unwrapped(model)
     cache = _CACHES.get(inner)
     if cache is None or not any(p.image_digest for p in prompts):
         return dict(image_inputs(prompts, device))
-    pictured = {id(p): p for p in prompts if p.image_digest}  # a prompt stands in one row per completion
-    found = {key: _features(inner, cache, p, device) for key, p in pictured.items()}
+    with_image = {id(p): p for p in prompts if p.image_digest}  # in plain scoring, one row per completion
+    found = {key: _features(inner, cache, p, device) for key, p in with_image.items()}
     rows = [found[id(p)] for p in prompts if p.image_digest]
     inputs: dict[str, Any] = {
         name: cat_rows([r.rest[name] for r in rows if name in r.rest]).to(device)
@@ -88,13 +91,17 @@ def _features(inner: Any, cache: _Cache, prompt: EncodedPrompt, device: torch.de
     if key in cache.kept:
         return cache.kept[key]
     images = image_inputs([prompt], device)
-    known = inspect.signature(inner.get_image_features).parameters
+    # The outer model hands on what it does not name itself (Pixtral's image_sizes).
+    owners: list[Any] = [
+        one for one in (inner, getattr(inner, "model", None)) if hasattr(one, "get_image_features")
+    ]
+    known = {name for one in owners for name in inspect.signature(one.get_image_features).parameters}
     with torch.no_grad():
         output = inner.get_image_features(**{n: v for n, v in images.items() if n in known}, return_dict=True)
     features = {
         name: tree_map(
             lambda t: t.detach().to("cpu", copy=True), value
-        )  # a copy: slices hold their whole alive
+        )  # a copy: a slice would keep the full tensor in memory
         for name in ("pooler_output", "deepstack_features")
         if (value := getattr(output, name, None)) is not None
     }
@@ -107,7 +114,7 @@ def _features(inner: Any, cache: _Cache, prompt: EncodedPrompt, device: torch.de
 
 
 def _joined(values: Sequence[Any]) -> Any:
-    """Features of several prompts as the tower gives them for all: by picture, or by layer and then by picture."""
+    """Features of several prompts in the format of the vision tower: by image, or by layer and then by image."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat(list(values))

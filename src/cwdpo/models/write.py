@@ -1,4 +1,4 @@
-"""Writing a model: under the tensor names of its family's hub checkpoints, which other engines read."""
+"""Writes a model with the tensor names of its family's hub checkpoints, which other engines read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """``save_pretrained`` of a model, or of the adapter that it is wrapped with.
+    """``save_pretrained`` of a model, or of its adapter.
 
-    transformers writes a model that it read from a hub checkpoint under that checkpoint's names. One that was made
-    from a config it writes without the prefix ``vision_model`` of CLIP and SigLIP towers, which every hub checkpoint
-    has; vLLM refuses such a folder. Here both get the hub's names.
+    A model that transformers loaded from a hub checkpoint is written with that checkpoint's names. A model made from a
+    config is written without the prefix ``vision_model`` of CLIP and SigLIP towers, which every hub checkpoint has;
+    vLLM refuses such a folder. This function writes both with the hub's names.
     """
     plain: Any = model
     more: dict[str, Any] = {}
@@ -24,7 +24,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     elif _is_resized(plain):
         more["save_embedding_layers"] = True
     with warnings.catch_warnings():
-        # An adapter on embeddings is saved with the embeddings, which is what is wanted.
+        # An adapter on embeddings is saved with the embeddings; this is intended.
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
         plain.save_pretrained(folder, **more)
 
@@ -32,8 +32,8 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 def _is_resized(wrapped: Any) -> bool:
     """Whether the model has more or fewer tokens than the base that its adapter names.
 
-    peft looks for ``vocab_size`` at the top of the config only, where no vision-language model has it, and would
-    leave the new embeddings out.
+    peft reads ``vocab_size`` at the top level of the config only, where vision-language models do not have it, and
+    would not save the new embeddings.
     """
     from transformers import AutoConfig
 
@@ -47,14 +47,14 @@ def _is_resized(wrapped: Any) -> bool:
 
 
 def use_hub_names(model: Any) -> None:
-    """Have the model saved under its family's hub names; a family without a table of them keeps what it has."""
+    """Set the hub's tensor names for saving; a family that transformers has no names for is not changed."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, Transpose
 
     known = get_model_conversion_mapping(model, add_legacy=False)
     used = {_rule(one) for one in getattr(model, "_weight_conversions", None) or ()}
-    # A change of prefix also reads checkpoints of other layouts: it counts where this model was read through it, and
-    # for vision towers.
+    # Changes of a prefix are also for reading checkpoints of other layouts. They are used for writing only if this
+    # model was read with them, and for vision towers.
     kept = [
         one
         for one in known
@@ -62,12 +62,12 @@ def use_hub_names(model: Any) -> None:
     ]
     for operation in (o for one in kept for o in getattr(one, "operations", ())):
         if isinstance(operation, Transpose):
-            # A table that compares shapes when it reads would compare them when it writes, and leave Qwen3-VL-MoE's
-            # experts as the model holds them: the other way round than the hub.
+            # With the check of shapes, the experts of Qwen3-VL-MoE would be written without being transposed back, so
+            # not as on the hub.
             operation.check_dims = False
     model._weight_conversions = kept or None
 
 
 def _rule(one: Any) -> tuple[str, ...]:
-    """What a conversion is known by: patterns and the part of the model that it is for."""
+    """Key of a conversion: its patterns and the part of the model that it applies to."""
     return (*one.source_patterns, *one.target_patterns, str(one.scope_prefix))

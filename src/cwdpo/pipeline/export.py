@@ -1,4 +1,4 @@
-"""A run's final model as a folder that others load, compared with the policy that was trained before it is done."""
+"""Exports a run's final model to a folder for other tools, and compares it with the trained policy."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 ROWS = 8
-"""Rows of the run that an export is compared on."""
+"""Number of rows that an export is compared on."""
 MOST = 1e-3
-"""Largest difference of one token's log-probability, nats, in float32; merging itself gives some 1e-5."""
+"""Largest allowed difference of a token's log-probability (nats, float32); merging itself gives about 1e-5."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An export and how it compares with the trained policy, both computed in float32.
+    """An export and its difference from the trained policy, both computed in float32.
 
-    ``largest`` and ``mean`` are differences of single tokens' log-probabilities in nats, over ``tokens`` tokens of
-    ``rows`` rows (chosen and rejected responses). ``rounding`` counts weights that the dtype put back to the base's
-    value; ``None`` where nothing was rounded, or the base is not there to compare with.
+    ``largest`` and ``mean`` are differences of token log-probabilities in nats, over ``tokens`` tokens of ``rows`` rows
+    (chosen and rejected responses). ``rounding`` counts weights that the dtype rounds back to the base's value;
+    ``None`` if nothing is rounded, or the base is not available.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Exported:
     rounding: Rounding | None = None
 
     def lines(self) -> list[str]:
-        """What to tell a user."""
+        """Sentences for the user."""
         compared = (
             f"compared with the trained policy on {self.rows} rows ({self.tokens} response tokens): log-probabilities "
             f"differ by {self.mean:.2g} nats per token, {self.largest:.2g} at most"
@@ -64,7 +64,7 @@ class Exported:
         lines = [f"{compared}. That is the cost of rounding to {self.dtype}."]
         if self.rounding is not None and self.rounding.moved:
             lines.append(
-                f"Rounding put {self.rounding.share:.1%} of the {self.rounding.moved:,} weights that training moved "
+                f"Rounding set {self.rounding.share:.1%} of the {self.rounding.moved:,} weights that training changed "
                 "back to the base's value; --dtype float32 keeps them."
             )
         return lines
@@ -75,18 +75,21 @@ def export(
 ) -> Exported:
     """Write the final model of ``run`` to ``out`` and compare it with the trained policy.
 
-    A full fine-tuning is written as it is. Of a LoRA run ``merge`` adds the adapter to the base's weights in float32,
-    so that ``AutoModelForImageTextToText``, lmms-eval and vLLM load the folder without peft; without it the adapter is
-    copied. Weights have the names of the family's hub checkpoints.
+    The model of full fine-tuning is written unchanged. For a LoRA run, ``merge`` merges the adapter into the base's
+    weights in float32, so that ``AutoModelForImageTextToText``, lmms-eval and vLLM load the folder without peft;
+    without ``merge`` the adapter is copied. Weights have the names of the family's hub checkpoints.
 
     Args:
-        dtype: of the weights. Default: what was trained, which is float32 where an adapter is merged. A narrower one is
-            written too, and what the rounding cost is said.
-        data: rows to compare on; default: the run's own held-out rows, or else its training rows.
+        run: folder of a finished run.
+        out: a new or empty folder.
+        merge: see above.
+        dtype: dtype of the weights; default: as trained, and float32 for a merged adapter. For a narrower dtype, the
+            result tells how much the rounding changes.
+        data: rows to compare on; default: the run's held-out rows, or else its training rows.
 
     Raises:
-        RunDirError: there is no finished run, ``out`` is not empty, or no row to compare on can be read.
-        ModelError: the model cannot be loaded, the adapter cannot be merged, or what was written is another model.
+        RunDirError: the run is not finished, ``out`` is not empty, or no row to compare on can be read.
+        ModelError: the model cannot be loaded, the adapter cannot be merged, or the written model differs too much.
     """
     folder = RunDir.open(run)
     model = folder.path / "model"
@@ -99,7 +102,7 @@ def export(
     if (model / "adapter_config.json").is_file():
         form = "merged" if merge else "adapter"
         if dtype and not merge:
-            raise RunDirError(f"{run}: --dtype is of whole weights, and an adapter is copied: add --merge")
+            raise RunDirError(f"{run}: --dtype is for full weights, but an adapter is copied: add --merge")
     if form == "merged":
         _refuse_quantized(model)
     with new_folder(out) as temporary:
@@ -124,7 +127,7 @@ def _write(run: RunDir, out: Path, form: Form, dtype: str | None, data: str | No
     lost, due = None, wanted
     if form == "adapter":
         copy_folder(model, out)
-        (out / CHECKSUMS).unlink(missing_ok=True)  # the export is another's from here on
+        (out / CHECKSUMS).unlink(missing_ok=True)  # users may change an export
     else:
         if rounded:
             lost = _rounding(settings, policy, form, kind)
@@ -132,7 +135,7 @@ def _write(run: RunDir, out: Path, form: Form, dtype: str | None, data: str | No
         _check(wanted, _log_probabilities(Policy(plain, policy.processor, ""), rows), "merging the adapter")
         save_weights(plain.to(kind), out)
         policy.processor.save_pretrained(out)
-        if rounded:  # what was written is compared with what was to be written
+        if rounded:  # the written model is compared with the rounded weights, not with the trained ones
             due = _log_probabilities(Policy(plain.float(), policy.processor, ""), rows)
         del plain
     del policy
@@ -145,7 +148,7 @@ def _write(run: RunDir, out: Path, form: Form, dtype: str | None, data: str | No
 
 
 def _load(settings: ModelSettings, folder: Path, *, tune: str) -> Policy:
-    """A folder's model in float32 on the CPU, scored in plain rows."""
+    """A folder's model in float32 on the CPU, for plain scoring."""
     update = {
         "path": str(folder), "tune": tune, "dtype": "float32", "device": "cpu", "freeze": (), "scoring": "plain",
         "lora": type(settings.lora)(), "vision_cache_gb": 0.0,
@@ -156,13 +159,13 @@ def _load(settings: ModelSettings, folder: Path, *, tune: str) -> Policy:
 
 
 def _rows(run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]:
-    """Rows to compare on, those with the run's own pictures and texts.
+    """Rows to compare on: those of ``data``, or else the run's own.
 
     Raises:
-        RunDirError: none can be read.
+        RunDirError: no row can be read or encoded.
     """
     source, how = (data, {}) if data else _own_rows(run)
-    remedy = "name others, such as a .jsonl of a few rows, by --data"
+    remedy = "give other rows with --data, for example a .jsonl with a few rows"
     try:
         examples = read_examples(source, max_bad_fraction=1.0, limit=ROWS, **how).examples
     except DataError as error:
@@ -179,16 +182,16 @@ def _rows(run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]
 
 
 def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
-    """The run's held-out rows, or else its training rows, and how they are read.
+    """The source of the run's held-out rows, or else of its training rows, and the settings to read it.
 
     Raises:
-        RunDirError: they are in a format of the user's own: a stored recipe loads no code.
+        RunDirError: the data are in the user's own format, and a stored recipe must not load code.
     """
     settings: DataSettings = stored_data(run.path / "recipe.yaml")
     if ".py:" in str(settings.format):
         raise RunDirError(
             f"{run.path}: its data are in a format of your own ({settings.format}), and a stored recipe loads no code: "
-            "name rows in one of the package's formats to compare the export on, by --data"
+            "give rows in one of the package's formats with --data, to compare the export on"
         )
     world = run.path / "data" / "validation.jsonl"
     source = str(world) if settings.world is not None else settings.validation_path or settings.path
@@ -208,14 +211,14 @@ def _log_probabilities(policy: Policy, rows: Sequence[EncodedExample]) -> Tensor
 
     found = []
     with torch.no_grad():
-        for row in rows:  # one by one: memory is what a large model lacks
+        for row in rows:  # one by one, to save memory with large models
             scores = plain.score(policy.model, collate([row]))
             found.append(scores.logp[scores.mask].float())
     return torch.cat(found)
 
 
 def _check(wanted: Tensor, found: Tensor, what: str) -> None:
-    """Refuse an export that says something else.
+    """Refuse an export with other log-probabilities than the trained policy.
 
     Raises:
         ModelError: a token's log-probability differs by more than :data:`MOST`.
@@ -223,14 +226,14 @@ def _check(wanted: Tensor, found: Tensor, what: str) -> None:
     gap = float((found - wanted).abs().max())
     if not gap <= MOST:  # NaN too
         raise ModelError(
-            f"the export would be another model: {what} changes log-probabilities by up to {gap:.3g} nats a token, "
+            f"the export would be a different model: {what} changes log-probabilities by up to {gap:.3g} nats a token, "
             f"more than {MOST:g}; nothing was written. Export the adapter without --merge, and report this with the "
             "run's recipe"
         )
 
 
 def _rounding(settings: ModelSettings, policy: Policy, form: Form, dtype: torch.dtype) -> Rounding | None:
-    """What a dtype undoes of training; of a full fine-tuning only where its base can be loaded."""
+    """How many updates are lost in a dtype; ``None`` for full fine-tuning whose base cannot be loaded."""
     if form == "merged":
         return rounding_of_adapter(policy.model, dtype)
     try:
@@ -255,7 +258,7 @@ def _refuse_quantized(adapter: Path) -> None:
     """Refuse to merge into a base whose weights are stored in 4 or 8 bits.
 
     Raises:
-        ModelError: the base is quantized: its weights have no room for the adapter.
+        ModelError: the base is quantized.
     """
     from transformers import AutoConfig
 
@@ -263,10 +266,10 @@ def _refuse_quantized(adapter: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError):
-        return  # loading the base says what is wrong with it
+        return  # loading the base reports the error
     if getattr(config, "quantization_config", None):
         raise ModelError(
-            f"{adapter}: the base {base} is stored quantized, and its few bits have no room for the adapter: export "
-            "the adapter without --merge, or set base_model_name_or_path in its adapter_config.json to the checkpoint "
-            "that was quantized"
+            f"{adapter}: the base {base} is stored quantized, and an adapter cannot be merged into quantized weights: "
+            "export the adapter without --merge, or set base_model_name_or_path in its adapter_config.json to the "
+            "checkpoint that was quantized"
         )

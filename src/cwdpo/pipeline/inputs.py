@@ -1,6 +1,6 @@
-"""What a run goes in with, besides its recipe: rows, pictures and base model. A resumed run must find the same.
+"""Digests of a run's inputs besides its recipe: rows, images and base model. They must be the same in a resumed run.
 
-``inputs.json`` holds digests only. Every picture is read once for it, at the speed of the disk.
+``inputs.json`` contains digests only. Every image file is read once for them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FILE = "inputs.json"
 
 
 def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, accept_changes: bool) -> None:
-    """Store digests of what goes in; of a resumed run compare them first. All processes call this together.
+    """Store the digests of the inputs; in a resumed run, compare them first. All processes must call this together.
 
     Raises:
-        RecipeError: something differs and ``accept_changes`` is not set; every difference is named.
+        RecipeError: an input differs and ``accept_changes`` is not set; the message names every difference.
     """
     trouble: list[Exception | None] = [None]
     if run.writes:
@@ -41,8 +41,8 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
                 lines = "".join(f"\n  {line}" for line in found)
                 trouble = [
                     RecipeError(
-                        f"{run.path / FILE}: the run was started with something else:{lines}\nRestore it; or go on "
-                        "with what is there now by --accept-changes; or start a new run in another --out"
+                        f"{run.path / FILE}: the run was started with other inputs:{lines}\nRestore them; or continue "
+                        "with the changed inputs with --accept-changes; or start a new run in another --out"
                     )
                 ]
             else:
@@ -63,19 +63,19 @@ def _of_splits(splits: Splits) -> dict[str, Any]:
 
 
 def of_rows(rows: Sequence[Example], digests: ImageDigests) -> dict[str, Any]:
-    """Number of rows, and digests of their texts, of their order, and of their pictures (whatever the order)."""
+    """Number of rows, and digests of their texts, of their order, and of their images (in any order)."""
     texts = [_digest([_texts(row)]) for row in rows]
-    pictures = [_digest([row.id, *(_picture(image, digests) for image in row.images)]) for row in rows]
+    images = [_digest([row.id, *(_image(image, digests) for image in row.images)]) for row in rows]
     return {
         "rows": len(rows),
         "texts": _digest(sorted(texts)),
         "order": _digest(texts),
-        "pictures": _digest(sorted(pictures)),
+        "pictures": _digest(sorted(images)),
     }
 
 
 def _texts(row: Example) -> str:
-    """Everything of a row that is trained on or judged by, as one text."""
+    """All contents of a row that training or judging uses, as one text."""
 
     def said(completion: Completion) -> list[Any]:
         return [completion.text, completion.origin, completion.kind, completion.made]
@@ -92,17 +92,17 @@ def _texts(row: Example) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
 
 
-def _picture(image: Any, digests: ImageDigests) -> str:
+def _image(image: Any, digests: ImageDigests) -> str:
     try:
         return digests.of(image).hex()
-    except DataError:  # reading it for training says what is wrong
+    except DataError:  # encoding the row later reports the error
         return "unreadable"
 
 
 def _of_model(policy: Policy) -> dict[str, Any]:
     tokenizer = getattr(policy.processor, "tokenizer", policy.processor)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    pictures: Any = getattr(policy.processor, "image_processor", None)
+    image_processor: Any = getattr(policy.processor, "image_processor", None)
     return {
         "weights": weights_digest(policy.model),
         "tokenizer": _digest(
@@ -112,7 +112,7 @@ def _of_model(policy: Policy) -> dict[str, Any]:
             [str(getattr(one, "chat_template", None)) for one in (policy.processor, tokenizer)]
         ),
         "image processor": _digest(
-            [pictures.to_json_string() if hasattr(pictures, "to_json_string") else ""]
+            [image_processor.to_json_string() if hasattr(image_processor, "to_json_string") else ""]
         ),
     }
 
@@ -126,7 +126,7 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is not as it was, a line each."""
+    """All differences, one line each."""
     found = []
     for name in ("stage1", "stage2", "validation"):
         old, new = before.get(name), now[name]
@@ -140,7 +140,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]])
         elif old.get("order") != new["order"]:
             found.append(f"{label}: the same in another order")
         elif old.get("pictures") != new["pictures"]:
-            found.append(f"{label}: other pictures")
+            found.append(f"{label}: other images")
     base: Any = before.get("model")
     for part, digest in now["model"].items() if isinstance(base, dict) else ():
         if base.get(part) != digest:

@@ -1,4 +1,4 @@
-"""How a run starts or goes on: the lock, leftovers of a kill, and changes of the recipe."""
+"""Starts or resumes a run: locks the folder, cleans up after a kill, and handles changes of the recipe."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from cwdpo.files.writing import write_text
 from cwdpo.rundir import RunDir
 
 ABSENT = "(absent)"
-# What these keys say is used after training only: the trained model stays as it is.
+# These keys are used after training only: if they change, the trained model stays valid.
 _AFTER_TRAINING = ("name", "evaluation.")
 
 
 def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_changes: bool = False) -> None:
-    """Lock the run's folder and store the recipe; every process calls this, the one that writes acts.
+    """Lock the run's folder and store the recipe. Every process calls this; only the one that writes does the work.
 
     Args:
+        run: the run folder.
+        recipe: the recipe of this start.
         resume: continue the run in the folder, if there is one.
-        accept_changes: go on with a recipe that differs from the stored one.
+        accept_changes: continue although the recipe or files were changed.
 
     Raises:
-        RunDirError: another process works in the folder, or it holds a run and ``resume`` is not set.
-        FileError: a file that it goes on from is not what the run recorded, and ``accept_changes`` is not set.
+        RunDirError: another process works in the folder, or it contains a run and ``resume`` is not set.
+        FileError: a file differs from its stored checksum, and ``accept_changes`` is not set.
         RecipeError: the recipe differs from the run's, and ``accept_changes`` is not set.
     """
     trouble: list[Exception | None] = [None]
@@ -41,7 +43,7 @@ def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_chang
         except (CwdpoError, OSError) as error:
             run.unlock()
             trouble = [error]
-    # The others would wait for the first process for ever.
+    # All processes must raise the error; else the others would wait for the first process without end.
     found = broadcast_object_list(trouble)[0]
     if found is not None:
         raise found
@@ -55,15 +57,15 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, accept_changes: bool) -> N
     if changed and not accept_changes:
         lines = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in changed.items())
         raise RecipeError(
-            f"{path}: the run was started with another recipe:{lines}\nGive the old values; or go on with the "
-            f"new ones by --accept-changes (the old recipe is kept as {_numbered(path).name}); or start a new run in "
+            f"{path}: the run was started with another recipe:{lines}\nGive the old values; or continue with the "
+            f"new ones with --accept-changes (the old recipe is kept as {_numbered(path).name}); or start a new run in "
             "another --out"
         )
     damaged = run.changes() if resume else []
     if damaged and not accept_changes:
         raise FileError(
-            f"{run.path}: not as the run left it: {'; '.join(damaged)}: restore it from a copy, or go on with what is "
-            "there by --accept-changes"
+            f"{run.path}: changed since the run wrote it: {'; '.join(damaged)}: restore it from a copy, or continue "
+            "with the changed files with --accept-changes"
         )
     if damaged:
         (run.path / CHECKSUMS).unlink()
@@ -78,7 +80,7 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, accept_changes: bool) -> N
 
 
 def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ: stored -> now. Keys that the stored recipe lacks have their defaults.
+    """Dotted keys with different values: (stored, now). Keys that the stored recipe lacks have their defaults.
 
     Raises:
         RecipeError: the stored recipe is not YAML.
@@ -87,8 +89,8 @@ def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         tree = read_tree(path)
     except RecipeError as error:
         raise RecipeError(f"{error}: restore the run's recipe from a copy, or start a new run") from None
-    # One that names code, and one of another version that this one cannot parse, are compared as they stand: the file
-    # may be somebody else's, and parsing imports what it names.
+    # Two kinds of recipes are compared unparsed: those that name code (the file may be somebody else's, and parsing
+    # imports the code), and those of another version that cannot be parsed.
     if not code_names(tree):
         with contextlib.suppress(RecipeError, TypeError, AttributeError):
             tree = parse_recipe(tree, where=str(path)).model_dump(mode="json")
@@ -110,9 +112,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def keep_old(run: RunDir, changed: Mapping[str, Any]) -> None:
-    """Move what the old recipe made, and the new one makes anew, to numbered names: ``recipe.1.yaml``, ...
+    """Rename the old recipe and the results that the new recipe makes again: ``recipe.1.yaml``, ...
 
-    Checkpoints stay: training goes on from the last one.
+    Checkpoints are kept: training continues from the last one.
     """
     recipe = run.path / "recipe.yaml"
     kept = _numbered(recipe)

@@ -1,4 +1,4 @@
-"""A run's page, served to this machine only: drawn anew when the run has changed, refreshing itself, no script."""
+"""Serves the page of a run to this machine only. It is rendered again when the run changes, and reloads by itself."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cwdpo.rundir import RunDir
 _logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 REST = 4.0
-"""After drawing for a second the page stays as it is for so many, however fast the run goes and whoever asks."""
+"""After each rendering, the page is not rendered again for this many times the duration of the rendering."""
 PATIENCE = 20.0
-"""Seconds that a client may take for its request."""
+"""Seconds that a client may take to send its request."""
 
 
 class Page:
-    """The page of one run folder, drawn by one thread at a time.
+    """The page of one run folder, rendered by one thread at a time.
 
-    Matplotlib's settings belong to the whole process: two drawings at once would mix them up.
+    Matplotlib's settings are global in the process, so two renderings at the same time would affect each other.
 
     Args:
-        draw: gives the page's text; it may raise.
-        stamp: what the page depends on: equal stamps, equal pages.
-        rest: seconds without drawing per second of drawing.
+        draw: returns the page's text; it may raise.
+        stamp: returns a value that changes when the page must be rendered again.
+        rest: seconds without rendering per second of rendering.
     """
 
     def __init__(self, draw: Callable[[], str], stamp: Callable[[], object], rest: float = REST) -> None:
@@ -41,7 +41,7 @@ class Page:
         self._next = 0.0
 
     def get(self) -> tuple[int, str]:
-        """Status and text: the newest page that is drawn, or a new one. While one is drawn others get the last one."""
+        """HTTP status and text of the page, rendered again if needed. During a rendering, others get the last page."""
         if self._lock.acquire(blocking=self._status == 0):
             try:
                 stamp = self._stamp()
@@ -56,8 +56,8 @@ class Page:
         begun = time.monotonic()
         try:
             self._text, self._status = self._draw(), 200
-        except Exception as error:  # whatever a damaged file does, the next look may find it whole
-            _logger.debug("the page could not be drawn", exc_info=True)
+        except Exception as error:  # any error of a damaged or incomplete file; the next request may succeed
+            _logger.debug("the page could not be rendered", exc_info=True)
             said = (
                 str(error) if isinstance(error, CwdpoError | OSError) else f"{type(error).__name__}: {error}"
             )
@@ -74,14 +74,14 @@ def _trouble(said: str) -> str:
 
 
 def stamp_of(folder: Path) -> object:
-    """Names, sizes and times of the files that a page may show."""
+    """Names, sizes and modification times of the files that a page may show."""
     found = []
     for place in (folder, folder / "stage1", folder / "stage2"):
         for path in sorted(place.glob("*")) if place.is_dir() else ():
             try:
                 info = path.stat()
             except OSError:
-                continue  # gone in between
+                continue  # deleted in the meantime
             found.append((path.name, info.st_size, info.st_mtime_ns))
     return found
 
@@ -93,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = PATIENCE
 
     def do_GET(self) -> None:
-        """The page as the run stands."""
-        # A page of another site must not read this one under a name that leads here (DNS rebinding).
+        """Send the current page."""
+        # Another website must not read this page through a host name that points to this machine (DNS rebinding).
         host = self.headers.get("Host", "").rsplit(":", 1)[0]
         if host not in (HOST, "localhost"):
             self.send_error(403, "answers to 127.0.0.1 and localhost only")
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """To the log, not to the terminal."""
+        """Write to the log, not to the terminal."""
         _logger.debug(format, *args)
 
 
@@ -119,13 +119,13 @@ class WatchServer(ThreadingHTTPServer):
     """Serves one run folder; nothing is written to it.
 
     Args:
-        folder: of the run.
-        port: 0 for any free one, then :attr:`server_port`.
-        every: seconds between two looks of the page.
+        folder: run folder.
+        port: 0 for any free port; see :attr:`server_port`.
+        every: seconds between two reloads of the page.
         rest: see :class:`Page`.
 
     Raises:
-        RunDirError: the port is taken.
+        RunDirError: the port cannot be used.
     """
 
     daemon_threads = True
@@ -144,7 +144,7 @@ class WatchServer(ThreadingHTTPServer):
             ) from None
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no news for the terminal."""
+        """Write errors of a connection to the log, not to the terminal."""
         _logger.debug("a request ended early", exc_info=True)
 
 

@@ -1,4 +1,4 @@
-"""Batches that one call cannot score, because a family's rows depend on which rows they are run with."""
+"""Splits batches for families whose rows depend on the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from cwdpo.models.shared_attention import model_family
 
 
 def parts_of(model: nn.Module, batch: PromptBatch) -> list[tuple[Tensor, PromptBatch]]:
-    """The batch as parts that one call each can score: (indices of the part's completions, the part).
+    """Split a batch into parts, each of which one call of the model can score.
 
-    Of a part only prompts and completions may be read: its pairs are those of the whole batch.
+    Returns:
+        (indices of the part's completions in the batch, the part). Only prompts and completions of a part are valid:
+        its pairs are those of the whole batch.
     """
     family, inner = model_family(model), unwrapped(model)
     groups = [0 if family is None else family.group(inner, p) for p in batch.prompts]

@@ -44,7 +44,7 @@ def check_environment(bf16: bool, setting: str = "train.bf16") -> None:
 
 
 def devices() -> dict[str, Any]:
-    """What torch computes on: its threads, its CUDA, and each GPU with memory and capability."""
+    """Torch's devices: number of threads, CUDA version, and each GPU with memory and compute capability."""
     import torch
 
     found: dict[str, Any] = {

@@ -29,19 +29,20 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
         # new adapter starts with the same weights in both cases.
         set_seed(recipe.seed)
     else:
-        refuse_damage(folder, "remove it, and it is made again")
+        refuse_damage(folder, "remove it, and it is created again")
     return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
 
 
 def load_saved(policy: Policy, folder: Path) -> None:
-    """Put the weights that :func:`save_model` wrote into the policy.
+    """Load the weights that :func:`save_model` wrote into the policy.
 
     Raises:
-        FileError: the folder is not what was written.
-        ModelError: its weights do not fit.
+        FileError: files of the folder were changed.
+        ModelError: the weights do not fit the model.
     """
     refuse_damage(
-        folder, "remove it, and --resume goes on from the stage's last checkpoint, or trains the stage again"
+        folder,
+        "remove it, and --resume continues from the stage's last checkpoint, or trains the stage again",
     )
     load_weights(policy.model, folder)
 

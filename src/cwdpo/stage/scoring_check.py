@@ -1,4 +1,4 @@
-"""Before a run: is what will be scored what the model itself computes?"""
+"""Checks before a run that the scores are those that the model itself computes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,26 @@ from cwdpo.scoring.token_logp import TokenScores
 
 logger = logging.getLogger("cwdpo")
 MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
-"""Largest mean difference of two ways of scoring, nats per token, in fp32 and in bf16; known traps give 0.2 up."""
+"""Largest allowed mean difference of two ways of scoring (nats per token), fp32 and bf16; known errors give >= 0.2."""
 
 
 @torch.no_grad()
 def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
-    """Compare ways of scoring on a few rows before anything relies on them.
+    """Compare two ways of scoring on one or two rows before the run uses them.
 
-    Families are known by their type, and what a release of transformers does with it may change. A family that is not
-    known is tried on two rows: plain scores must be those of the model's own generation code. Where shared-prefix and
-    plain scores differ, ``auto`` falls back to plain rows, with a line in the log.
+    Known family: shared-prefix and plain scores are compared, because a new release of transformers may change a
+    model. If they differ, ``auto`` falls back to plain scoring, with a line in the log. Unknown family: plain scores
+    are compared with those of the model's own generation code.
+
+    Args:
+        model: the policy; its mode is restored.
+        encoder: the checkpoint's encoder.
+        examples: the rows to choose from.
+        scoring: the recipe's ``model.scoring``.
 
     Raises:
-        ModelError: an unknown family is scored wrongly, or shared-prefix rows are, and ``model.scoring`` asks for them.
+        ModelError: the scores of an unknown family differ; or shared-prefix scores differ and ``model.scoring`` is
+            ``shared_prefix``.
     """
     known = model_family(model) is not None
     if known and not shares_prefix(model):
@@ -43,7 +50,7 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     readable = encoder.readable(_different(examples), 1 if known else 2)
     encoded = encoder.encode_all(readable, "rejected", require_negative=False)[0]
     if not encoded:
-        return  # encode() reports what is wrong with the data
+        return  # encoding the data later reports the errors
     batch = collate(encoded)
     was_training = model.training
     model.eval()
@@ -59,7 +66,7 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     if not known:
         raise ModelError(
             f"{_unknown(model)}, and on {len(encoded)} rows of the data its scores differ from the model's own "
-            f"generation by {difference:.2g} nats per token, so that another loss than asked for would be trained; "
+            f"generation by {difference:.2g} nats per token, so the loss would be wrong; "
             f"known: {', '.join(family_names())}"
         )
     problem = f"its log-probabilities differ from those of plain scoring (by {difference:.2g} nats per token)"
@@ -70,7 +77,7 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
 
 
 def _different(examples: Sequence[Example]) -> list[Example]:
-    """The examples, the first one with a picture and the first with another number of pictures in front."""
+    """The examples, reordered: first one with images, then one with another number of images, then the others."""
     first = next((e for e in examples if e.images), examples[0] if examples else None)
     second = next((e for e in examples if first is not None and len(e.images) != len(first.images)), None)
     ahead = [e for e in (first, second) if e is not None]
@@ -80,7 +87,7 @@ def _different(examples: Sequence[Example]) -> list[Example]:
 def _tried(
     model: nn.Module, batch: PromptBatch, way: Callable[[nn.Module, PromptBatch], TokenScores]
 ) -> TokenScores:
-    """Scores of a family that is not known: whatever its code raises is a reason to refuse it."""
+    """Scores of an unknown family; any error of its code is a reason to refuse it."""
     try:
         return way(model, batch)
     except Exception as error:
@@ -91,7 +98,7 @@ def _tried(
 
 
 def _own(model: nn.Module, batch: PromptBatch) -> TokenScores:
-    """Token log-probabilities by the model's own generation code, completion by completion."""
+    """Token log-probabilities from the model's own generation code, completion by completion."""
     own = batch.completion_prompt.tolist()
     rows = [forced_logps(model, batch.prompts[p], c.ids) for p, c in zip(own, batch.completions, strict=True)]
     logp = pad_sequence(rows, batch_first=True)

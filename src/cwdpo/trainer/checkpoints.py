@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, synced, renamed; older ones go afterwards."""
+"""Writes checkpoints atomically: to a temporary folder, which is synced and renamed; then deletes older ones."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cwdpo.files.reading import read_object
 from cwdpo.files.writing import discard, replace_folder, sync_tree, temporary_name
 
 UNREADABLE = (
-    "remove the checkpoint's folder, and --resume goes on from the one before, or begins the stage again"
+    "remove the checkpoint's folder, and --resume continues from the one before, or starts the stage again"
 )
 _NAME = re.compile(r"checkpoint-[0-9]{1,18}")
 
 
 @contextlib.contextmanager
 def readable(checkpoint: Any, what: str) -> Iterator[None]:
-    """Answer whatever torch, accelerate and transformers raise when a part of a checkpoint is not what it should be."""
+    """Turn any error of torch, accelerate and transformers while loading a checkpoint into a FileError."""
     try:
         yield
     except Exception as error:
@@ -38,16 +38,16 @@ def readable(checkpoint: Any, what: str) -> Iterator[None]:
 
 
 class CompleteCheckpoints(Trainer):  # type: ignore[misc]
-    """A Trainer whose ``checkpoint-N`` exists under that name only when everything of it is on disk.
+    """A Trainer whose ``checkpoint-N`` has this name only when all its files are on disk.
 
-    transformers writes into ``checkpoint-N`` file by file and knows of no half-written one. Here it writes
-    into ``.checkpoint-N.<random>.tmp``, which is renamed at the end, and older checkpoints are deleted after that:
-    a kill at any instant leaves the last complete checkpoint.
+    transformers writes into ``checkpoint-N`` file by file and cannot detect an incomplete one. Here it writes into
+    ``.checkpoint-N.<random>.tmp``, which is renamed at the end; older checkpoints are deleted after that. So after a
+    kill at any time, the last complete checkpoint exists.
 
     Attributes:
-        before_checkpoint: called on the process that saves, before the new name appears, to have everything on disk
-            that a resumed run expects beside the checkpoint (logged rows).
-        add_to_checkpoint: called on every process with the folder that is being written, to add files to it.
+        before_checkpoint: called on the process that saves, before the folder is renamed, to sync other files that a
+            resumed run needs (logged rows).
+        add_to_checkpoint: called on every process with the temporary folder, to add files to it.
     """
 
     before_checkpoint: Callable[[], None] = staticmethod(lambda: None)
@@ -58,10 +58,10 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
         return str(self._writing or super()._get_output_dir(trial))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Close the averaging window of the log at every checkpoint.
+        """Write a log row at every checkpoint.
 
-        A window that spans a checkpoint could not be averaged again by a resumed run, which sees its second
-        part only.
+        Logged values are averages since the last row. A run resumed from a checkpoint could not compute an average
+        that began before the checkpoint.
         """
         if self.control.should_save:
             self.control.should_log = True
@@ -70,7 +70,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # Every process writes its part there.
+        # All processes write to the same temporary folder.
         aside = Path(broadcast_object_list([str(temporary_name(folder / name))])[0])
         self._writing = aside
         try:
@@ -78,7 +78,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             self._name_best(aside / name, folder / name)
             self.add_to_checkpoint(aside / name)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
+            shutil.rmtree(aside, ignore_errors=True)  # free the space: the disk may be full
             raise
         finally:
             self._writing = None
@@ -95,7 +95,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        with readable(checkpoint, "the state of the optimizer or of the schedule"):
+        with readable(checkpoint, "the state of the optimizer or of the learning rate schedule"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
@@ -103,21 +103,21 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             super()._load_rng_state(checkpoint)
 
     def _name_best(self, written: Path, final: Path) -> None:
-        """The best checkpoint under the name that it will have, in the stored state too."""
+        """Store the best checkpoint's final name in the trainer state, not the temporary one."""
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push once the checkpoint has its name: transformers pushes while it is being written."""
+        """Push to the hub after the checkpoint is renamed; transformers would push while it is written."""
         if self._writing is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _delete_old(self, newest: Path) -> None:
-        """Keep ``save_total_limit`` checkpoints by time of writing.
+        """Keep the ``save_total_limit`` newest checkpoints by time of writing.
 
-        The newest stays whatever the clock says, and the best one where it is loaded at the end.
+        ``newest`` is always kept, even if the clock was changed; the best one too if it is loaded at the end.
         """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
@@ -137,15 +137,15 @@ def _written_at(checkpoint: Path) -> tuple[int, str]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest ``checkpoint-N`` of a stage; a checkpoint has its name only when it is complete."""
+    """The newest complete ``checkpoint-N`` of a stage; ``None`` if there is none."""
     return max(_checkpoints(folder), key=_number, default=None)
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage, every file of it as it was written; all processes call this together.
+    """The newest checkpoint of a stage, after a check of its checksums. All processes must call this together.
 
     Raises:
-        FileError: it is damaged. The message names what is wrong, and the newest checkpoint that is whole.
+        FileError: it is damaged. The message says what is wrong, and names the newest undamaged checkpoint.
     """
     error: list[str] = [""]
     newest = last_checkpoint(folder)
@@ -167,15 +167,15 @@ def _refuse_damaged(newest: Path) -> None:
     older = sorted((p for p in _checkpoints(newest.parent) if p != newest), key=_number, reverse=True)
     whole = next((p for p in older if not (damage(p) or _lacking(p))), None)
     remedy = (
-        f"remove the folder, and --resume goes on from {whole.name}, which is whole"
+        f"remove the folder, and --resume continues from {whole.name}, which is not damaged"
         if whole is not None
-        else "no older one is whole: remove the folder, and --resume begins the stage again"
+        else "no older one is undamaged: remove the folder, and --resume starts the stage again"
     )
     refuse_damage(newest, remedy, () if damage(newest) else problems)
 
 
 def _lacking(checkpoint: Path) -> list[str]:
-    """What a checkpoint must hold, for those of older versions, which wrote no checksums."""
+    """Missing files of a checkpoint without checksums, written by an older version."""
     if (checkpoint / CHECKSUMS).is_file():
         return []
     if any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("global_step*")):  # sharded: under other names
@@ -193,7 +193,7 @@ def _number(checkpoint: Path) -> int:
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:
-    """Step of a checkpoint; -1 for none.
+    """The optimizer step of a checkpoint; -1 for ``None``.
 
     Raises:
         FileError: its trainer state cannot be read.

@@ -1,7 +1,7 @@
-"""Trained weights of 16 bits: an optimizer that does not lose small updates to rounding, and how much of them arrives.
+"""Training of 16-bit weights: an optimizer without rounding losses, and metrics of how much of the updates is lost.
 
-A bf16 weight has 8 significant bits. AdamW changes a weight by about the learning rate, so at 1e-6 nearly every update
-of a weight above 3e-4 is smaller than half of the distance to the next bf16 number and is rounded away.
+A bf16 weight has 8 significant bits. AdamW changes a weight by about the learning rate. So at 1e-6, nearly every update
+of a weight above 3e-4 is smaller than half of the distance to the next bf16 number, and is rounded away.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cwdpo.errors import RecipeError, optional_package
 
 Optimizer = Literal["adamw", "adamw_kahan"]
 SAMPLED = 1024
-"""Most weights of a tensor that are watched."""
+"""Largest number of weights per tensor that are measured."""
 
 
 def optimizer_class(name: Optimizer, args: Any) -> tuple[type, dict[str, Any]] | None:
     """The class of a recipe's optimizer and its settings; ``None`` for transformers' AdamW.
 
-    ``adamw_kahan`` (optimi) keeps what rounding leaves out in a second bf16 tensor and adds it to the next update. With
-    moments in bf16 too it takes 10 bytes for a weight, gradient included; float32 weights with AdamW take 16.
+    ``adamw_kahan`` (optimi) stores the rounding error of each weight in a second bf16 tensor and adds it to the next
+    update. With moments in bf16 it takes 10 bytes per weight, with the gradient; float32 weights with AdamW take 16.
 
     Raises:
         MissingPackageError: the package is not installed.
@@ -41,21 +41,21 @@ def optimizer_class(name: Optimizer, args: Any) -> tuple[type, dict[str, Any]] |
 
 
 def check_optimizer(name: Optimizer, model: nn.Module) -> None:
-    """Refuse an optimizer for bf16 weights where no trained weight is bf16.
+    """Refuse an optimizer for bf16 weights if no trained weight is bf16.
 
     Raises:
-        RecipeError: names the setting and the remedy.
+        RecipeError: with the setting and the remedy.
     """
     if name != "adamw" and not any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad):
         raise RecipeError(
-            f"train.optimizer: {name} is for trained weights in bf16, and here none is: set train.optimizer to adamw, "
-            "or model.dtype to bfloat16"
+            f"train.optimizer: {name} is for trained weights in bf16, but no trained weight is bf16: set "
+            "train.optimizer to adamw, or model.dtype to bfloat16"
         )
 
 
 @dataclass
 class _Watched:
-    """Some weights of one tensor: their places, their values before the update, and where the gradient is not 0."""
+    """Some weights of one tensor: their indices, values before the update, and whether their gradients are not 0."""
 
     parameter: Tensor
     places: Tensor
@@ -63,18 +63,18 @@ class _Watched:
     active: Tensor | None = None
 
     def values(self, optimizer: Any) -> Tensor:
-        """The values in float32, with what Kahan summation keeps beside the weight."""
+        """The values in float32, with the error that Kahan summation stores."""
         found = self._at(self.parameter)
         kept = optimizer.state.get(self.parameter, {}).get("kahan_comp")
         return found if kept is None else found + self._at(kept)
 
     def intended(self, optimizer: Any, group: dict[str, Any]) -> Tensor | None:
-        """The update that float32 arithmetic would have made of the optimizer's moments; ``None`` if it has none."""
+        """The update computed in float32 from the optimizer's moments; ``None`` if it has no moments."""
         state = optimizer.state.get(self.parameter, {})
         if "exp_avg" not in state or "exp_avg_sq" not in state:
             return None
         first, second = self._at(state["exp_avg"]), self._at(state["exp_avg_sq"])
-        if "kahan_comp" not in state:  # optimi corrects the bias of its moments as it adds to them
+        if "kahan_comp" not in state:  # optimi's moments are already corrected for bias
             step = float(state["step"])
             first = first / (1 - group["betas"][0] ** step)
             second = second / (1 - group["betas"][1] ** step)
@@ -90,11 +90,11 @@ class _Watched:
 
 
 class LostUpdates(TrainerCallback):  # type: ignore[misc]
-    """How much of the updates arrives in trained 16-bit weights; nothing is logged where none is trained.
+    """Measures how much of the updates of trained 16-bit weights is lost; without such weights nothing is logged.
 
-    ``updates/moved``: share of the weights with a gradient that an update changed. ``updates/kept``: the actual updates
-    projected on those of float32 arithmetic: 1 where nothing is lost, 0 where all is. Both are means over the optimizer
-    steps since the last log, on up to :data:`SAMPLED` evenly spaced weights of every tensor.
+    ``updates/moved``: share of the weights with a gradient that an update changed. ``updates/kept``: projection of the
+    actual updates on the float32 updates: 1 if nothing is lost, 0 if everything is. Both are means over the optimizer
+    steps since the last log row, over up to :data:`SAMPLED` evenly spaced weights of every tensor.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
         self._along, self._square = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Choose the weights to watch."""
+        """Choose the weights to measure."""
         self._watched = []
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -120,7 +120,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
-        """Remember the weights."""
+        """Store the weights before the update."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         for one in self._watched:
             gradient = one.parameter.grad
@@ -129,7 +129,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Compare them with what the update made of them."""
+        """Compare the weights after the update with the stored ones."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for one in self._watched:
@@ -146,7 +146,7 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
                 self._square += float((intended * intended).sum())
 
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """The two means over all processes, and start anew."""
+        """Return both metrics over all processes, and reset the sums."""
         if not self._watched:
             return {}
         sums = torch.tensor(

@@ -1,4 +1,4 @@
-"""Encoded examples to a :class:`PromptBatch`: each prompt once, its completions with a pair index."""
+"""Collates encoded examples to a :class:`PromptBatch`: each prompt once, its completions with a pair index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoded
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B prompts, N completions and P pairs, as indices: nothing depends on a position in the batch.
+    """B prompts, N completions and P pairs; index tensors say which completion belongs to which prompt and pair.
 
     Attributes:
         example_ids: ids of the B examples.
@@ -35,7 +35,7 @@ class PromptBatch:
     pair_prompt: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
-        """The batch with its index tensors on ``device``; image tensors move when a row is laid out."""
+        """The batch with its index tensors on ``device``; image tensors are moved when the rows are built."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in fields(self)
@@ -45,27 +45,27 @@ class PromptBatch:
 
     @property
     def n_chosen_tokens(self) -> int:
-        """Completion tokens of all chosen responses."""
+        """Number of tokens of all chosen completions."""
         return sum(len(self.completions[i].ids) for i in self.chosen.tolist())
 
     @property
     def n_rejected_tokens(self) -> int:
-        """Completion tokens of all rejected responses."""
+        """Number of tokens of all rejected completions."""
         return sum(len(self.completions[i].ids) for i in self.rejected.tolist())
 
     @property
     def n_paired_prompts(self) -> int:
-        """Prompts with at least one negative."""
+        """Number of prompts with at least one negative."""
         return int(self.pair_prompt.unique().numel())
 
     def keep_pairs(self, keep: Sequence[bool]) -> PromptBatch:
-        """The batch with some of its P pairs; every prompt and chosen response stays."""
+        """The batch with the pairs where ``keep`` ([P]) is true; every prompt and chosen completion is kept."""
         if all(keep):
             return self
         pairs = torch.tensor(keep, device=self.rejected.device)
         out = torch.ones(len(self.completions), dtype=torch.bool, device=pairs.device)
         out[self.rejected[~pairs]] = False
-        moved = out.cumsum(0) - 1  # the new index of each completion that stays
+        moved = out.cumsum(0) - 1  # the new index of each completion that is kept
         return replace(
             self,
             completions=tuple(c for c, kept in zip(self.completions, out.tolist(), strict=True) if kept),
@@ -91,10 +91,10 @@ class PromptBatch:
         )
 
     def with_silent_row(self, prompt: EncodedPrompt) -> PromptBatch:
-        """The batch and one more prompt with a completion of one token, which no index refers to.
+        """The batch with one more prompt, whose completion of one token is not referred to by any index.
 
-        Its log-probability takes part in no sum: loss and metrics stay, and the gradients that flow back through
-        the row are zeros. What the row passes through (a vision tower) is called in forward and backward.
+        Its log-probability is in no sum: loss and metrics do not change, and the gradients through this row are
+        zeros. But the modules that the row passes through (the vision tower) run in forward and backward.
         """
         silent = EncodedCompletion(
             prompt.input_ids[-1:], span=(0, 1), reference_sum_logp=0.0, reference_span_sum_logp=0.0
@@ -111,13 +111,13 @@ class PromptBatch:
         """The batch with the images of its prompts in memory.
 
         Raises:
-            DataError: one cannot be read.
+            DataError: an image cannot be read.
         """
         return replace(self, prompts=tuple(prompt.loaded() for prompt in self.prompts))
 
 
 def collate(examples: Sequence[EncodedExample]) -> PromptBatch:
-    """Gather encoded examples into one batch."""
+    """Collate encoded examples to one batch."""
     completions: list[EncodedCompletion] = []
     completion_prompt: list[int] = []
     chosen: list[int] = []
@@ -138,7 +138,7 @@ def collate(examples: Sequence[EncodedExample]) -> PromptBatch:
 
 
 class Collator:
-    """``data_collator`` of the trainer: a list of encoded examples to ``{"batch": PromptBatch}``."""
+    """``data_collator`` of the trainer: makes ``{"batch": PromptBatch}`` from a list of encoded examples."""
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
         """Collate one micro-batch."""

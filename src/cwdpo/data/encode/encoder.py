@@ -1,7 +1,7 @@
-"""Examples to token ids and image tensors: the prompt once, each completion apart.
+"""Encodes examples to token ids and image tensors: the prompt once, and each completion on its own.
 
-Prompt and completion are tokenized so that joined equals apart: the completion's ids are what the
-tokenizer gives for it *behind* the prompt, and generation sees exactly the prompt's ids.
+The ids of a completion are those that the tokenizer gives for its text *after* the prompt. So the ids of prompt and
+completion together are the ids of the joined text, and generation starts from exactly the same prompt ids.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 NegativeSet = Literal["rejected", "gentle", "none"]
 _NOT_FOR_THE_MODEL = ("attention_mask", "labels")
-"""Rows that processors make and scoring makes itself, or that would make the model compute a loss of its own."""
+"""Processor outputs that are not passed on: scoring makes its own mask, and labels make the model compute a loss."""
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One prompt as the model sees it.
+    """One prompt as model input.
 
-    ``input_ids``: image tokens expanded. ``per_token``: further rows of the same length that the family's
-    processor made (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: gives the vision tower's inputs,
-    of which ``image_digest`` is a digest: another picture or another processor setting gives another one.
+    ``input_ids``: token ids with the image tokens expanded. ``per_token``: further outputs of the processor with one
+    value per token (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: returns the inputs of the vision
+    tower. ``image_digest``: digest of these inputs; it changes with the images and with the processor's settings.
     """
 
     input_ids: tuple[int, ...]
@@ -42,14 +42,14 @@ class EncodedPrompt:
 
     @property
     def images(self) -> Mapping[str, Tensor]:
-        """The vision tower's inputs; decoded again where they no longer lie in the encoder's cache."""
+        """The inputs of the vision tower; decoded again if they are not in the encoder's cache."""
         return self.load_images()
 
     def loaded(self) -> EncodedPrompt:
         """The prompt with its images in memory.
 
         Raises:
-            DataError: one cannot be read.
+            DataError: an image cannot be read.
         """
         images = self.images
         return replace(self, load_images=lambda: images)
@@ -57,11 +57,11 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class EncodedCompletion:
-    """Token ids of one completion, its end token included, and what the reference says of it.
+    """Token ids of one completion, with its end token, and its log-probabilities under the reference model.
 
-    ``span`` is the half-open token range that differs from chosen (the whole range for chosen itself).
-    ``reference_sum_logp`` and ``reference_span_sum_logp`` are in nats; ``None`` before the reference pass.
-    ``reward_margin`` is how much better a reward model finds chosen, where the data says so.
+    ``span`` is the half-open token range that differs from chosen (for chosen itself: all its tokens).
+    ``reference_sum_logp`` and ``reference_span_sum_logp`` are in nats; ``None`` before the reference is scored.
+    ``reward_margin`` is the reward of chosen minus the reward of this completion, if the data has it.
     """
 
     ids: tuple[int, ...]
@@ -74,13 +74,13 @@ class EncodedCompletion:
 
     @property
     def reference_mean_logp(self) -> float | None:
-        """Nats per token under the reference; ``None`` before the reference pass."""
+        """Mean log-probability under the reference model, in nats per token; ``None`` before it is scored."""
         return None if self.reference_sum_logp is None else self.reference_sum_logp / len(self.ids)
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One prompt with its chosen response and the negatives that this stage uses."""
+    """One prompt with its chosen completion and the negatives that this stage uses."""
 
     id: str
     prompt: EncodedPrompt
@@ -94,24 +94,24 @@ class EncodedExample:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the longest sequence: prompt plus longest completion."""
+        """Number of tokens of the longest sequence: prompt plus longest completion."""
         return len(self.prompt.input_ids) + max(len(c.ids) for c in self.completions)
 
     def row_tokens(self, *, shared: bool) -> tuple[int, ...]:
-        """Tokens of each row that scoring lays out: one shared-prefix row, or a plain row per completion."""
+        """Number of tokens of each row in scoring: one shared-prefix row, or one plain row per completion."""
         prompt, completions = len(self.prompt.input_ids), [len(c.ids) for c in self.completions]
         return (prompt + sum(completions),) if shared else tuple(prompt + n for n in completions)
 
 
 class Encoder:
-    """Turns examples into token ids with a checkpoint's own processor and chat template.
+    """Encodes examples with a checkpoint's own processor and chat template.
 
     Args:
-        processor: what ``AutoProcessor.from_pretrained`` gave.
-        max_length: most tokens of prompt plus completion; ``None`` for no limit. Nothing is ever truncated:
-            an example that is longer raises :class:`DataError`, and the caller leaves it out.
-        cache_gb: memory for image tensors; what does not fit is decoded again at every use.
-        checkpoint: what generation_config and weights say of tokens; :meth:`cwdpo.models.load.Policy.encoder` knows.
+        processor: the result of ``AutoProcessor.from_pretrained``.
+        max_length: largest number of tokens of prompt plus completion; ``None`` for no limit. Nothing is truncated:
+            a longer example raises :class:`DataError`, and the caller leaves it out.
+        cache_gb: memory for image tensors, in GiB; images that do not fit are decoded again at every use.
+        checkpoint: token ids from generation_config and weights; :meth:`cwdpo.models.load.Policy.encoder` passes them.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Encoder:
         self._texts: dict[tuple[Any, ...], str] = {}
 
     def forget(self) -> None:
-        """Let go of the prompts and pictures that are kept."""
+        """Empty the caches of prompts and images."""
         self._free_bytes += sum(
             t.numel() * t.element_size() for i in self._images.values() for t in i.values()
         )
@@ -144,7 +144,7 @@ class Encoder:
         return frozenset(self.template.stops)
 
     def prompt_text(self, example: Example) -> str:
-        """The prompt through the chat template, ready for a response (images as placeholders).
+        """The prompt as text, rendered by the chat template up to the start of the response (images as placeholders).
 
         Raises:
             DataError: the template refuses it.
@@ -154,7 +154,7 @@ class Encoder:
         return self._texts[example.prompt]
 
     def prompt(self, example: Example) -> EncodedPrompt:
-        """Encode images and prompt; the result is kept, because several stages ask for it.
+        """Encode images and prompt; the result is cached, because several stages use it.
 
         Raises:
             DataError: an image cannot be decoded, or the processor refuses the prompt.
@@ -181,12 +181,12 @@ class Encoder:
         self, example: Example
     ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]], dict[str, Tensor]]:
         try:
-            pictures = [image.open() for image in example.images]
-        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            opened = [image.open() for image in example.images]
+        except Exception as error:  # on broken files Pillow's plugins raise errors of many types
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{example.where or example.id}: images: cannot be decoded ({reason})") from error
-        # A list of pictures is one picture of each text to some processors (LLaVA-OneVision): the list is nested.
-        kwargs: dict[str, Any] = {"images": [pictures]} if pictures else {}
+        # Nested: some processors (LLaVA-OneVision) take a flat list as one image for each text.
+        kwargs: dict[str, Any] = {"images": [opened]} if opened else {}
         text = self.prompt_text(example).rstrip(" ")
         try:
             outputs = self._processed(text, kwargs)
@@ -205,7 +205,11 @@ class Encoder:
         return tuple(ids.tolist()), per_token, images
 
     def _processed(self, text: str, kwargs: Mapping[str, Any]) -> Any:
-        """The processor's outputs; one that writes the line break of a bare prompt itself is not given a second."""
+        """The processor's outputs.
+
+        Without a chat template the prompt ends with a line break. Some processors (PaliGemma) add it themselves; they
+        get the prompt without it.
+        """
         if not self.template.is_there:
             bare = self._call(text.removesuffix("\n"), kwargs)
             if self.tokenizer.decode(bare["input_ids"][0]).endswith("\n"):
@@ -218,7 +222,7 @@ class Encoder:
         )
 
     def _check_embedded(self, example: Example, ids: Sequence[int], allowed: frozenset[int]) -> None:
-        """Refuse ids behind the model's embedding: tokenizer and weights are not of one checkpoint."""
+        """Refuse ids that the model's embedding does not have: tokenizer and weights are of different checkpoints."""
         rows = self.template.checkpoint.embedded
         beyond = [] if rows is None else [i for i in ids if i >= rows and i not in allowed]
         if beyond:
@@ -249,14 +253,14 @@ class Encoder:
             )
 
     def completion_ids(self, example: Example, text: str) -> tuple[int, ...]:
-        """Ids of a response behind its prompt, ending in the end-of-turn token.
+        """Token ids of a response after its prompt; the last one is the end-of-turn token.
 
         Raises:
-            DataError: nothing is left to train on.
+            DataError: the response has no tokens besides the end token.
         """
         prompt, end = self.prompt_text(example), self.template.end
         tail = self.template.continuation(example, text)
-        # A prompt that ends in a space would tokenize differently joined than apart: the space moves over.
+        # Tokenizers join a final space with the next word: the space is moved from the prompt to the completion.
         prompt, tail = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
         before, joined = self._ids(prompt), self._ids(prompt + tail)
         ids = joined[len(before) :] if joined[: len(before)] == before else self._ids(tail)
@@ -267,10 +271,10 @@ class Encoder:
         return tuple(ids)
 
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
-        """Encode one example with the negatives of its stage.
+        """Encode one example with the negatives of its stage; negatives with the same ids as chosen are left out.
 
         Raises:
-            DataError: unreadable image, response without tokens, or longer than ``max_length`` tokens.
+            DataError: an image cannot be read, a response has no tokens, or the example is longer than ``max_length``.
         """
         offered = {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
         said = ((f"{negatives}[{k}]", completion.text) for k, completion in enumerate(offered))
@@ -293,7 +297,7 @@ class Encoder:
         return encoded
 
     def readable(self, examples: Iterable[Example], limit: int) -> list[Example]:
-        """The first ``limit`` examples whose prompt can be encoded."""
+        """The first ``limit`` examples whose prompts can be encoded."""
         good: list[Example] = []
         for example in examples:
             if len(good) >= limit:
@@ -306,7 +310,7 @@ class Encoder:
     def encode_all(
         self, examples: Iterable[Example], negatives: NegativeSet, *, require_negative: bool
     ) -> tuple[list[EncodedExample], list[str]]:
-        """Encode what can be encoded; the second list says, row by row, what was left out and why."""
+        """Encode all examples that can be encoded; the second list has one message for each example left out."""
         good: list[EncodedExample] = []
         problems: list[str] = []
         for example in examples:
@@ -322,9 +326,10 @@ class Encoder:
         return good, problems
 
     def _adds_bos(self, text: str) -> bool:
-        """Whether the tokenizer must put its bos in front: it has one by itself, and the template wrote none.
+        """Whether the tokenizer must add its bos token: it does so by default, and the template did not write one.
 
-        Some templates (LLaVA 1.5) leave bos to the tokenizer. One that would also close the text is not asked.
+        Some templates (LLaVA 1.5) leave bos to the tokenizer. A tokenizer that would also add an end token is not used
+        for this.
         """
         bos = self.tokenizer.bos_token
         if bos is None or text.startswith(bos):
@@ -357,7 +362,12 @@ def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) 
 
 
 def with_reference(example: EncodedExample, values: Sequence[tuple[float, float]]) -> EncodedExample:
-    """The example with ``(sum_logp, span_sum_logp)`` of the reference, chosen first, then each negative."""
+    """The example with the reference model's log-probabilities.
+
+    Args:
+        example: as the encoder made it.
+        values: ``(sum_logp, span_sum_logp)`` in nats: of chosen, then of each negative.
+    """
     chosen, *negatives = (
         replace(c, reference_sum_logp=total, reference_span_sum_logp=span)
         for c, (total, span) in zip(example.completions, values, strict=True)

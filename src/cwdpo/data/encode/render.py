@@ -1,8 +1,8 @@
-"""Chat templates of others are rendered in a process of their own, with a limit of time, memory and length.
+"""Renders chat templates in a child process with limits of time, memory and length.
 
-A template is a program: jinja's sandbox keeps it from files and from Python's insides, not from loops without end or
-from ``'a' * 10**10``. The process is forked from this one, so that it has the processor at once; without ``fork``
-(Windows) there are no limits.
+A template is a program. Jinja's sandbox protects files and Python's internals, but not against infinite loops or
+``'a' * 10**10``. The child is forked from this process, so it has the processor without loading it again. Where there
+is no ``fork`` (Windows), there are no limits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cwdpo.errors import DataError, ModelError
 
 SECONDS = 10.0
 MEMORY = 2**30
-"""Bytes that rendering may take beside what this process has."""
+"""Bytes that rendering may use in addition to what this process uses."""
 MOST_CHARACTERS = 2**24
 
 
@@ -32,8 +32,8 @@ class Renderer:
     """Calls ``processor.apply_chat_template`` within the limits.
 
     Args:
-        processor: what ``AutoProcessor.from_pretrained`` gave, or its tokenizer.
-        seconds: for one rendering.
+        processor: the result of ``AutoProcessor.from_pretrained``, or its tokenizer.
+        seconds: time limit for one rendering.
     """
 
     def __init__(self, processor: Any, seconds: float = SECONDS) -> None:
@@ -43,10 +43,10 @@ class Renderer:
         self._given_up = ""
 
     def __call__(self, chat: Sequence[dict[str, Any]], *, generation: bool, tools: Sequence[Any] = ()) -> str:
-        """The conversation as text; ``generation`` opens a response behind it.
+        """The conversation as text; with ``generation`` it ends with the start of a response.
 
         Raises:
-            ModelError: the template went over a limit. It is not tried again.
+            ModelError: the template exceeded a limit. It is not tried again.
             DataError: the template refuses the conversation.
         """
         if not hasattr(os, "fork"):
@@ -74,7 +74,7 @@ class Renderer:
 
 
 class _Child:
-    """A forked process that renders what it is sent, one conversation at a time."""
+    """A forked process that renders the conversations sent to it, one at a time."""
 
     def __init__(self, processor: Any) -> None:
         self.owner = os.getpid()
@@ -95,7 +95,7 @@ class _Child:
         os.close(answers)
 
     def ask(self, order: bytes, seconds: float) -> bytes | None:
-        """The answer; ``None`` where the process died, or gave none in time."""
+        """The answer; ``None`` if the process died or did not answer in time."""
         until = time.monotonic() + seconds
         try:
             _write(self._send, order)
@@ -118,7 +118,7 @@ class _Child:
         return data[4:]
 
     def end(self, owner: int) -> None:
-        """Stop the process, if it is this process's own."""
+        """Stop the child, if it is a child of this process."""
         if os.getpid() != owner or self.pid == 0:
             return
         for handle in (self._send, self._receive):
@@ -131,7 +131,7 @@ class _Child:
 
 
 def _close_all_but(*kept: int) -> None:
-    """Without this the child would hold the run's lock, and its parent's output, a moment longer than its parent."""
+    """Close the other file handles: else the child would keep the run's lock and output open after its parent ended."""
     null = os.open(os.devnull, os.O_RDWR)
     for handle in range(3):
         os.dup2(null, handle)
@@ -150,7 +150,7 @@ def _serve(processor: Any, orders: int, answers: int) -> None:
     parent = os.getppid()
     with os.fdopen(orders, "rb", buffering=0) as file:
         while True:
-            # Other children of the parent may hold the pipe open when it is killed.
+            # Other children of the parent may keep the pipe open when the parent is killed.
             while not select.select([orders], [], [], 5.0)[0]:
                 if os.getppid() != parent:
                     return
@@ -164,7 +164,7 @@ def _serve(processor: Any, orders: int, answers: int) -> None:
                 answer = {"text": text}
             except MemoryError:
                 return
-            except Exception as error:  # templates raise what they like
+            except Exception as error:  # templates can raise any error
                 answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
             _write(answers, json.dumps(answer).encode())
 
@@ -182,7 +182,7 @@ def _limit_memory() -> None:
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no Linux: time and length are limited all the same
+    except OSError:  # not Linux: only time and length are limited
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     wanted = now + MEMORY if hard == resource.RLIM_INFINITY else min(now + MEMORY, hard)

@@ -1,4 +1,4 @@
-"""Where a rejected response differs from the chosen one, in tokens."""
+"""The token range in which a rejected response differs from the chosen one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 def differing_span(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[int, int]:
     """Half-open token range of ``rejected`` outside its common prefix and suffix with ``chosen``.
 
-    The longest common prefix is taken first, then the longest common suffix of what is left, so the two
-    never overlap. Where ``rejected`` is ``chosen`` with tokens deleted, the range would be empty: the one
-    token after the deletion point (or the last token) is taken instead. Equal sequences give ``(0, len)``.
+    The longest common prefix is taken first, then the longest common suffix of the rest, so the two never
+    overlap. If ``rejected`` is ``chosen`` with tokens deleted, this range is empty: then it is the one token
+    after the deletion (or the last token). Equal sequences give ``(0, len)``.
 
     Args:
         chosen: token ids of the chosen response.
         rejected: token ids of the rejected response, at least one.
 
     Raises:
-        ValueError: ``rejected`` is empty, so that no range in it can be non-empty.
+        ValueError: ``rejected`` is empty.
 
     >>> differing_span([5, 6, 7, 8], [5, 9, 7, 8])
     (1, 2)

@@ -1,7 +1,8 @@
-"""A checkpoint's chat template, known by what it does: how it takes contents, what ends a turn, whom it refuses.
+"""A checkpoint's chat template: how it takes contents, what ends a turn, which turns it refuses.
 
-Nothing is looked up by a family's name. Each role is tried once with a text whose quotes and line break no template can
-print by accident: contents are given as the template gives them back verbatim.
+This is found by rendering test conversations, not by the name of the model family. Each role is tried once with a test
+text with quotes and a line break. Contents are passed as blocks or as text, whichever makes the template print this
+text unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cwdpo.errors import DataError, ModelError
 from cwdpo.records import Example, Message, without_tools
 
 PROBE = 'it\'s "so"\nand so'
-"""Printed inside a list or as JSON, its quotes or its line break would be escaped."""
+"""If a template prints it as part of a list or as JSON, its quotes or its line break are escaped."""
 Style = Literal["blocks", "text"]
 _TOOL = {
     "type": "function",
@@ -40,12 +41,12 @@ _ANSWERS = json.dumps({"name": "zq_tool", "tool_call_id": "zqzqzqzq0"})
 
 
 class RefusedRowError(DataError):
-    """A row that this checkpoint's template, tokenizer or processor cannot take.
+    """A row that this checkpoint's chat template, tokenizer or processor cannot encode.
 
     Attributes:
-        kind: a short slug that problems are counted by.
-        key: which text of the row; empty where it is the whole row.
-        reason: what is wrong, without the place.
+        kind: short name by which problems are counted.
+        key: which text of the row; empty for the whole row.
+        reason: what is wrong, without file and row.
         remedy: what to do.
     """
 
@@ -56,10 +57,10 @@ class RefusedRowError(DataError):
 
 @dataclass(frozen=True)
 class CheckpointTokens:
-    """What a checkpoint's other files say of token ids.
+    """Token ids from a checkpoint's other files.
 
     ``stops``: ``eos_token_id`` of generation_config.json. ``embedded``: rows of the embedding; ``None`` if not known.
-    ``placeholders``: ids that stand for pictures and are never embedded. ``positions``: most tokens of a sequence.
+    ``placeholders``: ids of image placeholders, which are never embedded. ``positions``: most tokens of a sequence.
     """
 
     stops: tuple[int, ...] = ()
@@ -72,9 +73,9 @@ class CheckpointTokens:
 class TurnEnd:
     """How a response ends.
 
-    ``token``: the id that ends it, the last one that is trained. ``tail``: what the template writes behind a last
-    response. ``closing``: the part of ``tail`` that is trained, the end token included; empty where the template
-    writes none and the id is appended.
+    ``token``: id of the end token, the last token that is trained. ``tail``: text that the template writes after the
+    last response. ``closing``: the part of ``tail`` that is trained, up to and with the end token; empty if the
+    template does not write the end token, whose id is then appended.
     """
 
     token: int
@@ -86,8 +87,8 @@ class ChatTemplate:
     """Renders prompts and responses with the processor's chat template.
 
     Args:
-        processor: what ``AutoProcessor.from_pretrained`` gave.
-        checkpoint: what generation_config and weights say.
+        processor: the result of ``AutoProcessor.from_pretrained``.
+        checkpoint: token ids from generation_config and weights.
     """
 
     def __init__(self, processor: Any, checkpoint: CheckpointTokens | None = None) -> None:
@@ -103,17 +104,17 @@ class ChatTemplate:
         return any(getattr(one, "chat_template", None) for one in (self.processor, self.tokenizer))
 
     def prompt(self, example: Example) -> str:
-        """The prompt, ready for a response, with pictures as placeholders.
+        """The prompt up to the start of the response, with images as placeholders.
 
         Raises:
-            RefusedRowError: the template refuses it, or there is none and it is more than one user turn.
+            RefusedRowError: the template refuses it, or there is no template and the prompt is not one user turn.
         """
         return self._render_row(example, None)
 
     def continuation(self, example: Example, response: str) -> str:
-        """What stands behind the prompt for a response, up to its end token; see :class:`TurnEnd`.
+        """The text after the prompt: the response up to its end token; see :class:`TurnEnd`.
 
-        End tokens that the response brings along are left out: the end is written once.
+        End tokens in the response's own text are removed, so that the end token is written once.
 
         Raises:
             RefusedRowError: see :meth:`prompt`.
@@ -121,7 +122,8 @@ class ChatTemplate:
         prompt, end = self.prompt(example), self.end
         whole = self._render_row(example, response)
         body = response
-        # Some templates render a finished turn differently from an open one: then the response stands bare.
+        # Some templates render a conversation with a response so that it does not start with the rendered prompt.
+        # For these, the response's own text is used.
         if (
             whole.startswith(prompt)
             and whole.endswith(end.tail)
@@ -131,12 +133,12 @@ class ChatTemplate:
         ends = [text for text in map(self._text, self.stops) if text]
         while (found := next((e for e in ends if body.rstrip().endswith(e)), None)) is not None:
             body = body.rstrip().removesuffix(found).rstrip()
-        # Without an end token, white space behind the response is the template's.
+        # If the template writes no end token, white space after the response comes from the template.
         return body + end.closing if end.closing else body.rstrip()
 
     @cached_property
     def end(self) -> TurnEnd:
-        """How a turn ends: by generation_config, else by what the template writes, else by the tokenizer's eos.
+        """How a turn ends: from generation_config, else from the template, else from the tokenizer's eos.
 
         Raises:
             ModelError: none of them names a token.
@@ -154,8 +156,8 @@ class ChatTemplate:
         ]
         if not candidates:
             raise ModelError(
-                "nothing ends a response: the tokenizer has no eos_token, generation_config.json names no "
-                "eos_token_id, and the chat template writes no special token behind a response; set eos_token in "
+                "no token ends a response: the tokenizer has no eos_token, generation_config.json has no "
+                "eos_token_id, and the chat template writes no special token after a response; set eos_token in "
                 "tokenizer_config.json"
             )
         token = int(candidates[0])
@@ -165,7 +167,7 @@ class ChatTemplate:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """Ids at which sampling stops: all of generation_config, what ends a turn in training, and eos.
+        """Ids at which sampling stops: those of generation_config, the end token of training, and eos.
 
         Raises:
             ModelError: see :attr:`end`.
@@ -176,10 +178,10 @@ class ChatTemplate:
 
     @cached_property
     def structural(self) -> dict[str, int]:
-        """Special tokens that a user's text must not hold, by their text: they would end or open turns or pictures.
+        """Special tokens that no text of the data may contain: they would end or start turns or images. Text to id.
 
-        Those are what the template prints, what ends a turn, bos, eos and pad, and what the processor names. Other
-        special tokens (Qwen's ``<|box_start|>``) are for users to write.
+        These are the tokens that the template prints, those that end a turn, bos, eos, pad and unk, and those that the
+        processor names. Other special tokens (Qwen's ``<|box_start|>``) are allowed in texts.
         """
         names = [n for n in vars(self.processor) if n.endswith("_token")]
         named = [getattr(self.processor, name) for name in names]
@@ -192,20 +194,20 @@ class ChatTemplate:
             printed = (
                 self._chat(_turns("user", "assistant", "user"), generation=True) if self.is_there else ""
             )
-        except DataError:  # rows that the template refuses are reported one by one
+        except DataError:  # rows that the template refuses are reported row by row
             printed = ""
         ids |= set(self._ids(printed)) | set(self.stops)
         return {self._text(i): i for i in ids if i in self._special_ids and self._text(i)}
 
     def check_texts(self, example: Example, texts: Iterable[tuple[str, str]]) -> None:
-        """Refuse a row whose texts hold a special token of the checkpoint.
+        """Refuse a row whose texts contain a special token of the checkpoint.
 
         Args:
-            example: its prompt is looked at.
-            texts: (key, text) of responses; an end token at their end is allowed.
+            example: its prompt is checked.
+            texts: (key, text) of responses; an end token at the end is allowed.
 
         Raises:
-            RefusedRowError: naming the token and the key.
+            RefusedRowError: with the token and the key.
         """
         prompt = [
             (f"prompt[{i}]", part)
@@ -221,8 +223,8 @@ class ChatTemplate:
                         example.where or example.id,
                         "special-token",
                         key,
-                        f"the text holds {token!r}, a special token of this checkpoint, which the model would not see "
-                        "as text",
+                        f"the text contains {token!r}, a special token of this checkpoint, which the model would not "
+                        "see as text",
                         "write it differently, or leave the row out",
                     )
 
@@ -251,7 +253,7 @@ class ChatTemplate:
             ) from error  # fmt: skip
 
     def _bare(self, example: Example, response: str | None) -> str:
-        """Without a template a prompt is the text of one user turn; its line break comes from :meth:`Encoder`."""
+        """Without a template a prompt is the text of one user turn, then a line break."""
         if [turn.role for turn in example.prompt] != ["user"]:
             raise RefusedRowError(
                 example.where or example.id, "template-refuses", "",
@@ -308,7 +310,7 @@ class ChatTemplate:
         return "".join(token if part is None else part for part in turn.parts)
 
     def _style(self, role: str) -> Style | str:
-        """How contents of a role are given, or why they cannot be."""
+        """How the contents of a role are passed to the template, or why it does not take this role."""
         if role not in self._styles:
             before = {"user": [], "system": [], "assistant": ["user"]}.get(role, ["user", "assistant"])
             for other in before:
@@ -335,7 +337,7 @@ class ChatTemplate:
         return self._styles[role]
 
     def _behind_a_response(self) -> tuple[str, str]:
-        """What the template writes behind a last response, and behind one that a user turn follows."""
+        """Text that the template writes after the last response, and after a response before a user turn."""
         if not self.is_there:
             return "", ""
         probe, found = Message("assistant", (PROBE,)), []
@@ -344,7 +346,7 @@ class ChatTemplate:
         for after in ([], _turns("user")):
             try:
                 text = self._chat([*_turns("user"), probe, *after], generation=False)
-            except DataError:  # rows that the template refuses are reported one by one
+            except DataError:  # rows that the template refuses are reported row by row
                 text = ""
             found.append(text.rpartition(PROBE)[2] if PROBE in text else "")
         return found[0], found[1]

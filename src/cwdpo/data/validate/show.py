@@ -1,4 +1,4 @@
-"""Rows as the model sees them: the prompt's tokens, and of each response the tokens that are trained."""
+"""Encoded rows for display: the prompt's text, and the trained tokens of each response."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cwdpo.errors import DataError
 from cwdpo.records import Example
 
 LONG_RUN = 4
-"""So many equal tokens in a row are written once with their number: they are a picture's."""
+"""At least this many equal tokens in sequence (image tokens) are printed once, with their number."""
 
 
 @dataclass(frozen=True)
 class ShownResponse:
-    """One response; ``tokens`` are the texts of all tokens that are trained, the one that ends the turn included.
+    """One response. ``tokens``: texts of all trained tokens, with the end token.
 
-    ``span`` is the half-open range of tokens that differ from chosen; ``None`` for chosen itself.
+    ``span``: half-open range of tokens that differ from chosen; ``None`` for chosen itself.
     """
 
     name: str
@@ -29,9 +29,9 @@ class ShownResponse:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row: ``prompt`` is the text of its tokens, of which none is trained; ``problem`` says why there is nothing.
+    """One row. ``prompt``: text of the prompt's tokens, which are not trained. ``images``: (width, height) in pixels.
 
-    ``images`` are (width, height) in pixels.
+    ``problem``: why the row cannot be encoded; then the other fields are empty.
     """
 
     where: str
@@ -42,12 +42,12 @@ class ShownRow:
     problem: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The row as a dictionary."""
         return asdict(self)
 
 
 def shown_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ShownRow]:
-    """The examples as ``encoder`` encodes them for training."""
+    """The examples as they are encoded for training."""
     for example in examples:
         where = example.where or example.id
         try:
@@ -76,7 +76,7 @@ def _numbered(name: str, completions: Sequence[EncodedCompletion]) -> Iterator[t
 
 
 def _prompt_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The prompt's text, with a run of equal tokens as one and its number."""
+    """The prompt's text; repeated equal tokens are written once with their number."""
     parts: list[str] = []
     plain: list[int] = []
     for token, run in groupby(ids):
@@ -90,11 +90,11 @@ def _prompt_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token; one that is part of a character has none, and the last part has the character's."""
+    """The text of each token. If a character has several tokens, the last one has the text and the others are empty."""
     texts, said = [], ""
     for n in range(1, len(ids) + 1):
         whole = _decode(tokenizer, ids[:n])
-        if whole.endswith("\ufffd") and n < len(ids):  # the beginning of a character
+        if whole.endswith("\ufffd") and n < len(ids):  # an incomplete character
             texts.append("")
             continue
         texts.append(whole[len(said) :] if whole.startswith(said) else _decode(tokenizer, [ids[n - 1]]))

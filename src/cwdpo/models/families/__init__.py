@@ -1,6 +1,6 @@
-"""Model families that are known, in one table by ``config.model_type``; what a family needs is its object.
+"""The known model families by ``config.model_type``.
 
-To add one: a line in :data:`FAMILIES`, and a file beside this one where it needs positions, masks or inputs of its own.
+To add one: a line in :data:`FAMILIES`, and, if it needs its own positions, masks or inputs, a class in a new file here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": Family(),
     "internvl": Family(),
     "lfm2_vl": Family(),
-    "llava": Family(),  # with Pixtral's tower, too
+    "llava": Family(),  # also with Pixtral's vision tower
     "llava_next": Family(),
     "llava_onevision": Family(),
     "mistral3": Family(),
@@ -34,10 +34,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_names() -> list[str]:
-    """The model types that are known."""
+    """The known model types, sorted."""
     return sorted(FAMILIES)
 
 
 def family_of(model_type: str) -> Family | None:
-    """The family of a model type, or ``None`` for one that is not known."""
+    """The family of a model type; ``None`` if it is not known."""
     return FAMILIES.get(model_type)

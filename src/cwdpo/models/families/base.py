@@ -1,4 +1,4 @@
-"""How rows of one prompt and several completions are laid out: what may differ between model families."""
+"""Shared-prefix rows (one prompt, several completions), and what differs between model families in them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cwdpo.errors import ModelError
 
 @dataclass(frozen=True)
 class Rows:
-    """B rows, each ``[prompt, padded to P | its completions one behind the other, padded to M]``.
+    """B rows, each ``[prompt, padded to P | its completions one after the other, padded to M]``.
 
     Attributes:
         prompts: the B prompts.
-        ids: [B, P + M] token ids, 0 where padded.
-        lengths: [B] tokens of each prompt.
-        segment: [B, M] which of the row's completions a token belongs to; -1 where padded.
-        offset: [B, M] place of a token within its completion.
+        ids: [B, P + M] token ids, 0 for padding.
+        lengths: [B] number of tokens of each prompt.
+        segment: [B, M] which of the row's completions a token belongs to; -1 for padding.
+        offset: [B, M] position of a token within its completion.
     """
 
     prompts: Sequence[EncodedPrompt]
@@ -33,19 +33,19 @@ class Rows:
 
     @property
     def prompt_width(self) -> int:
-        """P: columns of the prompt part."""
+        """P: number of columns of the prompt part."""
         return int(self.ids.shape[1] - self.segment.shape[1])
 
 
 class Family:
-    """Positions and masks of shared-prefix rows; the default suits decoders with 1-D positions.
+    """Positions and masks of shared-prefix rows. This default is for decoders with 1-D positions.
 
-    ``needs``: per-token rows that the model's positions or masks are made from. Where a prompt with images comes
-    without them, these models go on silently with others.
-    ``completion_types``: what those rows hold on the tokens of a completion, where it is not 0.
-    ``token_inputs``: vision inputs that have a row for each token of the text.
-    ``windowed``: whether sliding-window layers are covered by the family's own masks.
-    ``caps_logits``: whether the model caps its logits behind the head by ``final_logit_softcapping``.
+    ``needs``: per-token outputs of the processor from which the model makes its positions or masks. Without them, these
+    models use wrong ones for a prompt with images, and raise no error.
+    ``completion_types``: values of these outputs for completion tokens, if not 0.
+    ``token_inputs``: vision inputs with one entry per text token.
+    ``windowed``: whether the family's own masks cover sliding-window layers.
+    ``caps_logits``: whether the model caps the logits of the output head (``final_logit_softcapping``).
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -55,34 +55,35 @@ class Family:
     caps_logits: ClassVar[bool] = False
 
     def check(self, prompts: Sequence[EncodedPrompt]) -> None:
-        """Refuse prompts that the model would score silently wrong, in any layout.
+        """Refuse prompts that the model would score wrongly without an error.
 
         Raises:
-            ModelError: the processor left out a row that belongs to a prompt with images.
+            ModelError: the processor left out an output that the model needs for images.
         """
         for prompt in prompts:
             missing = [name for name in self.needs if prompt.image_digest and name not in prompt.per_token]
             if missing:
                 raise ModelError(
-                    f"the processor gives no {missing[0]} for a prompt with images, and without it this model's "
-                    f"positions or masks are silently others; remove return_{missing[0]}: false from "
-                    "model.processor_options, or use the checkpoint's own processor"
+                    f"the processor gives no {missing[0]} for a prompt with images; without it, this model would use "
+                    f"wrong positions or masks; remove return_{missing[0]}: false from model.processor_options, or use "
+                    "the checkpoint's own processor"
                 )
 
     def group(self, model: Any, prompt: EncodedPrompt) -> int:
-        """Prompts of different groups are run in calls of their own; by default all are of one group."""
+        """A number; only prompts with the same number may be in one batch. The default is one group for all."""
         del model, prompt
         return 0
 
     def token_rows(
         self, prompts: Sequence[EncodedPrompt], width: int, *, left: bool = False
     ) -> dict[str, Tensor]:
-        """The processor's per-token rows, [N, width]: 0 before a prompt, the completion's value behind it.
+        """The processor's per-token outputs, each [N, width]: padded with 0 on the left, or else filled with the
+        completion's value on the right.
 
         Args:
-            prompts: of the N rows.
-            width: columns.
-            left: prompts stand at the right end, with padding before them (sampling).
+            prompts: the N prompts.
+            width: number of columns.
+            left: pad on the left (for sampling).
         """
         made: dict[str, Tensor] = {}
         for name in sorted({n for p in prompts for n in p.per_token}):
@@ -103,11 +104,11 @@ class Family:
         *,
         left: bool = False,
     ) -> dict[str, Tensor]:
-        """Vision inputs of rows with ``width`` tokens; those of ``token_inputs`` are brought to that width.
+        """Vision inputs for rows of ``width`` tokens; those of ``token_inputs`` are padded to this width.
 
         Args:
-            images: of all rows in order.
-            prompts, width, left: as for :meth:`token_rows`.
+            images: vision inputs of all rows in order.
+            prompts, width, left: see :meth:`token_rows`.
         """
         del prompts, width, left
         return dict(images)
@@ -117,26 +118,26 @@ class Family:
 
         Args:
             model: the unwrapped model.
-            rows: the layout.
-            images: the vision inputs of all prompts in order.
+            rows: the rows.
+            images: vision inputs of all prompts in order.
         """
         del model, images
         return torch.arange(rows.prompt_width, device=rows.ids.device).expand(len(rows.prompts), -1)
 
     def positions(self, model: Any, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
-        """[..., B, P + M]: those of each completion go on behind the prompt, as if it stood there alone."""
+        """Position ids, [..., B, P + M]: each completion continues after the prompt, as if it were the only one."""
         prompt = self.prompt_positions(model, rows, images)
         inside = torch.arange(rows.prompt_width, device=rows.ids.device) < rows.lengths[:, None]
         last = torch.where(inside, prompt, -1).amax(-1)  # [..., B]
-        last = last.amax(0) if last.ndim == 2 else last  # the axes may have different ones
+        last = last.amax(0) if last.ndim == 2 else last  # the last position may differ between the axes
         completion = last[:, None] + 1 + rows.offset
         return torch.cat([prompt, completion.expand(*prompt.shape[:-1], -1)], dim=-1)
 
     def masks(self, model: Any, rows: Rows, positions: Tensor) -> Any:
-        """What the model takes as ``attention_mask``: [B, 1, M, P + M], True where a completion token may look.
+        """The model's ``attention_mask``: [B, 1, M, P + M], True where a completion token may attend.
 
-        The prompt needs none: its attention is causal, and what pads it stands behind it. A completion sees its
-        prompt and, causally, itself; a padding token sees its kind, so that no row of the softmax is empty.
+        The prompt needs no mask: its attention is causal, and its padding is on the right. A completion attends to its
+        prompt and causally to itself. Padding tokens attend to padding, so that no row of the softmax is empty.
         """
         del model, positions
         inside = torch.arange(rows.prompt_width, device=rows.ids.device) < rows.lengths[:, None]
@@ -145,6 +146,6 @@ class Family:
 
 
 def own_completion(rows: Rows) -> Tensor:
-    """[B, M, M] True where a token of a completion may look at one of the same completion."""
+    """[B, M, M], True where a completion token may attend to a token of the same completion."""
     same = rows.segment[:, :, None] == rows.segment[:, None, :]
     return same.tril()

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision: pictures are read by cross-attention, by a mask with a row for each token."""
+"""Llama 3.2 Vision: images are used by cross-attention, with a mask that has a row for each text token."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MASK = "cross_attention_mask"
 
 
 class Mllama(Family):
-    """The processor makes the mask for the prompt; a completion sees what the prompt's last token sees."""
+    """The processor makes the mask of the prompt; completion tokens get the mask row of the prompt's last token."""
 
     token_inputs = (_MASK,)
 
     def group(self, model: Any, prompt: EncodedPrompt) -> int:
-        """The number of its pictures.
+        """The number of the prompt's images.
 
-        A text without any passes through fewer layers, and what stands before the first picture looks at all pictures
-        of the widest row in the batch, padding included.
+        A prompt without images passes through fewer layers. And tokens before the first image attend to all images of
+        the row with the most images in the batch, padding included; so rows of a batch need the same number.
         """
         return prompt.input_ids.count(model.config.image_token_id)
 
@@ -38,7 +38,7 @@ class Mllama(Family):
         """See :meth:`Family.fit`."""
         if _MASK not in images:
             return dict(images)
-        made = images[_MASK]  # [rows, longest prompt, pictures, tiles]
+        made = images[_MASK]  # [rows, longest prompt, images, tiles]
         out = made.new_zeros(len(made), width, *made.shape[2:])
         for row, prompt in enumerate(prompts):
             length = len(prompt.input_ids)

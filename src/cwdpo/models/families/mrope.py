@@ -1,4 +1,4 @@
-"""Positions on three axes (time, height, width), as the Qwen-VL models have them."""
+"""Positions on three axes (time, height, width), as in the Qwen-VL models."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from cwdpo.models.families.base import Family, Rows
 
 
 class MRope(Family):
-    """M-RoPE: the model's own ``get_rope_index`` lays out the prompt; text goes on at its largest position + 1.
+    """M-RoPE: positions of the prompt come from the model's ``get_rope_index``; text continues at its maximum + 1.
 
-    1-D positions, or positions made without ``mm_token_type_ids``, are accepted by these models without an
-    error and give other log-probabilities.
+    These models accept 1-D positions, or positions made without ``mm_token_type_ids``, without an error, but then give
+    wrong log-probabilities.
     """
 
     needs = ("mm_token_type_ids",)
 
     def prompt_positions(self, model: Any, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
-        """[3, B, P]."""
+        """Position ids of the prompts, [3, B, P]."""
         width, device = rows.prompt_width, rows.ids.device
         text = torch.arange(width, device=device).expand(3, len(rows.prompts), -1)
-        if not images:  # get_rope_index is for prompts with a picture
+        if not images:  # get_rope_index is for prompts with images
             return text
         kinds = torch.zeros(len(rows.prompts), width, dtype=torch.int32)
         for row, prompt in enumerate(rows.prompts):
