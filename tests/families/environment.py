@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,9 @@ def requirements() -> list[str]:
 def folder() -> Path:
     """Where the environment lies."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    content = "\n".join([version, CONSTRAINTS.read_text(encoding="utf-8"), *requirements()])
+    # The constraints say which versions; a bound that moves in pyproject.toml installs nothing else.
+    names = (re.split(r"[<>=~! ]", requirement)[0] for requirement in requirements())
+    content = "\n".join([version, CONSTRAINTS.read_text(encoding="utf-8"), *names])
     digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
     home = os.environ.get("CWDPO_ENVS") or Path.home() / ".cache" / "cwdpo" / "envs"
     return Path(home) / f"families-{digest}"

@@ -180,7 +180,14 @@ def checkpoint_tokens(generation: Any, config: Any, embedded: int | None = None)
         embedded = getattr(config.get_text_config(), "vocab_size", None)
     names = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
     placeholders = frozenset(i for name in names if isinstance(i := getattr(config, name, None), int))
-    return CheckpointTokens(tuple(int(i) for i in stops), embedded, placeholders)
+    text = None if config is None else config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    return CheckpointTokens(
+        tuple(int(i) for i in stops),
+        embedded,
+        placeholders,
+        positions if isinstance(positions, int) else None,
+    )
 
 
 def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTokens:

@@ -235,6 +235,23 @@ class Encoder:
                 "fetch tokenizer and weights from the same place, or resize the embedding",
             )
 
+    def check_positions(self, example: Example, n_tokens: int) -> None:
+        """Refuse a row that is longer than the sequences that the model was made for.
+
+        Raises:
+            RefusedRowError: naming both numbers.
+        """
+        positions = self.template.checkpoint.positions
+        if positions is not None and n_tokens > positions:
+            raise RefusedRowError(
+                example.where or example.id,
+                "too-long-for-the-model",
+                "",
+                f"{n_tokens} tokens, and the model has {positions} positions (max_position_embeddings)",
+                "shorten the texts, shrink the images (model.processor_options), or leave the row out; where its "
+                "positions are meant to reach further, raise the number in its config.json",
+            )
+
     def completion_ids(self, example: Example, text: str) -> tuple[int, ...]:
         """Token ids of a response after its prompt; the last one is the end-of-turn token.
 
@@ -270,6 +287,7 @@ class Encoder:
             if ids != chosen_ids:
                 rejected.append(_encoded(completion, ids, differing_span(chosen_ids, ids)))
         encoded = EncodedExample(example.id, self.prompt(example), chosen, tuple(rejected))
+        self.check_positions(example, encoded.n_tokens)
         if self.max_length is not None and encoded.n_tokens > self.max_length:
             raise DataError(
                 f"{example.where or example.id}: {encoded.n_tokens} tokens (prompt {len(encoded.prompt.input_ids)}) "

@@ -60,12 +60,13 @@ class CheckpointTokens:
     """Token ids from a checkpoint's other files.
 
     ``stops``: ``eos_token_id`` of generation_config.json. ``embedded``: rows of the embedding; ``None`` if not known.
-    ``placeholders``: ids of image placeholders, which are never embedded.
+    ``placeholders``: ids of image placeholders, which are never embedded. ``positions``: most tokens of a sequence.
     """
 
     stops: tuple[int, ...] = ()
     embedded: int | None = None
     placeholders: frozenset[int] = frozenset()
+    positions: int | None = None
 
 
 @dataclass(frozen=True)

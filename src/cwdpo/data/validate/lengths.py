@@ -68,6 +68,8 @@ def token_counter(processor: Any, checkpoint: CheckpointTokens | None = None) ->
         encoder.template.check_texts(example, [("chosen", example.chosen.text), *said])
         responses = (example.chosen, *example.rejected, *example.gentle)
         chosen, *negatives = (len(encoder.completion_ids(example, c.text)) for c in responses)
-        return Lengths(len(encoder.prompt(example).input_ids), chosen, tuple(negatives))
+        found = Lengths(len(encoder.prompt(example).input_ids), chosen, tuple(negatives))
+        encoder.check_positions(example, found.longest)
+        return found
 
     return LengthCounter("tokens", of)
