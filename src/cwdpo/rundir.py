@@ -227,6 +227,8 @@ class RunDir:
             path, running = self.path / name, self._running.get(name)
             if running is None or not name.endswith(".jsonl") or path.stat().st_size < running.size:
                 running = self._running[name] = Running()
+            if name.endswith(".jsonl") and path.stat().st_size > running.size:
+                sync(path)  # rows that a power cut takes away must not be missed later
             entries[name] = running.entry(path)
         if entries != self.json(CHECKSUMS):
             write_json(self.path / CHECKSUMS, entries)

@@ -261,7 +261,7 @@ def test_of_a_stream_as_many_rows_are_read_as_the_steps_take(tmp_path: Path, mod
         ([{"hello": 1}], None, "match no known format"),
         ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], 3, "eval_dataset: int; allowed"),
         ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], {"a": [{"prompt": "Q"}]}, r"eval_dataset\['a'\]: "),
-        ([{"prompt": "Q", "chosen": "A", "rejected": "B", "tools": [1]}], None, r"\[tools\]"),
+        ([{"prompt": "Q", "chosen": "A", "rejected": "B", "tools": [1]}], None, r"\[tools\[0\]\]"),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_used_is_named(

@@ -1,4 +1,4 @@
-"""Renders chat templates in a child process with limits of time, memory and length.
+"""Renders chat templates in a child process with limits of processor time, memory and length.
 
 A template is a program. Jinja's sandbox protects files and Python's internals, but not against infinite loops or
 ``'a' * 10**10``. The child is forked from this process, so it has the processor without loading it again. Where there
@@ -23,6 +23,9 @@ from typing import Any
 from cwdpo.errors import DataError, ModelError
 
 SECONDS = 10.0
+"""Processor time for one rendering."""
+PATIENCE = 12
+"""Waiting time for one rendering, as a multiple of its processor time: the machine may be busy."""
 MEMORY = 2**30
 """Bytes that rendering may use in addition to what this process uses."""
 MOST_CHARACTERS = 2**24
@@ -96,7 +99,7 @@ class _Child:
 
     def ask(self, order: bytes, seconds: float) -> bytes | None:
         """The answer; ``None`` if the process died or did not answer in time."""
-        until = time.monotonic() + seconds
+        until, used = time.monotonic() + PATIENCE * seconds, _cpu_seconds(self.pid)
         try:
             _write(self._send, order)
         except BrokenPipeError:
@@ -104,9 +107,10 @@ class _Child:
         data = b""
         size = 4
         while len(data) < size:
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([self._receive], [], [], left)[0]:
+            if time.monotonic() > until or _cpu_seconds(self.pid) - used > seconds:
                 return None
+            if not select.select([self._receive], [], [], 0.2)[0]:
+                continue
             part = os.read(self._receive, 2**16)
             if not part:
                 return None
@@ -128,6 +132,16 @@ class _Child:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
         self.pid = 0
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used, where the system tells it; else 0."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _close_all_but(*kept: int) -> None:
