@@ -130,6 +130,8 @@ class LostUpdates(TrainerCallback):  # type: ignore[misc]
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Compare the weights after the update with the stored ones."""
+        if not self._watched:  # float32 weights: nothing to look up at every step
+            return
         optimizer = getattr(optimizer, "optimizer", optimizer)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for one in self._watched:
