@@ -61,18 +61,13 @@ def encoder(processor):
 @pytest.fixture
 def model(model_folder: Path):
     """A fresh copy, with weights far enough from zero that token probabilities differ."""
-    import torch
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
+    from random_models import spread
+
     logging.disable_progress_bar()
-    loaded = AutoModelForImageTextToText.from_pretrained(model_folder)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in loaded.parameters():
-            if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
-    return loaded.eval()
+    return spread(AutoModelForImageTextToText.from_pretrained(model_folder), seed=3).eval()
 
 
 class Result(NamedTuple):

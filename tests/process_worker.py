@@ -35,6 +35,7 @@ from cwdpo.scoring.pairs import reference_pass
 from cwdpo.trainer.guard import Guard
 from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
+from random_models import spread
 
 GLOBAL_BATCH = 8
 SHARDED = {
@@ -125,13 +126,7 @@ def encoded_examples(model: Any, world: Path, folder: Path, scenario: Scenario) 
 def random_model(folder: Path) -> Any:
     """The folder's model with weights far enough from zero that token probabilities differ."""
     logging.disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
-    return model.eval()
+    return spread(AutoModelForImageTextToText.from_pretrained(folder), seed=3).eval()
 
 
 def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1) -> dict[str, Any]:

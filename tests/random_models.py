@@ -85,6 +85,16 @@ def config(name: str) -> Any:
     )  # fmt: skip
 
 
+def spread(model: Any, seed: int) -> Any:
+    """Give a model weights far enough from zero that token probabilities differ; returns it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+    return model
+
+
 def _qwen(name: str) -> Any:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     text: dict[str, Any] = {**TEXT, "rope_parameters": rope}

@@ -264,7 +264,8 @@ class RunDir:
     def sync(self) -> None:
         """Sync all appended rows to disk, and update the checksums."""
         for path in self.path.glob("*.jsonl") if self.writes else ():
-            sync(path)
+            if not _matches(path.name, RECORDED):  # record() syncs the others
+                sync(path)
         self.record()
 
     def drop_after(self, stage: str, step: int) -> None:

@@ -26,6 +26,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
 from cwdpo.stage.model import save_model
 from paths import ROOT
+from random_models import spread
 
 ATTENTION = ["q_proj", "v_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -55,12 +56,7 @@ def tied(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folders = {}
     for name in ("float32", "bfloat16"):
         folder = folders[name] = tmp_path_factory.mktemp("tied") / name
-        model = AutoModelForImageTextToText.from_pretrained(model_folder)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+        model = spread(AutoModelForImageTextToText.from_pretrained(model_folder), seed=5)
         for config in (model.config, model.config.text_config):
             config.tie_word_embeddings = True
         model.tie_weights()

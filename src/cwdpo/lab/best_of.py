@@ -16,7 +16,7 @@ from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
 from cwdpo.files.reading import read_jsonl
 from cwdpo.files.writing import write_json
-from cwdpo.lab.rows import store_rows
+from cwdpo.lab.rows import said, store_rows
 from cwdpo.lab.spec import BestOf
 from cwdpo.lab.worlds import MAX_NEW_TOKENS
 from cwdpo.models.load import Policy
@@ -182,9 +182,6 @@ def _row(
     gentle: Completion | None,
     how: Mapping[str, Any],
 ) -> dict[str, Any]:
-    def said(text: str) -> list[dict[str, Any]]:
-        return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
-
     def written(c: Completion) -> dict[str, Any]:
         return {"text": c.text, "kind": c.kind, "origin": c.origin, "made": dict(c.made)}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cwdpo.errors import DataError
 from cwdpo.files.reading import read_jsonl
-from cwdpo.lab.rows import store_rows
+from cwdpo.lab.rows import said, store_rows
 
 KIND = "flipped"
 """Kind of a negative that was the chosen response, so that weights and readings show it separately."""
@@ -45,9 +45,6 @@ def _flipped(row: dict[str, Any]) -> dict[str, Any]:
     (turn,) = row["chosen"]
     text = turn["content"][0]["text"]
     negative = row["negatives"][0]["text"]
-
-    def said(text: str) -> list[dict[str, Any]]:
-        return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
     return {
         **row,

@@ -29,6 +29,11 @@ def store_rows(root: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path
     return path
 
 
+def said(text: str) -> list[dict[str, Any]]:
+    """A response as TRL's rows have it: one assistant turn."""
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
 def _pictures(row: Mapping[str, Any]) -> list[str]:
     value = row.get("images", row.get("image"))
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -76,12 +77,12 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     use_scoring(model, "plain")
 
 
-def _different(examples: Sequence[Example]) -> list[Example]:
+def _different(examples: Sequence[Example]) -> Iterator[Example]:
     """The examples, reordered: first one with images, then one with another number of images, then the others."""
     first = next((e for e in examples if e.images), examples[0] if examples else None)
     second = next((e for e in examples if first is not None and len(e.images) != len(first.images)), None)
     ahead = [e for e in (first, second) if e is not None]
-    return [*ahead, *(e for e in examples if not any(e is one for one in ahead))]
+    return chain(ahead, (e for e in examples if not any(e is one for one in ahead)))
 
 
 def _tried(

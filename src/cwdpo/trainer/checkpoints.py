@@ -171,7 +171,7 @@ def _refuse_damaged(newest: Path) -> None:
         if whole is not None
         else "no older one is undamaged: remove the folder, and --resume starts the stage again"
     )
-    refuse_damage(newest, remedy, () if damage(newest) else problems)
+    refuse_damage(newest, remedy, problems)
 
 
 def _lacking(checkpoint: Path) -> list[str]:

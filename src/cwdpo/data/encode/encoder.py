@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cwdpo.data.encode.span import differing_span
@@ -259,7 +259,7 @@ class Encoder:
             DataError: the response has no tokens besides the end token.
         """
         prompt, end = self.prompt_text(example), self.template.end
-        tail = self.template.continuation(example, text)
+        tail = self.template.continuation(example, prompt, text)
         # Tokenizers join a final space with the next word: the space is moved from the prompt to the completion.
         prompt, tail = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
         before, joined = self._ids(prompt), self._ids(prompt + tail)
@@ -326,17 +326,15 @@ class Encoder:
         return good, problems
 
     def _adds_bos(self, text: str) -> bool:
-        """Whether the tokenizer must add its bos token: it does so by default, and the template did not write one.
-
-        Some templates (LLaVA 1.5) leave bos to the tokenizer. A tokenizer that would also add an end token is not used
-        for this.
-        """
+        """Whether the tokenizer must add its bos token: it does so by default, and the template did not write one."""
         bos = self.tokenizer.bos_token
-        if bos is None or text.startswith(bos):
-            return False
-        plain = self._ids("a")
+        return bos is not None and not text.startswith(bos) and self._has_bos_by_default
+
+    @cached_property
+    def _has_bos_by_default(self) -> bool:
+        """Whether the tokenizer adds bos, and nothing else, by default: some templates (LLaVA 1.5) rely on it."""
         added = list(self.tokenizer("a", add_special_tokens=True)["input_ids"])
-        return added == [self.tokenizer.bos_token_id, *plain]
+        return added == [self.tokenizer.bos_token_id, *self._ids("a")]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

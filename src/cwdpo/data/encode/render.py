@@ -107,9 +107,11 @@ class _Child:
         data = b""
         size = 4
         while len(data) < size:
-            if time.monotonic() > until or _cpu_seconds(self.pid) - used > seconds:
+            if time.monotonic() > until:
                 return None
             if not select.select([self._receive], [], [], 0.2)[0]:
+                if _cpu_seconds(self.pid) - used > seconds:
+                    return None
                 continue
             part = os.read(self._receive, 2**16)
             if not part:

@@ -111,15 +111,20 @@ class ChatTemplate:
         """
         return self._render_row(example, None)
 
-    def continuation(self, example: Example, response: str) -> str:
+    def continuation(self, example: Example, prompt: str, response: str) -> str:
         """The text after the prompt: the response up to its end token; see :class:`TurnEnd`.
 
         End tokens in the response's own text are removed, so that the end token is written once.
 
+        Args:
+            example: the row.
+            prompt: the result of :meth:`prompt`, which is the same for all responses of a row.
+            response: its text.
+
         Raises:
             RefusedRowError: see :meth:`prompt`.
         """
-        prompt, end = self.prompt(example), self.end
+        end = self.end
         whole = self._render_row(example, response)
         body = response
         # Some templates render a conversation with a response so that it does not start with the rendered prompt.
@@ -130,9 +135,7 @@ class ChatTemplate:
             and len(whole) >= len(prompt) + len(end.tail)
         ):
             body = whole[len(prompt) : len(whole) - len(end.tail)]
-        ends = [text for text in map(self._text, self.stops) if text]
-        while (found := next((e for e in ends if body.rstrip().endswith(e)), None)) is not None:
-            body = body.rstrip().removesuffix(found).rstrip()
+        body = _without_ends(body, self._end_texts)
         # If the template writes no end token, white space after the response comes from the template.
         return body + end.closing if end.closing else body.rstrip()
 
@@ -177,6 +180,11 @@ class ChatTemplate:
         return tuple(dict.fromkeys(found))
 
     @cached_property
+    def _end_texts(self) -> tuple[str, ...]:
+        """The texts of :attr:`stops`."""
+        return tuple(text for text in map(self._text, self.stops) if text)
+
+    @cached_property
     def structural(self) -> dict[str, int]:
         """Special tokens that no text of the data may contain: they would end or start turns or images. Text to id.
 
@@ -215,8 +223,8 @@ class ChatTemplate:
             for part in (*turn.parts, turn.more)
             if part
         ]
-        ends = tuple(self._text(i) for i in self.stops)
-        for key, text in (*prompt, *((key, _without_ends(text, ends)) for key, text in texts)):
+        bare = ((key, _without_ends(text, self._end_texts)) for key, text in texts)
+        for key, text in (*prompt, *bare):
             for token in self.structural:
                 if token in text:
                     raise RefusedRowError(
@@ -371,6 +379,7 @@ def _turns(*roles: str) -> list[Message]:
 
 
 def _without_ends(text: str, ends: Sequence[str]) -> str:
-    while (found := next((e for e in ends if e and text.rstrip().endswith(e)), None)) is not None:
-        text = text.rstrip().removesuffix(found)
+    """The text without the end tokens that it ends with, and without white space around these."""
+    while (found := next((e for e in ends if text.rstrip().endswith(e)), None)) is not None:
+        text = text.rstrip().removesuffix(found).rstrip()
     return text
