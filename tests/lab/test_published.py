@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cwdpo.errors import RunDirError
+from cwdpo.errors import FileError, RunDirError
 from cwdpo.lab.published import fill, filled, publish, stale
 from cwdpo.lab.tables import to_csv
 from cwdpo.report.summary import read_summary
@@ -56,8 +56,15 @@ def test_a_table_that_cannot_be_made(study: Path, tmp_path: Path, words: str, me
     page = tmp_path / "page.md"
     page.write_text(f"<!-- table {words} -->\n<!-- end -->\n")
     with pytest.raises(RunDirError, match=r"page\.md: <!-- table") as error:
-        filled(page, tmp_path / "data")
+        filled(page.read_text(), page, tmp_path / "data")
     assert message in str(error.value)
+
+
+def test_a_page_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "bytes.md").write_bytes(b"\xff\xfe")
+    for name, message in (("missing.md", "cannot be read"), ("bytes.md", "cannot be read as text")):
+        with pytest.raises(FileError, match=rf"{name}: {message}"):
+            fill(tmp_path / name, tmp_path)
 
 
 def test_the_tables_of_the_docs_are_those_of_the_published_results() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -97,18 +97,26 @@ def difference(folder: Path, name: str, entry: Any, *, grows: bool = False) -> s
     return "" if Running().read_on(path, size) == digest else f"{name} was changed"
 
 
-def refuse_damage(folder: Path, remedy: str, problems: Sequence[str] | None = None) -> None:
+def refuse_damage(folder: Path, remedy: str, more: Iterable[str] = ()) -> None:
     """Refuse a folder whose files are not as they were written.
 
     Args:
         folder: the folder.
         remedy: what to do, for the message.
-        problems: what is wrong with it, if that is known; default: the result of :func:`damage`, which reads all files.
+        more: further problems.
 
     Raises:
         FileError: with the problems and the remedy.
     """
-    problems = damage(folder) if problems is None else problems
+    refuse(folder, [*damage(folder), *more], remedy)
+
+
+def refuse(folder: Path, problems: Sequence[str], remedy: str) -> None:
+    """Refuse a folder with these problems, for example those that :func:`damage` found; nothing is read.
+
+    Raises:
+        FileError: with the problems and the remedy, if there are any.
+    """
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise FileError(f"{folder}: damaged: {shown}: {remedy}")

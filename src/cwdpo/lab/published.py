@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cwdpo.errors import RunDirError, nearest
+from cwdpo.files.reading import read_text
 from cwdpo.files.writing import write_text
 from cwdpo.lab.tables import tables, to_markdown
 from cwdpo.report.summary import FILE, Summary, read_summary
@@ -41,8 +42,8 @@ def publish(study: Path, folder: Path) -> list[Path]:
     return [out / FILE, out / "table.csv"]
 
 
-def filled(page: Path, folder: Path) -> str:
-    """The text of a page with each of its tables made anew from the published summaries.
+def filled(text: str, page: Path, folder: Path) -> str:
+    """A page's text with each of its tables made anew from the published summaries.
 
     Raises:
         RunDirError: a comment names a study, a kind of table or a figure that does not exist.
@@ -55,16 +56,20 @@ def filled(page: Path, folder: Path) -> str:
         except RunDirError as error:
             raise RunDirError(f"{page}: <!-- table {' '.join(words)} -->: {error}") from None
 
-    return _TABLE.sub(made, page.read_text(encoding="utf-8"))
+    return _TABLE.sub(made, text)
 
 
 def fill(page: Path, folder: Path) -> bool:
-    """Write the tables of a page anew; whether the page changed."""
-    text = filled(page, folder)
-    if text == page.read_text(encoding="utf-8"):
-        return False
-    write_text(page, text)
-    return True
+    """Write the tables of a page anew; whether the page changed.
+
+    Raises:
+        FileError: the page cannot be read, or see :func:`filled`.
+    """
+    before = read_text(page)
+    after = filled(before, page, folder)
+    if after != before:
+        write_text(page, after)
+    return after != before
 
 
 def _table(folder: Path, words: list[str]) -> str:
@@ -93,5 +98,10 @@ def _of_figures(summary: Summary, keys: list[str]) -> Summary:
 
 
 def stale(pages: list[Path], folder: Path) -> list[Path]:
-    """Pages whose tables are not those of the published summaries."""
-    return [page for page in pages if filled(page, folder) != page.read_text(encoding="utf-8")]
+    """Pages whose tables are not those of the published summaries.
+
+    Raises:
+        FileError: see :func:`fill`.
+    """
+    texts = ((page, read_text(page)) for page in pages)
+    return [page for page, text in texts if filled(text, page, folder) != text]

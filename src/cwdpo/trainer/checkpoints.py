@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cwdpo.errors import FileError
 from cwdpo.files.checksums import FILE as CHECKSUMS
-from cwdpo.files.checksums import damage, refuse_damage, write_checksums
+from cwdpo.files.checksums import damage, refuse, write_checksums
 from cwdpo.files.reading import read_object
 from cwdpo.files.writing import discard, replace_folder, sync_tree, temporary_name
 
@@ -171,7 +171,7 @@ def _refuse_damaged(newest: Path) -> None:
         if whole is not None
         else "no older one is undamaged: remove the folder, and --resume starts the stage again"
     )
-    refuse_damage(newest, remedy, problems)
+    refuse(newest, problems, remedy)
 
 
 def _lacking(checkpoint: Path) -> list[str]:
