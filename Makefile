@@ -24,7 +24,7 @@ chaos: $(STAMP)
 
 # Every model family with its real processor, in an environment of its own (built once a machine, outside the clone).
 test-families:
-	python=$$($(PYTHON) tests/families/environment.py) && OMP_NUM_THREADS=1 PYTHONPATH=src \
+	python=$$($(PYTHON) tests/families/environment.py) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
 	$$python -m pytest -n 2 --dist loadgroup -p no:cacheprovider tests/families
 
 # By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
