@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,25 +20,83 @@ NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
+class ImageEdit:
+    """A change to an image when it is opened; the size stays the same.
+
+    Attributes:
+        box: left, top, right and bottom of the part that is kept, as shares of width and height; it is scaled to the
+            size of the whole image.
+        noise: variance of Gaussian noise, from 0 to 1, for values scaled to -1..1; the image itself is multiplied by
+            ``sqrt(1 - noise)``, as in the forward process of a diffusion model.
+        seed: of the noise.
+    """
+
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1 and 0 <= self.noise <= 1):
+            raise ValueError("box: 0 <= left < right <= 1 and 0 <= top < bottom <= 1; noise: from 0 to 1")
+
+    def applied(self, image: Image) -> Image:
+        """The changed copy of an RGB image."""
+        import numpy as np
+        from PIL import Image
+
+        width, height = image.size
+        left, top, right, bottom = self.box
+        region = (left * width, top * height, right * width, bottom * height)
+        changed = image.resize(image.size, Image.Resampling.BICUBIC, box=region)
+        if not self.noise:
+            return changed
+        values = np.asarray(changed, dtype=np.float64) / 127.5 - 1
+        drawn = np.random.default_rng(self.seed).standard_normal(values.shape)
+        noisy = np.sqrt(1 - self.noise) * values + np.sqrt(self.noise) * drawn
+        return Image.fromarray(np.rint((noisy.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
+
+
+@dataclass(frozen=True)
 class ImageRef:
-    """An image, given by its path or by its encoded bytes; it is decoded when it is opened."""
+    """An image, given by its path or by its encoded bytes; it is decoded, and edited, when it is opened."""
 
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
+    edit: ImageEdit | None = None
 
     def encoded(self) -> bytes:
-        """The encoded bytes (JPEG, PNG, ...), as stored."""
+        """The encoded bytes (JPEG, PNG, ...): as stored, or a PNG of the edited image."""
+        if self.edit is None:
+            return self.stored()
+        buffer = io.BytesIO()
+        self.open().save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def stored(self) -> bytes:
+        """The encoded bytes of the image without its edit."""
         if self.data is not None:
             return self.data
         assert self.path is not None
         return self.path.read_bytes()
+
+    def as_value(self) -> Any:
+        """The image as a value of a JSON row that :class:`cwdpo.data.images.ImageFolder` reads again."""
+        if self.edit is None and self.path is not None:
+            return str(self.path)
+        place = (
+            {"path": str(self.path)}
+            if self.path is not None
+            else {"bytes": base64.b64encode(self.stored()).decode("ascii")}
+        )
+        return place if self.edit is None else {**place, "edit": asdict(self.edit)}
 
     def is_altered(self) -> bool:
         """Whether opening the image scales its values or puts it on a white background, see :func:`as_rgb`."""
         from PIL import Image
 
         try:
-            with Image.open(io.BytesIO(self.encoded()), formats=image_formats()) as image:
+            with Image.open(io.BytesIO(self.stored()), formats=image_formats()) as image:
                 if is_deep(image) or not has_alpha(image):
                     return is_deep(image)
                 least: Any = image.convert("RGBA").getchannel("A").getextrema()[0]
@@ -46,7 +105,7 @@ class ImageRef:
             return False
 
     def open(self) -> Image:
-        """The decoded image as 8-bit RGB (see :func:`as_rgb`), with EXIF rotation applied.
+        """The decoded image as 8-bit RGB (see :func:`as_rgb`), with EXIF rotation and its edit applied.
 
         Raises:
             OSError: the file cannot be read or is not an image (``PIL.UnidentifiedImageError``).
@@ -55,8 +114,9 @@ class ImageRef:
         """
         from PIL import Image, ImageOps
 
-        with Image.open(io.BytesIO(self.encoded()), formats=image_formats()) as image:
-            return as_rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(self.stored()), formats=image_formats()) as image:
+            opened = as_rgb(ImageOps.exif_transpose(image))
+        return opened if self.edit is None else self.edit.applied(opened)
 
 
 FORMATS = (
@@ -162,13 +222,26 @@ class Completion:
     """One response text, its origin and how it was made.
 
     ``kind`` is the kind of a negative (``hard``, ``medium``, ``easy``, ``shuffled``, ...). ``made`` records how it was
-    made: the edit, or the sampler's settings and the policy's step.
+    made: the edit, or the sampler's settings and the policy's step. ``images`` are set for an image-side negative: a
+    text, often chosen's own, that is rejected as the response to these images instead of the example's.
     """
 
     text: str
     origin: Origin = "dataset"
     kind: str = ""
     made: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[ImageRef, ...] | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """An entry of the column ``negatives`` in JSON rows."""
+        own = {} if self.images is None else {"images": [image.as_value() for image in self.images]}
+        return {
+            "text": self.text,
+            "kind": self.kind,
+            "origin": self.origin,
+            "made": dict(self.made),
+            **own,
+        }
 
 
 @dataclass(frozen=True)
@@ -192,6 +265,12 @@ class Example:
     references: tuple[str, ...] = ()
     where: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_images(self) -> tuple[ImageRef, ...]:
+        """The images of the prompt, then those of image-side negatives."""
+        sides = (*self.rejected, *self.gentle)
+        return (*self.images, *(image for c in sides for image in c.images or ()))
 
     @property
     def prompt_text(self) -> str:

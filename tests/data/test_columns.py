@@ -68,9 +68,8 @@ def test_the_tables_hold_what_was_asked() -> None:
 def test_a_column_is_used_or_refused(folder: Path, column: str, value: Any, told: str) -> None:
     """``no picture read``: refused in a row without a picture, listed in one that has its picture elsewhere."""
     pictured = {**GOOD, "image": "a.png"}
-    result = read(
-        folder, pictured, {**GOOD, **({"image": "a.png"} if told == "refused" else {}), column: value}
-    )
+    image = {"image": "a.png"} if told == "refused" or column == "rejected_images" else {}
+    result = read(folder, pictured, {**GOOD, **image, column: value})
     if told in ("refused", "no picture read"):
         (problem,) = result.problems
         assert (problem.file, problem.row, problem.key) == (str(folder / "train.jsonl"), 2, column)

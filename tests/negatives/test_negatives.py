@@ -18,7 +18,7 @@ from pydantic import ValidationError
 import cwdpo.negatives.sources
 from cwdpo.data.encode.span import differing_span
 from cwdpo.errors import DataError, RecipeError, UnknownComponentError
-from cwdpo.negatives.base import NEGATIVES, known_true, normalised
+from cwdpo.negatives.base import NEGATIVES, identity, known_true, normalised
 from cwdpo.negatives.lexicon import KINDS, load_lexicon
 from cwdpo.negatives.mix import attach_negatives
 from cwdpo.negatives.sources.dataset import DatasetNegatives
@@ -78,9 +78,10 @@ def test_every_source_keeps_the_contract(name: str) -> None:
     for item in POOL:
         first = source.completions(item, POOL, random.Random(3))
         assert first == source.completions(item, POOL, random.Random(3))
-        texts = [normalised(c.text) for c in first]
-        assert len(texts) == len(set(texts))
-        assert not set(texts) & known_true(item)
+        assert len(first) == len({identity(c) for c in first})
+        assert all((c.images is not None) == source.image_side for c in first)
+        texts = {normalised(c.text) for c in first if c.images is None}
+        assert not texts & known_true(item)
         assert all(c.kind and c.origin in ("dataset", "perturbed", "on_policy") for c in first)
         assert all(c.made for c in first if c not in item.rejected)
         offered += len(first)

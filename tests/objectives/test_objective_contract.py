@@ -53,7 +53,8 @@ def batch(prompt: list[int], prompts: int, *, wide: float = 0.0) -> ScoredPairs:
         signs = sign * (1 - 2 * (torch.arange(n) % 2)).to(torch.float64)
         return scored(mean * tokens, tokens, shift + wide * signs)
 
-    return ScoredPairs(side(prompts, 1), side(len(prompt), -1), torch.tensor(prompt))
+    image_side = torch.arange(len(prompt)) % 3 == 1
+    return ScoredPairs(side(prompts, 1), side(len(prompt), -1), torch.tensor(prompt), image_side=image_side)
 
 
 def ready(objective: Objective) -> Any:
@@ -147,7 +148,11 @@ def test_no_graph_is_cut_by_accident(name: str) -> None:
 def test_order_of_pairs_does_not_matter(name: str) -> None:
     pairs = batch([0, 0, 2, 1, 2, 0], 4)
     order = [4, 2, 0, 5, 3, 1]
-    turned = ScoredPairs(pairs.chosen, picked(pairs.rejected, order), pairs.prompt[order])
+    sides = pairs.image_side
+    assert sides is not None
+    turned = ScoredPairs(
+        pairs.chosen, picked(pairs.rejected, order), pairs.prompt[order], image_side=sides[order]
+    )
     first, second = build(name)(pairs), build(name)(turned)
     torch.testing.assert_close(first.loss, second.loss, rtol=1e-12, atol=1e-14)
     for key, value in first.per_pair.items():
@@ -161,7 +166,7 @@ def test_order_of_prompts_does_not_matter(name: str) -> None:
     pairs = batch([0, 0, 2, 1, 2, 0], 4)
     order = [2, 3, 0, 1]
     place = torch.tensor([order.index(b) for b in range(4)])
-    turned = ScoredPairs(picked(pairs.chosen, order), pairs.rejected, place[pairs.prompt])
+    turned = replace(pairs, chosen=picked(pairs.chosen, order), prompt=place[pairs.prompt])
     first, second = build(name)(pairs), build(name)(turned)
     torch.testing.assert_close(first.loss, second.loss, rtol=1e-12, atol=1e-14)
     for key, value in first.per_pair.items():
@@ -182,7 +187,7 @@ def test_finite_at_wide_shifts(name: str, dtype: torch.dtype) -> None:
     for wide in (1e4, -1e4):
         pairs = batch([0, 1, 2, 3, 3], 4, wide=wide)
         cast = [mapped(side, lambda v: v.to(dtype)) for side in (pairs.chosen, pairs.rejected)]
-        pairs = ScoredPairs(cast[0], cast[1], pairs.prompt)
+        pairs = replace(pairs, chosen=cast[0], rejected=cast[1])
         output = build(name)(pairs)
         assert output.loss.dtype == dtype
         assert output.loss.isfinite()

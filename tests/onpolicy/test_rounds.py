@@ -133,7 +133,7 @@ def test_the_reference_stays_that_of_the_stages_start(whole: Path) -> None:
         encoded = encoder.encode(Example(**{**vars(example), "rejected": own}))
         scored = reference_pass(model, [encoded])[0]
         completions = (scored.chosen, *scored.negatives)
-        for key, completion in zip(row_keys(digest, encoded.prompt, completions), completions, strict=True):
+        for key, completion in zip(row_keys(digest, scored), completions, strict=True):
             assert stored[key][0] == pytest.approx(completion.reference_sum_logp, abs=1e-4)
 
 

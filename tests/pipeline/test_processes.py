@@ -277,7 +277,7 @@ def test_a_silent_row_runs_the_vision_tower_and_changes_nothing(model, encoded) 
 
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_the_first_rows_of_a_batch_are_the_batch_of_the_first_rows(encoded, n) -> None:
-    kept = collate(encoded).first_prompts(n)
+    kept = collate(encoded).first_examples(n)
     expected = collate(encoded[:n])
     for name, value in vars(expected).items():
         found = getattr(kept, name)
@@ -296,7 +296,7 @@ def test_the_first_rows_of_a_batch_are_the_batch_of_the_first_rows(encoded, n) -
 )
 def test_a_process_without_a_row_of_its_own_adds_nothing(model, encoded, spec) -> None:
     objective = OBJECTIVES.build(spec)
-    batch = collate(encoded).first_prompts(0).with_silent_row(encoded[0].prompt)
+    batch = collate(encoded).first_examples(0).with_silent_row(encoded[0].prompt)
     pairs = scored_pairs(
         batch,
         plain.score(model, batch, stats=objective.token_stats),

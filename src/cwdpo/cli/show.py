@@ -48,6 +48,8 @@ def _said(response: ShownResponse) -> str:
     trained = f"{len(response.tokens)} tokens, all trained"
     if response.span is None:
         return trained
+    if response.other_images:
+        return f"{trained}; an image-side negative: the response to images of its own"
     first, last = response.span
     n = last - first
     return f"{trained}; {n} differ{'s' if n == 1 else ''} from chosen, from token {first + 1} on"

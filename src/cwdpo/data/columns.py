@@ -24,7 +24,8 @@ _VIDEO = ("a film", "films are not read: leave such rows out")
 _AUDIO = ("sound", "sound is not read: leave such rows out")
 _SECOND = (
     "pictures of one of the two responses",
-    "a pair whose pictures differ is not read: give both responses the same pictures, or leave such rows out",
+    "a pair whose pictures differ is read from rows of trl and ms_swift: the prompt's in 'images', those of the "
+    "rejected side in 'rejected_images' (a list)",
 )
 _PLACES = (
     "places in the picture",

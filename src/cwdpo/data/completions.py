@@ -12,7 +12,7 @@ from cwdpo.data.texts import plain_text, wrong_type
 from cwdpo.errors import nearest
 from cwdpo.records import Completion, Origin
 
-_COMPLETION_KEYS = ("text", "kind", "origin", "made")
+_COMPLETION_KEYS = ("text", "kind", "origin", "made", "images")
 _SCORES = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"), ("chosen_reward", "rejected_reward"),
@@ -21,11 +21,11 @@ _MARGINS = ("margin", "reward_margin")
 
 
 def completion_of(value: Any, key: str) -> Completion:
-    """One negative: a string, or ``{text, kind, origin, made}``."""
+    """One negative: a string, or ``{text, kind, origin, made, images}``; the caller reads its images."""
     if isinstance(value, str):
         return Completion(plain_text(value, key))
     if not isinstance(value, dict):
-        raise wrong_type(key, value, "a string or {text, kind, origin, made}")
+        raise wrong_type(key, value, "a string or {text, kind, origin, made, images}")
     unknown = next((k for k in value if k not in _COMPLETION_KEYS), None)
     if unknown is not None:
         raise RowError(

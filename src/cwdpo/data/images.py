@@ -16,7 +16,7 @@ from cwdpo.data.facts import ImageFacts
 from cwdpo.data.media import from_base64, from_data_uri
 from cwdpo.data.problems import RowError, shown
 from cwdpo.errors import DataError
-from cwdpo.records import ImageRef, as_rgb, has_alpha, image_formats, is_deep
+from cwdpo.records import ImageEdit, ImageRef, as_rgb, has_alpha, image_formats, is_deep
 
 CheckImages = Literal["none", "exists", "identify", "decode"]
 CHECK_LEVELS: tuple[CheckImages, ...] = ("none", "exists", "identify", "decode")
@@ -65,6 +65,9 @@ class ImageFolder:
             return self._from_text(value, key)
         if isinstance(value, bytes):
             return self._from_bytes(value, key)
+        if isinstance(value, Mapping) and value.get("edit") is not None:
+            plain = {k: v for k, v in value.items() if k != "edit"}
+            return replace(self.take(plain, key), edit=_edit_of(value["edit"], f"{key}.edit"))
         if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
             if value.get("bytes") is not None:
                 return self._from_bytes(value["bytes"], key)
@@ -212,6 +215,20 @@ class ImageFolder:
             self.seen(facts)
 
 
+def _edit_of(value: Any, key: str) -> ImageEdit:
+    """The edit of a written negative, see :meth:`ImageRef.as_value`."""
+    try:
+        left, top, right, bottom = map(float, value["box"])
+        return ImageEdit((left, top, right, bottom), float(value["noise"]), int(value["seed"]))
+    except (TypeError, ValueError, LookupError, OverflowError, AttributeError) as error:
+        raise RowError(
+            "wrong-type",
+            key,
+            f"{shown(value, 60)} ({error}); allowed: {{box: [left, top, right, bottom], noise, seed}}",
+            "correct it, or store the edited image",
+        ) from None
+
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -252,11 +269,17 @@ class ImageDigests:
         Raises:
             DataError: the file cannot be read.
         """
+        stored = self._of_stored(image)
+        if image.edit is None:
+            return stored
+        return blake2b(stored + repr(image.edit).encode(), digest_size=16).digest()
+
+    def _of_stored(self, image: ImageRef) -> bytes:
         if image.data is not None or image.path is None:
-            return blake2b(image.encoded(), digest_size=16).digest()
+            return blake2b(image.stored(), digest_size=16).digest()
         if image.path not in self._of_path:
             try:
-                self._of_path[image.path] = blake2b(image.encoded(), digest_size=16).digest()
+                self._of_path[image.path] = blake2b(image.stored(), digest_size=16).digest()
             except OSError as error:
                 raise DataError(
                     f"{image.path}: cannot be read ({error.strerror}); restore it or drop the row"

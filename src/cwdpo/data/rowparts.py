@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Row:
             raise RowError(
                 "empty-chosen", "chosen", "the chosen response is empty", "fill it or drop the row"
             )
-        negatives = self._negatives(list(rejected))
+        negatives = self._negatives(self._under_rejected_images(list(rejected), chosen))
         gentle = self._completions("gentle")
         if references is None:
             references = self._references()
@@ -85,20 +85,40 @@ class Row:
             images=images,
             prompt=prompt,
             chosen=Completion(chosen),
-            rejected=self._usable(negatives, chosen),
-            gentle=self._usable(gentle, chosen),
+            rejected=self._usable(negatives, chosen, images),
+            gentle=self._usable(gentle, chosen, images),
             references=references,
             where=f"{self.file}:{self.number}",
             extra={k: v for k, v in self.values.items() if k not in self.used and v is not None},
         )
+
+    def _under_rejected_images(
+        self, rejected: list[tuple[str, Completion]], chosen: str
+    ) -> list[tuple[str, Completion]]:
+        """The rejected responses as responses to ``rejected_images``; without any, chosen's text is rejected there.
+
+        As in ms-swift: a pair may differ in its text, in its images, or in both.
+        """
+        key = "rejected_images"
+        if not present(self.values.get(key)):
+            return rejected
+        values = self.take(key, "a list of images")
+        if not isinstance(values, list):
+            raise wrong_type(key, values, "a list of images")
+        images = tuple(self.take_image(value, f"{key}[{i}]") for i, value in enumerate(values))
+        return [(where, replace(c, images=images)) for where, c in rejected or [(key, Completion(chosen))]]
 
     def _negatives(self, rejected: list[tuple[str, Completion]]) -> list[tuple[str, Completion]]:
         """The rejected responses and those of ``negatives``, each once, with reward margins from scores."""
         columns, margins = margins_of(self.values, len(rejected))
         self.used |= columns
         margin = {c.text.strip(): m for (_, c), m in zip(rejected, margins, strict=False)}
-        own = self._completions("negatives")
-        described = {completion.text.strip() for _, completion in own}
+        others = {c.text.strip(): c.images for _, c in rejected}
+        own = [
+            (key, c if c.images is not None else replace(c, images=others.get(c.text.strip())))
+            for key, c in self._completions("negatives")
+        ]
+        described = {c.text.strip() for _, c in own}
         # `rejected` may repeat an entry of `negatives`, for readers that know only TRL's columns.
         every = [*((key, c) for key, c in rejected if c.text.strip() not in described), *own]
         return [(key, with_margin(c, margin.get(c.text.strip()))) for key, c in every]
@@ -127,16 +147,43 @@ class Row:
         if not self.has(key):
             self.used.add(key)
             return []
-        allowed = "a list of strings or of {text, kind, origin, made}"
+        allowed = "a list of strings or of {text, kind, origin, made, images}"
         values = self.take(key, allowed)
         if not isinstance(values, list):
             raise wrong_type(key, values, allowed)
-        return [(f"{key}[{i}]", completion_of(v, f"{key}[{i}]")) for i, v in enumerate(values)]
+        return [(f"{key}[{i}]", self._completion(v, f"{key}[{i}]")) for i, v in enumerate(values)]
 
-    def _usable(self, candidates: Iterable[tuple[str, Completion]], chosen: str) -> tuple[Completion, ...]:
-        """The negatives that are neither empty nor equal to chosen; the others are added to ``dropped``."""
+    def _completion(self, value: Any, key: str) -> Completion:
+        completion = completion_of(value, key)
+        own = value.get("images") if isinstance(value, Mapping) else None
+        if own is None:
+            return completion
+        if not isinstance(own, list):
+            raise wrong_type(f"{key}.images", own, "a list of images")
+        images = tuple(self.take_image(image, f"{key}.images[{i}]") for i, image in enumerate(own))
+        return replace(completion, images=images)
+
+    def _usable(
+        self, candidates: Iterable[tuple[str, Completion]], chosen: str, images: tuple[ImageRef, ...]
+    ) -> tuple[Completion, ...]:
+        """The negatives that are neither empty nor equal to chosen; the others are added to ``dropped``.
+
+        Raises:
+            RowError: a negative has another number of images than the prompt.
+        """
         kept = []
-        for key, negative in candidates:
+        for key, candidate in candidates:
+            # The images of the prompt are written out in ms-swift's `rejected_images`.
+            negative = replace(candidate, images=None) if candidate.images == images else candidate
+            if negative.images is not None and not negative.kind:
+                negative = replace(negative, kind="image")
+            if negative.images is not None and len(negative.images) != len(images):
+                raise RowError(
+                    "image-count",
+                    key,
+                    f"the rejected side has {len(negative.images)} images, the prompt has {len(images)}",
+                    "give both sides the same number of images",
+                )
             if not negative.text.strip():
                 self.dropped.append(
                     RowError(
@@ -146,7 +193,7 @@ class Row:
                         "fill it, or remove it from the row",
                     )
                 )
-            elif negative.text.strip() == chosen.strip():
+            elif negative.images is None and negative.text.strip() == chosen.strip():
                 self.dropped.append(
                     RowError(
                         "chosen-equals-rejected",

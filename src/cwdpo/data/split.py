@@ -65,7 +65,7 @@ def _group_keys(examples: Sequence[Example]) -> list[bytes]:
 
     firsts = []
     for example in examples:
-        keys = [b"image:" + digests.of(image) for image in example.images] or [_text_key(example)]
+        keys = [b"image:" + digests.of(image) for image in example.all_images] or [_text_key(example)]
         for key in keys:
             parent.setdefault(key, key)
             low, high = sorted((root(keys[0]), root(key)))

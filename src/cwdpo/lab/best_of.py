@@ -182,14 +182,11 @@ def _row(
     gentle: Completion | None,
     how: Mapping[str, Any],
 ) -> dict[str, Any]:
-    def written(c: Completion) -> dict[str, Any]:
-        return {"text": c.text, "kind": c.kind, "origin": c.origin, "made": dict(c.made)}
-
     return {
         **row,
         "chosen": said(chosen),
         "rejected": said(negative.text),
-        "negatives": [written(negative)],
-        "gentle": [] if gentle is None else [written(gentle)],
+        "negatives": [negative.as_row()],
+        "gentle": [] if gentle is None else [gentle.as_row()],
         "best_of": dict(how),
     }

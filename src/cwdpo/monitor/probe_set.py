@@ -182,9 +182,7 @@ def make_responses(
         "chosen_paraphrase": lambda e, rng: _paraphrase(
             "chosen_paraphrase", e, e.chosen.text, e.references, rng
         ),
-        "rejected_paraphrase": lambda e, rng: (
-            _paraphrase("rejected_paraphrase", e, e.rejected[0].text, (), rng) if e.rejected else None
-        ),
+        "rejected_paraphrase": _rejected_paraphrase,
         "other_train": lambda e, rng: _other("other_train", e, pools["other_train"], rng),
         "other_test": lambda e, rng: _other("other_test", e, pools["other_test"], rng),
         "unrelated": lambda e, rng: _unrelated(rng),
@@ -208,6 +206,12 @@ def make_responses(
 
 def _rng(*key: object) -> random.Random:
     return random.Random(hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest())
+
+
+def _rejected_paraphrase(example: Example, rng: random.Random) -> Response | None:
+    """A paraphrase of the first negative that differs from chosen in its text."""
+    text = next((c.text for c in example.rejected if c.images is None), None)
+    return None if text is None else _paraphrase("rejected_paraphrase", example, text, (), rng)
 
 
 def _paraphrase(

@@ -106,7 +106,12 @@ def _row(example: Example, responses: Iterable[Response]) -> dict[str, Any]:
         "prompt": [m.as_chat() for m in turns],
         "chosen": example.chosen.text,
         "negatives": [
-            {"text": c.text, "kind": kind, "origin": c.origin}
+            {
+                "text": c.text,
+                "kind": kind,
+                "origin": c.origin,
+                **({} if c.images is None else {"images": [image.as_value() for image in c.images]}),
+            }
             for kind, c in zip(kinds, example.rejected, strict=True)
         ],
         **{kind: _one_or_all([r.text for r in found]) for kind, found in own.items()},

@@ -5,13 +5,20 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
-from cwdpo.records import Completion, Example
+from cwdpo.records import Completion, Example, ImageRef
 from cwdpo.registry import Component, Registry
 
 
 class NegativeSource(Component, ABC):
-    """Makes negatives for an example."""
+    """Makes negatives for an example.
+
+    A source whose negatives differ from chosen in their images and not in their text is image-side: it returns
+    completions with ``images``, as many as the example has, and sets ``image_side``.
+    """
+
+    image_side: ClassVar[bool] = False
 
     def prepare(self, examples: Sequence[Example]) -> None:
         """Called once with all examples, before the first call of :meth:`completions`; does nothing by default."""
@@ -40,6 +47,11 @@ NEGATIVES: Registry[NegativeSource] = Registry(
 def normalised(text: str) -> str:
     """``text`` in lower case without white space; two responses are the same if these are equal."""
     return "".join(text.split()).casefold()
+
+
+def identity(completion: Completion) -> tuple[str, tuple[ImageRef, ...] | None]:
+    """What makes two negatives of an example the same: the :func:`normalised` text and the images."""
+    return normalised(completion.text), completion.images
 
 
 def known_true(example: Example) -> frozenset[str]:

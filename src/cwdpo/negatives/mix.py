@@ -10,12 +10,12 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from cwdpo.errors import RecipeError, nearest
-from cwdpo.negatives.base import NEGATIVES, NegativeSource, normalised
+from cwdpo.negatives.base import NEGATIVES, NegativeSource, identity
 from cwdpo.records import Completion, Example
 
 Gentle = Literal["auto", "dataset", "perturb", "none"]
@@ -136,25 +136,25 @@ def draw_negatives(
     sources: Mapping[str, NegativeSource],
     per_prompt: int,
     seed: int,
-    taken: Collection[str] = (),
+    taken: Collection[Hashable] = (),
 ) -> list[tuple[str, Completion]]:
     """Draw up to ``per_prompt`` negatives for an example, each with the name of its source.
 
     Args:
-        taken: :func:`normalised` texts that must not be drawn.
+        taken: :func:`identity` of completions that must not be drawn.
 
     For the other arguments see :func:`attach_negatives`.
     """
     names = list(shares)
     choose = seeded(seed, example.id)
-    used = set(taken)
+    used: set[Hashable] = set(taken)
     drawn: list[tuple[str, Completion]] = []
     for draw in range(per_prompt):
         start = names.index(choose.choices(names, list(shares.values()))[0])
         for name in names[start:] + names[:start]:
             found = _new(sources[name], example, pool, used, seed, f"{name} {draw}")
             if found is not None:
-                used.add(normalised(found.text))
+                used.add(identity(found))
                 if found not in example.rejected:
                     found = replace(found, made={**found.made, "source": name, "seed": seed, "draw": draw})
                 drawn.append((name, found))
@@ -166,15 +166,15 @@ def _new(
     source: NegativeSource,
     example: Example,
     pool: Sequence[Example],
-    used: set[str],
+    used: set[Hashable],
     seed: int,
     key: str,
 ) -> Completion | None:
-    """One completion of ``source`` whose text is not in ``used``, or ``None``."""
+    """One completion of ``source`` that is not in ``used``, or ``None``."""
     for ask in range(_ASKS):
         rng = seeded(seed, example.id, key, ask)
         offered = source.completions(example, pool, rng)
-        fresh = [c for c in offered if normalised(c.text) not in used]
+        fresh = [c for c in offered if identity(c) not in used]
         if fresh:
             return rng.choice(fresh)
         if not offered:

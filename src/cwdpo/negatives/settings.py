@@ -47,6 +47,12 @@ class NegativeSettings(Settings):
     per_prompt: int | None = Field(
         None, gt=0, description="default: all negatives of the data; with another mix, or in rounds: 1"
     )
+    image_mix: dict[str, float] = Field(
+        default_factory=dict,
+        description="shares of image-side sources: negatives with chosen's text under other images, in addition to "
+        "those of mix, e.g. {image_crop: 1.0}",
+    )
+    image_per_prompt: int = Field(1, gt=0, description="image-side negatives per prompt, with image_mix")
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings by source, e.g. {perturb: {kinds: [colour, object]}}"
     )
@@ -100,6 +106,19 @@ class NegativeSettings(Settings):
             raise ValueError("shares must be non-negative and not all zero, e.g. {dataset: 1.0}")
         for name in mix:
             NEGATIVES.get(name)
+        return mix
+
+    @field_validator("image_mix")
+    @classmethod
+    def _known_image_sources(cls, mix: dict[str, float]) -> dict[str, float]:
+        if mix:
+            cls._known_sources(mix)
+        for name in mix:
+            if not NEGATIVES.get(name).image_side:
+                allowed = ", ".join(n for n in NEGATIVES.names() if NEGATIVES.get(n).image_side)
+                raise ValueError(
+                    f"{name} changes the text; allowed: {allowed}; texts belong into negatives.mix"
+                )
         return mix
 
     @field_validator("on_policy_fraction")

@@ -101,6 +101,7 @@ class ScoredPairs:
         chosen: scores of the B chosen responses.
         rejected: scores of the P negatives.
         prompt: [P] the index of each negative's prompt, in 0..B-1; a prompt may have several negatives.
+        image_side: [P] True for negatives that respond to other images than the chosen response; ``None`` if none does.
         totals: counts of the optimizer step; ``None`` means that this batch is the whole step.
     """
 
@@ -108,6 +109,7 @@ class ScoredPairs:
     rejected: Scored
     prompt: Tensor
     totals: StepTotals | None = None
+    image_side: Tensor | None = None
 
     @property
     def chosen_shift(self) -> Tensor:
@@ -117,14 +119,27 @@ class ScoredPairs:
     def _count(self, name: str, own: float) -> float:
         return own if self.totals is None else float(getattr(self.totals, name))
 
-    def mean_over_prompts(self, per_pair: Tensor) -> Tensor:
+    def mean_over_prompts(self, per_pair: Tensor, among: Tensor | None = None) -> Tensor:
         """Average per-pair values [P] over the pairs of each prompt, then over prompts; returns a scalar.
 
         Prompts without a pair are not counted.
+
+        Args:
+            per_pair: [P] the values.
+            among: [P] average over these pairs only; a prompt that has only others counts as 0.
         """
-        pairs = self.prompt.bincount(minlength=len(self.chosen.sum_logp))
-        total = (per_pair / pairs[self.prompt]).sum()
-        return total / self._count("prompts", float((pairs > 0).sum()))
+        own = self.prompt if among is None else self.prompt[among]
+        values = per_pair if among is None else per_pair[among]
+        pairs = own.bincount(minlength=len(self.chosen.sum_logp))
+        return (values / pairs[own]).sum() / self._count("prompts", self._paired())
+
+    def mean_over_paired(self, per_prompt: Tensor) -> Tensor:
+        """Average values [B] over the prompts that have a pair; returns a scalar."""
+        paired = self.prompt.unique()
+        return per_prompt[paired].sum() / self._count("prompts", self._paired())
+
+    def _paired(self) -> float:
+        return float(len(self.prompt.unique()))
 
     def chosen_nll(self) -> Tensor:
         """This micro-batch's share of the step's mean NLL of the chosen responses, in nats per token."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cwdpo.negatives.base import NEGATIVES, normalised
+from cwdpo.negatives.base import NEGATIVES, identity
 from cwdpo.negatives.mix import draw_negatives, seeded
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.onpolicy.samples import Sorted
@@ -101,7 +101,7 @@ def blend(
             counts.replaced_chosen += 1
         own = rng.sample(usable[example.id], wanted[example.id])
         others = kept_slots[example.id]
-        used = {normalised(c.text) for c in (*own, example.chosen)}
+        used = {identity(c) for c in (*own, example.chosen)}
         found = draw_negatives(example, pool, shares, sources, others, rng.getrandbits(62), used)
         drawn = [replace(c, made={**c.made, "round": round_}) for _, c in found]
         counts.short += others - len(drawn)

@@ -136,8 +136,8 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
 def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
     """One row per pair: TRL's columns, and ``negatives`` with the origin of the rejected response.
 
-    ``images`` contains :class:`ImageRef` objects. The columns that a judge needs (``references``, the world's scene)
-    are kept.
+    ``images`` (and ``rejected_images`` of an image-side negative) contain :class:`ImageRef` objects. The columns that
+    a judge needs (``references``, the world's scene) are kept.
     """
     for example in examples:
         turns, tools = without_tools(example.prompt)
@@ -150,7 +150,8 @@ def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
                 "prompt": [_blocks(m) for m in turns],
                 "chosen": [_blocks(Message("assistant", (example.chosen.text,)))],
                 "rejected": [_blocks(Message("assistant", (c.text,)))],
-                "negatives": [{"text": c.text, "origin": c.origin, "kind": c.kind, "made": dict(c.made)}],
+                "negatives": [c.as_row()],
+                **({} if c.images is None else {"rejected_images": list(c.images)}),
                 "references": list(example.references),
             }
 
@@ -173,15 +174,22 @@ def _write_jsonl(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     folder = out.with_name(f"{out.stem}-images")
     text = ""
     for row in rows:
-        names = [f"{folder.name}/{_copy(image, folder)}" for image in row["images"]]
-        text += json.dumps({**row, "images": names}, ensure_ascii=False, allow_nan=False) + "\n"
+        named: dict[str, list[Any]] = {
+            key: [f"{folder.name}/{_copy(image, folder)}" for image in row[key]]
+            for key in ("images", "rejected_images")
+            if key in row
+        }
+        if "rejected_images" in named:
+            named["negatives"] = [{**n, "images": named["rejected_images"]} for n in row["negatives"]]
+        text += json.dumps({**row, **named}, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(out, text)
 
 
 def _copy(image: ImageRef, folder: Path) -> str:
-    """Write an image unchanged to ``folder``, named by a digest of its content; returns the name."""
+    """Write an image (unchanged unless it has an edit) to ``folder``, named by a digest; returns the name."""
     data = image.encoded()
-    ending = image.path.suffix if image.path is not None else ".img"
+    plain = image.path is not None and image.edit is None
+    ending = image.path.suffix if image.path is not None and plain else ".png" if image.edit else ".img"
     path = folder / (hashlib.blake2b(data, digest_size=12).hexdigest() + ending)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,16 +202,17 @@ def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     import datasets
 
     # A mapping whose keys differ between rows has no column type, so only keys that every row has are written.
+    pictured = [key for key in ("images", "rejected_images") if any(key in row for row in rows)]
     plain = [
         {
             **{k: row[k] for k in ("id", "prompt", "chosen", "rejected", "references")},
-            "images": [{"bytes": i.encoded(), "path": None} for i in row["images"]],
+            **{k: [{"bytes": i.encoded(), "path": None} for i in row.get(k, ())] for k in pictured},
             "negatives": [{k: n[k] for k in ("text", "origin", "kind")} for n in row["negatives"]],
         }
         for row in rows
     ]
-    table = datasets.Dataset.from_list(plain).cast_column(
-        "images", datasets.List(datasets.Image(decode=False))
-    )
+    table = datasets.Dataset.from_list(plain)
+    for key in pictured:
+        table = table.cast_column(key, datasets.List(datasets.Image(decode=False)))
     with replacing(out) as temporary:
         table.to_parquet(temporary)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.records import Example
+from cwdpo.records import Completion, Example, ImageRef
 
 FILE = "rounds.jsonl"
 _SHOWN = 12
@@ -53,6 +54,11 @@ def shown_pairs(examples: Sequence[Example], rng: random.Random, home: Path) -> 
             "rejected": e.rejected[k].text,
             "origin": e.rejected[k].origin,
             "kind": e.rejected[k].kind,
+            **(
+                {}
+                if e.rejected[k].images is None
+                else {"rejected_image": _rejected_image(e.rejected[k], home)}
+            ),
             "made": {key: v for key, v in e.rejected[k].made.items() if isinstance(v, str | int | float)},
         }
         for e, k in shown
@@ -60,8 +66,21 @@ def shown_pairs(examples: Sequence[Example], rng: random.Random, home: Path) -> 
 
 
 def _place(example: Example, home: Path) -> str | None:
-    """Path of the first image; relative to the run folder if it is inside, so that the folder can be moved."""
-    path = example.images[0].path if example.images else None
+    """Path of the first image."""
+    return _path(example.images[0], home) if example.images else None
+
+
+def _rejected_image(completion: Completion, home: Path) -> dict[str, Any] | None:
+    """Path and edit of the first image of an image-side negative."""
+    image = completion.images[0] if completion.images else None
+    if image is None or image.path is None:
+        return None
+    return {"path": _path(image, home), **({} if image.edit is None else {"edit": asdict(image.edit)})}
+
+
+def _path(image: ImageRef, home: Path) -> str | None:
+    """An image's path; relative to the run folder if it is inside, so that the folder can be moved."""
+    path = image.path
     if path is None:
         return None
     return str(path.relative_to(home) if path.is_relative_to(home) else path)

@@ -20,6 +20,7 @@ from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
 from cwdpo.models.write import save_weights
 from cwdpo.monitor.window import added_share
+from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import seeded
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.onpolicy.blend import BlendCounts, blend
@@ -125,6 +126,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 f"{dict(counts.dropped)}: raise negatives.sampler.max_new_tokens or samples, or set a lower "
                 "negatives.on_policy_fraction with another source in negatives.mix"
             )
+        blended = with_image_negatives(blended, settings, seeded(seed, "images", round_).getrandbits(62))
         self._calibrate_again(drawn, round_)
         by_id = {row.id: row for row in self._prepared(blended, round_)}
         self._calibrate_on_negatives(list(by_id.values()), round_)

@@ -65,7 +65,7 @@ def _of_splits(splits: Splits) -> dict[str, Any]:
 def of_rows(rows: Sequence[Example], digests: ImageDigests) -> dict[str, Any]:
     """Number of rows, and digests of their texts, of their order, and of their images (in any order)."""
     texts = [_digest([_texts(row)]) for row in rows]
-    images = [_digest([row.id, *(_image(image, digests) for image in row.images)]) for row in rows]
+    images = [_digest([row.id, *(_image(image, digests) for image in row.all_images)]) for row in rows]
     return {
         "rows": len(rows),
         "texts": _digest(sorted(texts)),

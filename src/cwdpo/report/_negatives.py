@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from cwdpo.records import ImageEdit
 from cwdpo.report._page import Folder, mapping, records
 from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, shortened
 
@@ -93,12 +94,24 @@ def _pair(pair: dict[str, Any], folder: Folder) -> dict[str, Any]:
     return {
         "id": plain(pair.get("id")),
         "picture": picture_uri(pair["image"], folder.path) if isinstance(pair.get("image"), str) else None,
+        "rejected_picture": _rejected_picture(pair.get("rejected_image"), folder),
         "chosen": left,
         "rejected": right,
         "origin": plain(pair.get("origin")),
         "chosen_origin": plain(pair.get("chosen_origin")),
         "note": shortened(", ".join(n for n in notes if n), 200),
     }
+
+
+def _rejected_picture(image: Any, folder: Folder) -> str | None:
+    """The image of an image-side negative, with its edit; ``None`` for other negatives."""
+    row = mapping(image)
+    path = row.get("path")
+    try:
+        edit = ImageEdit(**row["edit"]) if isinstance(row.get("edit"), dict) else None
+    except (TypeError, ValueError):  # a damaged row
+        return None
+    return picture_uri(path, folder.path, edit) if isinstance(path, str) else None
 
 
 def marked(chosen: str, rejected: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cwdpo.records import ImageRef
+from cwdpo.records import ImageEdit, ImageRef
 
 MISSING = "not recorded"
 MAX_TEXT = 3000
@@ -79,12 +79,13 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def picture_uri(path: str | None, folder: Path) -> str | None:
+def picture_uri(path: str | None, folder: Path, edit: ImageEdit | None = None) -> str | None:
     """An image as a ``data:`` URI, at most :data:`MAX_PIXELS` wide and high; ``None`` if it cannot be read.
 
     Args:
         path: absolute, or relative to ``folder`` or to the working directory.
         folder: the run's folder.
+        edit: applied to the image.
     """
     from PIL import Image
 
@@ -96,7 +97,7 @@ def picture_uri(path: str | None, folder: Path) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageRef(path=candidates[0]).open()
+            image = ImageRef(path=candidates[0], edit=edit).open()
     except (
         Exception
     ):  # Pillow's plugins raise many types of error on broken files; the page shows a note instead

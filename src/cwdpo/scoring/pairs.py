@@ -36,6 +36,7 @@ def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | N
     margins = [c.reward_margin for c in batch.completions]
     has_margins = len(batch.rejected) > 0 and all(margins[i] is not None for i in batch.rejected.tolist())
     span = span_mask(batch, tokens)
+    sides = [batch.completions[i].prompt is not None for i in batch.rejected.tolist()]
     everything = Scored(
         sum_logp=tokens.logp.sum(1),
         n_tokens=tokens.mask.sum(1),
@@ -53,6 +54,7 @@ def scored_pairs(batch: PromptBatch, tokens: TokenScores, totals: StepTotals | N
         select(everything, batch.rejected.to(device)),
         batch.pair_prompt.to(device),
         totals,
+        torch.tensor(sides, device=device) if any(sides) else None,
     )
 
 

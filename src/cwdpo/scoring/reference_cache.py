@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from cwdpo.data.encode.encoder import EncodedCompletion, EncodedPrompt
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import ReferenceCacheError
 from cwdpo.models.inputs import unwrapped
 from cwdpo.models.shared_attention import shares_prefix
@@ -151,17 +151,24 @@ def _content(batch: Any) -> bytes:
     return digest.hexdigest().encode()
 
 
-def row_keys(reference: str, prompt: EncodedPrompt, completions: Sequence[EncodedCompletion]) -> list[bytes]:
-    """The cache keys of a prompt's completions: 16-byte digests of everything that their values depend on.
+def row_keys(reference: str, example: EncodedExample) -> list[bytes]:
+    """The cache keys of an example's completions: 16-byte digests of everything that their values depend on.
+
+    These are the reference model, the token ids of the completion's prompt (after chat template and image expansion),
+    the digest of its processed images (it changes with every pixel and every processor setting), and the completion's
+    token ids and differing span.
 
     Args:
         reference: the result of :func:`reference_digest`.
-        prompt: its token ids (after chat template and image expansion) and the digest of its processed image enter
-            the key. The image digest changes with every pixel and with every processor setting.
-        completions: their token ids and differing spans enter the key.
+        example: chosen and negatives.
     """
-    start = _digest(f"{VERSION} {reference} {prompt.image_digest}".encode(), _bytes(prompt.input_ids))
-    return [_digest(start, _bytes(c.span), _bytes(c.ids)) for c in completions]
+    starts = {
+        id(prompt): _digest(f"{VERSION} {reference} {prompt.image_digest}".encode(), _bytes(prompt.input_ids))
+        for prompt in example.prompts
+    }
+    return [
+        _digest(starts[id(example.prompt_of(c))], _bytes(c.span), _bytes(c.ids)) for c in example.completions
+    ]
 
 
 def _digest(*parts: bytes) -> bytes:

@@ -55,7 +55,7 @@ def stored_reference_pass(
     """
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
-    keys = [row_keys(digest, e.prompt, e.completions) for e in examples]
+    keys = [row_keys(digest, e) for e in examples]
     rounded = bf16 or next(model.parameters()).dtype != torch.float32
     cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=rounded)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))

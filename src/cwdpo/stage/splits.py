@@ -11,6 +11,7 @@ from cwdpo.data.problems import printable
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.split import split_by_image
 from cwdpo.errors import DataError
+from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import attach_negatives
 from cwdpo.negatives.settings import WITHOUT_NEGATIVES
 from cwdpo.records import Example
@@ -120,13 +121,17 @@ def with_negatives(examples: Sequence[Example], recipe: Recipe, run: RunDir, *, 
         gentle=settings.gentle,
         sources=settings.build_sources(),
     )
-    if examples and not attached and need:
+    if len(attached) < len(examples):
+        found = {e.id: e for e in attached}
+        attached = [found.get(e.id, replace(e, rejected=())) for e in examples]
+    every = with_image_negatives(attached, settings, recipe.seed)
+    if not need:
+        return every
+    paired = [e for e in every if e.rejected]
+    if examples and not paired:
         raise DataError(f"no example of stage 2 has a negative: {WITHOUT_NEGATIVES}")
-    missing = len(examples) - len(attached)
-    if missing and need:
+    if len(paired) < len(examples):
+        missing = len(examples) - len(paired)
         text = f"{missing} of {len(examples)} examples for stage 2 have no negative and were left out"
         run.append("problems.jsonl", [{"stage": "negatives", "problem": text}])
-    if need or not missing:
-        return attached
-    found = {e.id: e for e in attached}
-    return [found.get(e.id, replace(e, rejected=())) for e in examples]
+    return paired

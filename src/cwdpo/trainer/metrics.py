@@ -55,6 +55,8 @@ class StepMetrics:
             for kind in sorted(set(kinds) - {""}):
                 index = [i for i, k in enumerate(kinds) if k == kind]
                 self._take(f"cooling/weight/{kind}", weights[index])
+        if pairs.image_side is not None:
+            self._take_sides(pairs, output)
         if self._by_origin:
             self._take_origins(batch, pairs, weights)
         for name, part in output.parts.items():
@@ -63,6 +65,16 @@ class StepMetrics:
     def add_tokens(self, used: int, padded: int) -> None:
         """Count the tokens that the language model processed for a micro-batch, without and with padding."""
         self._tokens = self._tokens[0] + used, self._tokens[1] + padded
+
+    def _take_sides(self, pairs: ScoredPairs, output: ObjectiveOutput) -> None:
+        """Values of image-side pairs and of the others (text-side) apart; their share is of all pairs logged here."""
+        assert pairs.image_side is not None
+        self._take("pairs/image_side", pairs.image_side)
+        for side, own in (("image", pairs.image_side), ("text", ~pairs.image_side)):
+            self._take(f"logps_mean/rejected/{side}", pairs.rejected.mean_logp[own])
+            for name in ("rewards/margins", "rewards/accuracies"):
+                if name in output.per_pair:
+                    self._take(f"{name}/{side}", output.per_pair[name][own])
 
     def _take_origins(self, batch: PromptBatch, pairs: ScoredPairs, weights: Tensor | None) -> None:
         origins = [batch.completions[i].origin for i in batch.rejected.tolist()]

@@ -235,7 +235,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         repeats = left and not (self.args.dataloader_drop_last or self.accelerator.split_batches)
         repeats = repeats and self.options.max_tokens_per_batch is None  # token batches are even already
         if repeats and self.accelerator.gradient_state.end_of_dataloader:
-            last = last.first_prompts(min(max(left - rank * size, 0), size))
+            last = last.first_examples(min(max(left - rank * size, 0), size))
         return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
 
     def whole_model(self) -> torch.nn.Module:

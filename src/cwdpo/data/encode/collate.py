@@ -14,16 +14,16 @@ from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoded
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B prompts, N completions and P pairs; index tensors say which completion belongs to which prompt and pair.
+    """B examples, N completions and P pairs; index tensors say which completion belongs to which prompt and pair.
 
     Attributes:
         example_ids: ids of the B examples.
-        prompts: the B encoded prompts.
+        prompts: the encoded prompts: those of the B examples, then those of image-side negatives.
         completions: the N encoded completions.
-        completion_prompt: [N] which prompt each completion belongs to.
-        chosen: [B] index of each prompt's chosen completion.
+        completion_prompt: [N] which of ``prompts`` each completion belongs to.
+        chosen: [B] index of each example's chosen completion.
         rejected: [P] index of each pair's rejected completion.
-        pair_prompt: [P] the prompt (and so the chosen completion) of each pair.
+        pair_prompt: [P] the example (and so the chosen completion) of each pair, in 0..B-1.
     """
 
     example_ids: tuple[str, ...]
@@ -62,31 +62,27 @@ class PromptBatch:
         """The batch with the pairs where ``keep`` ([P]) is true; every prompt and chosen completion is kept."""
         if all(keep):
             return self
-        pairs = torch.tensor(keep, device=self.rejected.device)
-        out = torch.ones(len(self.completions), dtype=torch.bool, device=pairs.device)
-        out[self.rejected[~pairs]] = False
-        moved = out.cumsum(0) - 1  # the new index of each completion that is kept
-        return replace(
-            self,
-            completions=tuple(c for c, kept in zip(self.completions, out.tolist(), strict=True) if kept),
-            completion_prompt=self.completion_prompt[out],
-            chosen=moved[self.chosen],
-            rejected=moved[self.rejected[pairs]],
-            pair_prompt=self.pair_prompt[pairs],
-        )
+        return self._kept(len(self.example_ids), torch.tensor(keep, device=self.rejected.device))
 
-    def first_prompts(self, n: int) -> PromptBatch:
-        """The first ``n`` prompts with their completions and pairs; ``n`` may be 0."""
-        pairs = self.pair_prompt < n
-        kept = self.completion_prompt < n
-        moved = kept.cumsum(0) - 1
+    def first_examples(self, n: int) -> PromptBatch:
+        """The first ``n`` examples with their completions and pairs; ``n`` may be 0."""
+        return self._kept(n, self.pair_prompt < n)
+
+    def _kept(self, n: int, pairs: Tensor) -> PromptBatch:
+        """The first ``n`` examples with the pairs where ``pairs`` ([P]) is true, and without unused prompts."""
+        own = [self.chosen[:n], self.rejected[pairs]]
+        completions = torch.zeros(len(self.completions), dtype=torch.bool, device=pairs.device)
+        completions[torch.cat(own)] = True
+        prompts = torch.zeros(len(self.prompts), dtype=torch.bool, device=pairs.device)
+        prompts[self.completion_prompt[completions]] = True
+        chosen, rejected = ((completions.cumsum(0) - 1)[index] for index in own)  # moved to their new places
         return PromptBatch(
             self.example_ids[:n],
-            self.prompts[:n],
-            tuple(c for c, stays in zip(self.completions, kept.tolist(), strict=True) if stays),
-            self.completion_prompt[kept],
-            moved[self.chosen[:n]],
-            moved[self.rejected[pairs]],
+            tuple(p for p, stays in zip(self.prompts, prompts.tolist(), strict=True) if stays),
+            tuple(c for c, stays in zip(self.completions, completions.tolist(), strict=True) if stays),
+            (prompts.cumsum(0) - 1)[self.completion_prompt[completions]],
+            chosen,
+            rejected,
             self.pair_prompt[pairs],
         )
 
@@ -123,15 +119,18 @@ def collate(examples: Sequence[EncodedExample]) -> PromptBatch:
     chosen: list[int] = []
     rejected: list[int] = []
     pair_prompt: list[int] = []
-    for prompt, example in enumerate(examples):
+    prompts = [e.prompt for e in examples]
+    for index, example in enumerate(examples):
         chosen.append(len(completions))
         rejected.extend(len(completions) + 1 + k for k in range(len(example.negatives)))
-        pair_prompt.extend([prompt] * len(example.negatives))
-        completion_prompt.extend([prompt] * (1 + len(example.negatives)))
+        pair_prompt.extend([index] * len(example.negatives))
+        others = {id(p): len(prompts) + k for k, p in enumerate(example.prompts[1:])}
+        prompts.extend(example.prompts[1:])
+        completion_prompt.extend(others.get(id(c.prompt), index) for c in example.completions)
         completions.extend(example.completions)
     return PromptBatch(
         tuple(e.id for e in examples),
-        tuple(e.prompt for e in examples),
+        tuple(prompts),
         tuple(completions),
         *(torch.tensor(x, dtype=torch.long) for x in (completion_prompt, chosen, rejected, pair_prompt)),
     )

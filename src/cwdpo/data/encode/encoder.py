@@ -62,6 +62,7 @@ class EncodedCompletion:
     ``span`` is the half-open token range that differs from chosen (for chosen itself: all its tokens).
     ``reference_sum_logp`` and ``reference_span_sum_logp`` are in nats; ``None`` before the reference is scored.
     ``reward_margin`` is the reward of chosen minus the reward of this completion, if the data has it.
+    ``prompt`` is the prompt of an image-side negative, whose images are not the example's; else ``None``.
     """
 
     ids: tuple[int, ...]
@@ -71,6 +72,7 @@ class EncodedCompletion:
     reference_sum_logp: float | None = None
     reference_span_sum_logp: float | None = None
     reward_margin: float | None = None
+    prompt: EncodedPrompt | None = None
 
     @property
     def reference_mean_logp(self) -> float | None:
@@ -92,15 +94,29 @@ class EncodedExample:
         """Chosen, then the negatives."""
         return (self.chosen, *self.negatives)
 
+    def prompt_of(self, completion: EncodedCompletion) -> EncodedPrompt:
+        """The prompt that a completion responds to."""
+        return completion.prompt or self.prompt
+
+    @property
+    def prompts(self) -> tuple[EncodedPrompt, ...]:
+        """The example's prompt, then those of image-side negatives, each once."""
+        others = {id(c.prompt): c.prompt for c in self.negatives if c.prompt is not None}
+        return (self.prompt, *others.values())
+
     @property
     def n_tokens(self) -> int:
-        """Number of tokens of the longest sequence: prompt plus longest completion."""
-        return len(self.prompt.input_ids) + max(len(c.ids) for c in self.completions)
+        """Number of tokens of the longest sequence: a prompt plus a completion."""
+        return max(self.row_tokens(shared=False))
 
     def row_tokens(self, *, shared: bool) -> tuple[int, ...]:
-        """Number of tokens of each row in scoring: one shared-prefix row, or one plain row per completion."""
-        prompt, completions = len(self.prompt.input_ids), [len(c.ids) for c in self.completions]
-        return (prompt + sum(completions),) if shared else tuple(prompt + n for n in completions)
+        """Number of tokens of each row in scoring: a shared-prefix row per prompt, or a plain row per completion."""
+        if not shared:
+            return tuple(len(self.prompt_of(c).input_ids) + len(c.ids) for c in self.completions)
+        return tuple(
+            len(prompt.input_ids) + sum(len(c.ids) for c in self.completions if self.prompt_of(c) is prompt)
+            for prompt in self.prompts
+        )
 
 
 class Encoder:
@@ -284,7 +300,11 @@ class Encoder:
         rejected = []
         for completion in offered:
             ids = self.completion_ids(example, completion.text)
-            if ids != chosen_ids:
+            if completion.images is not None:
+                # All tokens count as different from chosen: each follows another image.
+                negative = _encoded(completion, ids, (0, len(ids)))
+                rejected.append(replace(negative, prompt=self._other_prompt(example, completion)))
+            elif ids != chosen_ids:
                 rejected.append(_encoded(completion, ids, differing_span(chosen_ids, ids)))
         encoded = EncodedExample(example.id, self.prompt(example), chosen, tuple(rejected))
         self.check_positions(example, encoded.n_tokens)
@@ -295,6 +315,16 @@ class Encoder:
                 "shrink the images (model.processor_options)"
             )
         return encoded
+
+    def _other_prompt(self, example: Example, completion: Completion) -> EncodedPrompt:
+        """The prompt of an image-side negative: the example's messages with the negative's images."""
+        images = completion.images or ()
+        if len(images) != len(example.images):
+            raise DataError(
+                f"{example.where or example.id}: a negative has {len(images)} images of its own, the prompt has "
+                f"{len(example.images)}; allowed: the same number"
+            )
+        return self.prompt(replace(example, images=images))
 
     def readable(self, examples: Iterable[Example], limit: int) -> list[Example]:
         """The first ``limit`` examples whose prompts can be encoded."""

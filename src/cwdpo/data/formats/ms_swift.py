@@ -13,13 +13,14 @@ from cwdpo.records import Completion, Example
 
 
 class MsSwift(Format):
-    """``messages`` ending in chosen, with ``rejected_response`` or ``rejected_messages``, and ``images``.
+    """``messages`` ending in chosen, with ``rejected_response``, ``rejected_messages`` or ``rejected_images``.
 
+    With ``rejected_images`` the rejected side responds to these images; without a text of its own, it is chosen's text.
     Images without an ``<image>`` in the text are put before the first user turn, as in ms-swift.
     """
 
-    columns = ("messages rejected_response", "messages rejected_messages")
-    reads = frozenset({"system"})
+    columns = ("messages rejected_response", "messages rejected_messages", "messages rejected_images")
+    reads = frozenset({"system", "rejected_images"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {
             "images": ["a.png"],
@@ -42,6 +43,8 @@ class MsSwift(Format):
             key = "rejected_messages"
             other = turns_of(row, row.take(key, "a conversation"), key, TAGGED_CHAT)
             texts = [(key, reply_of(other, key, prompt))]
+        elif not row.has("rejected_response") and row.has("rejected_images"):
+            texts = []
         else:
             key = "rejected_response"
             value = row.take(key, "a string, or a list of strings")

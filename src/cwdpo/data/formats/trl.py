@@ -30,7 +30,8 @@ class Trl(Format):
     """``images``/``image`` with ``prompt``, ``chosen``, ``rejected`` as strings or message lists.
 
     Without ``prompt``, chosen and rejected are whole conversations that are equal except for the last turn. Rows with
-    ``messages``, or with ``prompt`` and ``completion``, give an example without negatives.
+    ``messages``, or with ``prompt`` and ``completion``, give an example without negatives. With ``rejected_images``
+    the rejected responses are to these images; ``rejected`` may then be missing, and stands for chosen's text.
     """
 
     columns = ("chosen rejected", "prompt chosen", "prompt completion", "messages")
@@ -43,7 +44,7 @@ class Trl(Format):
         },
     )
 
-    reads = frozenset({"tools"})
+    reads = frozenset({"tools", "rejected_images"})
 
     def parse(self, row: Row) -> list[Example]:
         """One example a row."""
@@ -78,7 +79,7 @@ def _split_conversation(row: Row, value: Any, key: str, style: Style) -> tuple[l
 
 def _rejected(row: Row, prompt: Sequence[Turn]) -> list[tuple[str, str]]:
     """``(key, text)`` of each rejected response; may be missing if the row has this project's own columns."""
-    has_own = any(key in row.values for key in ("negatives", "gentle"))
+    has_own = any(key in row.values for key in ("negatives", "gentle", "rejected_images"))
     is_sft = not row.has("chosen")
     row.used.add("rejected")
     if not row.has("rejected") and (has_own or is_sft):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from cwdpo.data.digests import DigestMap, FirstPlaces, digest8
 from cwdpo.data.encode.template import RefusedRowError
@@ -23,7 +24,7 @@ from cwdpo.data.validate.fix import good_rows
 from cwdpo.data.validate.lengths import LengthCounter, word_counter
 from cwdpo.data.validate.report import LengthStats, ValidationReport
 from cwdpo.errors import CwdpoError, DataError
-from cwdpo.records import Example, ImageRef
+from cwdpo.records import Completion, Example, ImageRef
 
 __all__ = ["ValidationReport", "validate"]
 
@@ -193,14 +194,14 @@ class _Pictures:
             DataError: the file cannot be read.
         """
         if image.path is None:
-            return digest8(image.encoded())
+            return digest8(image.stored())
         name = digest8(bytes(image.path))
         if not self._by_content:
             return name
         known = self._of_path.get(name)
         if known is None:
             try:
-                known = digest8(image.encoded())
+                known = digest8(image.stored())
             except OSError as error:
                 raise DataError(
                     f"{image.path}: cannot be read ({error.strerror}); restore it or drop the row"
@@ -225,7 +226,7 @@ class _Repeats:
         said = [[m.role, *m.parts, m.more] for m in example.prompt]
         digest.update(json.dumps([said, example.chosen.text]).encode())
         first = self._said.add(digest8(digest.digest()), *place)
-        negatives = [[n.text for n in side] for side in (example.rejected, example.gentle)]
+        negatives = [[self._content(n) for n in side] for side in (example.rejected, example.gentle)]
         digest.update(json.dumps(negatives).encode())
         same = self._whole.add(digest8(digest.digest()), *place)
         if first is not None:
@@ -240,6 +241,11 @@ class _Repeats:
             f"the same images, prompt, chosen and negatives as {same}",
             "keep one of them; a repeated row is trained on twice",
         )
+
+    def _content(self, negative: Completion) -> Any:
+        if negative.images is None:
+            return negative.text
+        return [negative.text, [[self._pictures.of(i), repr(i.edit)] for i in negative.images]]
 
 
 class _Others:

@@ -83,7 +83,9 @@ class GoodRows:
     def _placed(self, value: Any, key: str, pictures: Mapping[str, ImageRef]) -> Any:
         """The value with image paths for the new file; the same object if no path changes."""
         if key in pictures:
-            return self._named(value, pictures[key])
+            named = self._named(value, pictures[key])
+            edited = isinstance(value, Mapping) and value.get("edit") is not None
+            return {"path": named, "edit": value["edit"]} if edited and isinstance(named, str) else named
         if isinstance(value, list):
             placed = [self._placed(one, f"{key}[{i}]", pictures) for i, one in enumerate(value)]
             return value if all(new is old for new, old in zip(placed, value, strict=True)) else placed
@@ -106,7 +108,7 @@ class GoodRows:
 
     def _stored(self, image: ImageRef, suffix: str) -> str:
         """Store an image in the image folder, named by its digest; returns the path for the row."""
-        data = image.encoded()
+        data = image.stored()
         name = blake2b(data, digest_size=16).hexdigest() + (suffix if _SUFFIX.fullmatch(suffix) else "")
         path = self._images / name
         if not path.exists():

@@ -19,12 +19,14 @@ LONG_RUN = 4
 class ShownResponse:
     """One response. ``tokens``: texts of all trained tokens, with the end token.
 
-    ``span``: half-open range of tokens that differ from chosen; ``None`` for chosen itself.
+    ``span``: half-open range of tokens that differ from chosen; ``None`` for chosen itself. ``other_images``: the
+    response is to images of its own.
     """
 
     name: str
     tokens: tuple[str, ...]
     span: tuple[int, int] | None = None
+    other_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ def shown_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ShownR
             sizes,
             (
                 ShownResponse("chosen", _texts(encoder.tokenizer, row.chosen.ids)),
-                *(ShownResponse(name, _texts(encoder.tokenizer, c.ids), c.span) for name, c in negatives),
+                *(
+                    ShownResponse(name, _texts(encoder.tokenizer, c.ids), c.span, c.prompt is not None)
+                    for name, c in negatives
+                ),
             ),
         )
 
