@@ -16,7 +16,7 @@ from cwdpo.errors import DataError
 from cwdpo.records import Completion
 from cwdpo.worlds._grammar import Sentence, StatedObject, caption, parse
 from cwdpo.worlds._judge import judge
-from cwdpo.worlds._scenes import COLOURS, HELD_OUT, PLACES, RELATIONS, SHAPES, SIZES, Scene
+from cwdpo.worlds._scenes import COLOURS, HELD_OUT, PLACES, RADIUS, RELATIONS, SHAPES, SIZES, Scene
 
 _SIMILAR = {
     "red": ("orange", "pink"),
@@ -241,6 +241,32 @@ def shuffled(
 NegativeMaker = Callable[[Scene, str, random.Random, Sequence[Scene]], Completion]
 NEGATIVES: dict[str, NegativeMaker] = {"hard": hard, "medium": medium, "easy": easy, "shuffled": shuffled}
 """The kinds of negatives by name; each maker takes (scene, chosen, rng, other scenes)."""
+
+
+def hard_scene(scene: Scene, chosen: str, rng: random.Random) -> Scene:
+    """The scene with the size, colour or shape of one object changed, so that ``chosen`` is not all correct.
+
+    No combination is new to the training scenes, and the shapes stay different.
+    """
+    changes = [
+        (i, key, word)
+        for i, item in enumerate(scene.objects)
+        for key, words in _WORDS.items()
+        for word in words
+        if word != getattr(item, key)
+    ]
+    for i, key, word in rng.sample(changes, len(changes)):
+        others = [item.shape for item in scene.objects[:i] + scene.objects[i + 1 :]]
+        new: dict[str, Any] = {key: word}
+        if key == "size":
+            new["radius"] = round(rng.uniform(*RADIUS[word]), 2)
+        changed = replace(scene.objects[i], **new)
+        if changed.shape in others or (changed.colour, changed.shape) in HELD_OUT:
+            continue
+        made = replace(scene, objects=(*scene.objects[:i], changed, *scene.objects[i + 1 :]))
+        if not judge(chosen, made).all_correct:
+            return made
+    raise DataError(f"no change of the scene makes this caption wrong: {chosen!r}")
 
 
 def noisy_caption(scene: Scene, rng: random.Random, error_rate: float = 0.35) -> str:

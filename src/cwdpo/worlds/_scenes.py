@@ -39,7 +39,7 @@ _RGB = {
     "pink": (245, 150, 190),
 }
 # With a radius below 4.8, a circle has nearly the same pixels as a square or diamond.
-_RADIUS = {"small": (4.8, 6.0), "large": (8.0, 10.0)}
+RADIUS = {"small": (4.8, 6.0), "large": (8.0, 10.0)}
 _CENTRE = {"top": 12, "bottom": 36, "left": 12, "right": 36}
 _JITTER = 2
 
@@ -153,7 +153,7 @@ def _place(rng: random.Random, colour: str, shape: str, place: str) -> SceneObje
         place=place,
         x=_CENTRE[column] - 0.5 + rng.randint(-_JITTER, _JITTER),
         y=_CENTRE[row] - 0.5 + rng.randint(-_JITTER, _JITTER),
-        radius=round(rng.uniform(*_RADIUS[size]), 2),
+        radius=round(rng.uniform(*RADIUS[size]), 2),
     )
 
 

@@ -28,7 +28,16 @@ from cwdpo.worlds._grammar import (
     true_captions,
 )
 from cwdpo.worlds._judge import Judgement, judge
-from cwdpo.worlds._negatives import NEGATIVES, easy, edit, hard, medium, noisy_caption, shuffled
+from cwdpo.worlds._negatives import (
+    NEGATIVES,
+    easy,
+    edit,
+    hard,
+    hard_scene,
+    medium,
+    noisy_caption,
+    shuffled,
+)
 from cwdpo.worlds._questions import COUNTS, YES_NO, answer, question, wrong_answers
 from cwdpo.worlds._scenes import (
     COLOURS,
@@ -103,7 +112,8 @@ class ShapesSettings(Settings):
 
     ``shares`` are relative weights of the kinds of negatives; ``questions`` is the share of rows that ask a question.
     With ``caption_noise`` the training rows are for pretraining: they have ``prompt`` and ``completion`` but no
-    negatives, and this share of the completions is wrong.
+    negatives, and this share of the completions is wrong. With ``image_negatives`` every row with a caption also has a
+    negative of kind ``image_hard``: the chosen caption under an image with one object changed.
     """
 
     seed: int = 0
@@ -114,6 +124,7 @@ class ShapesSettings(Settings):
     shares: Mapping[str, float] = {"hard": 0.35, "medium": 0.15, "easy": 0.3, "shuffled": 0.2}
     questions: float = Field(0.2, ge=0, le=1)
     caption_noise: float | None = Field(None, ge=0, le=1)
+    image_negatives: bool = False
 
     @field_validator("shares")
     @classmethod
@@ -146,10 +157,13 @@ def write_split(folder: Path, split: str, n: int, seed: int, *, settings: Shapes
     lines = []
     for index in range(n):
         row = _row(seed, split, index, settings)
-        picture = Image.fromarray(render(Scene.from_json(row["scene"])))
-        encoded = io.BytesIO()
-        picture.save(encoded, format="PNG")
-        _whole(folder / row["images"][0], encoded.getvalue())
+        scenes = {row["images"][0]: Scene.from_json(row["scene"])}
+        if settings.image_negatives and row["prompt"][0]["content"][1]["text"] == PROMPT and "chosen" in row:
+            scenes |= _add_image_negative(row, scenes[row["images"][0]], stream(seed, split, index, "image"))
+        for name, scene in scenes.items():
+            encoded = io.BytesIO()
+            Image.fromarray(render(scene)).save(encoded, format="PNG")
+            _whole(folder / name, encoded.getvalue())
         lines.append(json.dumps(row))
     text = "".join(f"{line}\n" for line in lines)
     return _whole(folder / f"{split}.jsonl", text.encode())
@@ -243,6 +257,13 @@ def _row(seed: int, split: str, index: int, settings: ShapesSettings) -> dict[st
         "references": references,
         "scene": scene.to_json(),
     }
+
+
+def _add_image_negative(row: dict[str, Any], scene: Scene, rng: random.Random) -> dict[str, Scene]:
+    """Add a negative with the chosen caption under another image; returns that image's name and scene."""
+    text, name = row["chosen"][0]["content"][0]["text"], f"images/{row['id']}-other.png"
+    row["negatives"] += [{"text": text, "kind": "image_hard", "origin": "dataset", "images": [name]}]
+    return {name: hard_scene(scene, text, rng)}
 
 
 def _said(text: str) -> list[dict[str, Any]]:
