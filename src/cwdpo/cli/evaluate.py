@@ -1,19 +1,22 @@
-"""``cwdpo evaluate``, ``compare`` and ``export``: measure a model, compare runs, export a model."""
+"""``cwdpo evaluate``, ``ask``, ``compare`` and ``export``: measure a model, ask it, compare runs, export a model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from cwdpo.cli.common import AsJson
 from cwdpo.cli.progress import bars
+from cwdpo.data.problems import printable
 
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (evaluate, compare, export):
+    for command in (evaluate, ask, compare, export):
         app.command()(command)
 
 
@@ -58,6 +61,44 @@ def evaluate(
     typer.echo(f"\nresponses  {folder / 'responses.jsonl'}\nfigures    {folder / 'evaluation.json'}")
     if lmms_eval:
         run.lmms_eval(run.loadable(model), lmms_eval, folder, model=lmms_model, batch_size=batch_size)
+
+
+def ask(
+    model: Annotated[str, typer.Argument(help="a run folder, a model folder, 'embedded', or a hub id")],
+    question: Annotated[str, typer.Argument(help="the text of the prompt")],
+    image: Annotated[list[Path] | None, typer.Option(help="an image; several times for several")] = None,
+    response: Annotated[
+        list[str] | None, typer.Option(help="a response to score too; several times for several")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="samples at temperature 1, after the greedy response")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    tokens: Annotated[bool, typer.Option("--tokens", help="show the log-likelihood of each token")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the policies of a run side by side: the base, after stage 1, and the final one."""
+    from cwdpo.evaluation import ask as asking
+    from cwdpo.models.sample import Decoding
+
+    decodings = [
+        Decoding(0.0, max_new_tokens=max_new_tokens),
+        *[Decoding(1.0, max_new_tokens=max_new_tokens)] * samples,
+    ]
+    said = asking.ask(model, question, image or (), decodings=decodings, given=response or (), seed=seed)
+    if as_json:
+        typer.echo(json.dumps(said, indent=1, ensure_ascii=False))
+        return
+    for name, found in said.items():
+        typer.echo(printable(name))
+        for one in found:
+            cut = "" if one["ended"] else " [cut]"
+            typer.echo(f"  {one['how']:14} {one['mean_logp']:8.3f}  {printable(one['text'])}{cut}")
+            if tokens:
+                parts = (f"{printable(repr(text))[1:-1]} {logp:.2f}" for text, logp in one["tokens"])
+                typer.echo(f"{'':26}{' | '.join(parts)}")
+    typer.echo("The numbers are mean log-likelihoods at temperature 1, in nats per token.")
 
 
 def compare(

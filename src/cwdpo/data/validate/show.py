@@ -66,9 +66,9 @@ def shown_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ShownR
             len(row.prompt.input_ids),
             sizes,
             (
-                ShownResponse("chosen", _texts(encoder.tokenizer, row.chosen.ids)),
+                ShownResponse("chosen", token_texts(encoder.tokenizer, row.chosen.ids)),
                 *(
-                    ShownResponse(name, _texts(encoder.tokenizer, c.ids), c.span, c.prompt is not None)
+                    ShownResponse(name, token_texts(encoder.tokenizer, c.ids), c.span, c.prompt is not None)
                     for name, c in negatives
                 ),
             ),
@@ -94,7 +94,7 @@ def _prompt_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join([*parts, _decode(tokenizer, plain)])
 
 
-def _texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """The text of each token. If a character has several tokens, the last one has the text and the others are empty."""
     texts, said = [], ""
     for n in range(1, len(ids) + 1):
