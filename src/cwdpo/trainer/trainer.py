@@ -17,6 +17,7 @@ from cwdpo.data.encode.collate import Collator, PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
+from cwdpo.models.quantization import quantization_of
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.models.vision_cache import forget_vision_features
 from cwdpo.objectives.base import InForce, Objective, ScoredPairs, StepTotals
@@ -79,7 +80,7 @@ class PreferenceTrainer(CompleteCheckpoints):
 
     Raises:
         RecipeError: a spike rule under DeepSpeed, where no update can be skipped; an optimizer for bf16 weights where
-            none is trained.
+            none is trained; a sharded model with quantized weights.
         DataError: a single example has more than ``max_tokens_per_batch`` tokens.
     """
 
@@ -129,6 +130,11 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.guard.accelerator = self.accelerator
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator, model)
+        if self._sharded and quantization_of(model) is not None:
+            raise RecipeError(
+                "model.quantization: quantized weights are not sharded: use DDP (configs/accelerate/), where every "
+                "process holds the quantized model, or leave it out"
+            )
         self._unsharded = Unsharded(model) if self._sharded else None
         if self._sharded:
             forget_vision_features(model)
