@@ -160,9 +160,7 @@ def test_a_sharded_run_is_refused(
     finished: tuple[str, RunDir], world_folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from cwdpo.errors import RecipeError
-    from cwdpo.trainer import trainer
 
     monkeypatch.setattr(PreferenceTrainer, "_sharded", property(lambda self: True))
-    monkeypatch.setattr(trainer, "Unsharded", lambda model: None)
     with pytest.raises(RecipeError, match=r"model\.quantization: quantized weights are not sharded"):
         train_two_stage(recipe(world_folder, finished[0]), tmp_path / "run")

@@ -17,7 +17,6 @@ from cwdpo.data.encode.collate import Collator, PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
-from cwdpo.models.quantization import quantization_of
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.models.vision_cache import forget_vision_features
 from cwdpo.objectives.base import InForce, Objective, ScoredPairs, StepTotals
@@ -130,11 +129,6 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.guard.accelerator = self.accelerator
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator, model)
-        if self._sharded and quantization_of(model) is not None:
-            raise RecipeError(
-                "model.quantization: quantized weights are not sharded: use DDP (configs/accelerate/), where every "
-                "process holds the quantized model, or leave it out"
-            )
         self._unsharded = Unsharded(model) if self._sharded else None
         if self._sharded:
             forget_vision_features(model)
