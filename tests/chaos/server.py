@@ -14,20 +14,26 @@ from pathlib import Path
 
 # The forked process is killed, and its locks and files go, as any other's.
 SERVER = """
-import json, os, resource, signal, sys, traceback
+import json, multiprocessing, os, resource, signal, sys, traceback
+from pathlib import Path
 import cwdpo.pipeline.two_stage, cwdpo.evaluation.run, cwdpo.onpolicy.preferences, cwdpo.pipeline.export
-import cwdpo.report.render, cwdpo.dynamics.diagnose
+import cwdpo.report.watch, cwdpo.dynamics.diagnose, cwdpo.lab.ablate, cwdpo.lab.best_of
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
 from cwdpo.cli import main as cli
 
+if len(sys.argv) > 1:
+    cwdpo.lab.spec.SHIPPED = Path(sys.argv[1])
+# Workers of a study are forked, too; they die with their parent as spawned ones do.
+fork = multiprocessing.get_context("fork")
+cwdpo.lab.grid.mp.get_context = lambda method: fork
 print("ready", flush=True)
 for line in sys.stdin:
-    err, limits, *arguments = json.loads(line)
+    out, err, limits, *arguments = json.loads(line)
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-        os.dup2(1, 0)
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a full disk: the write itself says so
         for name, most in limits.items():
             resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
@@ -52,13 +58,14 @@ class Server:
 
     Args:
         limit: seconds after which a command counts as stuck.
+        studies: a folder whose studies take the place of the shipped ones, which take minutes.
     """
 
-    def __init__(self, limit: float = 240.0) -> None:
+    def __init__(self, limit: float = 240.0, studies: Path | None = None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-            env=environment,
+            [sys.executable, "-c", SERVER, *([str(studies)] if studies else [])], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, bufsize=0, env=environment,
         )  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -66,13 +73,16 @@ class Server:
         self.pid, self.limit = 0, limit
         assert self.answers.readline() == b"ready\n"
 
-    def start(self, err: Path, *arguments: object, limits: Mapping[str, int] | None = None) -> None:
+    def start(
+        self, err: Path, *arguments: object, out: Path | None = None, limits: Mapping[str, int] | None = None
+    ) -> None:
         """Start a command; what it writes to stderr is appended to ``err``.
 
         Args:
+            out: takes what it prints; default: nothing does.
             limits: of :mod:`resource`, ``RLIMIT_NOFILE`` for instance.
         """
-        order = [str(err), dict(limits or {}), *map(str, arguments)]
+        order = [str(out or os.devnull), str(err), dict(limits or {}), *map(str, arguments)]
         self.orders.write(json.dumps(order).encode() + b"\n")
         self.pid = int(self.answers.readline())
 
@@ -109,9 +119,9 @@ class Server:
             raise TimeoutError("the command is stuck")
         return int(self.answers.readline())
 
-    def run(self, err: Path, *arguments: object) -> int:
+    def run(self, err: Path, *arguments: object, out: Path | None = None) -> int:
         """Run a command to its end; its exit code."""
-        self.start(err, *arguments)
+        self.start(err, *arguments, out=out)
         return self.wait()
 
     def close(self) -> None:
