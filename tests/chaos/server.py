@@ -34,6 +34,7 @@ for line in sys.stdin:
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a full disk: the write itself says so
         for name, most in limits.items():
             resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))

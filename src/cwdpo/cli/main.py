@@ -47,7 +47,8 @@ def _show_version(asked: bool) -> None:
 
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EBUSY,
+    errno.ESTALE, errno.ENXIO,
 }  # fmt: skip
 
 
@@ -68,10 +69,15 @@ def _machine_trouble(error: Exception) -> str | None:
         )
     if number in (errno.EMFILE, errno.ENFILE):
         return f"{text}: raise the limit of open files (ulimit -n), then continue with --resume"
-    if number not in _DISK_ERRORS:
-        return None
     if isinstance(error, OSError) and error.filename:
         place = str(error.filename)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return (
+            f"{place}: does not exist and cannot be created there, or was removed while the command ran; files written "
+            "before are complete: choose another --out, or put back what was removed and continue with --resume"
+        )
+    if number not in _DISK_ERRORS:
+        return None
     remedy = (
         "free some space"
         if number in (errno.ENOSPC, errno.EDQUOT)
