@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
+from urllib.error import URLError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -80,7 +82,7 @@ class Chaos:
             for number, words in enumerate(command.first):
                 self._must(self.server.run(err, *words), (0,), f"{command.name}, first {number}", err)
             begun = time.monotonic()
-            self.server.start(err, *command.arguments(place), out=said(place))
+            self._start(command, place, err)
             if command.middles:
                 self._keep_middles(command, place)
             elif command.end:
@@ -114,6 +116,10 @@ class Chaos:
         place.mkdir()
         return rng, command, place, err
 
+    def _start(self, command: Command, place: Path, err: Path, **options: Any) -> None:
+        said(place).unlink(missing_ok=True)
+        self.server.start(err, *command.arguments(place), out=said(place), **options)
+
     # --- kills ------------------------------------------------------------------------------------------
 
     def kill(self, number: int) -> None:
@@ -134,7 +140,7 @@ class Chaos:
         until = time.monotonic() + instant
         if self._has_ended(command, place):
             return False
-        self.server.start(err, *command.arguments(place), out=said(place))
+        self._start(command, place, err)
         if not self.server.follow(lambda: time.monotonic() >= until):
             self.server.wait()
             return False
@@ -161,7 +167,7 @@ class Chaos:
             err.unlink()
         code = command.codes[0]
         if not self._has_ended(command, place):
-            self.server.start(err, *command.arguments(place), out=said(place))
+            self._start(command, place, err)
             if command.end:
                 command.end(self.server, place)
             code = self.server.wait()
@@ -194,7 +200,7 @@ class Chaos:
             )
         )
         told = f"{case} ({command.name}, {name} {most})"
-        self.server.start(err, *command.arguments(place), out=said(place), limits={name: most})
+        self._start(command, place, err, limits={name: most})
         code = self.server.wait()
         self.figures.count("shortages", f"shortages: {name[7:]}", f"shortages of {command.name}")
         text = err.read_text(errors="replace") if err.is_file() else ""
@@ -316,6 +322,10 @@ class Chaos:
             turn(number)
         except TimeoutError as error:
             self.figures.fail("hangs", f"{turn.__name__}:{number}", str(error))
+            self.server.stop()
+        except URLError as error:
+            self.figures.fail("wrong continuations", f"{turn.__name__}:{number}", f"no page: {error}")
+            self.server.stop()
 
 
 class _TooSlowError(BaseException):

@@ -71,7 +71,7 @@ class Server:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.orders, self.answers = self.process.stdin, self.process.stdout
-        self.pid, self.limit = 0, limit
+        self.pid, self.limit, self.running = 0, limit, False
         assert self.answers.readline() == b"ready\n"
 
     def start(
@@ -85,7 +85,7 @@ class Server:
         """
         order = [str(out or os.devnull), str(err), dict(limits or {}), *map(str, arguments)]
         self.orders.write(json.dumps(order).encode() + b"\n")
-        self.pid = int(self.answers.readline())
+        self.pid, self.running = int(self.answers.readline()), True
 
     def follow(self, condition: Callable[[], bool]) -> bool:
         """Wait until something holds; false where the command has ended before.
@@ -109,16 +109,21 @@ class Server:
         return True
 
     def wait(self) -> int:
-        """The exit code, negative for a signal. A command that is stuck is killed.
+        """The exit code, negative for a signal.
 
         Raises:
-            TimeoutError: it was stuck.
+            TimeoutError: the command is stuck; see :meth:`stop`.
         """
         if not select.select([self.answers], [], [], self.limit)[0]:
-            os.kill(self.pid, signal.SIGKILL)
-            self.answers.readline()
             raise TimeoutError("the command is stuck")
+        self.running = False
         return int(self.answers.readline())
+
+    def stop(self) -> None:
+        """Kill a command that is still running."""
+        if self.running:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
 
     def run(self, err: Path, *arguments: object, out: Path | None = None) -> int:
         """Run a command to its end; its exit code."""
@@ -126,7 +131,8 @@ class Server:
         return self.wait()
 
     def close(self) -> None:
-        """End the server."""
+        """End the server, and what it runs."""
+        self.stop()
         self.process.kill()
         self.process.wait()
         self.orders.close()
