@@ -33,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from chaos.commands import Command, commands, contents, difference, said
 from chaos.mutate import WHOLE_FILE, mutate
 from chaos.server import Server
+from chaos.shortages import Shortages
 
 SIGNALS = ("KILL", "TERM", "INT", "INT twice", "STOP and CONT")
 CHECKPOINT = re.compile(r"^stage[12]/checkpoint-")
 SECONDS_PER_INPUT = 10
+MAIN = ("kills", "damaged files", "mutated inputs", "shortages", "wrong continuations", "tracebacks", "hangs")
 
 
 @dataclass
@@ -56,6 +58,10 @@ class Figures:
         self.wrong.append(f"{kind}: {case}: {said[-1500:]}")
         print(f"{kind.upper()} {case}\n{said[-1500:]}", file=sys.stderr, flush=True)
 
+    def line(self) -> str:
+        """The main figures on one line."""
+        return ", ".join(f"{self.counts[name]} {name}" for name in MAIN)
+
     def table(self) -> str:
         """The figures as text."""
         return "\n".join(f"{n:>8}  {name}" for name, n in sorted(self.counts.items()))
@@ -71,8 +77,9 @@ class Chaos:
         self.server: Server
         self.memory = 0
 
-    def prepare(self) -> None:
-        """Run every command once undisturbed; keep runs as they stood in the middle, too."""
+    def prepare(self, *names: str) -> None:
+        """Run every command, or those, once undisturbed; keep runs as they stood in the middle, too."""
+        self.commands = [c for c in self.commands if not names or c.name in names]
         self.server = Server(limit=300.0, studies=self.place / "studies")
         status = Path(f"/proc/{self.server.process.pid}/statm").read_text(encoding="ascii")
         self.memory = int(status.split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -138,7 +145,7 @@ class Chaos:
     def _disturbed(self, command: Command, place: Path, err: Path, how: str, instant: float) -> bool:
         """Start and disturb; whether the command was still running then."""
         until = time.monotonic() + instant
-        if self._has_ended(command, place):
+        if self.has_ended(command, place):
             return False
         self._start(command, place, err)
         if not self.server.follow(lambda: time.monotonic() >= until):
@@ -157,7 +164,7 @@ class Chaos:
         return hit
 
     @staticmethod
-    def _has_ended(command: Command, place: Path) -> bool:
+    def has_ended(command: Command, place: Path) -> bool:
         """Whether it had ended before, where a second start refuses to overwrite."""
         return bool(command.refuses) and (place / command.refuses).exists()
 
@@ -166,7 +173,7 @@ class Chaos:
             self.figures.fail("tracebacks", case, err.read_text(errors="replace"))
             err.unlink()
         code = command.codes[0]
-        if not self._has_ended(command, place):
+        if not self.has_ended(command, place):
             self._start(command, place, err)
             if command.end:
                 command.end(self.server, place)
@@ -310,6 +317,7 @@ class Chaos:
         ]
         done = Counter[str]()
         while time.monotonic() < end:
+            print(f"chaos: {self.figures.line()}", flush=True)
             for turn, times in turns:
                 for _ in range(times):
                     if time.monotonic() < end:
@@ -367,6 +375,9 @@ def main() -> None:
     parser.add_argument(
         "--only", help="a case, for instance kill:17 or damage:3; inputs:250 runs its hundred"
     )
+    parser.add_argument(
+        "--shortages", action="store_true", help="the table of full disks and other shortages alone"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the working folder")
     asked = parser.parse_args()
     os.nice(10)
@@ -377,6 +388,9 @@ def main() -> None:
     try:
         if turn == "inputs":
             chaos.one(chaos.inputs, int(number) // 100)
+        elif asked.shortages:
+            chaos.prepare()
+            print(Shortages(chaos).all())
         elif turn:
             chaos.prepare()
             chaos.one(getattr(chaos, turn), int(number))
@@ -390,15 +404,7 @@ def main() -> None:
             print(f"kept: {place}")
         else:
             shutil.rmtree(place, ignore_errors=True)
-    for name in (
-        "kills",
-        "damaged files",
-        "mutated inputs",
-        "shortages",
-        "wrong continuations",
-        "tracebacks",
-        "hangs",
-    ):
+    for name in MAIN:
         chaos.figures.counts.setdefault(name, 0)
     print(
         f"chaos, seed {asked.seed}, {(time.monotonic() - begun) / 60:.1f} minutes:\n{chaos.figures.table()}"

@@ -130,11 +130,12 @@ def _text(*names: str) -> Callable[[Path], dict[str, bytes]]:
 
 
 def _study(place: Path) -> dict[str, bytes]:
-    """Tables and models of a study; its other files hold times."""
+    """Tables and models of a study; its other files hold times, and shared first stages are named after the place."""
     return {
         name: data
         for name, data in contents(place / "out").items()
         if re.search(r"^(table\.md|table\.csv|chosen\.yaml|sweep\.md)$|model\.safetensors$|^\.", name)
+        and not name.startswith("cells/stage1-")
     }
 
 
