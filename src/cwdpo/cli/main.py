@@ -52,6 +52,10 @@ _DISK_ERRORS = {
 }  # fmt: skip
 
 
+_NO_MEMORY = "can't allocate memory|failed to map segment"
+"""Of torch's allocator, and of the loader of a library."""
+
+
 def _machine_trouble(error: Exception) -> str | None:
     """A message for an error of the disk or of too little memory; ``None`` for any other error.
 
@@ -62,7 +66,7 @@ def _machine_trouble(error: Exception) -> str | None:
     number = int(found[1]) if found else getattr(error, "errno", None)
     if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", text):
         number = errno.ENOSPC
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(_NO_MEMORY, text):
         return (
             f"there is not enough memory ({' '.join(text.split())[:200] or 'MemoryError'}); files written before are "
             "complete: lower train.batch_size or data.cache_gb, or take a larger machine, then continue with --resume"
