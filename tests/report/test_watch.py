@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import socket
 import threading
@@ -110,6 +111,22 @@ def test_an_error_is_an_answer_and_the_next_look_may_find_the_run_whole(folder: 
         assert get(server)[0] == 200
         (folder / "recipe.yaml").unlink()
         assert "no run here" in get(server)[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_new_drawings_leave_no_open_files(folder: Path) -> None:
+    """Every request has a thread of its own, and matplotlib opens its fonts once for each thread that draws."""
+    (folder / "readings.jsonl").unlink(missing_ok=True)
+    opened = []
+    with running(folder) as server:
+        for step in range(8):
+            row = {"stage": "stage2", "name": "kl", "value": 0.1, "n": 3, "unit": "nats", "step": step}
+            with (folder / "readings.jsonl").open("a") as rows:
+                rows.write(json.dumps(row) + "\n")
+            status, page = get(server)
+            assert (status, "<svg" in page) == (200, True)
+            opened.append(len(os.listdir("/proc/self/fd")))
+    assert max(opened[1:]) <= opened[1] + 1, opened
 
 
 def test_any_error_of_drawing_is_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
