@@ -232,15 +232,6 @@ def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTo
     return checkpoint_tokens(*found)
 
 
-def training_dtype(settings: ModelSettings) -> str:
-    """The dtype to load in: ``auto`` is float32 for full fine-tuning, else the checkpoint's own dtype.
-
-    At the usual learning rates, updates of bf16 weights are rounded away. ``train.bf16`` casts the computation
-    instead.
-    """
-    return "float32" if settings.dtype == "auto" and settings.tune == "full" else settings.dtype
-
-
 def _load_model(source: str, settings: ModelSettings) -> Any:
     """The model with every weight from the checkpoint.
 
@@ -264,7 +255,7 @@ def _load_model(source: str, settings: ModelSettings) -> Any:
                 # An adapter's config stores this name: a relative path would be wrong from another folder.
                 os.path.abspath(source) if Path(source).is_dir() else source,
                 revision=settings.revision,
-                dtype=training_dtype(settings),
+                dtype=settings.load_dtype,
                 attn_implementation=settings.attention,
                 trust_remote_code=settings.trust_remote_code,
                 use_safetensors=True,

@@ -82,6 +82,15 @@ class ModelSettings(Settings):
         default_factory=dict, description="passed to AutoProcessor, e.g. min_pixels, max_pixels"
     )
 
+    @property
+    def load_dtype(self) -> str:
+        """The dtype to load in: ``auto`` is float32 for full fine-tuning, else the checkpoint's own dtype.
+
+        At the usual learning rates, updates of bf16 weights are rounded away. ``train.bf16`` casts the computation
+        instead.
+        """
+        return "float32" if self.dtype == "auto" and self.tune == "full" else self.dtype
+
     @model_validator(mode="after")
     def _quantization_has_its_settings(self) -> ModelSettings:
         options = self.quantization_options

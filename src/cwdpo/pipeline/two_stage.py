@@ -15,7 +15,7 @@ from cwdpo.models.packages import check_packages
 from cwdpo.pipeline.finish import evaluate_policy
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
-from cwdpo.pipeline.run_stage import run_stage
+from cwdpo.pipeline.run_stage import check_arguments, run_stage
 from cwdpo.records import Example
 from cwdpo.report.model_card import write_model_card
 from cwdpo.report.render import write_report
@@ -54,6 +54,7 @@ def train_two_stage(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_environment(recipe.train.bf16)
     check_packages(recipe.model)
+    check_arguments(recipe.train)
     recipe = recipe.model_copy(update={"model": with_adapter_settings(recipe.model)})
     listener = listener or Listener()
     state = PartialState(cpu=recipe.model.device == "cpu")
