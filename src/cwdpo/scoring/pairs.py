@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch, collate
-from cwdpo.data.encode.encoder import EncodedExample, with_reference
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.objectives.base import Scored, ScoredPairs, StepTotals
 from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import TokenScores
@@ -63,6 +63,20 @@ def select(scored: Scored, index: Tensor) -> Scored:
     stats = {name: values[index] for name, values in scored.stats.items()}
     tensors = {name: value[index] for name, value in vars(scored).items() if isinstance(value, Tensor)}
     return replace(scored, **tensors, stats=stats)
+
+
+def with_reference(example: EncodedExample, values: Sequence[tuple[float, float]]) -> EncodedExample:
+    """The example with the reference model's log-probabilities.
+
+    Args:
+        example: as the encoder made it.
+        values: ``(sum_logp, span_sum_logp)`` in nats: of chosen, then of each negative.
+    """
+    chosen, *negatives = (
+        replace(c, reference_sum_logp=total, reference_span_sum_logp=span)
+        for c, (total, span) in zip(example.completions, values, strict=True)
+    )
+    return replace(example, chosen=chosen, negatives=tuple(negatives))
 
 
 @torch.no_grad()

@@ -387,17 +387,3 @@ def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) 
         span,
         reward_margin=None if margin is None else float(margin),
     )
-
-
-def with_reference(example: EncodedExample, values: Sequence[tuple[float, float]]) -> EncodedExample:
-    """The example with the reference model's log-probabilities.
-
-    Args:
-        example: as the encoder made it.
-        values: ``(sum_logp, span_sum_logp)`` in nats: of chosen, then of each negative.
-    """
-    chosen, *negatives = (
-        replace(c, reference_sum_logp=total, reference_span_sum_logp=span)
-        for c, (total, span) in zip(example.completions, values, strict=True)
-    )
-    return replace(example, chosen=chosen, negatives=tuple(negatives))
