@@ -159,3 +159,29 @@ def test_the_process_goes_with_a_killed_parent() -> None:
 def test_without_fork_it_is_rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(render.os, "fork")
     assert rendered("a") == "a"
+
+
+def test_garbage_of_the_parent_is_not_collected_in_the_child() -> None:
+    """A mapped tensor that is freed after its file was closed would end the child."""
+
+    class Mapped:
+        owner = os.getpid()
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            if os.getpid() != self.owner:
+                os._exit(3)
+
+    class Collects(Templated):
+        def apply_chat_template(self, *args: Any, **more: Any) -> str:
+            gc.collect()
+            return super().apply_chat_template(*args, **more)
+
+    gc.disable()
+    try:
+        Mapped()
+        assert "hello" in Renderer(Collects("hello"))(CHAT, generation=True)
+    finally:
+        gc.enable()

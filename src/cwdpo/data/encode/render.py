@@ -8,6 +8,7 @@ is no ``fork`` (Windows), there are no limits.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -89,6 +90,8 @@ class _Child:
         if self.pid == 0:
             code = 1
             try:
+                # The parent's garbage stays: torch aborts when a mapped tensor is freed whose file is closed here.
+                gc.freeze()
                 _close_all_but(orders, answers)
                 _serve(processor, orders, answers)
                 code = 0
