@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -52,8 +53,8 @@ _DISK_ERRORS = {
 }  # fmt: skip
 
 
-_NO_MEMORY = "can't allocate memory|failed to map segment"
-"""Of torch's allocator, and of the loader of a library."""
+_NO_MEMORY = "can't allocate memory|failed to map segment|can't start new thread"
+"""Of torch's allocator, of the loader of a library, and of a thread's stack."""
 
 
 def _machine_trouble(error: Exception) -> str | None:
@@ -115,7 +116,18 @@ def main() -> None:
         typer.echo(f"cwdpo: {printable(trouble)}", err=True)
         sys.exit(1)
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook = hook if isinstance(hook, _AtTheEnd) else _AtTheEnd(hook)
+
+
+class _AtTheEnd:
+    """Does not show an interrupt that falls into a callback after the command has ended: the process ends anyway."""
+
+    def __init__(self, otherwise: Callable[[Any], object]) -> None:
+        self._otherwise = otherwise
+
+    def __call__(self, unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._otherwise(unraisable)
 
 
 def _interrupt_once_more(unraisable: Any) -> None:
