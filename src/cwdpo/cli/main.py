@@ -53,6 +53,8 @@ _DISK_ERRORS = {
 }  # fmt: skip
 
 
+_OF_RUST = ("SafetensorError", "Exception")
+"""Types of errors of safetensors, and of tokenizers, which uses the base class itself."""
 _NO_MEMORY = "can't allocate memory|failed to map segment|can't start new thread"
 """Of torch's allocator, of the loader of a library, and of a thread's stack."""
 
@@ -60,10 +62,10 @@ _NO_MEMORY = "can't allocate memory|failed to map segment|can't start new thread
 def _machine_trouble(error: Exception) -> str | None:
     """A message for an error of the disk or of too little memory; ``None`` for any other error.
 
-    safetensors and torch raise their own types of errors, which can be recognised only by their text.
+    safetensors, tokenizers and torch raise their own types of errors, which can be recognised only by their text.
     """
     text, place = str(error), "a file of the run"
-    found = re.search(r"\(os error (\d+)\)", text) if type(error).__name__ == "SafetensorError" else None
+    found = re.search(r"\(os error (\d+)\)", text) if type(error).__name__ in _OF_RUST else None
     number = int(found[1]) if found else getattr(error, "errno", None)
     if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", text):
         number = errno.ENOSPC
