@@ -104,6 +104,7 @@ def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.EMFILE, "Too many open files", "x"), "raise the limit of open files (ulimit -n)"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), "x: the file cannot be written"),
+        (RuntimeError("basic_ios::clear: iostream error"), "a file of the run: the file cannot be written"),
         (Exception("No space left on device (os error 28)"), "a file of the run: the file cannot be written"),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), "x: the file cannot be written"),
         (OSError(errno.ENOENT, "No such file or directory", "x"), "x: does not exist and cannot be created"),

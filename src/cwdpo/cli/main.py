@@ -67,7 +67,9 @@ def _machine_trouble(error: Exception) -> str | None:
     text, place = str(error), "a file of the run"
     found = re.search(r"\(os error (\d+)\)", text) if type(error).__name__ in _OF_RUST else None
     number = int(found[1]) if found else getattr(error, "errno", None)
-    if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", text):
+    if isinstance(error, RuntimeError) and re.search(
+        r"inline_container|PytorchStreamWriter|iostream error", text
+    ):
         number = errno.ENOSPC
     if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(_NO_MEMORY, text):
         return (
