@@ -201,7 +201,7 @@ class Chaos:
         rng, command, place, err = self._draw(case, [c for c in self.commands if not c.end])
         name, most = rng.choice(
             (
-                ("RLIMIT_FSIZE", int(10 ** rng.uniform(0, 6.5))),
+                ("RLIMIT_FSIZE", int(10 ** rng.uniform(3, 6.5))),
                 ("RLIMIT_NOFILE", rng.randrange(12, 64)),
                 ("RLIMIT_AS", self.memory + int(rng.uniform(0, 400) * 2**20)),
             )

@@ -14,7 +14,7 @@ from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.files.reading import read_object
-from cwdpo.files.writing import copy_folder, new_folder, write_text
+from cwdpo.files.writing import clear_unfinished, copy_folder, new_folder, write_text
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.merge import Rounding, merge, rounding, rounding_of_adapter
 from cwdpo.models.quantization import quantization_of
@@ -129,6 +129,7 @@ def export(
         form = "merged" if merge else "adapter"
         if dtype and not merge:
             raise RunDirError(f"{run}: --dtype is for full weights, but an adapter is copied: add --merge")
+    clear_unfinished(out)
     with new_folder(out) as temporary:
         found = _write(folder, temporary, form, dtype, data)
         card = model_card(folder.path, form)

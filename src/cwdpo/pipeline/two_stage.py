@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
+from cwdpo.files.checksums import refuse_damage
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.packages import check_packages
 from cwdpo.pipeline.finish import evaluate_policy
@@ -95,6 +96,11 @@ def _train(
 
     trained = resume and (run.path / "model").is_dir()
     if trained:
+        if (first := run.path / "stage1" / "model").is_dir():
+            refuse_damage(
+                first,
+                "remove it: this run is finished and does not need it",
+            )
         load_saved(policy, run.path / "model")
     else:
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))
