@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-for-development
 MINUTES ?= 4
 SEED ?= 0
 
-.PHONY: demo test test-slow test-families test-lowest chaos lint base sweep clean
+.PHONY: demo test test-slow test-families test-lowest chaos soak lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -21,6 +21,11 @@ test-slow: $(STAMP)
 # Kills, damaged run folders and mutated inputs, compared with undisturbed twins: docs/security.md.
 chaos: $(STAMP)
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m chaos --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
+# By hand: memory and open files of long runs, of `watch` and of a sweep, for an hour.
+soak: MINUTES := $(if $(filter file,$(origin MINUTES)),60,$(MINUTES))
+soak: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m chaos.soak --minutes $(MINUTES)
 
 # Every model family with its real processor, in an environment of its own (built once a machine, outside the clone).
 test-families:

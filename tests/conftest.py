@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing is compiled here, and bitsandbytes, which peft imports, would load the whole compiler in every process.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 

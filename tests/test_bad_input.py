@@ -174,7 +174,7 @@ def test_the_names_that_recipes_may_use_are_those_of_transformers() -> None:
     from transformers import SchedulerType
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    from cwdpo.config import SCHEDULES, TRACKERS
+    from cwdpo.arguments import SCHEDULES, TRACKERS
 
     assert {kind.value for kind in SchedulerType} >= set(SCHEDULES)
     assert set(INTEGRATION_TO_CALLBACK) >= set(TRACKERS)

@@ -5,6 +5,7 @@ Importing this package does not import torch: names that need it are imported wh
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -16,6 +17,10 @@ _LAZY = {
     "Recipe": "cwdpo.config",
 }
 __all__ = ["CWDPOConfig", "CWDPOTrainer", "Recipe", "__version__", "train_two_stage"]
+
+# bitsandbytes, which peft imports where it is installed, warns at every start about a kernel that is not used here
+# (models/quantization.py).
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from cwdpo.config import Recipe

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cwdpo import shipped
+from cwdpo.arguments import Optimizer, objection
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
-from cwdpo.errors import CwdpoError, FileError, RecipeError, nearest
-from cwdpo.files.yamlfile import dump_yaml, read_yaml
+from cwdpo.errors import CwdpoError, FileError, RecipeError
+from cwdpo.files.yamlfile import as_number, dump_yaml, read_yaml
 from cwdpo.hints import belongs
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
@@ -28,15 +29,6 @@ from cwdpo.worlds.shapes import ShapesSettings
 
 Spec = dict[str, Any]
 """A component in a recipe: its ``name`` and its settings."""
-
-
-TRACKERS = ("clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-"""Allowed names in ``train.report_to``; each is also the name of the package that it needs."""
-# The schedules of transformers that need no further settings.
-SCHEDULES = (
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-    "inverse_sqrt",
-)  # fmt: skip
 
 
 _Section = TypeVar("_Section", bound=Settings)
@@ -111,7 +103,7 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.98, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Literal["adamw", "adamw_kahan"] = Field(
+    optimizer: Optimizer = Field(
         "adamw",
         description="adamw_kahan: for trained bf16 weights, compensates their rounding errors (torch-optimi)",
     )
@@ -139,15 +131,25 @@ class TrainSettings(Settings):
         None, description="folder for reference log-probabilities of several runs; default: in the run folder"
     )
 
-    @field_validator("lr_scheduler_type", "report_to")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="further ones of TrainingArguments, e.g. optim"
+    )
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> TrainSettings:
+        if "optim" in self.arguments and self.optimizer != "adamw":
+            raise ValueError(
+                f"arguments.optim and optimizer: {self.optimizer} are two optimizers: leave one out"
+            )
+        return self
+
+    @field_validator("lr_scheduler_type", "report_to", "arguments")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         """Check names when the recipe is read; transformers would check them after data and model are loaded."""
-        known = TRACKERS if info.field_name == "report_to" else SCHEDULES
-        for name in [value] if isinstance(value, str) else value:
-            if name not in known:
-                raise ValueError(f"unknown name {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
-        return value
+        if (problem := objection(str(info.field_name), value)) is not None:
+            raise ValueError(problem)
+        return {k: as_number(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class EvaluationSettings(Settings):
@@ -221,6 +223,11 @@ class Recipe(Settings):
     def _something_to_do(self) -> Recipe:
         if not (self.stage1.enabled or self.stage2.enabled):
             raise ValueError("stage1 and stage2 are both disabled: nothing would be trained")
+        if self.train.optimizer == "adamw_kahan" and self.model.load_dtype in ("float32", "float16"):
+            raise ValueError(
+                f"train.optimizer: adamw_kahan is for trained weights in bf16, not in {self.model.load_dtype}: set "
+                "model.dtype to bfloat16, or leave train.optimizer out"
+            )
         if self.train.max_tokens_per_batch is not None and self.negatives.on_policy_fraction is not None:
             raise ValueError(
                 "train.max_tokens_per_batch: the rows of a round are not known before the round, so its batches cannot "

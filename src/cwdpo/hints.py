@@ -14,7 +14,7 @@ FROM_OTHER_TOOLS: Mapping[str, str] = {
     "warmup_ratio": "train.warmup_steps (a share of all steps when below 1)",
     "eval_steps": "probes.every",
     "lr": "stage1.learning_rate and stage2.learning_rate",
-    "optim": "train.optimizer",
+    "optim": "train.optimizer and train.arguments.optim",
     "gradient_clipping": "train.max_grad_norm",
     "clip_grad": "train.max_grad_norm",
     "wandb": "train.report_to (wandb)",

@@ -21,38 +21,24 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
+from urllib.error import URLError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from chaos.commands import Command, commands, contents, difference, said
 from chaos.mutate import WHOLE_FILE, mutate
 from chaos.server import Server
+from chaos.shortages import Shortages
 
-RECIPE = """
-name: twin
-model:
-  {path: init, device: cpu, init: {vision_width: 32, vision_layers: 1, width: 32, layers: 2, heads: 2, vocabulary: 400}}
-data: {world: {seed: 5, train: 40, validation: 8, test: 0, negatives_per_prompt: 2}, stage1_fraction: 0.5}
-stage1: {objective: sft_constrained, learning_rate: 1.0e-3, steps: 5}
-stage2: {objective: {name: cw_dpo, beta: 0.3}, learning_rate: 1.0e-3, steps: 6}
-train: {batch_size: 4, logging_steps: 2, save_steps: 2, warmup_steps: 2}
-calibration: {samples: 16, max_new_tokens: 8}
-probes: {every: 3, prompts: 4}
-evaluation: {prompts: 4, samples: 1, max_new_tokens: 8, batch_size: 4}
-negatives:
-  {on_policy_fraction: 0.5, rounds: 2, sampler: {samples: 2, max_new_tokens: 16, batch_size: 4, keep_cut: true}}
-stop: []
-"""
 SIGNALS = ("KILL", "TERM", "INT", "INT twice", "STOP and CONT")
-CHANGING = re.compile(
-    r"^reference/|(^|/)(timings\.jsonl|environment\.json|report\.html|\.lock|training_args\.bin|checksums\.json|README\.md)$"
-)
-"""Files that say when, where or by which command they were made; those of the reference have random names."""
 CHECKPOINT = re.compile(r"^stage[12]/checkpoint-")
 SECONDS_PER_INPUT = 10
+MAIN = ("kills", "damaged files", "mutated inputs", "shortages", "wrong continuations", "tracebacks", "hangs")
 
 
 @dataclass
@@ -72,139 +58,96 @@ class Figures:
         self.wrong.append(f"{kind}: {case}: {said[-1500:]}")
         print(f"{kind.upper()} {case}\n{said[-1500:]}", file=sys.stderr, flush=True)
 
+    def line(self) -> str:
+        """The main figures on one line."""
+        return ", ".join(f"{self.counts[name]} {name}" for name in MAIN)
+
     def table(self) -> str:
         """The figures as text."""
         return "\n".join(f"{n:>8}  {name}" for name, n in sorted(self.counts.items()))
 
 
-def contents(folder: Path, *others: Path) -> dict[str, bytes]:
-    """Every file of a finished folder that must not differ, without its own path and those of ``others``."""
-
-    def bare(data: bytes) -> bytes:
-        for place in (folder, *others):
-            data = data.replace(os.fsencode(place), b"")
-        return data
-
-    return {
-        name: bare(path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not CHANGING.search(name := path.relative_to(folder).as_posix())
-    }
-
-
-def difference(found: dict[str, bytes], wanted: dict[str, bytes]) -> str:
-    """Names that differ; empty for none."""
-    names = [n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n)]
-    return ", ".join(
-        f"{n}{'' if n in found else ' (missing)'}{'' if n in wanted else ' (left over)'}" for n in names
-    )
-
-
-@dataclass
-class Command:
-    """A command, what it leaves, and how long it takes undisturbed."""
-
-    name: str
-    arguments: Callable[[Path], list[object]]
-    result: Callable[[Path], dict[str, bytes]]
-    wanted: dict[str, bytes] = field(default_factory=dict)
-    seconds: float = 0.0
-    weight: int = 1
-
-
 class Chaos:
-    """One harness: a folder to work in, a server, a twin."""
+    """One harness: a folder to work in, a server, the undisturbed twins."""
 
     def __init__(self, place: Path, seed: int) -> None:
         self.place, self.seed, self.figures = place, seed, Figures()
-        self.recipe = place / "recipe.yaml"
-        self.recipe.write_text(RECIPE)
+        self.commands = commands(place)
+        self.stages: dict[str, list[Path]] = {}
         self.server: Server
-        self.twin = place / "twin" / "run"
-        self.commands = self._commands()
-        self.middle: list[Path] = []
         self.memory = 0
 
-    def _commands(self) -> list[Command]:
-        def train(place: Path) -> list[object]:
-            again = ["--resume"] if (place / "run").is_dir() else []
-            return ["train", self.recipe, "--out", place / "run", *again]
-
-        def evaluate(place: Path) -> list[object]:
-            data = self.twin / "data" / "validation.jsonl"
-            return ["evaluate", self.twin / "model", "--data", data, "--metrics", "length,world", "--out",
-                    place / "evaluation", "--max-new-tokens", 8, "--samples", 2, "--temperature", 1,
-                    "--batch-size", 2]  # fmt: skip
-
-        def sample(place: Path) -> list[object]:
-            return ["sample", self.recipe, "--out", place / "pairs.jsonl", "model.path=embedded"]
-
-        def report(place: Path) -> list[object]:
-            shutil.copytree(self.twin, place / "run", dirs_exist_ok=True)
-            return ["report", place / "run"]
-
-        def export(place: Path) -> list[object]:
-            return ["export", self.twin, "--out", place / "out"]
-
-        def page(place: Path) -> dict[str, bytes]:
-            return {"page": (place / "run" / "report.html").read_bytes().replace(os.fsencode(place), b"")}
-
-        return [
-            Command("train", train, lambda place: contents(place / "run"), weight=8),
-            Command("sample", sample, contents, weight=2),
-            Command("evaluate", evaluate, lambda place: contents(place / "evaluation"), weight=2),
-            Command("export", export, lambda place: contents(place / "out")),
-            Command("report", report, page),
-        ]
-
-    def prepare(self) -> None:
-        """Run every command once undisturbed; keep the run as it stood in the middle, too."""
-        self.server = Server(limit=300.0)
+    def prepare(self, *names: str) -> None:
+        """Run every command, or those, once undisturbed; keep runs as they stood in the middle, too."""
+        self.commands = [c for c in self.commands if not names or c.name in names]
+        self.server = Server(limit=300.0, studies=self.place / "studies")
         status = Path(f"/proc/{self.server.process.pid}/statm").read_text(encoding="ascii")
         self.memory = int(status.split()[0]) * os.sysconf("SC_PAGE_SIZE")
         for command in self.commands:
-            place = self.twin.parent if command.name == "train" else self.place / f"twin-{command.name}"
+            place, err = self.place / f"twin-{command.name}", self.place / f"twin-{command.name}.err"
             place.mkdir()
-            err = self.place / f"twin-{command.name}.err"
+            for number, words in enumerate(command.first):
+                self._must(self.server.run(err, *words), (0,), f"{command.name}, first {number}", err)
             begun = time.monotonic()
-            self.server.start(err, *command.arguments(place))
-            if command.name == "train":
-                for number, name in enumerate(("stage1/model", "stage2/checkpoint-4")):
-                    if self.server.follow((place / "run" / name).is_dir):
-                        self.server.signal(signal.SIGSTOP)
-                        shutil.copytree(place / "run", self.place / f"middle-{number}")
-                        self.middle.append(self.place / f"middle-{number}")
-                        self.server.signal(signal.SIGCONT)
-            code = self.server.wait()
+            self._start(command, place, err)
+            if command.middles:
+                self._keep_middles(command, place)
+            elif command.end:
+                command.end(self.server, place)
+            self._must(self.server.wait(), command.codes, command.name, err)
             command.seconds = time.monotonic() - begun
-            if code:
-                sys.exit(f"chaos: the undisturbed {command.name} fails:\n{err.read_text()[-3000:]}")
             command.wanted = command.result(place)
             print(f"chaos: {command.name} takes {command.seconds:.1f} s undisturbed", flush=True)
+
+    @staticmethod
+    def _must(code: int, codes: tuple[int, ...], name: str, err: Path) -> None:
+        if code not in codes:
+            sys.exit(f"chaos: the undisturbed {name} ends with {code}:\n{err.read_text()[-3000:]}")
+
+    def _keep_middles(self, command: Command, place: Path) -> None:
+        found = [place / "run"]
+        for number, name in enumerate(command.middles):
+            if self.server.follow((place / "run" / name).is_dir):
+                self.server.signal(signal.SIGSTOP)
+                found.append(self.place / f"middle-{command.name}-{number}")
+                shutil.copytree(place / "run", found[-1])
+                self.server.signal(signal.SIGCONT)
+        self.stages[command.name] = found
+
+    def _draw(self, case: str, among: Sequence[Command]) -> tuple[Random, Command, Path, Path]:
+        """What is drawn for a case, one of the commands, and an empty folder and error file for it."""
+        rng = Random(f"{self.seed} {case}")
+        command = rng.choices(among, [c.weight for c in among])[0]
+        place, err = self.place / "case", self.place / "case.err"
+        _clear(place, err, said(place))
+        place.mkdir()
+        return rng, command, place, err
+
+    def _start(self, command: Command, place: Path, err: Path, **options: Any) -> None:
+        said(place).unlink(missing_ok=True)
+        self.server.start(err, *command.arguments(place), out=said(place), **options)
 
     # --- kills ------------------------------------------------------------------------------------------
 
     def kill(self, number: int) -> None:
         """One command, disturbed once or twice at random instants, and started again until it ends."""
         case = f"kill:{number}"
-        rng = Random(f"{self.seed} {case}")
-        command = rng.choices(self.commands, [c.weight for c in self.commands])[0]
-        place, err = self.place / "case", self.place / "case.err"
-        _clear(place, err)
-        place.mkdir()
-        said = f"{case} ({command.name}"
+        rng, command, place, err = self._draw(case, self.commands)
+        told = f"{case} ({command.name}"
         for _ in range(rng.choice((1, 1, 2))):
             how, instant = rng.choice(SIGNALS), rng.uniform(0, command.seconds)
-            said += f", {how} after {instant:.2f} s"
+            told += f", {how} after {instant:.2f} s"
             if self._disturbed(command, place, err, how, instant):
                 self.figures.count("kills", f"kills: {how}", f"kills of {command.name}")
-        said += ")"
-        self._ends_like_its_twin(command, place, err, said)
+        told += ")"
+        self._ends_like_its_twin(command, place, err, told)
 
     def _disturbed(self, command: Command, place: Path, err: Path, how: str, instant: float) -> bool:
         """Start and disturb; whether the command was still running then."""
         until = time.monotonic() + instant
-        self.server.start(err, *command.arguments(place))
+        if self.has_ended(command, place):
+            return False
+        self._start(command, place, err)
         if not self.server.follow(lambda: time.monotonic() >= until):
             self.server.wait()
             return False
@@ -215,70 +158,76 @@ class Chaos:
         if how == "STOP and CONT":
             time.sleep(0.3)
             self.server.signal(signal.SIGCONT)
+            if command.end:
+                command.end(self.server, place)
         self.server.wait()
         return hit
+
+    @staticmethod
+    def has_ended(command: Command, place: Path) -> bool:
+        """Whether it had ended before, where a second start refuses to overwrite."""
+        return bool(command.refuses) and (place / command.refuses).exists()
 
     def _ends_like_its_twin(self, command: Command, place: Path, err: Path, case: str) -> None:
         if _traceback(err):
             self.figures.fail("tracebacks", case, err.read_text(errors="replace"))
             err.unlink()
-        arguments = command.arguments(place)
-        if (
-            command.name in ("sample", "export")
-            and Path(str(arguments[arguments.index("--out") + 1])).exists()
-        ):
-            code = 0  # it had ended: a second start refuses to overwrite
-        else:
-            code = self.server.run(err, *arguments)
+        code = command.codes[0]
+        if not self.has_ended(command, place):
+            self._start(command, place, err)
+            if command.end:
+                command.end(self.server, place)
+            code = self.server.wait()
         text = err.read_text(errors="replace") if err.is_file() else ""
-        if code or _traceback(err):
+        if code not in command.codes or _traceback(err):
             self.figures.fail("wrong continuations", case, f"exit code {code}: {text}")
             return
         wrong = difference(command.result(place), command.wanted)
         if wrong:
+            self._save(place)
             self.figures.fail("wrong continuations", case, f"differs from its twin: {wrong}")
+
+    def _save(self, place: Path) -> None:
+        """Keep the folder of a wrong continuation where it can be looked at."""
+        kept = Path(tempfile.mkdtemp(prefix="chaos-wrong-"))
+        shutil.copytree(place, kept / "case", symlinks=True)
+        print(f"kept: {kept}", file=sys.stderr, flush=True)
 
     # --- shortages --------------------------------------------------------------------------------------
 
     def shortage(self, number: int) -> None:
         """One command with too little disk, too few files or too little memory; then again with enough."""
         case = f"shortage:{number}"
-        rng = Random(f"{self.seed} {case}")
-        command = rng.choices(self.commands, [c.weight for c in self.commands])[0]
-        place, err = self.place / "case", self.place / "case.err"
-        _clear(place, err)
-        place.mkdir()
+        rng, command, place, err = self._draw(case, [c for c in self.commands if not c.end])
         name, most = rng.choice(
             (
-                ("RLIMIT_FSIZE", int(10 ** rng.uniform(0, 6.5))),
+                ("RLIMIT_FSIZE", int(10 ** rng.uniform(3, 6.5))),
                 ("RLIMIT_NOFILE", rng.randrange(12, 64)),
                 ("RLIMIT_AS", self.memory + int(rng.uniform(0, 400) * 2**20)),
             )
         )
-        said = f"{case} ({command.name}, {name} {most})"
-        self.server.start(err, *command.arguments(place), limits={name: most})
+        told = f"{case} ({command.name}, {name} {most})"
+        self._start(command, place, err, limits={name: most})
         code = self.server.wait()
-        self.figures.count("shortages", f"shortages: {name[7:]}")
+        self.figures.count("shortages", f"shortages: {name[7:]}", f"shortages of {command.name}")
         text = err.read_text(errors="replace") if err.is_file() else ""
-        if code and not _traceback(err) and "cwdpo: " not in text and code > 0:
-            self.figures.fail("tracebacks", said, f"exit code {code} without a word: {text}")
-        self._ends_like_its_twin(command, place, err, said)
+        if code not in command.codes and not _traceback(err) and "cwdpo: " not in text and code > 0:
+            self.figures.fail("tracebacks", told, f"exit code {code} without a word: {text}")
+        self._ends_like_its_twin(command, place, err, told)
 
     # --- damage -----------------------------------------------------------------------------------------
 
     def damage(self, number: int) -> None:
         """One file of a run folder, stopped in the middle or finished, damaged; then the run is resumed and read."""
         case = f"damage:{number}"
-        rng = Random(f"{self.seed} {case}")
-        source = rng.choice([*self.middle, self.twin])
-        place, err = self.place / "case", self.place / "case.err"
-        _clear(place, err)
+        rng, command, place, err = self._draw(case, [c for c in self.commands if c.middles])
+        source = rng.choice(self.stages[command.name])
         shutil.copytree(source, place / "run")
         files = sorted(p for p in (place / "run").rglob("*") if p.is_file() and p.name != ".lock")
         # Pictures of the world are many and alike.
         files = [p for p in files if p.suffix != ".png"] + [p for p in files if p.suffix == ".png"][:3]
         path, how = rng.choice(files), rng.choice(list(WHOLE_FILE))
-        said = f"{case} ({source.name}, {path.relative_to(place / 'run')}, {how})"
+        told = f"{case} ({command.name}, {source.name}, {path.relative_to(place / 'run')}, {how})"
         before = path.read_bytes()
         after = WHOLE_FILE[how](before, rng)
         if after == before:
@@ -287,14 +236,14 @@ class Chaos:
             path.unlink()
         else:
             path.write_bytes(after)
-        self.figures.count("damaged files", f"damaged files: {how}")
+        self.figures.count("damaged files", f"damaged files: {how}", f"damaged files of {command.name}")
         reader = rng.choice((None, None, "report", "diagnose", "export"))
         if reader is not None:
-            self._read(reader, place, err, said)
-        elif self.server.run(err, *self.commands[0].arguments(place)):
-            self._refused(err, said)
+            self._read(reader, place, err, told)
+        elif self.server.run(err, *command.arguments(place)):
+            self._refused(err, told)
         else:
-            self._went_on(place, err, said)
+            self._went_on(command, source, place, err, told)
 
     def _read(self, reader: str, place: Path, err: Path, case: str) -> None:
         out = ["--out", place / "out"] if reader == "export" else []
@@ -309,16 +258,17 @@ class Chaos:
         else:
             self.figures.count("damage named")
 
-    def _went_on(self, place: Path, err: Path, case: str) -> None:
+    def _went_on(self, command: Command, source: Path, place: Path, err: Path, case: str) -> None:
         if _traceback(err):
             self.figures.fail("tracebacks", case, err.read_text(errors="replace"))
         # A checkpoint that a later model has made superfluous is not looked at.
         found, wanted = (
             {name: data for name, data in files.items() if not CHECKPOINT.match(name)}
-            for files in (contents(place / "run", self.twin), self.commands[0].wanted)
+            for files in (contents(place / "run", self.stages[command.name][0]), command.wanted)
         )
         wrong = difference(found, wanted)
         if wrong:
+            self._save(place)
             self.figures.fail("wrong continuations", case, f"went on without a word and differs: {wrong}")
         else:
             self.figures.count("damage healed")
@@ -360,13 +310,14 @@ class Chaos:
     def until(self, end: float) -> None:
         """Take turns until the time is up."""
         turns: list[tuple[Callable[[int], None], int]] = [
-            (self.kill, 3),
-            (self.damage, 6),
-            (self.inputs, 2),
+            (self.kill, 6),
+            (self.damage, 20),
+            (self.inputs, 4),
             (self.shortage, 1),
         ]
         done = Counter[str]()
         while time.monotonic() < end:
+            print(f"chaos: {self.figures.line()}", flush=True)
             for turn, times in turns:
                 for _ in range(times):
                     if time.monotonic() < end:
@@ -379,6 +330,10 @@ class Chaos:
             turn(number)
         except TimeoutError as error:
             self.figures.fail("hangs", f"{turn.__name__}:{number}", str(error))
+            self.server.stop()
+        except URLError as error:
+            self.figures.fail("wrong continuations", f"{turn.__name__}:{number}", f"no page: {error}")
+            self.server.stop()
 
 
 class _TooSlowError(BaseException):
@@ -420,6 +375,9 @@ def main() -> None:
     parser.add_argument(
         "--only", help="a case, for instance kill:17 or damage:3; inputs:250 runs its hundred"
     )
+    parser.add_argument(
+        "--shortages", action="store_true", help="the table of full disks and other shortages alone"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the working folder")
     asked = parser.parse_args()
     os.nice(10)
@@ -430,6 +388,9 @@ def main() -> None:
     try:
         if turn == "inputs":
             chaos.one(chaos.inputs, int(number) // 100)
+        elif asked.shortages:
+            chaos.prepare()
+            print(Shortages(chaos).all())
         elif turn:
             chaos.prepare()
             chaos.one(getattr(chaos, turn), int(number))
@@ -443,15 +404,7 @@ def main() -> None:
             print(f"kept: {place}")
         else:
             shutil.rmtree(place, ignore_errors=True)
-    for name in (
-        "kills",
-        "damaged files",
-        "mutated inputs",
-        "shortages",
-        "wrong continuations",
-        "tracebacks",
-        "hangs",
-    ):
+    for name in MAIN:
         chaos.figures.counts.setdefault(name, 0)
     print(
         f"chaos, seed {asked.seed}, {(time.monotonic() - begun) / 60:.1f} minutes:\n{chaos.figures.table()}"

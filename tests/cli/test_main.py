@@ -100,8 +100,11 @@ def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
             "not enough memory (DefaultCPU",
         ),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.EMFILE, "Too many open files", "x"), "raise the limit of open files (ulimit -n)"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), "x: the file cannot be written"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), "x: the file cannot be written"),
+        (OSError(errno.ENOENT, "No such file or directory", "x"), "x: does not exist and cannot be created"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(
@@ -115,6 +118,17 @@ def test_what_the_machine_lacks_is_one_line(
     assert done.code == 1
     assert said in done.err
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system where no folder can be made")
+@pytest.mark.parametrize("command", ["init-model", "train", "report"])
+def test_a_folder_that_cannot_be_made_is_one_line(run: Run, command: str) -> None:
+    out = "/proc/none/x"
+    arguments = {"train": ("tiny", "--out", out), "init-model": (out,), "report": (out,)}[command]
+    done = run(command, *arguments)
+    assert done.code == 1
+    assert "/proc/none" in done.err
+    assert len(done.err.strip().splitlines()) == 1
 
 
 def test_an_interrupt_that_falls_into_a_callback_is_not_lost() -> None:

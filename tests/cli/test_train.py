@@ -99,6 +99,21 @@ def test_report_writes_the_page(run: Run, tmp_path: Path) -> None:
 SMALL = ("--width", 32, "--layers", 1, "--image-size", 24, "--vocabulary", 300)
 
 
+def test_init_model_is_whole_or_not_there(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    left = tmp_path / ".model.0123456789abcdef.tmp"
+    left.mkdir()
+    (left / "config.json").write_text("{")
+    with monkeypatch.context() as patch:
+        patch.setattr("cwdpo.models.tiny.save_weights", killed)
+        assert run("init-model", tmp_path / "model", *SMALL).code == 130
+    assert list(tmp_path.iterdir()) == []
+    assert run("init-model", tmp_path / "model", *SMALL).code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_init_model_writes_a_folder_that_transformers_loads(run: Run, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

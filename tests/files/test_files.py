@@ -18,6 +18,7 @@ from cwdpo.files import reading, writing
 from cwdpo.files.reading import DEEPEST, is_deep, parse_json, read_json, read_jsonl, read_object, read_text
 from cwdpo.files.writing import (
     clear_pieces,
+    clear_unfinished,
     copy_folder,
     discard,
     new_folder,
@@ -88,6 +89,26 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "x").read_text() == "new"
     discard(tmp_path / "a")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_writings_of_one_name_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".a.0123456789abcdef.tmp").write_text("half")
+    (tmp_path / ".a.0123456789abcdee.tmp").mkdir()
+    (tmp_path / ".a.0123456789abcdee.tmp" / "x").write_text("half")
+    others = [
+        ".a.tmp",
+        ".a.mine.tmp",
+        ".ab.0123456789abcdef.tmp",
+        "a",
+        "a.0123456789abcdef.tmp",
+        ".b.a.0123456789abcdef.tmp",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    assert clear_unfinished(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+    assert not clear_unfinished(tmp_path / "a")
+    assert not clear_unfinished(tmp_path / "none" / "a")
 
 
 # --- links and pipes ------------------------------------------------------------------------------------

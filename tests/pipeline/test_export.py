@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from cwdpo.config import stored_model
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import ModelError, RunDirError
 from cwdpo.models.load import Policy, adopt, load_policy
 from cwdpo.models.merge import rounding
-from cwdpo.models.settings import ModelSettings
+from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.models.write import save_weights
 from cwdpo.pipeline import export as module
 from cwdpo.pipeline.export import MOST, export
@@ -247,21 +248,72 @@ def test_rows_that_are_gone_are_named_with_the_way_out(
     assert "add --merge" in refused.err
 
 
-def test_a_quantized_base_is_not_merged_into(
-    tied: dict[str, Path], world_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("stored", [False, True], ids=["quantized at loading", "stored quantized"])
+def test_a_quantized_base_is_dequantized_before_the_merge(
+    model_folder: Path, world_folder: Path, tmp_path: Path, kind: str, stored: bool
 ) -> None:
-    trained(tied["float32"], "language model", world_folder, tmp_path / "run")
-    config = tied["float32"] / "config.json"
-    before = config.read_text()
-    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    config.write_text(json.dumps({**json.loads(before), "quantization_config": quantized}))
-    try:
-        with pytest.raises(
-            ModelError, match=r"stored quantized.*without --merge.*the checkpoint that was quantized"
-        ):
-            export(tmp_path / "run", tmp_path / "out", merge=True)
-    finally:
-        config.write_text(before)
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    base, asked = tmp_path / "base", kind
+    plain_base = spread(AutoModelForImageTextToText.from_pretrained(model_folder), seed=5)
+    save_weights(plain_base, base)
+    AutoProcessor.from_pretrained(model_folder).save_pretrained(base)
+    if stored:
+        how = BitsAndBytesConfig(
+            load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4"
+        )
+        quantized = AutoModelForImageTextToText.from_pretrained(
+            base, quantization_config=how, device_map={"": "cpu"}
+        )
+        base, asked = tmp_path / "quantized", "null"
+        quantized.save_pretrained(base)
+        AutoProcessor.from_pretrained(model_folder).save_pretrained(base)
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = (
+        f"model: {{path: {base}, tune: lora, device: cpu, quantization: {asked}, scoring: plain, lora: {{r: 4}}}}\n"
+        f"data: {{path: {world_folder / 'train.jsonl'}}}\n"
+    )
+    (run / "recipe.yaml").write_text(recipe)
+    policy = load_policy(stored_model(run / "recipe.yaml"))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    save_model(policy, run / "model", RunDir(run))
+
+    merged = export(run, tmp_path / "merged", merge=True)
+    assert (merged.quantized, merged.dtype, merged.rounding) == (kind, "float32", None)
+    assert merged.largest < 1e-4
+    assert "dequantized weights" in " ".join(merged.lines())
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    found = Policy(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), policy.processor, "")
+    torch.testing.assert_close(said(found, world_folder), said(policy, world_folder), atol=1e-4, rtol=0)
+
+    rounded = export(run, tmp_path / "rounded", merge=True, dtype="bfloat16")
+    assert rounded.rounding is not None
+    assert rounded.rounding.moved > 0
+    assert rounded.mean > merged.mean
+
+    adapter = export(run, tmp_path / "adapter", merge=False)
+    assert adapter.largest < 1e-4
+    assert f"a base that is quantized ({kind})" in " ".join(adapter.lines())
+    if stored:
+        assert adapter.on_whole_base is None
+    else:
+        # The adapter on the base as it is, which other tools would load.
+        whole = load_policy(
+            stored_model(run / "recipe.yaml").model_copy(
+                update={"quantization": None, "path": str(run / "model"), "lora": LoraSettings()}
+            )
+        )
+        gap = (said(whole, world_folder) - said(policy, world_folder)).abs()
+        assert adapter.on_whole_base is not None
+        assert adapter.on_whole_base[0] >= float(gap.max()) - 1e-4  # over more rows
+        assert adapter.on_whole_base[0] > 1e-3
+        assert "On the base without quantization" in " ".join(adapter.lines())
 
 
 CLEAN = """

@@ -319,6 +319,22 @@ def test_a_damaged_model_is_not_exported_and_not_gone_on_from(finished: Path, tm
         export(tmp_path / "run", tmp_path / "out2", merge=True)
 
 
+def test_a_damaged_first_model_of_a_finished_run_is_named(finished: Path, tmp_path: Path) -> None:
+    for name in ("data", "base", "run"):
+        shutil.copytree(finished / name, tmp_path / name)
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(path.read_text().replace(str(finished), str(tmp_path)))
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "run" / "stage1" / "model")
+    resumed(tmp_path)
+    (tmp_path / "run" / "stage1" / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        FileError, match=r"stage1/model: damaged: adapter_config\.json has 2 bytes.*remove it"
+    ):
+        resumed(tmp_path)
+    shutil.rmtree(tmp_path / "run" / "stage1" / "model")
+    resumed(tmp_path)
+
+
 def test_checksums_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_text("x")

@@ -35,6 +35,7 @@ stop: []
 ROUNDS = """
 negatives: {on_policy_fraction: 0.5, rounds: 3, sampler: {samples: 2, max_new_tokens: 48, batch_size: 4}}
 """
+QUANTIZED = RECIPE.replace("{path: init, ", "{path: init, tune: lora, quantization: nf4, ")
 ATTEMPTS = 6
 
 
@@ -69,6 +70,13 @@ INSTANTS = [
 IN_ROUNDS = [
     *[Instant("sampling of the first round", "pool.jsonl", "rounds.jsonl")] * 3,
     *[Instant("the rounds", "rounds.jsonl", "model")] * 5,
+]
+QUANTIZED_ONES = [
+    Instant("stage 1", "metrics.jsonl", "stage1/model"),
+    Instant("reference pass", "reference", "calibration.json"),
+    *[Instant("stage 2", "calibration.json", "model")] * 2,
+    Instant("a checkpoint of stage 2", "stage2/.checkpoint-*.tmp/*/adapter_model.safetensors", earlier=1),
+    Instant("evaluation", "model", "summary.json"),
 ]
 
 
@@ -148,7 +156,8 @@ def differences(run: Path, expected: Path) -> list[str]:
     """What two finished runs do not share, bit for bit; the time that things took is left out."""
     wrong = []
     for name in (
-        "stage1/model/model.safetensors", "model/model.safetensors", "calibration.json", "metrics.jsonl",
+        "stage1/model/model.safetensors", "model/model.safetensors", "model/adapter_model.safetensors",
+        "calibration.json", "metrics.jsonl",
         "readings.jsonl", "summary.json", "samples.jsonl", "problems.jsonl", "recipe.yaml",
         "stage1/checkpoint-26/model.safetensors", "stage2/checkpoint-27/model.safetensors", "pool.jsonl",
         "rounds.jsonl",
@@ -169,7 +178,9 @@ def differences(run: Path, expected: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("text", "instants"), [(RECIPE, INSTANTS), (RECIPE + ROUNDS, IN_ROUNDS)], ids=["once", "rounds"]
+    ("text", "instants"),
+    [(RECIPE, INSTANTS), (RECIPE + ROUNDS, IN_ROUNDS), (QUANTIZED, QUANTIZED_ONES)],
+    ids=["once", "rounds", "nf4"],
 )
 def test_killed_runs_end_where_the_uninterrupted_run_ends(
     text: str, instants: list[Instant], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -112,6 +112,25 @@ def test_an_error_is_an_answer_and_the_next_look_may_find_the_run_whole(folder: 
         assert "no run here" in get(server)[1]
 
 
+def test_one_thread_makes_all_drawings() -> None:
+    """Every request has a thread of its own, and matplotlib keeps fonts open for every thread that has drawn."""
+    drew: list[threading.Thread] = []
+
+    def draw() -> str:
+        drew.append(threading.current_thread())
+        return "x"
+
+    page = Page(draw, object, rest=0.0)
+    asking = [threading.Thread(target=page.get) for _ in range(5)]
+    for thread in asking:
+        thread.start()
+        thread.join()
+    page.close()
+    assert len(drew) == 5
+    assert len(set(drew)) == 1
+    assert drew[0] not in asking
+
+
 def test_any_error_of_drawing_is_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Path, refresh: int) -> str:
         raise RecursionError("<script>alert(1)</script>")

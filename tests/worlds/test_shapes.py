@@ -515,6 +515,15 @@ def test_materialise_reuses_what_fits_and_rewrites_what_does_not(tmp_path: Path)
     assert not paths["test"].exists()
 
 
+@pytest.mark.parametrize("data", [b"\xb7\xff", b"[" * 100_000, b"[1]", b""])
+def test_a_damaged_note_of_the_world_is_named(tmp_path: Path, data: bytes) -> None:
+    asked = ShapesSettings(train=2, validation=2, test=0)
+    world.materialise(asked, tmp_path)
+    (tmp_path / "world.json").write_bytes(data)
+    with pytest.raises(DataError, match=r"would be replaced, but .*world\.json does not list it"):
+        world.materialise(asked, tmp_path)
+
+
 def test_materialise_finishes_what_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ShapesSettings(train=2, validation=2, test=0)
     whole = world.write_split

@@ -47,8 +47,13 @@ def _show_version(asked: bool) -> None:
 
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EBUSY,
+    errno.ESTALE, errno.ENXIO,
 }  # fmt: skip
+
+
+_NO_MEMORY = "can't allocate memory|failed to map segment"
+"""Of torch's allocator, and of the loader of a library."""
 
 
 def _machine_trouble(error: Exception) -> str | None:
@@ -61,17 +66,22 @@ def _machine_trouble(error: Exception) -> str | None:
     number = int(found[1]) if found else getattr(error, "errno", None)
     if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", text):
         number = errno.ENOSPC
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(_NO_MEMORY, text):
         return (
             f"there is not enough memory ({' '.join(text.split())[:200] or 'MemoryError'}); files written before are "
             "complete: lower train.batch_size or data.cache_gb, or take a larger machine, then continue with --resume"
         )
     if number in (errno.EMFILE, errno.ENFILE):
         return f"{text}: raise the limit of open files (ulimit -n), then continue with --resume"
-    if number not in _DISK_ERRORS:
-        return None
     if isinstance(error, OSError) and error.filename:
         place = str(error.filename)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return (
+            f"{place}: does not exist and cannot be created there, or was removed while the command ran; files written "
+            "before are complete: choose another --out, or put back what was removed and continue with --resume"
+        )
+    if number not in _DISK_ERRORS:
+        return None
     remedy = (
         "free some space"
         if number in (errno.ENOSPC, errno.EDQUOT)

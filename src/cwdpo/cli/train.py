@@ -87,6 +87,8 @@ def init_model(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a small LLaVA with random weights (model, processor, tokenizer) for quick tests."""
+    from cwdpo.errors import ModelError
+    from cwdpo.files.writing import clear_unfinished, new_folder
     from cwdpo.models.tiny import TinyModelSettings
     from cwdpo.models.tiny import init_model as write
 
@@ -99,7 +101,12 @@ def init_model(
     settings = TinyModelSettings(
         image_size=image_size, width=width, layers=layers, vocabulary=vocabulary, seed=seed
     )
-    typer.echo(write(out, lines, settings))
+    if out.exists() and any(out.iterdir()):
+        raise ModelError(f"{out} is not empty: choose another folder, or remove it first")
+    clear_unfinished(out)
+    with new_folder(out) as temporary:
+        write(temporary, lines, settings)
+    typer.echo(out)
 
 
 def recipe_list() -> None:

@@ -14,7 +14,7 @@ from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.errors import DataError
 from cwdpo.files.reading import read_jsonl
-from cwdpo.files.writing import write_text
+from cwdpo.files.writing import clear_unfinished, write_text
 from cwdpo.metrics.base import Answer
 from cwdpo.metrics.multiple_choice import spelled
 from cwdpo.models.load import Policy
@@ -150,6 +150,7 @@ def store(folder: Path, answers: Sequence[Answer]) -> None:
         }
         for a in answers
     )  # fmt: skip
+    clear_unfinished(folder / FILE)
     write_text(folder / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

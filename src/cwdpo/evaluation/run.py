@@ -15,7 +15,7 @@ from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError, FileError, RecipeError, optional_package
 from cwdpo.evaluation.paired import conclusion, holm
 from cwdpo.evaluation.responses import collect, read_back, store
-from cwdpo.files.writing import write_json
+from cwdpo.files.writing import clear_unfinished, write_json
 from cwdpo.files.yamlfile import parse_yaml
 from cwdpo.judging.base import AUTO, judge_for
 from cwdpo.judging.compare import tournament
@@ -149,6 +149,7 @@ def evaluate(
         policy, encoder, examples, needs, temperature=temperature, samples=samples, max_new_tokens=max_new_tokens,
         batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
+    clear_unfinished(out / FILE)
     store(out, answers)
     measured = measure(built, answers)
     found = {
@@ -238,6 +239,7 @@ def compare(
         summary["wins"], summary["strength"] = tournament(
             names, who, asked, texts, store=out / "judge", tell=tell
         )
+    clear_unfinished(out / "summary.json")
     write_json(out / "summary.json", summary)
     return summary
 

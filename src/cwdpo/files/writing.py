@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -22,6 +23,7 @@ from cwdpo.errors import FileError
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 """Does not exist on Windows, where few users have the right to make links."""
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _BYTES = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -151,6 +153,23 @@ def clear_pieces(folder: Path) -> None:
     for old in folder.glob(".*.old"):
         named = old.with_name(old.name[1:].removesuffix(".old"))
         shutil.rmtree(old) if named.exists() else os.rename(old, named)
+
+
+def clear_unfinished(path: Path) -> bool:
+    """Remove what killed writings of one file or folder left next to it under temporary names.
+
+    Returns:
+        Whether there was anything.
+    """
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    pieces = [piece for piece in beside if _is_temporary(piece.name, path.name)]
+    for piece in pieces:
+        shutil.rmtree(piece) if piece.is_dir() and not piece.is_symlink() else piece.unlink()
+    return bool(pieces)
+
+
+def _is_temporary(name: str, of: str) -> bool:
+    return name.startswith(f".{of}.") and _TEMPORARY.fullmatch(name[len(of) + 1 :]) is not None
 
 
 def refuse_links(folder: Path, within: Callable[[str], bool] = lambda name: True) -> None:

@@ -15,7 +15,7 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError
 from cwdpo.files.reading import read_jsonl
-from cwdpo.files.writing import write_json
+from cwdpo.files.writing import clear_unfinished, write_json
 from cwdpo.lab.rows import said, store_rows
 from cwdpo.lab.spec import BestOf
 from cwdpo.lab.worlds import MAX_NEW_TOKENS
@@ -92,6 +92,7 @@ def write_best_of(
         "chosen_score": sum(p.chosen.score for p in made) / len(made),
         "wrong_labels": sum(p.rejected.score > p.chosen.score for p in made) / len(made),
     }
+    clear_unfinished(out / "best_of.json")
     write_json(out / "best_of.json", {**counts, "source": source.name, **how})
     return counts
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cwdpo.files.writing import write_text
+from cwdpo.files.writing import clear_unfinished, replacing, write_text
 
 
 def store_rows(root: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -23,8 +23,10 @@ def store_rows(root: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path
         try:
             os.link(source, target)
         except OSError:  # the folders are on different file systems
-            shutil.copyfile(source, target)
+            with replacing(target) as temporary:
+                shutil.copyfile(source, temporary)
     path = out / "train.jsonl"
+    clear_unfinished(path)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 

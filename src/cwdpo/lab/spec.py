@@ -17,7 +17,8 @@ from cwdpo.registry import Settings, explain
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 """The recipe that the shipped studies change: the embedded world at the size of the demo."""
-_HERE = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "studies"
+"""The folder of the shipped studies."""
 _PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 
 
@@ -256,7 +257,7 @@ class Study(Settings):
 
 def shipped() -> list[str]:
     """Names of the shipped studies."""
-    return sorted(path.stem for path in (_HERE / "studies").glob("*.yaml"))
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_study(source: str | Path) -> Study:
@@ -281,7 +282,7 @@ def load_study(source: str | Path) -> Study:
 
 def _tree(source: str | Path) -> tuple[dict[str, Any], str]:
     """The content of a study file, and its name for messages."""
-    shipped_file = _HERE / "studies" / f"{source}.yaml"
+    shipped_file = SHIPPED / f"{source}.yaml"
     path, where = (
         (shipped_file, f"study {source}") if str(source) in shipped() else (Path(source), str(source))
     )
@@ -300,7 +301,7 @@ def _tree(source: str | Path) -> tuple[dict[str, Any], str]:
 
 def settings_for(study: Study, tuned: Path | None) -> dict[str, tuple[str, ...]]:
     """The settings that a sweep chose: of a file if given, else the demo's if the study uses them, else none."""
-    path = tuned or (_HERE / "swept.yaml" if study.swept else None)
+    path = tuned or (SHIPPED.parent / "swept.yaml" if study.swept else None)
     return load_chosen(path) if path else {}
 
 

@@ -1,13 +1,17 @@
-"""Training an adapter further: it keeps its rank and targets, and other settings in the recipe are refused."""
+"""LoRA: a new adapter, or one that is trained further, which keeps its rank and targets."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import FileError, ModelError
 from cwdpo.files.reading import read_object
+from cwdpo.models.merge import tied_layers_handled
+from cwdpo.models.parts import patterns_of
+from cwdpo.models.quantization import quantized_layers
 from cwdpo.models.settings import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -83,6 +87,91 @@ def _same(asked: Any, value: Any) -> bool:
     return bool(asked == value)
 
 
+def excluded_names(settings: ModelSettings) -> str:
+    """Regular expression of the names of frozen parts; empty for none."""
+    return "|".join(patterns_of(settings.freeze).values())
+
+
+def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:
+    """Wrap the model with LoRA; parts frozen by ``settings.freeze`` get no adapter.
+
+    Raises:
+        ModelError: ``lora.target_modules`` matches nothing, or a frozen module is to be saved.
+    """
+    from peft import LoraConfig
+
+    lora = settings.lora
+    excluded = excluded_names(settings)
+    for name in lora.modules_to_save:
+        if excluded and re.search(excluded, name):
+            raise ModelError(
+                f"model.lora.modules_to_save: {name} is frozen by model.freeze {list(settings.freeze)}: leave it out "
+                "of one of the two"
+            )
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        exclude_modules=f".*({excluded}).*" if excluded else None,
+        task_type="CAUSAL_LM",
+    )
+    return wrapped(model, config)
+
+
+def wrapped(model: Any, config: Any) -> nn.Module:
+    """The model in peft's wrapper.
+
+    Raises:
+        ModelError: the configuration does not fit the model.
+    """
+    import torch
+    from peft import get_peft_model
+
+    if getattr(config, "ensure_weight_tying", False) and model.dtype != torch.float32:
+        raise ModelError(
+            "peft_config.ensure_weight_tying: in half precision, peft casts tied adapters to float32 one by one, so "
+            "they are no longer tied and only one is saved: load the model in float32 (model.dtype), or leave "
+            "ensure_weight_tying out"
+        )
+    for name in getattr(config, "modules_to_save", None) or ():
+        place = re.compile(rf"(^|\.){re.escape(name)}(\.|$)")
+        inside = next((layer for layer, _ in quantized_layers(model) if place.search(layer)), None)
+        if inside is not None:
+            raise ModelError(
+                f"model.lora.modules_to_save: {name} holds quantized weights ({inside}), which cannot be trained: add "
+                f"{name} to model.quantization_options.skip"
+            )
+    if getattr(config, "use_dora", False):
+        _refuse_misread(model)
+    try:
+        with tied_layers_handled():
+            made: nn.Module = get_peft_model(model, config)
+    except (ValueError, re.error) as error:
+        raise ModelError(f"model.lora: {error}") from error
+    return made
+
+
+def _refuse_misread(model: nn.Module) -> None:
+    """peft asks bitsandbytes for the weights whose norms DoRA starts from."""
+    for name, layer in quantized_layers(model):
+        from cwdpo.models.quantized_linear import misread_on_cpu
+
+        if misread_on_cpu(layer):
+            raise ModelError(
+                f"model.lora.use_dora: on a CPU, bitsandbytes gives wrong 4-bit weights of {name}, whose width "
+                f"{layer.in_features} is no multiple of a block, and DoRA needs their norms: train on a GPU, or with "
+                "quantization: int8, or name such layers in model.quantization_options.skip"
+            )
+
+
 def check_targets(model: nn.Module, settings: ModelSettings, excluded: str) -> None:
     """Refuse ``target_modules: all-linear`` if the adapter does not cover all linear layers.
 
@@ -94,8 +183,6 @@ def check_targets(model: nn.Module, settings: ModelSettings, excluded: str) -> N
     Raises:
         ModelError: a linear layer, other than the output head, has no adapter.
     """
-    import re
-
     from torch import nn
 
     if "target_modules" not in settings.lora.model_fields_set or settings.lora.target_modules != "all-linear":

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.encode.template import CheckpointTokens
 from cwdpo.errors import ModelError
-from cwdpo.models.adapter import check_targets, set_dropout, sort_targets, with_adapter_settings
+from cwdpo.models.adapter import (
+    add_lora,
+    check_targets,
+    excluded_names,
+    set_dropout,
+    sort_targets,
+    with_adapter_settings,
+    wrapped,
+)
 from cwdpo.models.checkpoint import (
     adapter_base,
     check_folder,
@@ -22,9 +30,15 @@ from cwdpo.models.checkpoint import (
     with_adapter,
 )
 from cwdpo.models.inputs import unwrapped
-from cwdpo.models.merge import tied_layers_handled
-from cwdpo.models.packages import install_line, missing_package
-from cwdpo.models.parts import PARTS
+from cwdpo.models.packages import checkpoint_config, install_line, missing_package
+from cwdpo.models.parts import patterns_of
+from cwdpo.models.quantization import (
+    check_quantization,
+    dequantized,
+    load_options,
+    quantized_layers,
+    use_exact_layers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,18 +77,22 @@ class Policy:
         return Encoder(self.processor, max_length, cache_gb, tokens, from_sizes=from_sizes)
 
 
-def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bool = False) -> Policy:
+def load_policy(
+    settings: ModelSettings, *, peft_config: Any = None, dropout: bool = False, dequantize: bool = False
+) -> Policy:
     """Load model and processor from a local folder, a hub id, or the embedded base, ready to train.
 
     Args:
         settings: the recipe's section ``model``.
         peft_config: a peft configuration to use instead of ``settings.lora``.
         dropout: keep the checkpoint's dropout; policy and reference model then differ by more than their weights.
+        dequantize: turn quantized weights back into float32 ones, of the same values.
 
     Raises:
         ModelError: the folder is missing or incomplete, has no safetensors, or cannot be loaded;
-            ``freeze`` or ``lora.target_modules`` matches nothing; ``scoring`` is not possible for this model; or an
-            adapter to train further has another rank, alpha or targets than the settings.
+            ``freeze`` or ``lora.target_modules`` matches nothing; ``scoring`` is not possible for this model; an
+            adapter to train further has another rank, alpha or targets than the settings; or a checkpoint that lies
+            quantized is to be quantized again.
     """
     settings = with_adapter_settings(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
@@ -82,16 +100,20 @@ def load_policy(settings: ModelSettings, *, peft_config: Any = None, dropout: bo
     base = adapter_base(source, settings.revision)
     processor = load_processor(source, settings)
     model = _load_model(base or source, settings)
+    if dequantize:
+        use_exact_layers(model, settings)
+        model = dequantized(model)
     further = base is not None and settings.tune == "lora"
     asked = settings
     if base is not None:
-        model = with_adapter(model, source, merged=not further)
+        # An adapter merged into quantized weights would be rounded to their few values.
+        model = with_adapter(model, source, merged=not further and not any(quantized_layers(model)))
         settings = settings.model_copy(
             update={"tune": "full"}
         )  # the adapter is there: adopt adds no second one
     policy = adopt(Policy(model, processor, source), settings, peft_config=peft_config, dropout=dropout)
     if further:
-        check_targets(policy.model, asked, _excluded(asked))
+        check_targets(policy.model, asked, excluded_names(asked))
         if not dropout:
             set_dropout(policy.model, asked.lora.dropout)
     if not policy.trainable():
@@ -117,9 +139,10 @@ def adopt(
     model = policy.model
     if not dropout:
         disable_dropout(model)
+    use_exact_layers(model, settings)
     freeze(model, settings.freeze)
     if peft_config is not None:
-        model = _wrapped(model, peft_config)
+        model = wrapped(model, peft_config)
     elif settings.tune == "lora":
         model = add_lora(model, settings)
     sort_targets(model)
@@ -211,15 +234,6 @@ def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTo
     return checkpoint_tokens(*found)
 
 
-def training_dtype(settings: ModelSettings) -> str:
-    """The dtype to load in: ``auto`` is float32 for full fine-tuning, else the checkpoint's own dtype.
-
-    At the usual learning rates, updates of bf16 weights are rounded away. ``train.bf16`` casts the computation
-    instead.
-    """
-    return "float32" if settings.dtype == "auto" and settings.tune == "full" else settings.dtype
-
-
 def _load_model(source: str, settings: ModelSettings) -> Any:
     """The model with every weight from the checkpoint.
 
@@ -234,17 +248,21 @@ def _load_model(source: str, settings: ModelSettings) -> Any:
             "fsdp_cpu_ram_efficient_loading: true loads the weights on the first process only, but every process "
             "scores the reference before the model is sharded: set it to false, as configs/accelerate/fsdp2.yaml does"
         )
+    config = checkpoint_config(source, settings)
+    if settings.quantization is not None:
+        check_quantization(settings, config, source)
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
                 # An adapter's config stores this name: a relative path would be wrong from another folder.
                 os.path.abspath(source) if Path(source).is_dir() else source,
                 revision=settings.revision,
-                dtype=training_dtype(settings),
+                dtype=settings.load_dtype,
                 attn_implementation=settings.attention,
                 trust_remote_code=settings.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **load_options(settings, config, _device(settings.device)),
             )
     except Exception as error:  # from_pretrained raises errors of many types
         raise ModelError(f"model.path {source!r} cannot be loaded: {reason(error)}") from error
@@ -252,12 +270,16 @@ def _load_model(source: str, settings: ModelSettings) -> Any:
     return model
 
 
-def _move(model: nn.Module, name: str) -> None:
-    """Move the model to the device; ``auto`` is this process's accelerator, or the CPU."""
+def _device(name: str) -> Any:
+    """The device of a name; ``auto`` is this process's accelerator, or the CPU."""
     from accelerate import PartialState
 
+    return PartialState().device if name in ("auto", "cuda") else name
+
+
+def _move(model: nn.Module, name: str) -> None:
     try:
-        model.to(PartialState().device if name in ("auto", "cuda") else name)
+        model.to(_device(name))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ModelError(
             f"model.device {name!r} cannot take the model ({str(error)[:200]}); allowed: auto, cpu, cuda"
@@ -274,9 +296,8 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
         ModelError: a part matches nothing.
     """
     frozen = 0
-    for part in parts:
-        pattern = re.compile(PARTS.get(part, re.escape(part)))
-        matched = [p for name, p in model.named_parameters() if pattern.search(name)]
+    for part, pattern in patterns_of(parts).items():
+        matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not matched:
             tops = sorted({".".join(n.split(".")[:2]) for n, _ in model.named_parameters()})
             raise ModelError(f"model.freeze: {part!r} matches no parameter; the model has: {', '.join(tops)}")
@@ -284,63 +305,6 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
             parameter.requires_grad_(False)
         frozen += len(matched)
     return frozen
-
-
-def _excluded(settings: ModelSettings) -> str:
-    """Regular expression of the names of frozen parts; empty for none."""
-    return "|".join(PARTS.get(p, re.escape(p)) for p in settings.freeze)
-
-
-def add_lora(model: nn.Module, settings: ModelSettings) -> nn.Module:
-    """Wrap the model with LoRA; parts frozen by ``settings.freeze`` get no adapter.
-
-    Raises:
-        ModelError: ``lora.target_modules`` matches nothing, or a frozen module is to be saved.
-    """
-    from peft import LoraConfig
-
-    lora = settings.lora
-    excluded = _excluded(settings)
-    for name in lora.modules_to_save:
-        if excluded and re.search(excluded, name):
-            raise ModelError(
-                f"model.lora.modules_to_save: {name} is frozen by model.freeze {list(settings.freeze)}: leave it out "
-                "of one of the two"
-            )
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        modules_to_save=list(lora.modules_to_save) or None,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-        init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
-        exclude_modules=f".*({excluded}).*" if excluded else None,
-        task_type="CAUSAL_LM",
-    )
-    return _wrapped(model, config)
-
-
-def _wrapped(model: Any, config: Any) -> nn.Module:
-    import torch
-    from peft import get_peft_model
-
-    if getattr(config, "ensure_weight_tying", False) and model.dtype != torch.float32:
-        raise ModelError(
-            "peft_config.ensure_weight_tying: in half precision, peft casts tied adapters to float32 one by one, so "
-            "they are no longer tied and only one is saved: load the model in float32 (model.dtype), or leave "
-            "ensure_weight_tying out"
-        )
-    try:
-        with tied_layers_handled():
-            wrapped: nn.Module = get_peft_model(model, config)
-    except (ValueError, re.error) as error:
-        raise ModelError(f"model.lora: {error}") from error
-    return wrapped
 
 
 def load_weights(model: Any, folder: Path) -> None:

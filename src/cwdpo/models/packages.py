@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.errors import ModelError
+from cwdpo.models.quantization import check_quantization
 from cwdpo.models.settings import ModelSettings
 
 _LINES = {
     "torchvision": "pip install 'cwdpo[vision]' (torchvision, of the same build as your torch)",
+    "bitsandbytes": "pip install 'cwdpo[quant]'",
     "flash_attn": "pip install flash-attn --no-build-isolation",
     "gptqmodel": "pip install gptqmodel --no-build-isolation",
 }
@@ -51,7 +53,8 @@ def check_packages(settings: ModelSettings) -> None:
     """Look whether everything that a model's processor, weights and attention need is installed; loads no weights.
 
     Raises:
-        ModelError: a package is missing, with the line that installs it; or the folder holds no checkpoint.
+        ModelError: a package is missing, with the line that installs it; the folder holds no checkpoint; or the
+            settings contradict the checkpoint's own quantization.
     """
     from cwdpo.models.checkpoint import adapter_base, check_folder
     from cwdpo.models.load import load_processor
@@ -59,11 +62,14 @@ def check_packages(settings: ModelSettings) -> None:
     needed = _ATTENTION.get(settings.attention or "")
     if needed is not None:
         _need(needed, f"model.attention: {settings.attention}")
+    if settings.quantization is not None:
+        _need("bitsandbytes", f"model.quantization: {settings.quantization}")
     if settings.path in ("init", "embedded"):
         return
     check_folder(settings.path)
     source = adapter_base(settings.path, settings.revision) or settings.path
-    config = _config(source, settings)
+    config = checkpoint_config(source, settings)
+    check_quantization(settings, config, source)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method in _QUANTIZED:
         _need(_QUANTIZED[method], f"model.path {source!r}: its weights are quantized ({method})")
@@ -90,7 +96,7 @@ def _need(package: str, why: str) -> None:
         )
 
 
-def _config(source: str, settings: ModelSettings) -> dict[str, Any]:
+def checkpoint_config(source: str, settings: ModelSettings) -> dict[str, Any]:
     """config.json, also of a checkpoint on the hub; empty where there is none: loading the model says why."""
     from transformers import PretrainedConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cwdpo.files.yamlfile import as_number
 from cwdpo.models.tiny import TinyModelSettings
@@ -29,6 +29,20 @@ class LoraSettings(Settings):
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="r of layers by name or pattern")
     alpha_pattern: dict[str, int] = Field(
         default_factory=dict, description="alpha of layers by name or pattern"
+    )
+
+
+class QuantizationOptions(Settings):
+    """How ``model.quantization`` quantizes the linear layers; the output head keeps its dtype."""
+
+    double_quantization: bool | None = Field(
+        None, description="nf4: also quantize the scales of the blocks; default: true"
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the model's dtype, or what a checkpoint that lies quantized says"
+    )
+    skip: tuple[str, ...] = Field(
+        (), description="not quantized: vision, projector, text, or parts of layer names"
     )
 
 
@@ -57,11 +71,43 @@ class ModelSettings(Settings):
     )
     tune: Literal["full", "lora"] = "full"
     lora: LoraSettings = LoraSettings()
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="with tune: lora: 4 or 8 bits for the base's weights (bitsandbytes); null: the checkpoint's",
+    )
+    quantization_options: QuantizationOptions = QuantizationOptions()
     freeze: tuple[str, ...] = Field((), description="vision, projector, text, or parts of parameter names")
     trust_remote_code: bool = False
     processor_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to AutoProcessor, e.g. min_pixels, max_pixels"
     )
+
+    @property
+    def load_dtype(self) -> str:
+        """The dtype to load in: ``auto`` is float32 for full fine-tuning, else the checkpoint's own dtype.
+
+        At the usual learning rates, updates of bf16 weights are rounded away. ``train.bf16`` casts the computation
+        instead.
+        """
+        return "float32" if self.dtype == "auto" and self.tune == "full" else self.dtype
+
+    @model_validator(mode="after")
+    def _quantization_has_its_settings(self) -> ModelSettings:
+        options = self.quantization_options
+        if self.quantization is not None and self.tune == "full":
+            raise ValueError(
+                f"quantization: {self.quantization}: quantized weights cannot be trained: set tune to lora"
+            )
+        if self.quantization != "nf4" and options.double_quantization is not None:
+            raise ValueError(
+                "quantization_options.double_quantization is for quantization: nf4: leave it out"
+            )
+        if self.quantization is None and options.skip:
+            raise ValueError(
+                "quantization_options.skip is for quantization: nf4 or int8: leave it out (a checkpoint that lies "
+                "quantized has its own list)"
+            )
+        return self
 
     @field_validator("processor_options")
     @classmethod

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from cwdpo.config import Recipe
 from cwdpo.errors import DataError
-from cwdpo.files.writing import replacing, write_text
+from cwdpo.files.writing import clear_unfinished, replacing, write_text
 from cwdpo.judging.base import judge_for
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings
@@ -172,6 +172,7 @@ def _is_json(value: Any) -> bool:
 
 def _write_jsonl(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     folder = out.with_name(f"{out.stem}-images")
+    clear_unfinished(out)
     text = ""
     for row in rows:
         names = [f"{folder.name}/{_copy(image, folder)}" for image in row["images"]]
@@ -184,6 +185,7 @@ def _copy(image: ImageRef, folder: Path) -> str:
     data = image.encoded()
     ending = image.path.suffix if image.path is not None else ".img"
     path = folder / (hashlib.blake2b(data, digest_size=12).hexdigest() + ending)
+    clear_unfinished(path)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -206,5 +208,6 @@ def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     table = datasets.Dataset.from_list(plain).cast_column(
         "images", datasets.List(datasets.Image(decode=False))
     )
+    clear_unfinished(out)
     with replacing(out) as temporary:
         table.to_parquet(temporary)

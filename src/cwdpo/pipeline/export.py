@@ -14,9 +14,10 @@ from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.files.reading import read_object
-from cwdpo.files.writing import copy_folder, new_folder, write_text
+from cwdpo.files.writing import clear_unfinished, copy_folder, new_folder, write_text
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.merge import Rounding, merge, rounding, rounding_of_adapter
+from cwdpo.models.quantization import quantization_of
 from cwdpo.models.write import save_weights
 from cwdpo.report.model_card import Form, model_card
 from cwdpo.rundir import RunDir
@@ -40,7 +41,9 @@ class Exported:
 
     ``largest`` and ``mean`` are differences of token log-probabilities in nats, over ``tokens`` tokens of ``rows`` rows
     (chosen and rejected responses). ``rounding`` counts weights that the dtype rounds back to the base's value;
-    ``None`` if nothing is rounded, or the base is not available.
+    ``None`` if nothing is rounded, or the base is not available. ``quantized`` is how the base was quantized in
+    training; ``on_whole_base`` are the largest and the mean difference if the adapter is put on the base without
+    quantization.
     """
 
     path: Path
@@ -52,6 +55,8 @@ class Exported:
     mean: float
     rounded: bool = False
     rounding: Rounding | None = None
+    quantized: str | None = None
+    on_whole_base: tuple[float, float] | None = None
 
     def lines(self) -> list[str]:
         """Sentences for the user."""
@@ -59,15 +64,35 @@ class Exported:
             f"compared with the trained policy on {self.rows} rows ({self.tokens} response tokens): log-probabilities "
             f"differ by {self.mean:.2g} nats per token, {self.largest:.2g} at most"
         )
-        if not self.rounded:
-            return [f"{compared} (allowed: {MOST:g})."]
-        lines = [f"{compared}. That is the cost of rounding to {self.dtype}."]
+        lines = [
+            f"{compared}. That is the cost of rounding to {self.dtype}."
+            if self.rounded
+            else f"{compared} (allowed: {MOST:g})."
+        ]
+        lines += self._of_quantization()
         if self.rounding is not None and self.rounding.moved:
             lines.append(
                 f"Rounding set {self.rounding.share:.1%} of the {self.rounding.moved:,} weights that training changed "
                 "back to the base's value; --dtype float32 keeps them."
             )
         return lines
+
+    def _of_quantization(self) -> list[str]:
+        if self.quantized is None:
+            return []
+        if self.form == "merged":
+            return [
+                f"The base was quantized ({self.quantized}) in training; the adapter is merged into its dequantized "
+                "weights, so this is the trained model without quantization."
+            ]
+        said = f"The adapter was trained on a base that is quantized ({self.quantized}): load that base so."
+        if self.on_whole_base is not None:
+            largest, mean = self.on_whole_base
+            said += (
+                f" On the base without quantization, log-probabilities differ by {mean:.2g} nats per token, "
+                f"{largest:.2g} at most."
+            )
+        return [said]
 
 
 def export(
@@ -77,7 +102,8 @@ def export(
 
     The model of full fine-tuning is written unchanged. For a LoRA run, ``merge`` merges the adapter into the base's
     weights in float32, so that ``AutoModelForImageTextToText``, lmms-eval and vLLM load the folder without peft;
-    without ``merge`` the adapter is copied. Weights have the names of the family's hub checkpoints.
+    weights of a quantized base are dequantized before. Without ``merge`` the adapter is copied. Weights have the names
+    of the family's hub checkpoints.
 
     Args:
         run: folder of a finished run.
@@ -103,8 +129,7 @@ def export(
         form = "merged" if merge else "adapter"
         if dtype and not merge:
             raise RunDirError(f"{run}: --dtype is for full weights, but an adapter is copied: add --merge")
-    if form == "merged":
-        _refuse_quantized(model)
+    clear_unfinished(out)
     with new_folder(out) as temporary:
         found = _write(folder, temporary, form, dtype, data)
         card = model_card(folder.path, form)
@@ -124,38 +149,57 @@ def _write(run: RunDir, out: Path, form: Form, dtype: str | None, data: str | No
     named = dtype or stored
     kind: torch.dtype = getattr(torch, named)
     rounded = named not in (stored, "float32")
-    lost, due = None, wanted
+    lost, due, on_whole_base = None, wanted, None
+    quantized = quantization_of(policy.model)
     if form == "adapter":
         copy_folder(model, out)
         (out / CHECKSUMS).unlink(missing_ok=True)  # users may change an export
+        if settings.quantization is not None:
+            whole = _load(settings.model_copy(update={"quantization": None}), model, tune="lora")
+            moved = (_log_probabilities(whole, rows) - wanted).abs()
+            on_whole_base = float(moved.max()), float(moved.mean())
+            del whole
     else:
+        if form == "merged" and quantized is not None:
+            policy = _load(settings, model, tune="lora", dequantize=True)
         if rounded:
             lost = _rounding(settings, policy, form, kind)
         plain: Any = merge(policy.model) if form == "merged" else policy.model
         _check(wanted, _log_probabilities(Policy(plain, policy.processor, ""), rows), "merging the adapter")
-        save_weights(plain.to(kind), out)
+        _cast(plain, kind)
+        save_weights(plain, out)
         policy.processor.save_pretrained(out)
         if rounded:  # the written model is compared with the rounded weights, not with the trained ones
-            due = _log_probabilities(Policy(plain.float(), policy.processor, ""), rows)
+            _cast(plain, torch.float32)
+            due = _log_probabilities(Policy(plain, policy.processor, ""), rows)
         del plain
     del policy
     written = _log_probabilities(_load(settings, out, tune="lora" if form == "adapter" else "full"), rows)
     _check(due, written, "loading what was written")
     gap = (written - wanted).abs()
     return Exported(
-        out, form, named, len(rows), len(gap), float(gap.max()), float(gap.mean()), rounded, lost
+        out, form, named, len(rows), len(gap), float(gap.max()), float(gap.mean()), rounded, lost, quantized,
+        on_whole_base,
     )  # fmt: skip
 
 
-def _load(settings: ModelSettings, folder: Path, *, tune: str) -> Policy:
-    """A folder's model in float32 on the CPU, for plain scoring."""
+def _load(settings: ModelSettings, folder: Path, *, tune: str, dequantize: bool = False) -> Policy:
+    """A folder's model that computes in float32 on the CPU, for plain scoring."""
+    options = settings.quantization_options.model_copy(update={"compute_dtype": "float32"})
     update = {
         "path": str(folder), "tune": tune, "dtype": "float32", "device": "cpu", "freeze": (), "scoring": "plain",
-        "lora": type(settings.lora)(), "vision_cache_gb": 0.0,
+        "lora": type(settings.lora)(), "vision_cache_gb": 0.0, "quantization_options": options,
+        "quantization": settings.quantization if tune == "lora" else None,
     }  # fmt: skip
-    policy = load_policy(settings.model_copy(update=update))
+    policy = load_policy(settings.model_copy(update=update), dequantize=dequantize)
     policy.model.eval()
     return policy
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights, in place, but not the buffers: rounded frequencies of rotary positions are another model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _rows(run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]:
@@ -252,24 +296,3 @@ def _stored_dtype(folder: Path) -> str:
     """The dtype that a checkpoint is stored in."""
     written = read_object(folder / "config.json")
     return str(written.get("dtype") or written.get("torch_dtype") or "float32")
-
-
-def _refuse_quantized(adapter: Path) -> None:
-    """Refuse to merge into a base whose weights are stored in 4 or 8 bits.
-
-    Raises:
-        ModelError: the base is quantized.
-    """
-    from transformers import AutoConfig
-
-    base = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError):
-        return  # loading the base reports the error
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"{adapter}: the base {base} is stored quantized, and an adapter cannot be merged into quantized weights: "
-            "export the adapter without --merge, or set base_model_name_or_path in its adapter_config.json to the "
-            "checkpoint that was quantized"
-        )

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from cwdpo.config import TrainSettings
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
 from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.signals import Signals
@@ -64,7 +66,24 @@ def training_arguments(stage: Stage) -> TrainingArguments:
         use_cpu=cpu,
         disable_tqdm=True,
         dataloader_pin_memory=not cpu,
+        **train.arguments,
     )
+
+
+def check_arguments(train: TrainSettings) -> None:
+    """Refuse values of ``train.arguments`` that transformers refuses, before anything is read.
+
+    Raises:
+        RecipeError: with transformers' reason, such as a package that an optimizer needs.
+    """
+    if not train.arguments:
+        return
+    try:
+        args = TrainingArguments(output_dir="unused", report_to="none", **train.arguments)
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise RecipeError(f"train.arguments {dict(train.arguments)}: {said}") from error
 
 
 def run_stage(stage: Stage) -> None:

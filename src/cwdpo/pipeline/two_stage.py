@@ -9,12 +9,13 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.config import Recipe, load_recipe
+from cwdpo.files.checksums import refuse_damage
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.packages import check_packages
 from cwdpo.pipeline.finish import evaluate_policy
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
-from cwdpo.pipeline.run_stage import run_stage
+from cwdpo.pipeline.run_stage import check_arguments, run_stage
 from cwdpo.records import Example
 from cwdpo.report.model_card import write_model_card
 from cwdpo.report.render import write_report
@@ -53,6 +54,7 @@ def train_two_stage(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_environment(recipe.train.bf16)
     check_packages(recipe.model)
+    check_arguments(recipe.train)
     recipe = recipe.model_copy(update={"model": with_adapter_settings(recipe.model)})
     listener = listener or Listener()
     state = PartialState(cpu=recipe.model.device == "cpu")
@@ -94,6 +96,11 @@ def _train(
 
     trained = resume and (run.path / "model").is_dir()
     if trained:
+        if (first := run.path / "stage1" / "model").is_dir():
+            refuse_damage(
+                first,
+                "remove it: this run is finished and does not need it",
+            )
         load_saved(policy, run.path / "model")
     else:
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class Page:
     def __init__(self, draw: Callable[[], str], stamp: Callable[[], object], rest: float = REST) -> None:
         self._draw, self._stamp, self._rest = draw, stamp, rest
         self._lock = threading.Lock()
+        # Always the same thread: matplotlib keeps open fonts for every thread that has drawn.
+        self._artist = ThreadPoolExecutor(1)
         self._text, self._status = "", 0
         self._of: object = None
         self._next = 0.0
@@ -52,10 +55,14 @@ class Page:
                 self._lock.release()
         return self._status, self._text
 
+    def close(self) -> None:
+        """End the thread that draws."""
+        self._artist.shutdown()
+
     def _renew(self) -> None:
         begun = time.monotonic()
         try:
-            self._text, self._status = self._draw(), 200
+            self._text, self._status = self._artist.submit(self._draw).result(), 200
         except Exception as error:  # any error of a damaged or incomplete file; the next request may succeed
             _logger.debug("the page could not be rendered", exc_info=True)
             said = (
@@ -142,6 +149,11 @@ class WatchServer(ThreadingHTTPServer):
             raise RunDirError(
                 f"port {port} cannot be used ({error.strerror}): choose another --port, or 0"
             ) from None
+
+    def server_close(self) -> None:
+        """Close the port and end the thread that draws."""
+        super().server_close()
+        self.page.close()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Write errors of a connection to the log, not to the terminal."""

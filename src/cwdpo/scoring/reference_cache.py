@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedPrompt
 from cwdpo.errors import ReferenceCacheError
 from cwdpo.models.inputs import unwrapped
+from cwdpo.models.quantization import state_of_layers
 from cwdpo.models.shared_attention import shares_prefix
 
 VERSION = 1
@@ -179,6 +180,8 @@ def _bytes(numbers: Sequence[int]) -> bytes:
 def reference_digest(model: nn.Module, *, bf16: bool = False) -> str:
     """A digest of the reference model: weights and their dtypes, attention kernel, row layout, transformers version.
 
+    Of a quantized model, the scales of its weights and the dtype that it computes in are part of it.
+
     An untrained LoRA adapter (all ``lora_B`` are zero) does not change the model's output. It is left out of the
     digest, so that runs with other seeds find the values of the same base model.
 
@@ -207,6 +210,8 @@ def _of_weights(model: nn.Module, digest: Any) -> str:
             named, pool.map(_weight_digest, (p for _, p in named)), strict=True
         ):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {own}\n".encode())
+    for name, value in state_of_layers(unwrapped(model)):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype} {_weight_digest(value)}\n".encode())
     return str(digest.hexdigest())
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from cwdpo.data.encode.encoder import EncodedExample, with_reference
 from cwdpo.errors import NonFiniteError, ReferenceCacheError
+from cwdpo.models.quantization import is_rounded
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.scoring.reference_cache import ReferenceCache, Value, differs, reference_digest, row_keys
@@ -56,7 +56,7 @@ def stored_reference_pass(
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
     keys = [row_keys(digest, e.prompt, e.completions) for e in examples]
-    rounded = bf16 or next(model.parameters()).dtype != torch.float32
+    rounded = bf16 or is_rounded(model)
     cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=rounded)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -15,6 +15,7 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import ModelError
 from cwdpo.models.families import family_names
 from cwdpo.models.inputs import unwrapped
+from cwdpo.models.quantization import is_rounded
 from cwdpo.models.sample import forced_logps
 from cwdpo.models.shared_attention import Scoring, model_family, shares_prefix, use_scoring
 from cwdpo.records import Example
@@ -58,8 +59,7 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     wanted = plain.score(model, batch) if known else _tried(model, batch, plain.score)
     ours = score(model, batch) if known else _tried(model, batch, _own)
     model.train(was_training)
-    rounded = wanted.logp.dtype != torch.float32 or torch.is_autocast_enabled(wanted.logp.device.type)
-    rounded = rounded or next(model.parameters()).dtype != torch.float32
+    rounded = is_rounded(model) or torch.is_autocast_enabled(wanted.logp.device.type)
     difference = float((ours.logp - wanted.logp).abs().sum() / wanted.mask.sum())
     finite = bool(wanted.logp.isfinite().all())
     if difference <= (MOST_ROUNDED if rounded else MOST_EXACT) or (known and not finite):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample, EncodedPrompt
 from cwdpo.errors import DataError, ModelError, RecipeError
+from cwdpo.models.quantization import quantization_of
 
 
 def together(
@@ -75,9 +76,17 @@ class Unsharded:
 
     Args:
         model: the model before it is sharded; its structure is copied, its parameters are not.
+
+    Raises:
+        RecipeError: its weights are quantized.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if quantization_of(model) is not None:
+            raise RecipeError(
+                "model.quantization: quantized weights are not sharded: use DDP (configs/accelerate/), where every "
+                "process holds the quantized model, or leave it out"
+            )
         self._places = {
             name: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
             for name, p in model.named_parameters()

@@ -7,15 +7,15 @@ of a weight above 3e-4 is smaller than half of the distance to the next bf16 num
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from cwdpo.arguments import Optimizer
 from cwdpo.errors import RecipeError, optional_package
 
-Optimizer = Literal["adamw", "adamw_kahan"]
 SAMPLED = 1024
 """Largest number of weights per tensor that are measured."""
 

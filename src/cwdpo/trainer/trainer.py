@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
+from cwdpo.arguments import Optimizer
 from cwdpo.data.encode.collate import Collator, PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
@@ -28,7 +29,7 @@ from cwdpo.trainer.guard import Guard, MicroBatch
 from cwdpo.trainer.memory import StepMemory
 from cwdpo.trainer.metrics import StepMetrics
 from cwdpo.trainer.processes import Unsharded, check_sharding, together
-from cwdpo.trainer.rounding import LostUpdates, Optimizer, check_optimizer, optimizer_class
+from cwdpo.trainer.rounding import LostUpdates, check_optimizer, optimizer_class
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class PreferenceTrainer(CompleteCheckpoints):
 
     Raises:
         RecipeError: a spike rule under DeepSpeed, where no update can be skipped; an optimizer for bf16 weights where
-            none is trained.
+            none is trained; a sharded model with quantized weights.
         DataError: a single example has more than ``max_tokens_per_batch`` tokens.
     """
 

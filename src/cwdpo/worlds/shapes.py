@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from cwdpo.errors import DataError
+from cwdpo.errors import DataError, FileError
+from cwdpo.files.reading import read_object
 from cwdpo.records import Completion
 from cwdpo.registry import Settings
 from cwdpo.worlds._grammar import (
@@ -190,10 +191,9 @@ def materialise(settings: ShapesSettings, folder: Path) -> dict[str, Path]:
 
 def _read_note(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_object(path)
+    except FileError:  # absent or damaged
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _write_note(path: Path, note: Mapping[str, Any]) -> None:

@@ -286,6 +286,21 @@ def test_paths_of_a_fixed_file_lead_to_the_same_pictures(tmp_path: Path, place: 
     assert (out.parent / "good_images").exists() == (place != "good.jsonl")
 
 
+def test_a_fixed_file_is_written_again_after_a_kill(tmp_path: Path) -> None:
+    write(tmp_path / "data", ROW)
+    (tmp_path / "out").mkdir()
+    piece = tmp_path / "out" / ".good.jsonl.0123456789abcdef.tmp"
+    piece.write_text('{"half')
+    (tmp_path / "out" / "good_images").mkdir()
+    (tmp_path / "out" / "good_images" / "half.png").write_bytes(b"\x89PN")
+    assert validate(tmp_path / "data", fix=tmp_path / "out" / "good.jsonl").good == 1
+    assert not piece.exists()
+    assert not (tmp_path / "out" / "good_images" / "half.png").exists()
+    (tmp_path / "mine_images").mkdir()
+    with pytest.raises(DataError, match="mine_images exists already"):
+        validate(tmp_path / "data", fix=tmp_path / "mine.jsonl")
+
+
 def test_pictures_of_a_table_become_files(tmp_path: Path) -> None:
     write(tmp_path)
     data = (tmp_path / "a.png").read_bytes()

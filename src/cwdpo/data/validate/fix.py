@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from cwdpo.data.read.files import LINES
 from cwdpo.data.read.source import RawRow
 from cwdpo.errors import DataError
-from cwdpo.files.writing import temporary_name
+from cwdpo.files.writing import clear_unfinished, temporary_name
 from cwdpo.records import ImageRef
 
 _SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)
@@ -36,6 +36,8 @@ def good_rows(out: Path) -> Iterator[GoodRows]:
     temporary = temporary_name(out)
     if out.suffix.lower() not in LINES:
         raise DataError(f"--fix {out}: allowed: a name that ends in {' or '.join(LINES)}")
+    if clear_unfinished(out) and not out.exists():  # killed before; it had found no folder of images
+        shutil.rmtree(images, ignore_errors=True)
     for path in (out, images):
         if os.path.lexists(path):
             raise DataError(f"--fix {out}: {path} exists already; choose another name, or remove it first")

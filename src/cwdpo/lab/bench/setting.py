@@ -175,7 +175,7 @@ def build_model(setting: Setting, tokenizer: Any) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from cwdpo.models.load import add_lora
+    from cwdpo.models.adapter import add_lora
 
     torch.manual_seed(0)
     with torch.device(setting.device):

@@ -1,0 +1,154 @@
+"""transformers' TrainingArguments in a recipe: which ``train.arguments`` passes on, and why not the others.
+
+A test compares these names with those of the installed transformers. Nothing is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from cwdpo.errors import nearest
+
+Optimizer = Literal["adamw", "adamw_kahan"]
+"""``train.optimizer``: transformers' AdamW, or the one whose rounding errors are compensated."""
+
+TRACKERS = ("clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""Allowed names in ``train.report_to``; each is also the name of the package that it needs."""
+# The schedules of transformers that need no further settings.
+SCHEDULES = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt",
+)  # fmt: skip
+
+PASSED = frozenset(
+    (
+        "optim", "optim_args", "adam_beta1", "adam_epsilon", "lr_scheduler_kwargs", "tf32", "torch_empty_cache_steps",
+        "data_seed", "full_determinism", "debug", "skip_memory_metrics", "log_level", "log_level_replica",
+        "log_on_each_node", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
+        "ddp_timeout",
+    )
+)  # fmt: skip
+"""Passed to the trainers of both stages."""
+
+OWNED: Mapping[str, str] = {
+    "output_dir": "the option --out",
+    "resume_from_checkpoint": "the option --resume",
+    "run_name": "name",
+    "seed": "seed",
+    "use_cpu": "model.device",
+    "learning_rate": "stage1.learning_rate and stage2.learning_rate",
+    "max_steps": "stage1.steps and stage2.steps",
+    "num_train_epochs": "stage1.epochs and stage2.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "warmup_steps": "train.warmup_steps",
+    "lr_scheduler_type": "train.lr_scheduler_type",
+    "weight_decay": "train.weight_decay",
+    "adam_beta2": "train.adam_beta2",
+    "max_grad_norm": "train.max_grad_norm",
+    "logging_steps": "train.logging_steps",
+    "logging_strategy": "train.logging_steps",
+    "save_steps": "train.save_steps",
+    "save_strategy": "train.save_steps",
+    "save_total_limit": "train.save_total_limit",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "bf16": "train.bf16",
+    "fp16": "train.bf16",
+    "report_to": "train.report_to",
+    "train_sampling_strategy": "train.group_by_length",
+    "eval_steps": "probes.every",
+    "eval_strategy": "probes.every",
+}
+"""Argument -> where the recipe, or the command, sets it."""
+
+_HUB = "a run uploads nothing: upload its folder, or what cwdpo export writes"
+_EVAL = "held-out rows are measured by probes (section probes)"
+_BEST = "stop rules restore the last weights before a limit (stop)"
+_COMPILED = "compiled models cannot be scored"
+_LIGER = "the reference is scored before such kernels are put in, and logits are computed for completion tokens only"
+_LOADER = "pictures are decoded where they are scored, not by the loader"
+_LAUNCHED = "give it to accelerate launch (docs/distributed.md)"
+_RESUMED = "a resumed run must take the steps of the uninterrupted one"
+_TRAINED = "the run writes and reads what it needs"
+_FIXED = "it is set by the run"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LIGER),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "local_rank"), _LAUNCHED),
+    **dict.fromkeys(
+        (
+            "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+            "hub_revision",
+        ),
+        _HUB,
+    ),
+    **dict.fromkeys(
+        (
+            "eval_delay", "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
+            "eval_accumulation_steps", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics",
+            "bf16_full_eval", "fp16_full_eval", "label_names",
+        ),
+        _EVAL,
+    ),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _BEST),
+    **dict.fromkeys(
+        (
+            "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context", "dataloader_in_order", "dataloader_pin_memory",
+        ),
+        _LOADER,
+    ),
+    **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), _RESUMED),
+    **dict.fromkeys(
+        ("save_only_model", "save_on_each_node", "enable_jit_checkpoint", "do_train", "do_eval", "do_predict"), _TRAINED
+    ),
+    **dict.fromkeys(
+        (
+            "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "logging_first_step",
+            "logging_nan_inf_filter", "disable_tqdm", "remove_unused_columns", "length_column_name", "use_cache",
+        ),
+        _FIXED,
+    ),
+    "dataloader_drop_last": "every row of an epoch is trained on",
+    "include_num_input_tokens_seen": "metrics.jsonl counts tokens",
+    "average_tokens_across_devices": "a step's loss is always divided by the counts of all processes",
+    "label_smoothing_factor": "the objectives robust_dpo and cdpo have label_smoothing",
+    "neftune_noise_alpha": "noise in training only would make the policy differ from its reference",
+    "auto_find_batch_size": "set train.max_tokens_per_batch, or a smaller train.batch_size",
+    "parallelism_config": "tensor and context parallelism are not supported",
+    "optim_target_modules": "choose the trained weights by model.freeze and model.lora",
+}  # fmt: skip
+"""Argument -> why a recipe cannot set it."""
+
+
+def objection(setting: str, value: Any) -> str | None:
+    """What is wrong with the first unusable name in a setting of the section ``train``; ``None`` if there is none.
+
+    Args:
+        setting: ``lr_scheduler_type``, ``report_to`` or ``arguments``.
+        value: its name, names, or mapping by name.
+    """
+    if setting == "arguments":
+        return next((problem for name in value if (problem := _argument(str(name))) is not None), None)
+    known = TRACKERS if setting == "report_to" else SCHEDULES
+    unknown = next(
+        (name for name in ([value] if isinstance(value, str) else value) if name not in known), None
+    )
+    if unknown is None:
+        return None
+    return f"unknown name {unknown!r}{nearest(unknown, known)}; allowed: {', '.join(known)}"
+
+
+def _argument(name: str) -> str | None:
+    if name in PASSED:
+        return None
+    if name in OWNED:
+        return f"{name}: the recipe sets it by {OWNED[name]}"
+    if name in REFUSED:
+        return f"{name}: {REFUSED[name]}"
+    known = nearest(name, (*PASSED, *OWNED, *REFUSED))
+    return f"{name}: transformers' TrainingArguments have no such argument{known}"
