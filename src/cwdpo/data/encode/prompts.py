@@ -120,7 +120,9 @@ class PromptEncoder:
             self._keep(key, images)
         if not (images or contents):
             return EncodedPrompt(ids, per_token)
-        digest = _digest(self._image_settings, *(c.digest.hex() for c in contents))
+        # What else an image reference says (all but its place) changes the pixels, so it is part of the digest.
+        said = (repr(replace(image, path=None, data=None)) for image in example.images)
+        digest = _digest(self._image_settings, *(c.digest.hex() for c in contents), *said)
         return EncodedPrompt(ids, per_token, partial(self._load_images, example, ids, per_token), digest)
 
     def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
