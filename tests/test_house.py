@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "remote": {*BASE, "connection"},
     "negatives": {*BASE, "remote", "judging.base"},
     "data": BASE,
-    "models": {*BASE, "data"},
+    "models": {*BASE, "arguments", "data"},
     "scoring": {*BASE, "data", "objectives", "models"},
     "curriculum": BASE,
     "probes": {*BASE, "objectives"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -54,6 +54,10 @@ class DataSettings(Settings):
     default_prompt: str = Field("Describe the image.", description="prompt for data without prompts")
     max_length: int | None = Field(None, gt=0, description="largest number of tokens of prompt + completion")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    image_tokens: Literal["sizes", "processor"] = Field(
+        "sizes",
+        description="number of image tokens: from image sizes, or by processing each image before step 1",
+    )
     cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
     limit: int | None = Field(None, gt=0, description="read only this many examples")
 

@@ -129,8 +129,7 @@ class Shortages:
             shutil.copytree(self.chaos.stages[phase.command][phase.begins], place / "run")
         return place
 
-    def _start(self, phase: Phase, place: Path, **limits: int) -> None:
-        words = self.commands[phase.command].arguments(place)
+    def _start(self, words: list[object], **limits: int) -> None:
         # What it prints goes elsewhere: it is the command's own files that find no room.
         self.server.start(self.err, *words, out=self.chaos.place / "small.said", limits=limits)
 
@@ -138,8 +137,9 @@ class Shortages:
         """A phase with the disk full at so many sizes, from what is there at its beginning to what it needs."""
         with disk(self.small):
             place = self._place(phase, self.small)
+            words = self.commands[phase.command].arguments(place)  # makes the copy that a report is of
             first = most = used(self.small)
-            self._start(phase, place)
+            self._start(words)
             end = place / "run" / phase.ends
 
             def look() -> bool:
@@ -157,8 +157,9 @@ class Shortages:
             room = first + int((most - first) * (number + 0.5) / sizes)
             with disk(self.small):
                 place = self._place(phase, self.small)
+                words = self.commands[phase.command].arguments(place)
                 remount(self.small, f"size={room}")
-                self._start(phase, place)
+                self._start(words)
                 refused += self._one_line(f"{phase.name}, disk of {room} bytes", phase, self.server.wait())
                 remount(self.small, LARGE)
                 self._ends_well(f"{phase.name}, disk of {room} bytes", phase, place)

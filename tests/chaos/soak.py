@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 
 import yaml
 
@@ -86,7 +86,8 @@ class Part:
             return f"{self.name}: too short to tell ({len(rows)} looks)"
         quarter = len(rows) // 4
         second, last = rows[quarter : 2 * quarter], rows[-quarter:]
-        before, after = (median(r[2] for r in part) for part in (second, last))
+        # Children that live a moment are seen or not: the lowest quarter of the looks has none.
+        before, after = (quantiles([r[2] for r in part])[0] for part in (second, last))
         files = [max(r[3] for r in part) for part in (second, last)]
         grows = after > before * (1 + MOST_GROWTH) or files[1] > files[0] + 2
         return (

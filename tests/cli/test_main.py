@@ -100,9 +100,12 @@ def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
             "not enough memory (DefaultCPU",
         ),
+        (RuntimeError("can't start new thread"), "not enough memory"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.EMFILE, "Too many open files", "x"), "raise the limit of open files (ulimit -n)"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), "x: the file cannot be written"),
+        (RuntimeError("basic_ios::clear: iostream error"), "a file of the run: the file cannot be written"),
+        (Exception("No space left on device (os error 28)"), "a file of the run: the file cannot be written"),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), "x: the file cannot be written"),
         (OSError(errno.ENOENT, "No such file or directory", "x"), "x: does not exist and cannot be created"),
     ],
@@ -157,3 +160,36 @@ cli.main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_after_the_end_is_not_shown() -> None:
+    """The second Ctrl-C may fall into the callbacks of what the ended command has left."""
+    code = """
+import sys, weakref
+from cwdpo.cli import main as cli
+
+class Thing: ...
+
+def interrupted(_):
+    raise KeyboardInterrupt
+
+def failed(_):
+    raise ValueError("shown")
+
+thing = Thing()
+kept = [weakref.ref(thing, interrupted), weakref.ref(thing, failed)]
+
+@cli.app.command("end")
+def end():
+    raise KeyboardInterrupt
+
+sys.argv = ["cwdpo", "end"]
+try:
+    cli.main()
+finally:
+    del thing
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "KeyboardInterrupt" not in done.stderr
+    assert "ValueError: shown" in done.stderr

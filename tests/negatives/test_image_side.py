@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from cwdpo.config import parse_recipe
-from cwdpo.data.images import ImageDigests
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.split import split_by_image
 from cwdpo.errors import RecipeError
@@ -75,9 +74,6 @@ def test_encoded_bytes_are_those_of_the_edited_image(pictures: Path) -> None:
     assert plain.encoded() == (pictures / "a.png").read_bytes()
     (pictures / "e.png").write_bytes(edited.encoded())
     assert np.array_equal(Image.open(pictures / "e.png"), edited.open())
-    digests = ImageDigests()
-    others = [ImageRef(path=pictures / "a.png", edit=ImageEdit(noise=n)) for n in (0.5, 0.25)]
-    assert digests.of(plain) != digests.of(edited) == digests.of(others[0]) != digests.of(others[1])
 
 
 # --- sources ------------------------------------------------------------------------------------------------
@@ -261,10 +257,23 @@ def test_an_image_of_a_negative_is_in_no_other_split(pictures: Path) -> None:
 
 
 def test_other_images_of_negatives_are_other_inputs(pictures: Path) -> None:
-    made = [Completion("a cat", images=(ImageRef(path=pictures / f"{n}.png"),)) for n in "bc"]
+    edits = (None, ImageEdit(noise=0.5), ImageEdit(noise=0.25))
+    refs = [ImageRef(path=pictures / "b.png", edit=edit) for edit in edits] + [
+        ImageRef(path=pictures / "c.png")
+    ]
+    made = [Completion("a cat", images=(ref,)) for ref in refs]
     rows = [[Example(**{**vars(an_example(pictures, "a")), "rejected": (c,)})] for c in made]
-    first, second = (of_rows(one, ImageDigests()) for one in rows)
-    assert first["pictures"] != second["pictures"]
+    assert len({of_rows(one)["pictures"] for one in rows}) == 4
+
+
+def test_prompts_of_edited_images_have_digests_of_their_own(pictures: Path, encoder: Any) -> None:
+    example = an_example(pictures, "a", chosen="a red ring .")
+    crops = [NEGATIVES.build("image_crop").completions(example, [], random.Random(s))[0] for s in (1, 2)]
+    swapped = Completion("a red ring .", images=(ImageRef(path=pictures / "b.png"),))
+    encoded = encoder.encode(Example(**{**vars(example), "rejected": (*crops, swapped)}))
+    assert len({p.image_digest for p in encoded.prompts}) == 4
+    tensors = [next(iter(p.images.values())) for p in encoded.prompts]
+    assert all(not (a == b).all() for i, a in enumerate(tensors) for b in tensors[:i])
 
 
 # --- a run --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -52,19 +53,23 @@ _DISK_ERRORS = {
 }  # fmt: skip
 
 
-_NO_MEMORY = "can't allocate memory|failed to map segment"
-"""Of torch's allocator, and of the loader of a library."""
+_OF_RUST = ("SafetensorError", "Exception")
+"""Types of errors of safetensors, and of tokenizers, which uses the base class itself."""
+_NO_MEMORY = "can't allocate memory|failed to map segment|can't start new thread"
+"""Of torch's allocator, of the loader of a library, and of a thread's stack."""
 
 
 def _machine_trouble(error: Exception) -> str | None:
     """A message for an error of the disk or of too little memory; ``None`` for any other error.
 
-    safetensors and torch raise their own types of errors, which can be recognised only by their text.
+    safetensors, tokenizers and torch raise their own types of errors, which can be recognised only by their text.
     """
     text, place = str(error), "a file of the run"
-    found = re.search(r"\(os error (\d+)\)", text) if type(error).__name__ == "SafetensorError" else None
+    found = re.search(r"\(os error (\d+)\)", text) if type(error).__name__ in _OF_RUST else None
     number = int(found[1]) if found else getattr(error, "errno", None)
-    if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", text):
+    if isinstance(error, RuntimeError) and re.search(
+        r"inline_container|PytorchStreamWriter|iostream error", text
+    ):
         number = errno.ENOSPC
     if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(_NO_MEMORY, text):
         return (
@@ -115,7 +120,18 @@ def main() -> None:
         typer.echo(f"cwdpo: {printable(trouble)}", err=True)
         sys.exit(1)
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook = hook if isinstance(hook, _AtTheEnd) else _AtTheEnd(hook)
+
+
+class _AtTheEnd:
+    """Does not show an interrupt that falls into a callback after the command has ended: the process ends anyway."""
+
+    def __init__(self, otherwise: Callable[[Any], object]) -> None:
+        self._otherwise = otherwise
+
+    def __call__(self, unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._otherwise(unraisable)
 
 
 def _interrupt_once_more(unraisable: Any) -> None:

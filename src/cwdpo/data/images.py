@@ -1,4 +1,4 @@
-"""Images of a row: found inside one folder only, checked, and identified by their content."""
+"""Images of a row: found inside one folder only, and checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -255,33 +254,3 @@ def _lossless(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=kind)
     return buffer.getvalue()
-
-
-class ImageDigests:
-    """blake2b digests of the encoded bytes of images; each file is read once."""
-
-    def __init__(self) -> None:
-        self._of_path: dict[Path, bytes] = {}
-
-    def of(self, image: ImageRef) -> bytes:
-        """The 16-byte digest of an image.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
-        stored = self._of_stored(image)
-        if image.edit is None:
-            return stored
-        return blake2b(stored + repr(image.edit).encode(), digest_size=16).digest()
-
-    def _of_stored(self, image: ImageRef) -> bytes:
-        if image.data is not None or image.path is None:
-            return blake2b(image.stored(), digest_size=16).digest()
-        if image.path not in self._of_path:
-            try:
-                self._of_path[image.path] = blake2b(image.stored(), digest_size=16).digest()
-            except OSError as error:
-                raise DataError(
-                    f"{image.path}: cannot be read ({error.strerror}); restore it or drop the row"
-                ) from None
-        return self._of_path[image.path]

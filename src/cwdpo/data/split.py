@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
-from cwdpo.data.images import ImageDigests
+from cwdpo.data.contents import image_content
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 
@@ -54,7 +54,6 @@ def split_by_image(
 
 def _group_keys(examples: Sequence[Example]) -> list[bytes]:
     """For each example, the key of its group: the smallest key of all examples connected by common images."""
-    digests = ImageDigests()
     parent: dict[bytes, bytes] = {}
 
     def root(key: bytes) -> bytes:
@@ -65,7 +64,9 @@ def _group_keys(examples: Sequence[Example]) -> list[bytes]:
 
     firsts = []
     for example in examples:
-        keys = [b"image:" + digests.of(image) for image in example.all_images] or [_text_key(example)]
+        keys = [b"image:" + image_content(image).digest for image in example.all_images] or [
+            _text_key(example)
+        ]
         for key in keys:
             parent.setdefault(key, key)
             low, high = sorted((root(keys[0]), root(key)))

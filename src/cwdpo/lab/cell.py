@@ -26,7 +26,7 @@ from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.model import load_model, save_model
+from cwdpo.stage.model import encoder_of, load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data
 from cwdpo.stage.stage import Stage, StageName
 from cwdpo.worlds.judged import all_judgeable
@@ -107,7 +107,7 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
     """Train one stage (not for ``base``), then compute the figures on the test set (not for ``stage1``)."""
     splits = None if job.stage == "base" else prepare_data(job.recipe, run)
     policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
-    encoder = policy.encoder(job.recipe.data.max_length, job.recipe.data.cache_gb)
+    encoder = encoder_of(policy, job.recipe.data)
     listener = Listener(step=on_step)
     if job.stage == "stage1":
         assert splits is not None

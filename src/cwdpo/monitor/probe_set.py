@@ -134,7 +134,9 @@ def build_prompts(stage: Stage, load: Load, sampler: Callable[[Sequence[Example]
     encoded, usable, problems = [], [], []
     for example in held_out[: settings.prompts]:
         try:
-            encoded.append(encoder.encode(example))
+            one = encoder.encode(example)
+            _ = one.prompt.images  # an image that cannot be decoded is found here
+            encoded.append(one)
             usable.append(example)
         except DataError as error:
             problems.append(str(error))

@@ -26,6 +26,7 @@ from cwdpo.onpolicy.samples import sort_samples
 from cwdpo.records import Example, ImageRef, Message, without_tools
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
+from cwdpo.stage.model import encoder_of
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import autocast
 
@@ -108,7 +109,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     set_seed(recipe.seed)
     listener.phase("loading the model")
     policy = load_policy(recipe.model)
-    encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
+    encoder = encoder_of(policy, recipe.data)
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
     judge = judge_for(settings.judge, readable)

@@ -1,6 +1,6 @@
 """Digests of a run's inputs besides its recipe: rows, images and base model. They must be the same in a resumed run.
 
-``inputs.json`` contains digests only. Every image file is read once for them.
+``inputs.json`` contains digests only. Every image file is read once in a run, without decoding it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from cwdpo.data.images import ImageDigests
+from cwdpo.data.contents import image_content
 from cwdpo.errors import CwdpoError, DataError, RecipeError
 from cwdpo.models.load import Policy
 from cwdpo.pipeline.resume import keep_old
-from cwdpo.records import Completion, Example
+from cwdpo.records import Completion, Example, ImageRef
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.reference_cache import weights_digest
 from cwdpo.stage.splits import Splits
@@ -57,15 +57,14 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
 
 
 def _of_splits(splits: Splits) -> dict[str, Any]:
-    digests = ImageDigests()
     named = {"stage1": splits.stage1, "stage2": splits.stage2, "validation": splits.validation}
-    return {name: of_rows(rows, digests) for name, rows in named.items()}
+    return {name: of_rows(rows) for name, rows in named.items()}
 
 
-def of_rows(rows: Sequence[Example], digests: ImageDigests) -> dict[str, Any]:
+def of_rows(rows: Sequence[Example]) -> dict[str, Any]:
     """Number of rows, and digests of their texts, of their order, and of their images (in any order)."""
     texts = [_digest([_texts(row)]) for row in rows]
-    images = [_digest([row.id, *(_image(image, digests) for image in row.all_images)]) for row in rows]
+    images = [_digest([row.id, *(_image(image) for image in row.all_images)]) for row in rows]
     return {
         "rows": len(rows),
         "texts": _digest(sorted(texts)),
@@ -92,9 +91,9 @@ def _texts(row: Example) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
 
 
-def _image(image: Any, digests: ImageDigests) -> str:
+def _image(image: ImageRef) -> str:
     try:
-        return digests.of(image).hex()
+        return image_content(image).digest.hex() + (repr(image.edit) if image.edit else "")
     except DataError:  # encoding the row later reports the error
         return "unreadable"
 

@@ -22,7 +22,7 @@ from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.model import load_model, load_saved, save_model
+from cwdpo.stage.model import encoder_of, load_model, load_saved, save_model
 from cwdpo.stage.scoring_check import check_scoring
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
@@ -87,7 +87,7 @@ def _train(
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
-    encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
+    encoder = encoder_of(policy, recipe.data)
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
 

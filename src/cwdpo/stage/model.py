@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from cwdpo.config import Recipe
+from cwdpo.config import DataSettings, Recipe
+from cwdpo.data.encode.encoder import Encoder
 from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder
 from cwdpo.models.load import Policy, load_policy, load_weights
@@ -31,6 +32,11 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
     else:
         refuse_damage(folder, "remove it, and it is created again")
     return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
+
+
+def encoder_of(policy: Policy, data: DataSettings) -> Encoder:
+    """The encoder of a policy's checkpoint, with the recipe's settings."""
+    return policy.encoder(data.max_length, data.cache_gb, from_sizes=data.image_tokens == "sizes")
 
 
 def load_saved(policy: Policy, folder: Path) -> None:

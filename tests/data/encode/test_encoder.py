@@ -170,7 +170,7 @@ def test_a_negative_with_chosens_tokens_is_left_out(encoder, examples) -> None:
 def test_images_beyond_the_cache_are_decoded_again(processor, encoder, examples) -> None:
     small = Encoder(processor, cache_gb=0.0)
     prompt = small.prompt(examples[0])
-    assert not small._images
+    assert not small.prompt._images
     kept = encoder.prompt(examples[0]).images
     for name, value in prompt.images.items():
         assert (value == kept[name]).all()

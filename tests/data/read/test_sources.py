@@ -279,8 +279,12 @@ def test_repeat_time(mmpr: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"one__repeat_time": 0}, "one: repeat_time = 0; allowed: a whole number from 1, or a share"),
+        ({"one__repeat_time": 0}, "one: repeat_time = 0; allowed: a whole number from 1 to 1000, or a share"),
         ({"one__repeat_time": 1.5}, "repeat_time = 1.5"),
+        ({"one__repeat_time": 1001}, "repeat_time = 1001"),
+        ({"one__repeat_time": 10**308}, "repeat_time = 1000"),
+        ({"one__repeat_time": 10**310}, "repeat_time = 1000"),
+        ({"one__repeat_time": float("nan")}, "repeat_time = nan"),
         ({"one__repeat_time": "2"}, "repeat_time = '2'"),
         ({"one__repeat_time": True}, "repeat_time = True"),
         ({"one__data_augment": True}, "data_augment = true: pictures are not altered"),

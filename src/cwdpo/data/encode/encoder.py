@@ -7,52 +7,18 @@ completion together are the ids of the joined text, and generation starts from e
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from cwdpo.data.encode.prompts import EncodedPrompt as EncodedPrompt
+from cwdpo.data.encode.prompts import PromptEncoder, check_embedded
 from cwdpo.data.encode.span import differing_span
 from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
 from cwdpo.errors import DataError
 from cwdpo.records import Completion, Example, Origin
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 NegativeSet = Literal["rejected", "gentle", "none"]
-_NOT_FOR_THE_MODEL = ("attention_mask", "labels")
-"""Processor outputs that are not passed on: scoring makes its own mask, and labels make the model compute a loss."""
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt as model input.
-
-    ``input_ids``: token ids with the image tokens expanded. ``per_token``: further outputs of the processor with one
-    value per token (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: returns the inputs of the vision
-    tower. ``image_digest``: digest of these inputs; it changes with the images and with the processor's settings.
-    """
-
-    input_ids: tuple[int, ...]
-    per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
-    image_digest: str = ""
-
-    @property
-    def images(self) -> Mapping[str, Tensor]:
-        """The inputs of the vision tower; decoded again if they are not in the encoder's cache."""
-        return self.load_images()
-
-    def loaded(self) -> EncodedPrompt:
-        """The prompt with its images in memory.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
-        images = self.images
-        return replace(self, load_images=lambda: images)
 
 
 @dataclass(frozen=True)
@@ -128,6 +94,10 @@ class Encoder:
             a longer example raises :class:`DataError`, and the caller leaves it out.
         cache_gb: memory for image tensors, in GiB; images that do not fit are decoded again at every use.
         checkpoint: token ids from generation_config and weights; :meth:`cwdpo.models.load.Policy.encoder` passes them.
+        from_sizes: see :class:`PromptEncoder`.
+
+    Attributes:
+        prompt: encodes the prompt of an example.
     """
 
     def __init__(
@@ -136,120 +106,27 @@ class Encoder:
         max_length: int | None = None,
         cache_gb: float = 1.0,
         checkpoint: CheckpointTokens | None = None,
+        *,
+        from_sizes: bool = True,
     ) -> None:
         self.processor = processor
         self.template = ChatTemplate(processor, checkpoint)
         self.tokenizer = self.template.tokenizer
         self.max_length = max_length
-        self._prompts: dict[tuple[Any, ...], EncodedPrompt] = {}
-        self._images: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
-        self._free_bytes = cache_gb * 2**30
-        self._texts: dict[tuple[Any, ...], str] = {}
+        self.prompt = PromptEncoder(self.template, cache_gb, from_sizes=from_sizes)
 
     def forget(self) -> None:
         """Empty the caches of prompts and images."""
-        self._free_bytes += sum(
-            t.numel() * t.element_size() for i in self._images.values() for t in i.values()
-        )
-        for kept in (self._prompts, self._images, self._texts):
-            kept.clear()
+        self.prompt.forget()
+
+    def prompt_text(self, example: Example) -> str:
+        """See :meth:`cwdpo.data.encode.prompts.PromptEncoder.text`."""
+        return self.prompt.text(example)
 
     @property
     def end_ids(self) -> frozenset[int]:
         """Ids at which a response ends; see :attr:`cwdpo.data.encode.template.ChatTemplate.stops`."""
         return frozenset(self.template.stops)
-
-    def prompt_text(self, example: Example) -> str:
-        """The prompt as text, rendered by the chat template up to the start of the response (images as placeholders).
-
-        Raises:
-            DataError: the template refuses it.
-        """
-        if example.prompt not in self._texts:
-            self._texts[example.prompt] = self.template.prompt(example)
-        return self._texts[example.prompt]
-
-    def prompt(self, example: Example) -> EncodedPrompt:
-        """Encode images and prompt; the result is cached, because several stages use it.
-
-        Raises:
-            DataError: an image cannot be decoded, or the processor refuses the prompt.
-        """
-        key = (example.images, example.prompt)
-        if key not in self._prompts:
-            ids, per_token, images = self._process(example)
-            self._keep(key, images)
-            load = partial(self._load_images, example) if images else dict[str, Any]
-            self._prompts[key] = EncodedPrompt(ids, per_token, load, _digest(images))
-        return self._prompts[key]
-
-    def _keep(self, key: tuple[Any, ...], images: Mapping[str, Tensor]) -> None:
-        size = sum(t.numel() * t.element_size() for t in images.values())
-        if size <= self._free_bytes:
-            self._images[key] = images
-            self._free_bytes -= size
-
-    def _load_images(self, example: Example) -> Mapping[str, Tensor]:
-        key = (example.images, example.prompt)
-        return self._images[key] if key in self._images else self._process(example)[2]
-
-    def _process(
-        self, example: Example
-    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]], dict[str, Tensor]]:
-        try:
-            opened = [image.open() for image in example.images]
-        except Exception as error:  # on broken files Pillow's plugins raise errors of many types
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{example.where or example.id}: images: cannot be decoded ({reason})") from error
-        # Nested: some processors (LLaVA-OneVision) take a flat list as one image for each text.
-        kwargs: dict[str, Any] = {"images": [opened]} if opened else {}
-        text = self.prompt_text(example).rstrip(" ")
-        try:
-            outputs = self._processed(text, kwargs)
-        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise DataError(
-                f"{example.where or example.id}: prompt: refused by the processor ({error})"
-            ) from error
-        ids = outputs.pop("input_ids")[0]
-        per_token = {
-            k: tuple(v[0].tolist())
-            for k, v in outputs.items()
-            if k.endswith("token_type_ids") and tuple(v.shape) == (1, ids.shape[0])
-        }
-        images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
-        self._check_embedded(example, ids.tolist(), self.template.checkpoint.placeholders)
-        return tuple(ids.tolist()), per_token, images
-
-    def _processed(self, text: str, kwargs: Mapping[str, Any]) -> Any:
-        """The processor's outputs.
-
-        Without a chat template the prompt ends with a line break. Some processors (PaliGemma) add it themselves; they
-        get the prompt without it.
-        """
-        if not self.template.is_there:
-            bare = self._call(text.removesuffix("\n"), kwargs)
-            if self.tokenizer.decode(bare["input_ids"][0]).endswith("\n"):
-                return bare
-        return self._call(text, kwargs)
-
-    def _call(self, text: str, kwargs: Mapping[str, Any]) -> Any:
-        return self.processor(
-            text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **kwargs
-        )
-
-    def _check_embedded(self, example: Example, ids: Sequence[int], allowed: frozenset[int]) -> None:
-        """Refuse ids that the model's embedding does not have: tokenizer and weights are of different checkpoints."""
-        rows = self.template.checkpoint.embedded
-        beyond = [] if rows is None else [i for i in ids if i >= rows and i not in allowed]
-        if beyond:
-            raise RefusedRowError(
-                example.where or example.id,
-                "token-without-embedding",
-                "",
-                f"token {self.tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, and the model "
-                f"embeds {rows} tokens",
-                "fetch tokenizer and weights from the same place, or resize the embedding",
-            )
 
     def check_positions(self, example: Example, n_tokens: int) -> None:
         """Refuse a row that is longer than the sequences that the model was made for.
@@ -283,7 +160,7 @@ class Encoder:
         ids = ids if end.closing else [*ids, end.token]
         if len(ids) < 2:
             raise DataError(f"{example.where or example.id}: a response without tokens: {text!r}")
-        self._check_embedded(example, ids, frozenset())
+        check_embedded(self.template, example, ids, frozenset())
         return tuple(ids)
 
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
@@ -327,13 +204,13 @@ class Encoder:
         return self.prompt(replace(example, images=images))
 
     def readable(self, examples: Iterable[Example], limit: int) -> list[Example]:
-        """The first ``limit`` examples whose prompts can be encoded."""
+        """The first ``limit`` examples whose prompts can be encoded and whose images can be decoded."""
         good: list[Example] = []
         for example in examples:
             if len(good) >= limit:
                 break
             with contextlib.suppress(DataError):
-                self.prompt(example)
+                _ = self.prompt(example).images
                 good.append(example)
         return good
 
@@ -355,27 +232,8 @@ class Encoder:
             good.append(encoded)
         return good, problems
 
-    def _adds_bos(self, text: str) -> bool:
-        """Whether the tokenizer must add its bos token: it does so by default, and the template did not write one."""
-        bos = self.tokenizer.bos_token
-        return bos is not None and not text.startswith(bos) and self._has_bos_by_default
-
-    @cached_property
-    def _has_bos_by_default(self) -> bool:
-        """Whether the tokenizer adds bos, and nothing else, by default: some templates (LLaVA 1.5) rely on it."""
-        added = list(self.tokenizer("a", add_special_tokens=True)["input_ids"])
-        return added == [self.tokenizer.bos_token_id, *self._ids("a")]
-
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _digest(images: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(images.items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest() if images else ""
 
 
 def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:

@@ -24,6 +24,7 @@ _UNREAD = {
     "dynamic_image_size": "tiles are the processor's: set model.processor_options",
     "conversation_template": "the checkpoint's own chat template is used; remove the key",
 }
+_MOST_TIMES = 1000  # largest repeat_time
 _MOST_BYTES = 64 << 20  # largest registry; a .json list of rows is recognised by its first character
 
 
@@ -110,10 +111,11 @@ def _entry(
     if entry.get("data_augment"):
         raise DataError(f"{where}: data_augment = true: pictures are not altered; set it to false")
     times = entry.get("repeat_time", 1)
-    number = float(times) if isinstance(times, int | float) and not isinstance(times, bool) else -1.0
-    if not (0 < number < 1 or (number >= 1 and number.is_integer())):
+    number = times if isinstance(times, int | float) and not isinstance(times, bool) else -1
+    if not (0 < number < 1 or (1 <= number <= _MOST_TIMES and number == int(number))):
         raise DataError(
-            f"{where}: repeat_time = {shown(times)}; allowed: a whole number from 1, or a share between 0 and 1"
+            f"{where}: repeat_time = {shown(times)}; allowed: a whole number from 1 to {_MOST_TIMES}, or a share "
+            "between 0 and 1"
         )
     root = entry.get("root") or ""
     for key, value in (("annotation", entry["annotation"]), ("root", root)):
@@ -124,7 +126,7 @@ def _entry(
         raise DataError(
             f"{where}: annotation = {entry['annotation']!r}: there is no {annotation}; correct it"
         )
-    return _Set(name, open_file(annotation), root, number)
+    return _Set(name, open_file(annotation), root, float(number))
 
 
 def _taken(one: _Set) -> Iterator[RawRow]:

@@ -18,7 +18,7 @@ from cwdpo.pipeline.run_stage import make_trainer
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.scoring.score import row_tokens
-from cwdpo.stage.model import load_model
+from cwdpo.stage.model import encoder_of, load_model
 from cwdpo.stage.prepare import encode
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage
@@ -78,7 +78,7 @@ def _walk(recipe: Recipe, folder: Path) -> Iterator[tuple[float, int, int, int]]
     folder.mkdir(parents=True)
     splits = prepare_data(recipe, run)
     policy = load_model(recipe, splits, run)
-    encoder = policy.encoder(recipe.data.max_length, recipe.data.cache_gb)
+    encoder = encoder_of(policy, recipe.data)
     stage = Stage("stage2", recipe, policy, encoder, run, splits.stage2)
     if stage.objective.needs_calibration:  # the cost of a step does not depend on floor and tau
         stage.in_force.objective = stage.objective.calibrated([-3.0, -2.0, -1.0])

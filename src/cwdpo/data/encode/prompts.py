@@ -1,0 +1,295 @@
+"""Encodes prompts: token ids from the sizes of the images, and image tensors when they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from cwdpo.data.contents import ImageContent, image_content
+from cwdpo.data.encode.expand import Expansions, Sizes, Written
+from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
+from cwdpo.errors import DataError
+from cwdpo.records import Example
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+_NOT_FOR_THE_MODEL = ("attention_mask", "labels")
+"""Processor outputs that are not passed on: scoring makes its own mask, and labels make the model compute a loss."""
+_Result = tuple[tuple[int, ...], dict[str, tuple[int, ...]], "dict[str, Tensor]"]
+"""Token ids of a prompt, per-token outputs of the processor, and the inputs of the vision tower."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as model input.
+
+    ``input_ids``: token ids with the image tokens expanded. ``per_token``: further outputs of the processor with one
+    value per token (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: returns the inputs of the vision
+    tower. ``image_digest``: digest of the image files and of the processor's settings, which these inputs depend on.
+    """
+
+    input_ids: tuple[int, ...]
+    per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
+    image_digest: str = ""
+
+    @property
+    def images(self) -> Mapping[str, Tensor]:
+        """The inputs of the vision tower; decoded now if they are not in the encoder's cache.
+
+        Raises:
+            DataError: an image cannot be read, or its size is not the one that the prompt was made for.
+        """
+        return self.load_images()
+
+    def loaded(self) -> EncodedPrompt:
+        """The prompt with its images in memory.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        images = self.images
+        return replace(self, load_images=lambda: images)
+
+
+class PromptEncoder:
+    """Encodes prompts with a checkpoint's own processor; what it made is kept.
+
+    Args:
+        template: the checkpoint's chat template.
+        cache_gb: memory for image tensors, in GiB; images that do not fit are decoded again at every use.
+        from_sizes: compute the number of image tokens from the sizes of the images, as far as the processor's results
+            on rows of the run agree; else every image is processed when its prompt is encoded.
+    """
+
+    def __init__(self, template: ChatTemplate, cache_gb: float, *, from_sizes: bool = True) -> None:
+        self.template, self.processor, self.tokenizer = template, template.processor, template.tokenizer
+        self._prompts: dict[tuple[Any, ...], EncodedPrompt] = {}
+        self._images: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
+        self._free_bytes = cache_gb * 2**30
+        self._texts: dict[tuple[Any, ...], str] = {}
+        self._from_sizes, self._expansions = from_sizes, Expansions(self.processor)
+
+    def forget(self) -> None:
+        """Empty the caches."""
+        self._free_bytes += sum(
+            t.numel() * t.element_size() for i in self._images.values() for t in i.values()
+        )
+        for kept in (self._prompts, self._images, self._texts):
+            kept.clear()
+
+    def text(self, example: Example) -> str:
+        """The prompt as text, rendered by the chat template up to the start of the response (images as placeholders).
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        if example.prompt not in self._texts:
+            self._texts[example.prompt] = self.template.prompt(example)
+        return self._texts[example.prompt]
+
+    def __call__(self, example: Example) -> EncodedPrompt:
+        """Encode the prompt; the result is cached, because several stages use it.
+
+        Images are not decoded, except on a few rows (see :mod:`cwdpo.data.encode.expand`), and except files that do
+        not end as their format does. The others are decoded when :attr:`EncodedPrompt.images` is read.
+
+        Raises:
+            DataError: an image cannot be decoded, or the processor refuses the prompt.
+        """
+        key = (example.images, example.prompt)
+        if key not in self._prompts:
+            self._prompts[key] = self._encoded_prompt(example)
+        return self._prompts[key]
+
+    def _encoded_prompt(self, example: Example) -> EncodedPrompt:
+        contents: list[ImageContent] = []
+        with contextlib.suppress(DataError):  # decoding the images reports it
+            contents = [image_content(image) for image in example.images]
+        sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
+        ids, per_token, images = self._sized(example, sizes) or self._process(example)
+        key = (example.images, example.prompt)
+        if images:
+            self._keep(key, images)
+        if not (images or contents):
+            return EncodedPrompt(ids, per_token)
+        # What else an image reference says (all but its place) changes the pixels, so it is part of the digest.
+        said = (repr(replace(image, path=None, data=None)) for image in example.images)
+        digest = _digest(self._image_settings, *(c.digest.hex() for c in contents), *said)
+        return EncodedPrompt(ids, per_token, partial(self._load_images, example, ids, per_token), digest)
+
+    def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
+        """The prompt from the sizes of its images; ``None`` if they are not enough.
+
+        The last result has the images, if they were decoded to compare.
+        """
+        if not self._from_sizes or not sizes or len(sizes) != len(example.images):
+            return None
+        written = self._expansions.of(sizes)
+        if written is None:
+            recorder, found = self._expansions.recorder()
+            blank = self._expansions.blank_is_enough(sizes)
+            opened = [_blank(size) for size in sizes] if blank else _opened(example)
+            result = self._run(example, opened, recorder)
+            ways = found[0].simpler() if found and len(found[0].texts) == len(sizes) else ()
+            wanted: _Result = (result[0], result[1], {})
+            fitting = next((way for way in ways if self._stood_in(example, way) == wanted), None)
+            if fitting is None:
+                self._expansions.give_up()
+            else:
+                self._expansions.learn(sizes, fitting)
+            if not blank:
+                return result
+            written = self._expansions.of(sizes)
+        return None if written is None else self._stood_in(example, written)
+
+    def _stood_in(self, example: Example, written: Written) -> _Result | None:
+        """Ids and per-token outputs of the prompt without looking at its images."""
+        stand_in = self._expansions.stand_in(written)
+        try:
+            ids, per_token, _ = self._run(example, [_blank((2, 2)) for _ in written.texts], stand_in)
+        except Exception:  # a processor that needs more than the texts
+            return None
+        return ids, per_token, {}
+
+    def _keep(self, key: tuple[Any, ...], images: Mapping[str, Tensor]) -> None:
+        size = sum(t.numel() * t.element_size() for t in images.values())
+        if size <= self._free_bytes and key not in self._images:
+            self._images[key] = images
+            self._free_bytes -= size
+
+    def _load_images(
+        self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Tensor]:
+        key = (example.images, example.prompt)
+        if key not in self._images:
+            found, found_per_token, images = self._process(example)
+            if (found, found_per_token) != (ids, per_token):
+                raise DataError(
+                    f"{example.where or example.id}: images: the processor gives {len(found)} tokens now, and "
+                    f"{len(ids)} when the row was encoded: an image was changed during the run, or its number of "
+                    "tokens does not follow from its size; start again, with data.image_tokens: processor in the "
+                    "second case"
+                )
+            self._keep(key, images)
+            return images
+        return self._images[key]
+
+    @cached_property
+    def _image_settings(self) -> str:
+        """Everything that the inputs of the vision tower depend on besides the image files."""
+        made: Any = getattr(self.processor, "image_processor", None)
+        settings = made.to_json_string() if hasattr(made, "to_json_string") else repr(made)
+        packages = (f"{name} {_version(name)}" for name in ("transformers", "pillow", "torchvision"))
+        return "\n".join([type(self.processor).__name__, type(made).__name__, settings, *packages])
+
+    def _process(self, example: Example) -> _Result:
+        return self._run(example, _opened(example), self.processor)
+
+    def _run(self, example: Example, opened: Sequence[Image], processor: Any) -> _Result:
+        """Ids, per-token outputs and inputs of the vision tower, from one call of the processor."""
+        # Nested: some processors (LLaVA-OneVision) take a flat list as one image for each text.
+        kwargs: dict[str, Any] = {"images": [list(opened)]} if opened else {}
+        text = self.text(example).rstrip(" ")
+        try:
+            outputs = self._processed(processor, text, kwargs)
+        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise DataError(
+                f"{example.where or example.id}: prompt: refused by the processor ({error})"
+            ) from error
+        ids = outputs.pop("input_ids")[0]
+        per_token = {
+            k: tuple(v[0].tolist())
+            for k, v in outputs.items()
+            if k.endswith("token_type_ids") and tuple(v.shape) == (1, ids.shape[0])
+        }
+        images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
+        check_embedded(self.template, example, ids.tolist(), self.template.checkpoint.placeholders)
+        return tuple(ids.tolist()), per_token, images
+
+    def _processed(self, processor: Any, text: str, kwargs: Mapping[str, Any]) -> Any:
+        """The processor's outputs.
+
+        Without a chat template the prompt ends with a line break. Some processors (PaliGemma) add it themselves; they
+        get the prompt without it.
+        """
+        if not self.template.is_there:
+            bare = self._call(processor, text.removesuffix("\n"), kwargs)
+            if self.tokenizer.decode(bare["input_ids"][0]).endswith("\n"):
+                return bare
+        return self._call(processor, text, kwargs)
+
+    def _call(self, processor: Any, text: str, kwargs: Mapping[str, Any]) -> Any:
+        return processor(text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **kwargs)
+
+    def _adds_bos(self, text: str) -> bool:
+        """Whether the tokenizer must add its bos token: it does so by default, and the template did not write one."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and not text.startswith(bos) and self._has_bos_by_default
+
+    @cached_property
+    def _has_bos_by_default(self) -> bool:
+        """Whether the tokenizer adds bos, and nothing else, by default: some templates (LLaVA 1.5) rely on it."""
+        added = list(self.tokenizer("a", add_special_tokens=True)["input_ids"])
+        return added == [
+            self.tokenizer.bos_token_id,
+            *self.tokenizer("a", add_special_tokens=False)["input_ids"],
+        ]
+
+
+def check_embedded(
+    template: ChatTemplate, example: Example, ids: Sequence[int], allowed: frozenset[int]
+) -> None:
+    """Refuse ids that the model's embedding does not have: tokenizer and weights are of different checkpoints.
+
+    Raises:
+        RefusedRowError: naming the first such token.
+    """
+    rows = template.checkpoint.embedded
+    beyond = [] if rows is None else [i for i in ids if i >= rows and i not in allowed]
+    if beyond:
+        raise RefusedRowError(
+            example.where or example.id,
+            "token-without-embedding",
+            "",
+            f"token {template.tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, and the model "
+            f"embeds {rows} tokens",
+            "fetch tokenizer and weights from the same place, or resize the embedding",
+        )
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _blank(size: tuple[int, int]) -> Image:
+    from PIL import Image
+
+    return Image.new("RGB", size[::-1])
+
+
+def _opened(example: Example) -> list[Image]:
+    """The decoded images of a row.
+
+    Raises:
+        DataError: one cannot be decoded.
+    """
+    try:
+        return [image.open() for image in example.images]
+    except Exception as error:  # on broken files Pillow's plugins raise errors of many types
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{example.where or example.id}: images: cannot be decoded ({reason})") from error
