@@ -51,8 +51,8 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "a.png"
     path.write_bytes(written("JPEG"))
     read: list[Path] = []
-    encoded = ImageRef.encoded
-    monkeypatch.setattr(ImageRef, "encoded", lambda self: read.append(self.path) or encoded(self))
+    encoded = ImageRef.stored
+    monkeypatch.setattr(ImageRef, "stored", lambda self: read.append(self.path) or encoded(self))
     first = image_content(ImageRef(path=path))
     assert image_content(ImageRef(path=path)) == first
     assert read == [path]
