@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 from transformers.utils import logging
 
 from cwdpo.config import load_recipe
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
+from cwdpo.data.encode.encoder import EncodedExample, EncodedPrompt, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError
 from cwdpo.models.shared_attention import use_scoring
@@ -106,7 +106,7 @@ def encoded_examples(model: Any, world: Path, folder: Path, scenario: Scenario) 
     image_token = model.config.image_token_id
     for i in set(scenario.text_only) & set(range(scenario.n)):
         ids = tuple(t for t in encoded[i].prompt.input_ids if t != image_token)
-        encoded[i] = replace(encoded[i], prompt=replace(encoded[i].prompt, input_ids=ids, load_images=dict))
+        encoded[i] = replace(encoded[i], prompt=EncodedPrompt(ids))
     encoded[3] = replace(encoded[3], negatives=encoded[3].negatives[:1])
     encoded = reference_pass(model, encoded)
     if scenario.nan is not None:

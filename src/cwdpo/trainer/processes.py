@@ -45,7 +45,7 @@ def together(
         loaded = [batch.loaded() for batch in batches]
     except DataError as problem:
         error = str(problem)
-    pictured = [not error and any(p.image_digest for p in batch.prompts) for batch in loaded]
+    pictured = [not error and any(p.images for p in batch.prompts) for batch in loaded]
     flags = torch.tensor([float(bool(error)), *map(float, pictured)], device=accelerator.device)
     failed, *anywhere = accelerator.reduce(flags, "sum").tolist()
     if failed:
