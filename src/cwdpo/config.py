@@ -120,12 +120,13 @@ class TrainSettings(Settings):
     bf16: bool = False
     report_to: tuple[str, ...] = ()
     max_tokens_per_batch: int | None = Field(
-        None,
-        gt=0,
-        description="largest number of tokens in a micro-batch, with padding; used instead of batch_size",
+        None, gt=0, description="largest number of tokens in a micro-batch, with padding; not batch_size then"
     )
     group_by_length: bool = Field(
         True, description="micro-batches of rows of similar length, in random order"
+    )
+    dataloader_workers: int | None = Field(
+        None, ge=0, description="processes that read images ahead; default: 4 with an accelerator, 0 on a CPU"
     )
     reference_cache: str | None = Field(
         None, description="folder for reference log-probabilities of several runs; default: in the run folder"
