@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +33,12 @@ from cwdpo.trainer.memory import StepMemory
 from cwdpo.trainer.metrics import StepMetrics
 from cwdpo.trainer.processes import Unsharded, check_sharding, together
 from cwdpo.trainer.rounding import LostUpdates, check_optimizer, optimizer_class
+
+_COLLATES_HERE = {
+    "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+    "dataloader_multiprocessing_context": None,
+}  # fmt: skip
+"""For transformers' loader: the workers that read images are the encoder's, and the rest of a batch is ready."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,13 @@ class PreferenceTrainer(CompleteCheckpoints):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a number of examples, or of a number of tokens."""
         if self.options.max_tokens_per_batch is None:
-            loader: DataLoader[Any] = super().get_train_dataloader()
+            args: TrainingArguments = self.args
+            self.args = copy.copy(args)
+            vars(self.args).update(_COLLATES_HERE)
+            try:
+                loader: DataLoader[Any] = super().get_train_dataloader()
+            finally:
+                self.args = args
             return loader
         shared = shares_prefix(self.model)
         lengths = [row_lengths(example, shared=shared) for example in self.train_dataset]

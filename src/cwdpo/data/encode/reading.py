@@ -107,7 +107,8 @@ class Coming:
             except BrokenProcessPool:
                 raise WorkerError(
                     "a data worker died while images were read (the system kills processes if memory runs out): lower "
-                    "train.dataloader_workers (0: the main process reads images), then continue with --resume"
+                    "train.dataloader_workers (CWDPOConfig: dataloader_num_workers; with 0 the main process reads "
+                    "images), then continue with --resume"
                 ) from None
             if error is not None:
                 raise error(found)
