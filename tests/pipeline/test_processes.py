@@ -160,7 +160,7 @@ def test_an_image_that_a_worker_of_one_process_cannot_read_stops_both(together) 
     text = first["unreadable_by_workers"]["error"]
     assert text == second["unreadable_by_workers"]["error"]
     assert text.startswith("DataError: ")
-    assert "train.jsonl row 12: images: cannot be decoded (" in text
+    assert "train.jsonl:12: images: cannot be decoded (" in text
 
 
 @pytest.mark.slow

@@ -95,6 +95,8 @@ class PreferenceTrainer(CompleteCheckpoints):
         DataError: a single example has more than ``max_tokens_per_batch`` tokens.
     """
 
+    args: TrainingArguments
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -172,8 +174,7 @@ class PreferenceTrainer(CompleteCheckpoints):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a number of examples, or of a number of tokens."""
         if self.options.max_tokens_per_batch is None:
-            args: TrainingArguments = self.args
-            self.args = copy.copy(args)
+            args, self.args = self.args, copy.copy(self.args)
             vars(self.args).update(_COLLATES_HERE)
             try:
                 loader: DataLoader[Any] = super().get_train_dataloader()
