@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from cwdpo.cli.bench import recipe_text, scale_text, step_text
+from cwdpo.cli.bench import data_text, recipe_text, scale_text, step_text
 from cwdpo.errors import RecipeError
 from cwdpo.lab.bench.setting import Setting, processor, rows
+from cwdpo.models.load import EMBEDDED
 
 SMALL = {"prompt_tokens": 64, "completion_tokens": 8}
 
@@ -124,3 +125,44 @@ def test_memory_for_scoring_does_not_grow_with_the_vocabulary(monkeypatch) -> No
         return sum(saved.values())
 
     assert kept(8 * 512) == pytest.approx(kept(512), rel=0.01)
+
+
+def test_the_data_path_is_measured_by_workers(run, world_folder) -> None:
+    data, model = f"data.path={world_folder / 'train.jsonl'}", "model.path=embedded"
+    more = ["--rows", 10, "--step", 0, "--workers", 0, "--workers", 1]
+    recipe = ("tiny", data, "data.world=null", model, "train.batch_size=4")
+    ended = run("bench", "data", *recipe, *more, "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert (report["rows"], report["batch_size"], report["step"]) == (10, 4, 0.0)
+    assert [row["n"] for row in report["workers"]] == [0, 1]
+    assert all(0 < row["waiting"] <= 1 and row["rows_per_second"] > 0 for row in report["workers"])
+    assert report["decode"] > 0
+    image = json.loads((EMBEDDED / "processor_config.json").read_text())["image_processor"]["crop_size"]
+    assert report["bytes"] == 4 * 3 * image["height"] * image["width"]
+
+
+def test_data_without_images_cannot_be_measured(run, tmp_path) -> None:
+    row = {"prompt": "Say a colour.", "chosen": "red", "rejected": "soup"}
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({**row, "id": str(i)}) + "\n" for i in range(20)))
+    ended = run("bench", "data", "tiny", f"data.path={tmp_path / 'text.jsonl'}", "data.world=null")
+    assert ended.code == 1
+    assert "text.jsonl: no training row has an image to read" in ended.err
+
+
+def test_the_report_on_data_says_what_it_is_given() -> None:
+    rows = [
+        {"n": 0, "rows_per_second": 5.0, "waiting": 0.6},
+        {"n": 2, "rows_per_second": 12.5, "waiting": 0.04},
+    ]
+    text = data_text(
+        {
+            "rows": 64, "step": 0.9, "batch_size": 16, "decode": 14.2, "process": 112.0, "bytes": 23 * 2**20,
+            "workers": rows,
+        }
+    )  # fmt: skip
+    assert "decoding 14 ms, processing 112 ms, 23.0 MiB" in text
+    assert [line.split() for line in text.splitlines()[2:]] == [
+        ["0", "5.00", "60.0%"],
+        ["2", "12.50", "4.0%"],
+    ]

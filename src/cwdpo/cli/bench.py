@@ -138,6 +138,27 @@ def recipe(
     typer.echo(json.dumps(report, indent=1) if as_json else recipe_text(report))
 
 
+@app.command()
+def data(
+    path: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows to read, repeated if the data has fewer")] = 256,
+    step: Annotated[
+        float, typer.Option(min=0, help="seconds of a step on the accelerator, in which this process sleeps")
+    ] = 1.0,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=0, help="number of workers; may be repeated")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how long training steps wait for images, by train.dataloader_workers."""
+    from cwdpo.config import load_recipe
+    from cwdpo.lab.bench.data import data_report
+
+    report = data_report(load_recipe(path, overrides or ()), rows, step, workers or (0, 1, 2, 4), _say())
+    typer.echo(json.dumps(report, indent=1) if as_json else data_text(report))
+
+
 def _say() -> Callable[[str], None]:
     from rich.console import Console
 
@@ -185,6 +206,18 @@ def recipe_text(report: dict[str, Any]) -> str:
     ]
     halves = " and ".join(f"{ratio:.2f}" for ratio in report["ratio_of_halves"])
     return "\n".join([*lines, f"ratio {report['ratio']:.2f} (halves of the steps: {halves})"])
+
+
+def data_text(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [
+        f"{report['rows']} rows, {report['batch_size']} a step of {report['step']:g} s; a row: decoding "
+        f"{report['decode']:.0f} ms, processing {report['process']:.0f} ms, {report['bytes'] / 2**20:.1f} MiB",
+        "workers   rows/s   share of the time in which a step waits for images",
+    ]
+    for row in report["workers"]:
+        lines.append(f"{row['n']:>7}   {row['rows_per_second']:6.2f}   {row['waiting']:6.1%}")
+    return "\n".join(lines)
 
 
 def scale_text(report: list[dict[str, Any]]) -> str:
