@@ -152,8 +152,8 @@ def test_data_without_images_cannot_be_measured(run, tmp_path) -> None:
 
 def test_the_report_on_data_says_what_it_is_given() -> None:
     rows = [
-        {"n": 0, "rows_per_second": 5.0, "waiting": 0.6},
-        {"n": 2, "rows_per_second": 12.5, "waiting": 0.04},
+        {"n": 0, "rows_per_second": 5.0, "waiting": 0.6, "own_cpu": 120.4},
+        {"n": 2, "rows_per_second": 12.5, "waiting": 0.04, "own_cpu": 6.0},
     ]
     text = data_text(
         {
@@ -162,7 +162,7 @@ def test_the_report_on_data_says_what_it_is_given() -> None:
         }
     )  # fmt: skip
     assert "decoding 14 ms, processing 112 ms, 23.0 MiB" in text
-    assert [line.split() for line in text.splitlines()[2:]] == [
-        ["0", "5.00", "60.0%"],
-        ["2", "12.50", "4.0%"],
+    assert [line.split()[:4] for line in text.splitlines()[2:]] == [
+        ["0", "5.00", "60.0%", "120"],
+        ["2", "12.50", "4.0%", "6"],
     ]

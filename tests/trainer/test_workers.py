@@ -26,8 +26,11 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.encode.reading import PROMPTS_AHEAD, read_ahead
 from cwdpo.errors import DataError, WorkerError
 from cwdpo.files.reading import read_jsonl
+from cwdpo.models.sample import begun_prompts, sample
 from cwdpo.models.vision_cache import keep_vision_features
+from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.onpolicy.sampler import LocalSampler
 from cwdpo.pipeline.run_stage import ListenerCallback
 from cwdpo.records import ImageRef
 from cwdpo.scoring.pairs import reference_pass
@@ -286,6 +289,26 @@ def test_an_unreadable_image_stops_training_at_its_row(model, processor, example
     with pytest.raises(DataError, match="images: cannot be decoded") as found:
         trainer.train()
     assert rows[7].where in str(found.value)
+
+
+def test_samples_are_the_same(model, processor, reader, examples) -> None:
+    """Calibration's and the pool's way of sampling; a prompt that is asked twice is read once."""
+    settings = SamplerSettings(samples=2, max_new_tokens=4)
+    found = []
+    for encoder in (Encoder(processor, cache_gb=0), reader):
+        sampler = LocalSampler(model, encoder, settings)
+        sampler.begin(examples[:3])
+        assert all(
+            (prompt is encoder.prompt(e)) == (encoder is not reader)
+            for e, prompt in zip(examples, sampler._begun.values(), strict=False)
+        )
+        rows = sampler(examples[:3], 0, 1)
+        assert not sampler._begun
+        repeated = [*examples[:5], *examples[:5]]
+        found.append((rows, sample(model, encoder, repeated, max_new_tokens=4, batch_size=3)))
+    assert found[0] == found[1]
+    first, again = begun_prompts([reader.prompt(examples[0])] * 2)
+    assert first is again
 
 
 # --- whole runs ----------------------------------------------------------------------------------------

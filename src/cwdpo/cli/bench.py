@@ -213,10 +213,12 @@ def data_text(report: dict[str, Any]) -> str:
     lines = [
         f"{report['rows']} rows, {report['batch_size']} a step of {report['step']:g} s; a row: decoding "
         f"{report['decode']:.0f} ms, processing {report['process']:.0f} ms, {report['bytes'] / 2**20:.1f} MiB",
-        "workers   rows/s   share of the time in which a step waits for images",
+        "workers   rows/s   waiting for images   the main process's CPU",
     ]
     for row in report["workers"]:
-        lines.append(f"{row['n']:>7}   {row['rows_per_second']:6.2f}   {row['waiting']:6.1%}")
+        lines.append(
+            f"{row['n']:>7}   {row['rows_per_second']:6.2f}   {row['waiting']:18.1%}   {row['own_cpu']:.0f} ms a row"
+        )
     return "\n".join(lines)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.reading import read_ahead
 from cwdpo.judging.base import Judge
 from cwdpo.models.sample import by_length
 from cwdpo.onpolicy.sampler import Sampler
@@ -43,6 +45,7 @@ class Pool:
         self.run, self.seed, self.settings = run, recipe.seed, recipe.negatives
         self.encoder, self.judge = encoder, judge
         tree = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_SAMPLING}
+        del tree["train"]["dataloader_workers"]  # the samples do not depend on it
         self._mark = yaml.safe_dump(tree)
         # The first process reads the file and sends its rows to the others, which must not read while it writes.
         stored = {row["key"]: row for row in run.rows(FILE)} if run.writes else {}
@@ -73,14 +76,22 @@ class Pool:
         size, n = self.settings.sampler.batch_size, self.settings.sampler.samples
         batches = [[examples[i] for i in index] for index in by_length(self.encoder, examples, size)]
         stripe = state.num_processes if sampler.together else 1
-        for first in range(0, len(batches), stripe):
-            these = batches[first : first + stripe]
-            own = (
-                these[state.process_index : state.process_index + 1]
-                if sampler.together or state.is_main_process
-                else []
-            )
-            drawn = [row for batch in own for row in self._drawn(batch, keys, sampler, round_, step)]
+        groups = [batches[first : first + stripe] for first in range(0, len(batches), stripe)]
+        mine = state.process_index if sampler.together else 0 if state.is_main_process else stripe
+        own = [batch for group in groups for batch in group[mine : mine + 1]]
+
+        def begun(batch: list[Example]) -> list[Example]:
+            if not self._has(batch, keys):
+                sampler.begin(batch)
+            return batch
+
+        coming = read_ahead(own, begun, len)
+        for these in groups:
+            drawn = [
+                row
+                for batch in islice(coming, len(these[mine : mine + 1]))
+                for row in self._drawn(batch, keys, sampler, round_, step)
+            ]
             if state.num_processes > 1:
                 drawn = gather_object(drawn)
             if state.is_main_process:
@@ -90,10 +101,14 @@ class Pool:
             progress(len(found) * n, len(examples) * n)
         return found
 
+    def _has(self, batch: Sequence[Example], keys: Mapping[str, str]) -> bool:
+        """Whether all samples of a batch are stored."""
+        return all(keys[e.id] in self._stored for e in batch)
+
     def _drawn(
         self, batch: Sequence[Example], keys: dict[str, str], sampler: Sampler, round_: int, step: int
     ) -> list[PromptSamples]:
-        if all(keys[e.id] in self._stored for e in batch):
+        if self._has(batch, keys):
             return [PromptSamples.from_json(self._stored[keys[e.id]]) for e in batch]
         s = self.settings.sampler
         made = {"temperature": s.temperature, "top_p": s.top_p, "seed": self.seed}

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import nn
 
-from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.errors import ServerError
 from cwdpo.models.sample import Decoding, sample_batch
 from cwdpo.negatives.settings import SamplerSettings
@@ -29,6 +29,9 @@ class Sampler(Protocol):
     def together(self) -> bool:
         """Whether every process samples a part of the prompts; else the first process samples all."""
 
+    def begin(self, examples: Sequence[Example]) -> None:
+        """Called before a batch is sampled, while another one is: its images may be read from now on."""
+
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
         """The samples of each example; they depend on the seed, the round and the example only."""
 
@@ -40,13 +43,18 @@ class LocalSampler:
 
     def __init__(self, model: nn.Module, encoder: Encoder, settings: SamplerSettings) -> None:
         self.model, self.encoder, self.settings = model, encoder, settings
+        self._begun: dict[str, EncodedPrompt] = {}
+
+    def begin(self, examples: Sequence[Example]) -> None:
+        """Let the encoder's workers read the images."""
+        self._begun |= {e.id: self.encoder.prompt(e).ahead() for e in examples}
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
         """The samples of each example; a prompt is prefilled once for all its samples."""
         s = self.settings
         decoding = Decoding(s.temperature, s.top_p, s.max_new_tokens)
         keys = [f"round {round_}\0{e.id}" for e in examples]
-        prompts = [self.encoder.prompt(e) for e in examples]
+        prompts = [self._begun.pop(e.id) if e.id in self._begun else self.encoder.prompt(e) for e in examples]
         drawn = sample_batch(self.model, self.encoder, prompts, s.samples, decoding, seed, keys)
         return [
             # Rounded as in the stored file, so that a resumed run reads the same number.
@@ -67,6 +75,9 @@ class ServerSampler:
         assert settings.server is not None
         server = settings.server if model is None else settings.server.model_copy(update={"model": model})
         self.client, self.settings = Client(server, store), settings
+
+    def begin(self, examples: Sequence[Example]) -> None:
+        """Nothing: the images are sent as they are."""
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
         """The samples of each example; each sample is one request with its own seed, if the server supports seeds."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,8 @@ from cwdpo.stage.splits import prepare_data
 
 SAMPLED = 32
 """Rows whose images are read in parts, to time decoding and processing apart."""
+TURNS = 5
+"""The numbers of workers take turns, so that other work on the machine slows all of them alike."""
 
 
 def data_report(
@@ -40,7 +43,8 @@ def data_report(
 
     Returns:
         ``decode`` and ``process``: median milliseconds of a row; ``bytes``: median size of its tensors; ``workers``:
-        for each number rows per second, and the share of the time in which a step waited for its images.
+        for each number rows per second, the share of the time in which a step waited for its images, and the main
+        process's own milliseconds of CPU for a row, which other work on the machine does not change.
 
     Raises:
         DataError: the data has no row with an image.
@@ -59,22 +63,21 @@ def data_report(
             source = str(EMBEDDED) if recipe.model.path == "embedded" else recipe.model.path
             processor = load_processor(source, recipe.model)
             tokens = read_checkpoint_tokens(source, recipe.model)
-        report: dict[str, Any] = {
-            "rows": rows,
-            "step": step,
-            "batch_size": recipe.train.batch_size,
-            "workers": [],
-        }
         sizes = recipe.data.image_tokens == "sizes"
-        for n in workers:
-            encoder = Encoder(processor, cache_gb=0, checkpoint=tokens, from_sizes=sizes, workers=n)
-            say(f"encoding {rows} prompts")
-            prompts = [encoder.prompt(e) for e in examples]
-            if "decode" not in report:
-                report |= _parts(encoder, examples[:SAMPLED])
-            say(f"{n} workers")
-            report["workers"].append({"n": n, **_walk(prompts, recipe.train.batch_size, step, n)})
-    return report
+        encoders = [
+            Encoder(processor, cache_gb=0, checkpoint=tokens, from_sizes=sizes, workers=n) for n in workers
+        ]
+        say(f"encoding {rows} prompts")
+        prompts = [[encoder.prompt(e) for e in examples] for encoder in encoders]
+        parts = _parts(encoders[0], examples[:SAMPLED])
+        found = [_Walk(n) for n in workers]
+        batch = recipe.train.batch_size
+        turn = max(1, -(-rows // (TURNS * batch))) * batch
+        for start in range(0, rows, turn):
+            for walk, own in zip(found, prompts, strict=True):
+                say(f"rows {start} to {min(start + turn, rows)} with {walk.n} workers")
+                walk.over(own[start : start + turn], batch, step)
+    return {"rows": rows, "step": step, "batch_size": batch, **parts, "workers": [w.figures() for w in found]}
 
 
 def _parts(encoder: Encoder, examples: Sequence[Example]) -> dict[str, float]:
@@ -92,16 +95,37 @@ def _parts(encoder: Encoder, examples: Sequence[Example]) -> dict[str, float]:
     return {"decode": 1e3 * median(decode), "process": 1e3 * median(process), "bytes": median(sizes)}
 
 
-def _walk(prompts: Sequence[EncodedPrompt], batch_size: int, step: float, workers: int) -> dict[str, float]:
-    for prompt in [prompt.ahead() for prompt in prompts[: 2 * workers]]:  # starts the workers
-        _ = prompt.images
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    waited, began = 0.0, time.perf_counter()
-    for batch in read_ahead(batches, begun_prompts, len, 1 if workers else 0):
-        asked = time.perf_counter()
-        for prompt in batch:
+@dataclass
+class _Walk:
+    """What walks over rows with ``n`` workers took, in seconds: in all, waiting for images, and CPU of this process."""
+
+    n: int
+    rows: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    cpu: float = 0.0
+
+    def over(self, prompts: Sequence[EncodedPrompt], batch_size: int, step: float) -> None:
+        """Read the prompts as training reads them."""
+        for prompt in [prompt.ahead() for prompt in prompts[: 2 * self.n]]:  # starts the workers
             _ = prompt.images
-        waited += time.perf_counter() - asked
-        time.sleep(step)
-    seconds = time.perf_counter() - began
-    return {"rows_per_second": len(prompts) / seconds, "waiting": waited / seconds}
+        batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+        began, cpu = time.perf_counter(), time.process_time()
+        for batch in read_ahead(batches, begun_prompts, len, 1 if self.n else 0):
+            asked = time.perf_counter()
+            for prompt in batch:
+                _ = prompt.images
+            self.waited += time.perf_counter() - asked
+            time.sleep(step)
+        self.seconds += time.perf_counter() - began
+        self.cpu += time.process_time() - cpu
+        self.rows += len(prompts)
+
+    def figures(self) -> dict[str, float]:
+        """Rows per second, the share of waiting, and milliseconds of this process's CPU for a row."""
+        return {
+            "n": self.n,
+            "rows_per_second": self.rows / self.seconds,
+            "waiting": self.waited / self.seconds,
+            "own_cpu": 1e3 * self.cpu / self.rows,
+        }
