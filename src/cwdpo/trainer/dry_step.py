@@ -32,6 +32,8 @@ from cwdpo.scoring.score import score
 GRADIENTS, HEAD, IMAGES, TEXT, BACKWARD, INPUTS = (
     "gradients", "output head", "images", "text", "backward", "inputs",
 )  # fmt: skip
+OF_THE_BATCH = (HEAD, IMAGES, TEXT, BACKWARD, INPUTS)
+"""Parts whose size depends on the micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,6 @@ def _cache_features(model: nn.Module, batch: PromptBatch, tally: Tally) -> int:
     """Compute the features of a frozen vision side; returns the bytes that they take in the cache."""
     features = vision_inputs(model, batch.prompts, device_of(model)).get("mm_encoder_outputs")
     return tally.forget(features)
-
-
-def dry_forward(model: nn.Module, batch: PromptBatch, bf16: bool) -> int:
-    """Most bytes in use at a time while the micro-batch is scored without gradient, as the reference pass does."""
-    tally = Tally(vocabulary=unwrapped(model).get_output_embeddings().out_features)
-    tally.ignore((*model.parameters(), *model.buffers()))
-    model.eval()
-    autocast = torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=bf16)
-    with tally.watching(model), KnownIndices(), autocast, torch.no_grad():
-        score(model, batch)
-    return tally.peak
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
