@@ -64,7 +64,9 @@ def dtype_of(config: Any, settings: ModelSettings) -> str:
 def _empty(model: nn.Module) -> None:
     """Replace parameters and buffers by fake tensors on the CPU; tied weights stay tied."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # the replaced tensor is kept, so that its id is not used again
+    made: dict[
+        int, tuple[Tensor, Tensor]
+    ] = {}  # the replaced tensor is kept, so that its id is not used again
 
     def hollow(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
@@ -88,7 +90,9 @@ class _HollowQuantized(nn.Linear):
     def __init__(self, layer: Any, settings: ModelSettings) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         bits = 8 if settings.quantization == "int8" else 4
-        packed = torch.empty(self.in_features * self.out_features * bits // 8, dtype=torch.uint8, device="meta")
+        packed = torch.empty(
+            self.in_features * self.out_features * bits // 8, dtype=torch.uint8, device="meta"
+        )
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = layer.bias
         self.through_float32 = bits == 8

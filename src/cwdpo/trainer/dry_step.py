@@ -43,8 +43,8 @@ class StepCost:
     Attributes:
         peak: most bytes in use at a time that the step made itself: without weights and optimizer state.
         parts: the bytes of the peak by part: gradients; tensors with a number for every token of the vocabulary
-            (``output head``); activations of the vision side (``images``) and of the language model (``text``); what the
-            backward pass itself makes; inputs.
+            (``output head``); activations of the vision side (``images``) and of the language model (``text``); what
+            the backward pass itself makes; inputs.
         forward: floating-point operations of the forward pass of the language model, and of the vision side if that
             is trained.
         backward: those of the backward pass, with the layers that checkpointing computes again.
@@ -113,7 +113,9 @@ def dry_step(model: nn.Module, batch: PromptBatch, how: HowToStep) -> StepCost:
         for parameter in trained:
             parameter.grad = None
     backward = tally.flops - forward - vision
-    return StepCost(tally.peak, {k: v for k, v in tally.at_peak.items() if v}, forward, backward, vision, size)
+    return StepCost(
+        tally.peak, {k: v for k, v in tally.at_peak.items() if v}, forward, backward, vision, size
+    )
 
 
 def _cache_features(model: nn.Module, batch: PromptBatch, tally: Tally) -> int:
@@ -149,7 +151,8 @@ def _set_checkpointing(model: Any, on: bool) -> None:
 class Tally(TorchDispatchMode):
     """Counts the bytes of all tensors that are made while it is active, until they are freed, and operations.
 
-    torch's ``FlopCounterMode`` is not used: its hooks keep the activations of checkpointed layers in memory. A tensor's memory is that of its storage, so views add nothing. Works for fake and for real tensors.
+    torch's ``FlopCounterMode`` is not used: its hooks keep the activations of checkpointed layers in memory. A tensor's
+    memory is that of its storage, so views add nothing. Works for fake and for real tensors.
 
     Args:
         vocabulary: number of logits; tensors whose last size it is belong to the output head.

@@ -67,7 +67,9 @@ class HollowRun:
         key = recipe.model, recipe.train.optimizer
         if self._built is None or self._built[0] != key:
             if recipe.model.quantization is not None and recipe.model.lora.use_dora:
-                raise ModelError("model.lora.use_dora: DoRA on quantized weights cannot be planned: leave out one")
+                raise ModelError(
+                    "model.lora.use_dora: DoRA on quantized weights cannot be planned: leave out one"
+                )
             self._built = key, hollow_model(deepcopy(self.config), recipe.model, recipe.train.optimizer)
         return self._built[1]
 
@@ -167,7 +169,9 @@ def remedies(
     ):
         return tried, recipe
     before = tried[-1].memory if tried else run.peak(recipe, stages)
-    while (smaller := _smaller_batch(recipe, stages, run.shared(recipe), before.share_that_fits(usable))) is not None:
+    while (
+        smaller := _smaller_batch(recipe, stages, run.shared(recipe), before.share_that_fits(usable))
+    ) is not None:
         if attempt(*smaller):
             return tried, recipe
         before = tried[-1].memory

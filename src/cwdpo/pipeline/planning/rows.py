@@ -85,9 +85,7 @@ def stage_rows(recipe: Recipe, splits: Splits, encoder: Encoder, limit: int) -> 
 def _of_stage(
     name: StageName, recipe: Recipe, examples: Sequence[Example], encoder: Encoder, limit: int
 ) -> StageRows:
-    settings, negatives = (
-        (recipe.stage1, "gentle") if name == "stage1" else (recipe.stage2, "rejected")
-    )
+    settings, negatives = (recipe.stage1, "gentle") if name == "stage1" else (recipe.stage2, "rejected")
     sampled = random.Random(recipe.seed).sample(list(examples), min(limit, len(examples)))
     needed = settings.build().needs_negatives
     in_rounds = name == "stage2" and recipe.negatives.on_policy_fraction is not None

@@ -294,7 +294,9 @@ def _images(seconds: float, stage: StagePlan, cached: float, hardware: Hardware)
 
 def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
     """What the numbers leave out or assume."""
-    notes = ["time is operations at the stated utilisation; loading, saving and waiting for images are left out"]
+    notes = [
+        "time is operations at the stated utilisation; loading, saving and waiting for images are left out"
+    ]
     sampled = [f"evaluation of {recipe.evaluation.prompts} prompts"] if recipe.evaluation.prompts else []
     stages = [s for s in (recipe.stage1, recipe.stage2) if s.enabled]
     if any(stage.build().needs_calibration for stage in stages):
@@ -312,13 +314,18 @@ def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
     if recipe.stage2.enabled and recipe.stop:
         notes.append("stop rules may end stage 2 earlier")
     if hardware.gpus > 1:
-        notes.append("each GPU has the whole model (DDP); FSDP and DeepSpeed need less memory and are not planned")
+        notes.append(
+            "each GPU has the whole model (DDP); FSDP and DeepSpeed need less memory and are not planned"
+        )
     return tuple(notes)
 
 
 def _without_servers(recipe: Recipe) -> Any:
     """The section ``negatives`` without servers: a plan asks nobody to write edits."""
-    settings = {name: {k: v for k, v in own.items() if k != "server"} for name, own in recipe.negatives.settings.items()}
+    settings = {
+        name: {k: v for k, v in own.items() if k != "server"}
+        for name, own in recipe.negatives.settings.items()
+    }
     return recipe.negatives.model_copy(update={"settings": settings})
 
 
