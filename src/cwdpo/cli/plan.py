@@ -12,7 +12,7 @@ import typer
 from cwdpo.cli.common import AsJson, Overrides, Recipe
 
 if TYPE_CHECKING:
-    from cwdpo.pipeline.planning.run import Images, Plan, StagePlan
+    from cwdpo.pipeline.planning.run import Hardware, Images, Plan, StagePlan
 
 
 def mount(app: typer.Typer) -> None:
@@ -27,7 +27,7 @@ def plan(
         str | None, typer.Option(help="name of a GPU: h100, a100-80, l40s, 4090, ...; a wrong name lists all")
     ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="memory of a GPU, in GiB; default: of --gpu")
+        float | None, typer.Option(min=0, help="memory of a GPU, in GiB; default: of --gpu")
     ] = None,
     tflops: Annotated[
         float | None,
@@ -81,7 +81,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield "  time and cost are those of the last line"
     yield ""
     for stage in plan.stages:
-        yield from _stage(stage)
+        yield from _stage(stage, hardware)
         yield ""
     if plan.images is not None:
         yield from _images(plan.images)
@@ -90,10 +90,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"note     {note}"
 
 
-def _stage(stage: StagePlan) -> Iterator[str]:
+def _stage(stage: StagePlan, hardware: Hardware) -> Iterator[str]:
     yield (
         f"{stage.name}   {stage.objective}: {stage.rows} rows, {stage.steps} steps of {stage.prompts_per_step:.0f} "
-        f"prompts, {_time(stage.hours * 3600)}"
+        f"prompts, {_time(hardware.seconds(stage.total))}"
     )
     saved = stage.plain_tokens_per_step / stage.tokens_per_step
     plain = f"as plain rows {stage.plain_tokens_per_step:.0f} ({saved:.1f} x)"
@@ -103,16 +103,15 @@ def _stage(stage: StagePlan) -> Iterator[str]:
     }  # fmt: skip
     shown = ", ".join(f"{name} {_flops(n)}" for name, n in named.items() if n)
     yield f"  FLOPs of a step    {_flops(stage.step)} ({shown})"
-    yield f"  time of a step     {_time(stage.step_seconds)}"
-    total = stage.step * stage.steps + stage.reference + stage.probes
+    yield f"  time of a step     {_time(hardware.seconds(stage.step))}"
     shares = {"reference pass": stage.reference, "probes, roughly": stage.probes}
-    said = ", ".join(f"{name} {value / total:.1%}" for name, value in shares.items() if value)
+    said = ", ".join(f"{name} {value / stage.total:.1%}" for name, value in shares.items() if value)
     if said:
         yield f"  of the stage       {said}"
 
 
 def _images(images: Images) -> Iterator[str]:
-    cached = f"; features of {images.cached:.0%} of the prompts are cached" if images.cached else ""
+    cached = f"; features of {images.cached:.0%} of the pictures are cached" if images.cached else ""
     yield (
         f"images   {images.seconds * 1000:.0f} ms to decode and process those of a prompt on a core of this machine: "
         f"{math.ceil(images.workers)} cores per GPU keep up ({images.workers:.1f}){cached}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.config import Recipe
+from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.errors import ModelError
 from cwdpo.models.adapter import with_adapter_settings
@@ -24,6 +25,7 @@ from cwdpo.pipeline.planning.rows import StageRows, seconds_per_prompt, stage_ro
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.score import row_tokens
 from cwdpo.stage.splits import Splits, prepare_data
+from cwdpo.trainer.dry_step import StepCost
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,6 @@ class StagePlan:
         ahead: operations of the additional forward pass of an objective that looks ahead.
         reference: operations of the reference pass before step 1.
         probes: operations of all held-out measurements, roughly.
-        step_seconds, hours: time of a step and of the stage with reference pass and probes.
     """
 
     name: str
@@ -78,13 +79,16 @@ class StagePlan:
     ahead: float
     reference: float
     probes: float
-    step_seconds: float
-    hours: float
 
     @property
     def step(self) -> float:
         """Operations of a step."""
         return self.forward + self.backward + self.vision + self.ahead
+
+    @property
+    def total(self) -> float:
+        """Operations of the stage."""
+        return self.step * self.steps + self.reference + self.probes
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Images:
     Attributes:
         seconds: to decode and process the images of a prompt, on one core.
         workers: cores per GPU that do this as fast as the GPU trains.
-        cached: estimated share of prompts whose features are in ``model.vision_cache_gb``, so that they are not read.
+        cached: estimated share of pictures whose features are in ``model.vision_cache_gb``, so that they are not read.
     """
 
     seconds: float
@@ -123,7 +127,7 @@ class Plan:
     @property
     def hours(self) -> float:
         """Hours of the run."""
-        return sum(stage.hours for stage in self.stages)
+        return sum(self.hardware.seconds(stage.total) for stage in self.stages) / 3600
 
     @property
     def cost(self) -> float | None:
@@ -140,6 +144,10 @@ class Plan:
             *((r["memory"], m.memory) for r, m in zip(shown["remedies"], self.remedies, strict=True)),
         ):
             own["total"] = memory.total
+        for own, stage in zip(shown["stages"], self.stages, strict=True):
+            seconds = self.hardware.seconds
+            own |= {"step": stage.step, "total": stage.total, "seconds_of_a_step": seconds(stage.step)}
+            own["hours"] = seconds(stage.total) / 3600
         return {**shown, "hours": self.hours, "cost": self.cost}
 
 
@@ -181,8 +189,12 @@ class _Data:
     stages: list[StageRows]
 
     @property
-    def prompts(self) -> int:
-        return sum(stage.rows for stage in self.stages)
+    def pictures(self) -> int:
+        """Number of different pictures (or lists of pictures) that the stages train on."""
+        named = {stage.name for stage in self.stages}
+        examples = (self.splits.stage1, self.splits.stage2)
+        used = [own for name, own in zip(("stage1", "stage2"), examples, strict=True) if name in named]
+        return len({e.images for own in used for e in own if e.images})
 
 
 def _planned(asked: Recipe, hardware: Hardware, config: Any, data: _Data) -> Plan:
@@ -194,10 +206,9 @@ def _planned(asked: Recipe, hardware: Hardware, config: Any, data: _Data) -> Pla
     held = data.encoder.encode_all(
         data.splits.validation[: recipe.probes.prompts], "rejected", require_negative=False
     )[0]
-    found = [_stage_plan(stage, recipe, hardware, hollow, (data.prompts, held)) for stage in data.stages]
+    found = [_stage_plan(stage, recipe, hardware, hollow, (data.pictures, held)) for stage in data.stages]
     stages = tuple(stage for stage, _ in found)
-    longest = max(found, key=lambda item: item[0].prompts_per_step / item[0].step_seconds)
-    images = None if seconds is None else _images(seconds, *longest, hardware)
+    images = None if seconds is None else _images(seconds, found, hardware)
     model = asked.model
     return Plan(
         hardware, model.path, model.tune, dtype_of(config, model), model.quantization, hollow.shared(recipe),
@@ -216,7 +227,7 @@ def _stage_plan(
     """The plan of a stage, and the share of its prompts whose image features are cached.
 
     Args:
-        run: number of prompts of the run, and encoded held-out prompts.
+        run: number of different pictures of the run, and encoded held-out prompts.
     """
     train, shared = recipe.train, hollow.shared(recipe)
     settings = recipe.stage1 if stage.name == "stage1" else recipe.stage2
@@ -224,55 +235,47 @@ def _stage_plan(
     batches = stage.batches(train, shared=shared)
     typical = batches[len(batches) // 2]
     cost = hollow.step(recipe, objective, typical)
-    tokens = [row_tokens(batch, shared=shared)[1] for batch in batches]
-    plain = [row_tokens(batch, shared=False)[1] for batch in batches]
-    per_step = train.gradient_accumulation_steps * hardware.gpus
-    mean = sum(tokens) / len(tokens)
-    # Operations of a step: those of the typical micro-batch, in proportion to its tokens.
-    scale = per_step * mean / row_tokens(typical, shared=shared)[1]
-    prompts, held = run
-    steps = stage.steps(recipe, hardware.gpus, batches)
-    cached = _cached_share(recipe, cost.cached / len(typical.example_ids), prompts)
-    if not objective.needs_reference:  # then the first epoch fills the cache
-        per_epoch = stage.rows * len(batches) / len(stage.sample) / per_step
-        cached *= max(0.0, 1 - per_epoch / steps)
-    split = per_step > 1
-    ahead = cost.forward * scale if objective.looks_ahead and split else 0.0
-    rows_per_batch = len(stage.sample) / len(batches)
-    reference = (
-        (cost.forward + cost.vision) * scale / per_step * stage.rows / rows_per_batch
-        if objective.needs_reference
-        else 0.0
+    micro_batches = train.gradient_accumulation_steps * hardware.gpus
+    rows, tokens, plain = (
+        micro_batches * sum(sizes) / len(batches)
+        for sizes in (
+            [len(batch.example_ids) for batch in batches],
+            [row_tokens(batch, shared=shared)[1] for batch in batches],
+            [row_tokens(batch, shared=False)[1] for batch in batches],
+        )
     )
-    measured = _probe_tokens(recipe, held, Load(mean * per_step, steps, shared))
-    vision = cost.vision * scale * (1 - cached)
+    # Operations of a step: those of the typical micro-batch, in proportion to its tokens.
+    scale = tokens / row_tokens(typical, shared=shared)[1]
+    pictures, held = run
+    steps = stage.steps(recipe, hardware.gpus, batches)
+    cached = _cached_share(recipe, typical, cost, pictures)
+    if not objective.needs_reference:  # then the first epoch fills the cache
+        cached *= max(0.0, 1 - stage.rows / rows / steps)
+    probed = _probe_tokens(recipe, held, Load(tokens, steps, shared))
     plan = StagePlan(
         name=stage.name,
         objective=str(settings.objective["name"]),
         rows=stage.rows,
         steps=steps,
-        prompts_per_step=per_step * rows_per_batch,
-        tokens_per_step=per_step * mean,
-        plain_tokens_per_step=per_step * sum(plain) / len(plain),
+        prompts_per_step=rows,
+        tokens_per_step=tokens,
+        plain_tokens_per_step=plain,
         forward=cost.forward * scale,
         backward=cost.backward * scale,
-        vision=vision,
-        ahead=ahead,
-        reference=reference,
-        probes=cost.forward * measured / row_tokens(typical, shared=shared)[1],
-        step_seconds=0.0,
-        hours=0.0,
+        vision=cost.vision * scale * (1 - cached),
+        ahead=cost.forward * scale if objective.looks_ahead and micro_batches > 1 else 0.0,
+        reference=(cost.forward + cost.vision) * scale * stage.rows / rows * objective.needs_reference,
+        probes=cost.forward * scale * probed / tokens,
     )
-    step_seconds = hardware.seconds(plan.step)
-    hours = (step_seconds * steps + hardware.seconds(reference + plan.probes)) / 3600
-    return StagePlan(**{**asdict(plan), "step_seconds": step_seconds, "hours": hours}), cached
+    return plan, cached
 
 
-def _cached_share(recipe: Recipe, per_prompt: float, prompts: int) -> float:
-    """Share of a run's prompts whose image features fit into ``model.vision_cache_gb``; 0 if nothing is cached."""
-    if not per_prompt:
+def _cached_share(recipe: Recipe, batch: PromptBatch, cost: StepCost, pictures: int) -> float:
+    """Share of a run's pictures whose features fit into ``model.vision_cache_gb``, if they take what the batch's do."""
+    if not cost.cached:
         return 0.0
-    return min(1.0, recipe.model.vision_cache_gb * 2**30 / (per_prompt * max(prompts, 1)))
+    size = cost.cached / len({prompt.image_digest for prompt in batch.prompts if prompt.image_digest})
+    return min(1.0, recipe.model.vision_cache_gb * 2**30 / (size * max(pictures, 1)))
 
 
 def _probe_tokens(recipe: Recipe, held: Sequence[EncodedExample], load: Load) -> float:
@@ -287,9 +290,16 @@ def _probe_tokens(recipe: Recipe, held: Sequence[EncodedExample], load: Load) ->
     return tokens * (load.steps / recipe.probes.every + EXTRA_PASSES)
 
 
-def _images(seconds: float, stage: StagePlan, cached: float, hardware: Hardware) -> Images:
-    read = stage.prompts_per_step / hardware.gpus * (1 - cached)
-    return Images(seconds, read * seconds / stage.step_seconds, cached)
+def _images(seconds: float, stages: Sequence[tuple[StagePlan, float]], hardware: Hardware) -> Images:
+    """The cores that reading images takes, in the stage that needs most."""
+    needed = [
+        (
+            stage.prompts_per_step / hardware.gpus * (1 - cached) * seconds / hardware.seconds(stage.step),
+            cached,
+        )
+        for stage, cached in stages
+    ]
+    return Images(seconds, *max(needed))
 
 
 def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
