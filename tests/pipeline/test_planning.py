@@ -34,7 +34,7 @@ from cwdpo.pipeline.planning.rows import StageRows
 from cwdpo.pipeline.planning.run import Hardware, plan_run
 from cwdpo.scoring.pairs import with_reference
 from cwdpo.scoring.score import score
-from cwdpo.trainer.dry_step import HowToStep, Tally, dry_step
+from cwdpo.trainer.dry_step import DryRun, HowToStep, Tally
 from cwdpo.trainer.trainer import PreferenceTrainer
 from cwdpo.worlds.shapes import VOCABULARY
 
@@ -211,7 +211,7 @@ def test_operations_are_those_of_torchs_counter(name: str, way: str) -> None:
     vision, rest, batch = counted(name, settings, checkpointing)
     model, _ = hollow_model(random_models.config(name), settings)
     keep_vision_features(model, settings.vision_cache_gb)
-    cost = dry_step(model, batch, HowToStep(checkpointing=checkpointing))
+    cost = DryRun(model).step(batch, HowToStep(checkpointing=checkpointing))
     assert (cost.vision, cost.forward + cost.backward) == (vision, rest)
     assert (vision > 0) == (way.startswith("LoRA"))
     assert (cost.cached > 0) == (way.startswith("LoRA"))
@@ -222,7 +222,7 @@ def test_operations_of_the_forward_pass_by_hand() -> None:
     real = random_models.build("llava")
     row = random_models.example("llava", real, (9, 5), images=0, before=20, after=12)
     model, _ = hollow_model(random_models.config("llava"), settings)
-    cost = dry_step(model, collate([row]), HowToStep())
+    cost = DryRun(model).step(collate([row]), HowToStep())
     text = random_models.TEXT
     prompt, told, layers = 32, 9 + 5, text["num_hidden_layers"]
     width, inner = text["hidden_size"], text["intermediate_size"]

@@ -131,6 +131,10 @@ class KnownIndices(TorchDispatchMode):
     on its values, which fake tensors refuse even if the values are known.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled, and torch's guard against that costs as much as an operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation; a mask with numbers becomes the indices of its true places."""
         if func in _INDEXING and isinstance(args[0], FakeTensor):

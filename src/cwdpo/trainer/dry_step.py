@@ -11,17 +11,17 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from cwdpo.data.encode.collate import PromptBatch
+from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.models.hollow import KnownIndices
 from cwdpo.models.inputs import device_of, unwrapped
 from cwdpo.models.parts import PARTS
@@ -77,51 +77,91 @@ class HowToStep:
     stats: Iterable[str | TokenStat] = ()
 
 
-def dry_step(model: nn.Module, batch: PromptBatch, how: HowToStep) -> StepCost:
-    """The cost of one forward and backward pass over a micro-batch.
+class DryRun:
+    """Runs micro-batches on a hollow model.
+
+    Features of a frozen vision side are computed once for each shape of images: what they take is remembered, and they
+    stay in the model's cache.
 
     Args:
-        model: a hollow model; its gradients are replaced.
-        batch: the micro-batch; its images are loaded for their shapes.
-        how: see :class:`HowToStep`.
+        model: the hollow model. Its gradients are replaced.
     """
-    _set_checkpointing(model, how.checkpointing)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter) if how.accumulates else None
-    tally = Tally(vocabulary=unwrapped(model).get_output_embeddings().out_features)
-    tally.ignore((*model.parameters(), *model.buffers()))
-    for parameter in trained:
-        if parameter.grad is not None:
-            tally.add(parameter.grad, GRADIENTS)
-    handles = [p.register_post_accumulate_grad_hook(tally.note_gradient) for p in trained]
-    autocast = torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=how.bf16)
-    try:
-        with tally.watching(model), KnownIndices(), autocast:
-            # Frozen features are computed now and lie in the cache, outside the device, when the step asks for them.
-            size = _cache_features(model, batch, tally)
-            vision = tally.flops
-            tokens = score(model, batch, stats=how.stats)
-            loss = tokens.logp.sum() + sum(value.sum() for value in tokens.stats.values())
-            del tokens
-            forward, tally.place = tally.flops - vision, [BACKWARD]
-            loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self._vision: dict[tuple[str, bool], StepCost] = {}
+
+    def step(self, batch: PromptBatch, how: HowToStep) -> StepCost:
+        """The cost of one forward and backward pass over a micro-batch; its images are loaded for their shapes."""
+        model, batch = self.model, replace(batch, prompts=tuple(map(_named_by_shape, batch.prompts)))
+        _set_checkpointing(model, how.checkpointing)
+        model.train()
+        autocast = torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=how.bf16)
+        trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
-            parameter.grad = None
-    backward = tally.flops - forward - vision
-    return StepCost(
-        tally.peak, {k: v for k, v in tally.at_peak.items() if v}, forward, backward, vision, size
-    )
+            parameter.grad = torch.empty_like(parameter) if how.accumulates else None
+        tally = self._tally()
+        tally.add_gradients(trained)
+        handles = [p.register_post_accumulate_grad_hook(tally.note_gradient) for p in trained]
+        try:
+            with autocast:
+                vision = [self._features(prompt, how.bf16) for prompt in batch.prompts if prompt.image_digest]
+                with tally.watching(model):
+                    tokens = score(model, batch, stats=how.stats)
+                    loss = tokens.logp.sum() + sum(value.sum() for value in tokens.stats.values())
+                    del tokens
+                    forward, tally.place = tally.flops, [BACKWARD]
+                    loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in trained:
+                parameter.grad = None
+        # The features are computed before the step, when nothing else is in memory.
+        peak, parts = max(
+            ((tally.peak, tally.at_peak), *((v.peak, v.parts) for v in vision)), key=lambda p: p[0]
+        )
+        return StepCost(
+            peak,
+            {part: size for part, size in parts.items() if size},
+            forward,
+            tally.flops - forward,
+            sum(v.vision for v in vision),
+            sum(v.cached for v in vision),
+        )
+
+    def _features(self, prompt: EncodedPrompt, bf16: bool) -> StepCost:
+        """What the features of a prompt's images take; nothing if they are computed in the step."""
+        key = prompt.image_digest, bf16
+        if key not in self._vision:
+            tally = self._tally()
+            with tally.watching(self.model):
+                features = vision_inputs(self.model, [prompt], device_of(self.model)).get(
+                    "mm_encoder_outputs"
+                )
+                size = tally.forget(features)
+            kept = features is not None
+            self._vision[key] = (
+                StepCost(tally.peak, tally.at_peak, vision=tally.flops, cached=size) if kept else StepCost(0)
+            )
+        return self._vision[key]
+
+    def _tally(self) -> Tally:
+        tally = Tally(vocabulary=unwrapped(self.model).get_output_embeddings().out_features)
+        tally.ignore((*self.model.parameters(), *self.model.buffers()))
+        return tally
 
 
-def _cache_features(model: nn.Module, batch: PromptBatch, tally: Tally) -> int:
-    """Compute the features of a frozen vision side; returns the bytes that they take in the cache."""
-    features = vision_inputs(model, batch.prompts, device_of(model)).get("mm_encoder_outputs")
-    return tally.forget(features)
+def _named_by_shape(prompt: EncodedPrompt) -> EncodedPrompt:
+    """The prompt with its images in memory, and a digest that is equal for images of equal shapes."""
+    if not prompt.image_digest:
+        return prompt
+    prompt = prompt.loaded()
+    shapes = [
+        (name, tuple(t.shape), None if t.is_floating_point() else t.tolist())
+        for name, t in sorted(prompt.images.items())
+    ]
+    return replace(prompt, image_digest=repr(shapes))
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -132,6 +172,7 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
+_DEVICE = torch.ops.prim.device.default
 _FORMULAS = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -148,7 +189,7 @@ def _set_checkpointing(model: Any, on: bool) -> None:
         model.activation_checkpointing_disable()
 
 
-class Tally(TorchDispatchMode):
+class Tally(KnownIndices):
     """Counts the bytes of all tensors that are made while it is active, until they are freed, and operations.
 
     torch's ``FlopCounterMode`` is not used: its hooks keep the activations of checkpointed layers in memory. A tensor's
@@ -170,7 +211,9 @@ class Tally(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation; count its operations, and the memory of what it made."""
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
+        if func is _DEVICE:  # what ``tensor.device`` of a fake tensor asks
+            return func(*args, **kwargs)
+        made = super().__torch_dispatch__(func, types, args, kwargs)
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=made)
@@ -194,6 +237,12 @@ class Tally(TorchDispatchMode):
         size = storage.nbytes() if size is None else size
         self._known[key] = weakref.ref(storage, partial(self._freed, key)), size, part
         self._change(part, size)
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Count the gradients that parameters have already."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.add(parameter.grad, GRADIENTS)
 
     def note_gradient(self, parameter: Tensor) -> None:
         """The memory of a parameter's gradient stays until the update."""

@@ -10,8 +10,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from cwdpo.config import Recipe
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import ModelError
@@ -23,7 +21,7 @@ from cwdpo.objectives.base import Objective
 from cwdpo.pipeline.planning.rows import StageRows
 from cwdpo.scoring.score import row_tokens
 from cwdpo.trainer.batching import row_lengths
-from cwdpo.trainer.dry_step import OF_THE_BATCH, HowToStep, StepCost, dry_step
+from cwdpo.trainer.dry_step import OF_THE_BATCH, DryRun, HowToStep, StepCost
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,9 @@ class HollowRun:
 
     def __init__(self, config: Any, gpus: int) -> None:
         self.config, self.gpus = config, gpus
-        self._built: tuple[Any, tuple[nn.Module, Memory]] | None = None
+        self._built: tuple[Any, tuple[DryRun, Memory]] | None = None
 
-    def of(self, recipe: Recipe) -> tuple[nn.Module, Memory]:
+    def _of(self, recipe: Recipe) -> tuple[DryRun, Memory]:
         """The model that the recipe trains, and what it keeps on its device."""
         key = recipe.model, recipe.train.optimizer
         if self._built is None or self._built[0] != key:
@@ -70,25 +68,26 @@ class HollowRun:
                 raise ModelError(
                     "model.lora.use_dora: DoRA on quantized weights cannot be planned: leave out one"
                 )
-            self._built = key, hollow_model(deepcopy(self.config), recipe.model, recipe.train.optimizer)
+            model, memory = hollow_model(deepcopy(self.config), recipe.model, recipe.train.optimizer)
+            with _quiet():
+                keep_vision_features(model, recipe.model.vision_cache_gb)
+            self._built = key, (DryRun(model), memory)
         return self._built[1]
 
     def shared(self, recipe: Recipe) -> bool:
         """Whether the recipe's model is scored in shared-prefix rows."""
-        return shares_prefix(self.of(recipe)[0])
+        return shares_prefix(self._of(recipe)[0].model)
 
     def step(self, recipe: Recipe, objective: Objective, batch: PromptBatch) -> StepCost:
         """The cost of a micro-batch; features of a frozen vision side are computed for it."""
-        model, train = self.of(recipe)[0], recipe.train
-        with _quiet():
-            keep_vision_features(model, recipe.model.vision_cache_gb)  # an empty cache
+        train = recipe.train
         how = HowToStep(
             train.bf16,
             train.gradient_checkpointing,
             train.gradient_accumulation_steps > 1,
             objective.token_stats,
         )
-        return dry_step(model, batch, how)
+        return self._of(recipe)[0].step(batch, how)
 
     def peak(self, recipe: Recipe, stages: Sequence[StageRows]) -> PeakMemory:
         """The memory of the micro-batch with most tokens, over all stages."""
@@ -96,7 +95,7 @@ class HollowRun:
         largest = {stage.name: stage.batches(recipe.train, shared=shared)[-1] for stage in stages}
         name, batch = max(largest.items(), key=lambda item: row_tokens(item[1], shared=shared)[1])
         settings = recipe.stage1 if name == "stage1" else recipe.stage2
-        cost, memory = self.step(recipe, settings.build(), batch), self.of(recipe)[1]
+        cost, memory = self.step(recipe, settings.build(), batch), self._of(recipe)[1]
         parts = {
             "weights": memory.weights,
             "quantized weights": memory.quantized,
