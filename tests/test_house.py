@@ -78,11 +78,12 @@ ALLOWED: dict[str, set[str]] = {
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
     "report": {"rundir", "errors", "files", "records", "dynamics"},
-    "pipeline": {*RUNNING, "monitor", "onpolicy", "report.render", "report.model_card"},
+    "pipeline": {*RUNNING, "arguments", "monitor", "onpolicy", "report.render", "report.model_card"},
     "evaluation": {*MODELLING, "metrics", "judging"},
     "lab": {*RUNNING, "monitor", "onpolicy", "pipeline", "metrics", "evaluation", "report"},
     "cli": {
         *RUNNING,
+        "arguments",
         "monitor",
         "onpolicy",
         "pipeline",

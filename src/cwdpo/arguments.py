@@ -5,10 +5,11 @@ A test compares these names with those of the installed transformers. Nothing is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from cwdpo.errors import nearest
+from cwdpo.errors import MissingPackageError, nearest
 
 Optimizer = Literal["adamw", "adamw_kahan"]
 """``train.optimizer``: transformers' AdamW, or the one whose rounding errors are compensated."""
@@ -25,7 +26,7 @@ PASSED = frozenset(
     (
         "optim", "optim_args", "adam_beta1", "adam_epsilon", "lr_scheduler_kwargs", "tf32", "torch_empty_cache_steps",
         "data_seed", "full_determinism", "debug", "skip_memory_metrics", "log_level", "log_level_replica",
-        "log_on_each_node", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "log_on_each_node",
         "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
         "ddp_timeout",
     )
@@ -59,6 +60,9 @@ OWNED: Mapping[str, str] = {
     "bf16": "train.bf16",
     "fp16": "train.bf16",
     "report_to": "train.report_to",
+    "project": "train.project",
+    "trackio_space_id": "train.trackers: {trackio: {space_id: ...}}",
+    "trackio_bucket_id": "train.trackers: {trackio: {bucket_id: ...}}",
     "train_sampling_strategy": "train.group_by_length",
     "eval_steps": "probes.every",
     "eval_strategy": "probes.every",
@@ -119,22 +123,36 @@ REFUSED: Mapping[str, str] = {
     "label_smoothing_factor": "the objectives robust_dpo and cdpo have label_smoothing",
     "neftune_noise_alpha": "noise in training only would make the policy differ from its reference",
     "auto_find_batch_size": "set train.max_tokens_per_batch, or a smaller train.batch_size",
+    "trackio_static_space_id": "use train.trackers: {trackio: {space_id: ...}}",
     "parallelism_config": "tensor and context parallelism are not supported",
     "optim_target_modules": "choose the trained weights by model.freeze and model.lora",
 }  # fmt: skip
 """Argument -> why a recipe cannot set it."""
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers whose package is not installed, before anything is read.
+
+    Raises:
+        MissingPackageError: with the line that installs it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackageError(
+                f"train.report_to: the tracker {name!r} is not installed: pip install {name}, or leave it out"
+            )
+
+
 def objection(setting: str, value: Any) -> str | None:
     """What is wrong with the first unusable name in a setting of the section ``train``; ``None`` if there is none.
 
     Args:
-        setting: ``lr_scheduler_type``, ``report_to`` or ``arguments``.
+        setting: ``lr_scheduler_type``, ``report_to``, ``trackers`` or ``arguments``.
         value: its name, names, or mapping by name.
     """
     if setting == "arguments":
         return next((problem for name in value if (problem := _argument(str(name))) is not None), None)
-    known = TRACKERS if setting == "report_to" else SCHEDULES
+    known = SCHEDULES if setting == "lr_scheduler_type" else TRACKERS
     unknown = next(
         (name for name in ([value] if isinstance(value, str) else value) if name not in known), None
     )

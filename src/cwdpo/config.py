@@ -118,7 +118,12 @@ class TrainSettings(Settings):
     save_total_limit: int = Field(2, gt=0)
     gradient_checkpointing: bool = False
     bf16: bool = False
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] = Field((), description="experiment trackers")
+    project: str = Field("cwdpo", description="project or experiment of the trackers")
+    trackers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="by tracker: further arguments of its start, e.g. wandb: {entity: ...}",
+    )
     max_tokens_per_batch: int | None = Field(
         None,
         gt=0,
@@ -143,13 +148,15 @@ class TrainSettings(Settings):
             )
         return self
 
-    @field_validator("lr_scheduler_type", "report_to", "arguments")
+    @field_validator("lr_scheduler_type", "report_to", "trackers", "arguments")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         """Check names when the recipe is read; transformers would check them after data and model are loaded."""
         if (problem := objection(str(info.field_name), value)) is not None:
             raise ValueError(problem)
-        return {k: as_number(v) for k, v in value.items()} if isinstance(value, dict) else value
+        if info.field_name == "arguments":
+            return {k: as_number(v) for k, v in value.items()}
+        return value
 
 
 class EvaluationSettings(Settings):
@@ -238,6 +245,20 @@ class Recipe(Settings):
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, with all defaults; it can be loaded again to the same recipe."""
         return dump_yaml(self.model_dump(mode="json"))
+
+    def flat(self) -> dict[str, Any]:
+        """The resolved recipe by dotted keys."""
+        return flat(self.model_dump(mode="json"))
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted keys; an empty mapping is a value."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
