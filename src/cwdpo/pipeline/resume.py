@@ -10,10 +10,11 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from cwdpo.config import Recipe, code_names, flat, parse_recipe, read_tree
+from cwdpo.config import Recipe, code_names, parse_recipe, read_tree
 from cwdpo.errors import CwdpoError, FileError, RecipeError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.writing import write_text
+from cwdpo.overrides import flat
 from cwdpo.rundir import RunDir
 
 ABSENT = "(absent)"

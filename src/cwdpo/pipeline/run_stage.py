@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cwdpo.config import TrainSettings
+from cwdpo.arguments import TrainSettings
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
