@@ -68,6 +68,11 @@ OWNED: Mapping[str, str] = {
     "trackio_space_id": "train.trackers",
     "trackio_bucket_id": "train.trackers",
     "train_sampling_strategy": "train.group_by_length",
+    "dataloader_num_workers": "train.dataloader_workers",
+    "dataloader_persistent_workers": "train.dataloader_workers",
+    "dataloader_prefetch_factor": "train.dataloader_workers",
+    "dataloader_multiprocessing_context": "train.dataloader_workers",
+    "dataloader_in_order": "train.dataloader_workers",
     "eval_steps": "probes.every",
     "eval_strategy": "probes.every",
 }
@@ -78,7 +83,7 @@ _EVAL = "held-out rows are measured by probes (section probes)"
 _BEST = "stop rules restore the last weights before a limit (stop)"
 _COMPILED = "compiled models cannot be scored"
 _LIGER = "the reference is scored before such kernels are put in, and logits are computed for completion tokens only"
-_LOADER = "pictures are decoded where they are scored, not by the loader"
+_LOADER = "images that data workers read (train.dataloader_workers) are pinned if a GPU is used"
 _LAUNCHED = "give it to accelerate launch (docs/distributed.md)"
 _RESUMED = "a resumed run must take the steps of the uninterrupted one"
 _TRAINED = "the run writes and reads what it needs"
@@ -103,13 +108,6 @@ REFUSED: Mapping[str, str] = {
         _EVAL,
     ),
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _BEST),
-    **dict.fromkeys(
-        (
-            "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-            "dataloader_multiprocessing_context", "dataloader_in_order", "dataloader_pin_memory",
-        ),
-        _LOADER,
-    ),
     **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), _RESUMED),
     **dict.fromkeys(
         ("save_only_model", "save_on_each_node", "enable_jit_checkpoint", "do_train", "do_eval", "do_predict"), _TRAINED
@@ -121,6 +119,7 @@ REFUSED: Mapping[str, str] = {
         ),
         _FIXED,
     ),
+    "dataloader_pin_memory": _LOADER,
     "dataloader_drop_last": "every row of an epoch is trained on",
     "include_num_input_tokens_seen": "metrics.jsonl counts tokens",
     "average_tokens_across_devices": "a step's loss is always divided by the counts of all processes",
@@ -214,6 +213,9 @@ class TrainSettings(Settings):
     )
     group_by_length: bool = Field(
         True, description="micro-batches of rows of similar length, in random order"
+    )
+    dataloader_workers: int | None = Field(
+        None, ge=0, description="processes that read images ahead; default: 4 with an accelerator, 0 on a CPU"
     )
     reference_cache: str | None = Field(
         None, description="folder for reference log-probabilities of several runs; default: in the run folder"

@@ -20,6 +20,8 @@ from cwdpo.rundir import RunDir
 ABSENT = "(absent)"
 # These keys are used after training only: if they change, the trained model stays valid.
 _AFTER_TRAINING = ("name", "evaluation.")
+# A run gives the same with any value.
+_WITHOUT_EFFECT = ("train.dataloader_workers",)
 
 
 def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_changes: bool = False) -> None:
@@ -83,6 +85,8 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, accept_changes: bool) -> N
 def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted keys with different values: (stored, now). Keys that the stored recipe lacks have their defaults.
 
+    Keys that change nothing in what a run gives are not compared.
+
     Raises:
         RecipeError: the stored recipe is not YAML.
     """
@@ -99,7 +103,7 @@ def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old.get(key, ABSENT), new.get(key, ABSENT))
         for key in dict.fromkeys((*old, *new))
-        if old.get(key, ABSENT) != new.get(key, ABSENT)
+        if old.get(key, ABSENT) != new.get(key, ABSENT) and key not in _WITHOUT_EFFECT
     }
 
 

@@ -18,6 +18,7 @@ from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.signals import Signals
 from cwdpo.onpolicy.rounds import RoundData, Rounds
 from cwdpo.rundir import RunDir
+from cwdpo.stage.model import data_workers
 from cwdpo.stage.prepare import prepare, with_reference_values
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.checkpoints import checkpoint_step, checkpoint_to_resume, readable
@@ -136,6 +137,7 @@ def make_trainer(
     options = TrainerOptions(
         group_by_length=train.group_by_length,
         max_tokens_per_batch=train.max_tokens_per_batch,
+        workers=data_workers(train),
         optimizer=train.optimizer,
         by_origin=stage.in_rounds,
         guard=Guard(run.path / stage.name, train.spike_factor, train.spike_window),

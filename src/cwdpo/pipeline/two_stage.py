@@ -92,7 +92,7 @@ def _train(
         listener.phase("loading the model")
         policy = load_model(recipe, splits, run)
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
-    encoder = encoder_of(policy, recipe.data)
+    encoder = encoder_of(policy, recipe)
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
 
