@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {*BASE, "worlds"},
     "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
     "trainer": {*BASE, "arguments", "data", "models", "scoring", "objectives", "rundir"},
-    "stage": {*MODELLING, "trainer"},
+    "stage": {*MODELLING, "arguments", "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
     "report": {"rundir", "errors", "files", "records", "dynamics"},
