@@ -31,6 +31,7 @@ from cwdpo.errors import CwdpoError, DataError
 from cwdpo.models.shared_attention import use_scoring
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.two_stage import train_two_stage
+from cwdpo.records import ImageRef
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.trainer.guard import Guard
 from cwdpo.trainer.held_out import held_out_loss
@@ -65,6 +66,7 @@ class Scenario:
     scoring: Literal["plain", "shared_prefix"] = "shared_prefix"
     by_length: bool = True
     max_tokens: int | None = None
+    workers: int = 0
 
 
 MIXED = tuple(i for i in range(24) if i % 3 or i < 8)
@@ -93,14 +95,24 @@ SCENARIOS = {
     "vision_frozen": Scenario(CW, {"max_steps": 4}, text_only=MIXED, frozen=("vision_tower",)),
     "nan": Scenario(CW, {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}, nan=11, by_length=False),
     "unreadable": Scenario(CW, {"num_train_epochs": 1}, unreadable=11),
+    "workers": Scenario(CW, {"max_steps": 6, "gradient_accumulation_steps": 2}, n=19, workers=1),
+    "unreadable_by_workers": Scenario(CW, {"num_train_epochs": 2}, unreadable=11, workers=1),
     "spike": Scenario(CW, {"max_steps": 8}, spike=1.01),
 }  # fmt: skip
 
 
-def encoded_examples(model: Any, world: Path, folder: Path, scenario: Scenario) -> list[EncodedExample]:
+def encoded_examples(
+    model: Any, world: Path, folder: Path, scenario: Scenario, out: Path
+) -> list[EncodedExample]:
     """Examples with their reference values, the scenario's damage done."""
     examples = read_examples(world / "train.jsonl").examples[: scenario.n]
-    encoder = Encoder(AutoProcessor.from_pretrained(folder))
+    own = out / f"{os.environ.get('RANK', 'alone')}.png"
+    if scenario.workers and scenario.unreadable is not None:
+        bad = examples[scenario.unreadable]
+        own.write_bytes(bad.images[0].stored())
+        examples[scenario.unreadable] = replace(bad, images=(ImageRef(own),))
+    cache = 0.0 if scenario.workers else 1.0
+    encoder = Encoder(AutoProcessor.from_pretrained(folder), cache_gb=cache, workers=scenario.workers)
     encoded, problems = encoder.encode_all(examples, "rejected", require_negative=True)
     assert not problems
     image_token = model.config.image_token_id
@@ -113,7 +125,9 @@ def encoded_examples(model: Any, world: Path, folder: Path, scenario: Scenario) 
         bad = encoded[scenario.nan]
         images = {k: torch.full_like(v, math.nan) for k, v in bad.prompt.images.items()}
         encoded[scenario.nan] = replace(bad, prompt=replace(bad.prompt, load_images=lambda: images))
-    if scenario.unreadable is not None:
+    if scenario.workers and scenario.unreadable is not None:
+        own.write_bytes(own.read_bytes()[:100])
+    elif scenario.unreadable is not None:
 
         def vanished() -> Any:
             raise DataError("row 12: images: cannot be decoded (gone)")
@@ -134,7 +148,7 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
     scenario = SCENARIOS[name]
     model = random_model(folder)
     use_scoring(model, scenario.scoring)
-    encoded = encoded_examples(model, world, folder, scenario)
+    encoded = encoded_examples(model, world, folder, scenario, out)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in parameter_name for part in scenario.frozen))
     accumulation = scenario.arguments.get("gradient_accumulation_steps", 1)
@@ -164,6 +178,7 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
         options=TrainerOptions(
             on_log=lambda row: logs.append(dict(row)), guard=guard,
             group_by_length=scenario.by_length, max_tokens_per_batch=scenario.max_tokens,
+            workers=scenario.workers,
         ),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -22,6 +22,10 @@ class DataError(CwdpoError, ValueError):
     """Data that cannot be used; the message names file, row and key."""
 
 
+class WorkerError(DataError):
+    """A process that reads images and died; like an image that cannot be read, it stops all processes of a run."""
+
+
 class ModelError(CwdpoError, ValueError):
     """A model folder, adapter or processor that cannot be used."""
 

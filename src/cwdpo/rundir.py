@@ -18,6 +18,7 @@ The files::
     stopped-STAGE.json why a stage ended early, and the step whose checkpoint was restored
     samples.jsonl      held-out prompts with the final policy's responses
     summary.json       the final figures
+    trackers.json      the run's id, and the ids that experiment trackers gave it
     stage1/, stage2/   checkpoints of each stage
     model/             the final model with its processor
     report.html
@@ -36,6 +37,7 @@ import platform
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -79,6 +81,10 @@ _REMEDIES = (
     ("*.jsonl", "remove that line, or restore the file from a copy"),
     ("*", "restore it from a copy, or start a new run in another --out"),
 )
+_HOLDER = "process {} on {}"
+"""What a lock file says."""
+_PATIENCE = 5.0
+"""Seconds that a lock of a process that has ended is waited for."""
 PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
 
 
@@ -120,18 +126,18 @@ class RunDir:
         file = open_to_append(
             self.path / ".lock"
         )  # not opened with "w": the other process's id must remain readable
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        until = time.monotonic() + _PATIENCE
+        while not _locked(file):
             file.seek(0)
             holder = file.read().strip() or "an unknown process"
-            file.close()
-            raise RunDirError(
-                f"{self.path}: in use by {holder}: wait for it or stop it, or choose another --out"
-            ) from None
+            if time.monotonic() > until or not _ended_here(holder):
+                file.close()
+                raise RunDirError(
+                    f"{self.path}: in use by {holder}: wait for it or stop it, or choose another --out"
+                )
+            time.sleep(0.05)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(_HOLDER.format(os.getpid(), socket.gethostname()) + "\n")
         file.flush()
         self._lock = file
 
@@ -174,7 +180,7 @@ class RunDir:
             shutil.rmtree(self.path / "init", ignore_errors=True)
             stale = (
                 "calibration*.json", "problems.jsonl", "notes.jsonl", "probes-*.jsonl", "stopped-*.json",
-                "inputs.json", CHECKSUMS,
+                "inputs.json", "trackers.json", CHECKSUMS,
             )  # fmt: skip
             for leftover in [path for name in stale for path in self.path.glob(name)]:
                 leftover.unlink(missing_ok=True)
@@ -338,6 +344,38 @@ class RunDir:
             return read_object(path) if path.is_file() else {}
         except FileError as error:
             raise FileError(f"{error}: {remedy(name)}") from None
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock an open file against other processes; ``False`` if another one has."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _ended_here(holder: str) -> bool:
+    """Whether the process that a lock file names was one of this machine and has ended.
+
+    A process that it was just starting has its open files until it begins its own program, and with them the lock.
+    """
+    words = holder.split()
+    if (
+        len(words) != 4
+        or not words[1].isdecimal()
+        or holder != _HOLDER.format(words[1], socket.gethostname())
+    ):
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _recorded(folder: Path) -> list[str]:

@@ -85,8 +85,8 @@ def test_mean_logp_is_what_scoring_says(model, encoder, examples) -> None:
 
 def test_n_samples_of_one_prompt_differ_and_have_their_own_numbers(model, encoder, examples) -> None:
     decoding = Decoding(1.0, 1.0, 12)
-    four = sample_batch(model, encoder, examples[:1], 4, decoding, 0, ["x"])[0]
-    two = sample_batch(model, encoder, examples[:1], 2, decoding, 0, ["x"])[0]
+    four = sample_batch(model, encoder, [encoder.prompt(examples[0])], 4, decoding, 0, ["x"])[0]
+    two = sample_batch(model, encoder, [encoder.prompt(examples[0])], 2, decoding, 0, ["x"])[0]
     assert [s.text for s in four[:2]] == [s.text for s in two]
     assert len({s.text for s in four}) == 4
 

@@ -41,7 +41,7 @@ def worker():
 
 
 SCENARIOS = worker().SCENARIOS
-EQUAL = sorted(set(SCENARIOS) - {"nan", "unreadable"})
+EQUAL = sorted(set(SCENARIOS) - {"nan", "unreadable", "unreadable_by_workers"})
 
 
 def launch(*arguments: str) -> list[str]:
@@ -152,6 +152,15 @@ def test_an_image_that_one_process_cannot_read_stops_both(together) -> None:
     _, _, results = together
     for result in results:
         assert result["unreadable"]["error"] == "DataError: row 12: images: cannot be decoded (gone)"
+
+
+@pytest.mark.slow
+def test_an_image_that_a_worker_of_one_process_cannot_read_stops_both(together) -> None:
+    _, _, (first, second) = together
+    text = first["unreadable_by_workers"]["error"]
+    assert text == second["unreadable_by_workers"]["error"]
+    assert text.startswith("DataError: ")
+    assert "train.jsonl:12: images: cannot be decoded (" in text
 
 
 @pytest.mark.slow

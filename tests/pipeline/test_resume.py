@@ -70,6 +70,26 @@ def test_the_kernel_lets_go_of_a_killed_holders_lock(tmp_path: Path) -> None:
         run.unlock()
 
 
+def test_what_a_killed_holder_was_just_starting_is_waited_for(tmp_path: Path) -> None:
+    """Between fork and exec a child has the lock of its parent; here for a second, and the parent is killed."""
+    hold = (
+        "import os, sys, time; from cwdpo.rundir import RunDir\n"
+        "run = RunDir(sys.argv[1]); run.lock()\n"
+        "if os.fork() == 0: time.sleep(1); os._exit(0)\n"
+        "print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"1\n"
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        run = RunDir(tmp_path)
+        run.lock()
+        run.unlock()
+
+
 def test_a_refused_start_lets_go_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: other\n")
     (tmp_path / "metrics.jsonl").write_text("")

@@ -66,6 +66,27 @@ def trainer(model: Any, args: Any, data: Any, **more: Any) -> cwdpo.CWDPOTrainer
     return cwdpo.CWDPOTrainer(model=model, args=args, train_dataset=data, **more)
 
 
+def test_loader_workers_read_the_images(
+    tmp_path: Path, model_folder: Path, dataset: datasets.Dataset
+) -> None:
+    """transformers' own argument; the pictures of these rows have no path, so their bytes go to the workers."""
+    found = []
+    for n in (0, 1):
+        more = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 3} if n else {}
+        args = config(tmp_path / str(n), dataloader_num_workers=n, vision_cache_gb=0, **more)
+        made = trainer(str(model_folder), args, dataset.select(range(12)))
+        made._stage.encoder.prompt.forget()
+        made._stage.encoder.prompt._free_bytes = 0
+        made.train()
+        assert args.dataloader_num_workers == n
+        pool = made._stage.encoder.prompt._workers and made._stage.encoder.prompt._workers._pool
+        assert bool(pool) == bool(n)
+        found.append((made.state.log_history, [p.detach() for p in made.model.parameters()]))
+    (logs, weights), (other_logs, other_weights) = found
+    assert [r["loss"] for r in logs if "loss" in r] == [r["loss"] for r in other_logs if "loss" in r]
+    assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 

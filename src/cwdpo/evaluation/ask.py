@@ -98,7 +98,9 @@ def answers(
     encoder = policy.encoder()
     found: list[tuple[str, str, bool]] = []
     for number, decoding in enumerate(decodings):
-        ((sample,),) = sample_batch(policy.model, encoder, [example], 1, decoding, seed, [str(number)])
+        ((sample,),) = sample_batch(
+            policy.model, encoder, [encoder.prompt(example)], 1, decoding, seed, [str(number)]
+        )
         how = f"temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
         found.append((how, sample.text, sample.ended))
     found += [(GIVEN, text, True) for text in given]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cwdpo.metrics.multiple_choice import spelled
 from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Completion, Example
+from cwdpo.scoring.ahead import batches_ahead
 from cwdpo.scoring.score import score
 
 FILE = "responses.jsonl"
@@ -97,16 +98,19 @@ def _options(
 ) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
     """For each example, sum_logp (nats) and number of tokens of every option."""
     found = []
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        encoded = [_as_options(encoder, e) for e in part]
-        tokens = score(policy.model, collate(encoded))
+    encoded = ([_as_options(encoder, e) for e in part] for part in _parts(examples, batch_size))
+    for batch in batches_ahead(policy.model, map(collate, encoded)):
+        tokens = score(policy.model, batch)
         sums, lengths = iter(tokens.logp.double().sum(1).tolist()), iter(tokens.mask.sum(1).tolist())
-        for e in encoded:
-            n = 1 + len(e.negatives)
+        for row in range(len(batch.example_ids)):
+            n = 1 + int((batch.pair_prompt == row).sum())
             found.append((tuple(next(sums) for _ in range(n)), tuple(next(lengths) for _ in range(n))))
-        progress("options", start + len(part), len(examples))
+        progress("options", len(found), len(examples))
     return found
+
+
+def _parts(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    return (examples[start : start + size] for start in range(0, len(examples), size))
 
 
 def _as_options(encoder: Encoder, example: Example) -> EncodedExample:
@@ -128,16 +132,15 @@ def _tokens(
 ) -> list[tuple[tuple[float, ...], tuple[bool, ...]]]:
     """For each example, the top-1 probability and correctness on each token of the chosen response."""
     found = []
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        batch = collate([encoder.encode(e, "none") for e in part])
+    encoded = ([encoder.encode(e, "none") for e in part] for part in _parts(examples, batch_size))
+    for batch in batches_ahead(policy.model, map(collate, encoded)):
         tokens = score(policy.model, batch, stats=("top1", "correct"))
-        for row in range(len(part)):
+        for row in range(len(batch.example_ids)):
             inside = tokens.mask[row]
             top1 = tokens.stats["top1"][row][inside].tolist()
             right = tokens.stats["correct"][row][inside].bool().tolist()
             found.append((tuple(top1), tuple(right)))
-        progress("tokens", start + len(part), len(examples))
+        progress("tokens", len(found), len(examples))
     return found
 
 

@@ -107,7 +107,7 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
     """Train one stage (not for ``base``), then compute the figures on the test set (not for ``stage1``)."""
     splits = None if job.stage == "base" else prepare_data(job.recipe, run)
     policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
-    encoder = encoder_of(policy, job.recipe.data)
+    encoder = encoder_of(policy, job.recipe)
     listener = Listener(step=on_step)
     if job.stage == "stage1":
         assert splits is not None

@@ -43,7 +43,11 @@ def image_inputs(prompts: Sequence[EncodedPrompt], device: torch.device) -> dict
     loaded = {id(p): p.images for p in prompts}  # in plain scoring, a prompt is in one row per completion
     rows = [loaded[id(p)] for p in prompts]
     names = {name for images in rows for name in images}
-    return {name: cat_rows([r[name] for r in rows if name in r]).to(device) for name in sorted(names)}
+    # Each piece on its own: workers' results lie in pinned memory, which is copied while the GPU computes.
+    return {
+        name: cat_rows([r[name].to(device, non_blocking=r[name].is_pinned()) for r in rows if name in r])
+        for name in sorted(names)
+    }
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device, width: int = 0) -> Tensor:

@@ -62,19 +62,24 @@ class Policy:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def encoder(
-        self, max_length: int | None = None, cache_gb: float = 1.0, *, from_sizes: bool = True
+        self,
+        max_length: int | None = None,
+        cache_gb: float = 1.0,
+        *,
+        from_sizes: bool = True,
+        workers: int = 0,
     ) -> Encoder:
         """An encoder with this model's end tokens and its number of embedded tokens.
 
         Args:
-            max_length, cache_gb, from_sizes: see :class:`Encoder`.
+            max_length, cache_gb, from_sizes, workers: see :class:`Encoder`.
         """
         inner: Any = unwrapped(self.model)
         embeddings = inner.get_input_embeddings()
         # The weight itself may be sharded, or wrapped by an adapter.
         embedded = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
         tokens = checkpoint_tokens(getattr(inner, "generation_config", None), inner.config, embedded)
-        return Encoder(self.processor, max_length, cache_gb, tokens, from_sizes=from_sizes)
+        return Encoder(self.processor, max_length, cache_gb, tokens, from_sizes=from_sizes, workers=workers)
 
 
 def load_policy(

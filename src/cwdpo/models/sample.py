@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
+from cwdpo.data.encode.reading import read_ahead
 from cwdpo.models.families.base import Family
 from cwdpo.models.inputs import device_of, image_inputs, unwrapped
 from cwdpo.models.shared_attention import model_family
@@ -77,10 +78,10 @@ def sample(
         keys.append(f"{example.id}\0{seen[example.id]}")
         seen[example.id] += 1
     results: dict[int, Sample] = {}
-    for index in by_length(encoder, examples, batch_size):
-        drawn = sample_batch(
-            model, encoder, [examples[i] for i in index], 1, decoding, seed, [keys[i] for i in index]
-        )
+    batches = by_length(encoder, examples, batch_size)
+    prompts = ([encoder.prompt(examples[i]) for i in index] for index in batches)
+    for index, begun in zip(batches, read_ahead(prompts, begun_prompts, len), strict=True):
+        drawn = sample_batch(model, encoder, begun, 1, decoding, seed, [keys[i] for i in index])
         results |= {i: own[0] for i, own in zip(index, drawn, strict=True)}
         progress(len(index))
     return [results[i] for i in range(len(examples))]
@@ -92,27 +93,34 @@ def by_length(encoder: Encoder, examples: Sequence[Example], batch_size: int) ->
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def begun_prompts(prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+    """The prompts of a batch, whose images are read from now on if the encoder has workers; each prompt once."""
+    coming = {id(p): p.ahead() for p in {id(p): p for p in prompts}.values()}
+    return [coming[id(p)] for p in prompts]
+
+
 def sample_batch(
     model: nn.Module,
     encoder: Encoder,
-    examples: Sequence[Example],
+    prompts: Sequence[EncodedPrompt],
     n: int,
     decoding: Decoding,
     seed: int,
     keys: Sequence[str],
 ) -> list[list[Sample]]:
-    """``n`` responses for each example of one batch.
+    """``n`` responses for each prompt of one batch.
 
     Args:
-        model, encoder, examples: see :func:`sample`.
-        n: responses per example.
+        model, encoder: see :func:`sample`.
+        prompts: the encoder's.
+        n: responses per prompt.
         decoding: settings of sampling.
-        seed, keys: each generator is seeded by the seed, the example's key and the number of the sample.
+        seed, keys: each generator is seeded by the seed, the prompt's key and the number of the sample.
     """
     pad = encoder.tokenizer.pad_token_id
     rows = shared_prefill(
         model,
-        [encoder.prompt(e) for e in examples],
+        prompts,
         n,
         decoding,
         [f"{seed}\0{key}\0{k}" for key in keys for k in range(n)],

@@ -69,6 +69,12 @@ def forget_vision_features(model: nn.Module) -> None:
     _CACHES.pop(unwrapped(model), None)
 
 
+def needs_images(model: nn.Module, prompt: EncodedPrompt) -> bool:
+    """Whether scoring a prompt will read its images; not if their features are kept."""
+    cache = _CACHES.get(unwrapped(model))
+    return cache is None or not any((prompt.image_digest, half) in cache.kept for half in (False, True))
+
+
 def vision_inputs(model: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device) -> dict[str, Any]:
     """Vision inputs of all rows in order: pixels, or cached image features."""
     inner = unwrapped(model)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample
+from cwdpo.data.encode.reading import read_ahead
 from cwdpo.objectives.base import Scale
 from cwdpo.probes.base import HeldOut
+from cwdpo.scoring.ahead import begun
 from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import output_head
 from cwdpo.scoring.token_stats import DETAILS
@@ -78,7 +80,8 @@ class ProbeSet:
         """Score every response of the set once with the current policy."""
         was_training = model.training
         model.eval()
-        found = [one for batch in self._batches for one in batch.scored(model)]
+        batches = read_ahead(self._batches, lambda one: one.begun(model), lambda one: len(one.batch.prompts))
+        found = [one for batch in batches for one in batch.scored(model)]
         model.train(was_training)
         found = [found[i] for i in self._order]
         both = list(zip(self._responses, found, strict=True))
@@ -144,6 +147,10 @@ class _Batch:
 
     batch: PromptBatch
     responses: Sequence[_Response]
+
+    def begun(self, model: nn.Module) -> _Batch:
+        """The batch whose images are read from now on."""
+        return replace(self, batch=begun(model, self.batch))
 
     def scored(self, model: nn.Module) -> list[_Scored]:
         """Score every response of the batch in one forward pass."""

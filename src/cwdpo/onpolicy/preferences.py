@@ -109,7 +109,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     set_seed(recipe.seed)
     listener.phase("loading the model")
     policy = load_policy(recipe.model)
-    encoder = encoder_of(policy, recipe.data)
+    encoder = encoder_of(policy, recipe)
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
     judge = judge_for(settings.judge, readable)

@@ -46,7 +46,8 @@ class LocalSampler:
         s = self.settings
         decoding = Decoding(s.temperature, s.top_p, s.max_new_tokens)
         keys = [f"round {round_}\0{e.id}" for e in examples]
-        drawn = sample_batch(self.model, self.encoder, examples, s.samples, decoding, seed, keys)
+        prompts = [self.encoder.prompt(e) for e in examples]
+        drawn = sample_batch(self.model, self.encoder, prompts, s.samples, decoding, seed, keys)
         return [
             # Rounded as in the stored file, so that a resumed run reads the same number.
             tuple(replace(d, mean_logp=round(d.mean_logp or 0.0, 6)) for d in own)

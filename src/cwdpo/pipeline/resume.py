@@ -14,11 +14,14 @@ from cwdpo.config import Recipe, code_names, parse_recipe, read_tree
 from cwdpo.errors import CwdpoError, FileError, RecipeError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.writing import write_text
+from cwdpo.overrides import flat
 from cwdpo.rundir import RunDir
 
 ABSENT = "(absent)"
 # These keys are used after training only: if they change, the trained model stays valid.
 _AFTER_TRAINING = ("name", "evaluation.")
+# A run gives the same with any value.
+_WITHOUT_EFFECT = ("train.dataloader_workers",)
 
 
 def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_changes: bool = False) -> None:
@@ -82,6 +85,8 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, accept_changes: bool) -> N
 def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted keys with different values: (stored, now). Keys that the stored recipe lacks have their defaults.
 
+    Keys that change nothing in what a run gives are not compared.
+
     Raises:
         RecipeError: the stored recipe is not YAML.
     """
@@ -94,21 +99,12 @@ def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     if not code_names(tree):
         with contextlib.suppress(RecipeError, TypeError, AttributeError):
             tree = parse_recipe(tree, where=str(path)).model_dump(mode="json")
-    old, new = _flat(tree), _flat(recipe.model_dump(mode="json"))
+    old, new = flat(tree), recipe.flat()
     return {
         key: (old.get(key, ABSENT), new.get(key, ABSENT))
         for key in dict.fromkeys((*old, *new))
-        if old.get(key, ABSENT) != new.get(key, ABSENT)
+        if old.get(key, ABSENT) != new.get(key, ABSENT) and key not in _WITHOUT_EFFECT
     }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def keep_old(run: RunDir, changed: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ from accelerate import PartialState
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import speed_metrics
 
-from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings, TrainSettings
+from cwdpo.arguments import TrainSettings
+from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.models.load import Policy, adopt, load_policy, load_processor
@@ -31,6 +32,7 @@ from cwdpo.pipeline.trl_names import (
 )
 from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
+from cwdpo.stage.model import encoder_of
 from cwdpo.stage.prepare import encode, prepare, with_reference_values
 from cwdpo.stage.scoring_check import check_scoring
 from cwdpo.stage.stage import Stage
@@ -122,6 +124,7 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
             train=TrainSettings(
                 batch_size=self.per_device_train_batch_size,
                 bf16=self.bf16,
+                dataloader_workers=self.dataloader_num_workers,
                 max_tokens_per_batch=self.max_tokens_per_batch,
             ),
             calibration=CalibrationSettings(
@@ -214,6 +217,7 @@ class CWDPOTrainer(PreferenceTrainer):
             callbacks=more.get("callbacks") or (),
             options=TrainerOptions(
                 max_tokens_per_batch=args.max_tokens_per_batch,
+                workers=args.dataloader_num_workers,
                 eval_dataset=evaluated.get("", evaluated or None),
                 optimizers=more.get("optimizers") or (None, None),
             ),
@@ -309,7 +313,7 @@ def _stage(args: CWDPOConfig, recipe: Recipe, policy: Policy, examples: Sequence
     run = RunDir(Path(args.output_dir) / FOLDER, writes=PartialState().is_main_process)
     if run.writes:
         run.path.mkdir(parents=True, exist_ok=True)
-    return Stage("stage2", recipe, policy, policy.encoder(args.max_length), run, examples)
+    return Stage("stage2", recipe, policy, encoder_of(policy, recipe), run, examples)
 
 
 def _policy(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.objectives.base import Scored, ScoredPairs, StepTotals
+from cwdpo.scoring.ahead import batches_ahead
 from cwdpo.scoring.score import score
 from cwdpo.scoring.token_logp import TokenScores
 
@@ -101,9 +102,9 @@ def reference_pass(
     model.eval()
     done: dict[int, EncodedExample] = {}
     order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        batch = collate([examples[i] for i in index])
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches_ahead(model, (collate([examples[i] for i in index]) for index in parts))
+    for index, batch in zip(parts, batches, strict=True):
         tokens = score(model, batch)
         sums = tokens.logp.double().sum(1).tolist()
         spans = (tokens.logp.double() * span_mask(batch, tokens)).sum(1).tolist()

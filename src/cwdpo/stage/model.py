@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import set_seed
 
-from cwdpo.config import DataSettings, Recipe
+from cwdpo.arguments import TrainSettings
+from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder
@@ -34,9 +36,25 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
     return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
 
 
-def encoder_of(policy: Policy, data: DataSettings) -> Encoder:
+WORKERS = 4
+"""Processes that read images, for each process of a run on an accelerator."""
+
+
+def data_workers(train: TrainSettings) -> int:
+    """``train.dataloader_workers``, or its default: some where an accelerator would wait, none on a CPU."""
+    default = 0 if PartialState().device.type == "cpu" else WORKERS
+    return default if train.dataloader_workers is None else train.dataloader_workers
+
+
+def encoder_of(policy: Policy, recipe: Recipe) -> Encoder:
     """The encoder of a policy's checkpoint, with the recipe's settings."""
-    return policy.encoder(data.max_length, data.cache_gb, from_sizes=data.image_tokens == "sizes")
+    data = recipe.data
+    return policy.encoder(
+        data.max_length,
+        data.cache_gb,
+        from_sizes=data.image_tokens == "sizes",
+        workers=data_workers(recipe.train),
+    )
 
 
 def load_saved(policy: Policy, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,8 +13,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.errors import NonFiniteError, ReferenceCacheError
+from cwdpo.data.encode.reading import read_ahead
+from cwdpo.errors import CwdpoError, DataError, NonFiniteError, ReferenceCacheError
 from cwdpo.models.quantization import is_rounded
+from cwdpo.models.vision_cache import needs_images
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass, with_reference
 from cwdpo.scoring.reference_cache import ReferenceCache, Value, differs, reference_digest, row_keys
@@ -52,6 +55,7 @@ def stored_reference_pass(
 
     Raises:
         NonFiniteError, ReferenceCacheError: a value is not finite; a stored value is damaged or no longer right.
+        DataError: an image cannot be read, on any process.
     """
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
@@ -60,19 +64,17 @@ def stored_reference_pass(
     cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=rounded)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for first in range(0, len(batches), state.num_processes):
-        group = batches[first : first + state.num_processes]
-        own = group[state.process_index] if state.process_index < len(group) else []
-        scored, problem = {}, ""
-        try:
-            scored = _missing(model, [examples[i] for i in own], [keys[i] for i in own], cache)
-        except NonFiniteError as error:
-            problem = str(error)
-        parts = gather_object([(scored, problem)]) if state.num_processes > 1 else [(scored, problem)]
-        problems = [text for _, text in parts if text]
-        if problems:  # raise on every process, or the others would wait forever
-            raise NonFiniteError(problems[0])
-        scored = {key: value for part, _ in parts for key, value in part.items()}
+    groups = [batches[i : i + state.num_processes] for i in range(0, len(batches), state.num_processes)]
+    own = [group[state.process_index] if state.process_index < len(group) else [] for group in groups]
+
+    def begun(index: Sequence[int]) -> list[EncodedExample]:
+        """The examples of a batch; the images of those that must be scored are read from now on."""
+        lacking = {i for i in index if any(cache.get(key) is None for key in keys[i])}
+        return [examples[i].ahead(wanted) if i in lacking else examples[i] for i in index]
+
+    wanted = partial(needs_images, model)
+    for group, index, rows in zip(groups, own, read_ahead(own, begun, len), strict=True):
+        scored = _of_all(model, rows, [keys[i] for i in index], cache)
         if run.writes:
             cache.append(scored)
         cache.add(scored)
@@ -117,6 +119,26 @@ def _known(cache: ReferenceCache, key: bytes) -> Value:
     value = cache.get(key)
     assert value is not None
     return value
+
+
+def _of_all(
+    model: nn.Module,
+    rows: Sequence[EncodedExample],
+    keys: Sequence[Sequence[bytes]],
+    cache: ReferenceCache,
+) -> dict[bytes, Value]:
+    """What :func:`_missing` gives on every process, joined; what one raises is raised on all, or they would wait."""
+    scored: dict[bytes, Value] = {}
+    problem: tuple[type[CwdpoError], str] | None = None
+    try:
+        scored = _missing(model, rows, keys, cache)
+    except (NonFiniteError, DataError) as error:
+        problem = NonFiniteError if isinstance(error, NonFiniteError) else DataError, str(error)
+    parts = gather_object([(scored, problem)]) if PartialState().num_processes > 1 else [(scored, problem)]
+    for _, failed in parts:
+        if failed is not None:
+            raise failed[0](failed[1])
+    return {key: value for part, _ in parts for key, value in part.items()}
 
 
 def _missing(

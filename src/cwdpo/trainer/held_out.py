@@ -14,6 +14,7 @@ from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.objectives.base import StepTotals
+from cwdpo.scoring.ahead import batches_ahead
 from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.scoring.score import score
 from cwdpo.trainer.metrics import StepMetrics
@@ -92,7 +93,7 @@ def _evaluated(
     sums.begin_step()
     loss = 0.0
     rewards: list[tuple[int, tuple[float, float]]] = []
-    for batch, chunk in zip(batches, chunks, strict=True):
+    for batch, chunk in zip(batches_ahead(model, batches), chunks, strict=True):
         tokens = score(model, batch, stats=objective.token_stats)
         pairs = scored_pairs(batch, tokens, totals)
         output = objective(pairs)
@@ -125,7 +126,7 @@ def _totals(trainer: PreferenceTrainer, model: torch.nn.Module, batches: Sequenc
     ]
     ahead: list[float] = []
     if trainer.objective.looks_ahead:
-        for batch in batches:
+        for batch in batches_ahead(model, batches):
             ahead += list(trainer.objective.ahead(scored_pairs(batch, score(model, batch))))
     if trainer.accelerator.num_processes > 1:
         shards = gather_object([(counts, ahead)])

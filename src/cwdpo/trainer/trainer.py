@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from cwdpo.arguments import Optimizer
 from cwdpo.data.encode.collate import Collator, PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.data.encode.reading import read_ahead
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
 from cwdpo.models.shared_attention import shares_prefix
-from cwdpo.models.vision_cache import forget_vision_features
+from cwdpo.models.vision_cache import forget_vision_features, needs_images
 from cwdpo.objectives.base import InForce, Objective, ScoredPairs, StepTotals
 from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.scoring.score import row_tokens, score
@@ -30,6 +33,12 @@ from cwdpo.trainer.memory import StepMemory
 from cwdpo.trainer.metrics import StepMetrics
 from cwdpo.trainer.processes import Unsharded, check_sharding, together
 from cwdpo.trainer.rounding import LostUpdates, check_optimizer, optimizer_class
+
+_COLLATES_HERE = {
+    "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+    "dataloader_multiprocessing_context": None,
+}  # fmt: skip
+"""For transformers' loader: the workers that read images are the encoder's, and the rest of a batch is ready."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class TrainerOptions:
         select: filters each micro-batch before tokens are counted (for a curriculum); default: identity.
         eval_dataset: data for transformers' evaluation during training (``eval_strategy``).
         optimizers: an optimizer and its schedule, instead of those that ``args`` describe.
+        workers: data workers of the encoder; with any, the images of the next optimizer step are read during a step.
         optimizer: ``adamw``, or one that is made for trained bf16 weights, see :func:`optimizer_class`.
         before_checkpoint, add_to_checkpoint: see :class:`cwdpo.trainer.checkpoints.CompleteCheckpoints`.
     """
@@ -58,6 +68,7 @@ class TrainerOptions:
     select: Callable[[PromptBatch], PromptBatch] = field(default=lambda batch: batch)
     eval_dataset: Any = None
     optimizers: tuple[Any, Any] = (None, None)
+    workers: int = 0
     optimizer: Optimizer = "adamw"
     before_checkpoint: Callable[[], None] = field(default=lambda: None)
     add_to_checkpoint: Callable[[Path], None] = field(default=lambda folder: None)
@@ -83,6 +94,8 @@ class PreferenceTrainer(CompleteCheckpoints):
             none is trained; a sharded model with quantized weights.
         DataError: a single example has more than ``max_tokens_per_batch`` tokens.
     """
+
+    args: TrainingArguments
 
     def __init__(
         self,
@@ -140,6 +153,8 @@ class PreferenceTrainer(CompleteCheckpoints):
             )
         self.loss_is_scaled_for_ga = True
         self._sums = StepMetrics(self.options.by_origin)
+        self._stream: tuple[Any, Iterator[dict[str, Any]]] = (None, iter(()))
+        self._last_batch = False
 
     @property
     def objective(self) -> Objective:
@@ -159,7 +174,12 @@ class PreferenceTrainer(CompleteCheckpoints):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a number of examples, or of a number of tokens."""
         if self.options.max_tokens_per_batch is None:
-            loader: DataLoader[Any] = super().get_train_dataloader()
+            args, self.args = self.args, copy.copy(self.args)
+            vars(self.args).update(_COLLATES_HERE)
+            try:
+                loader: DataLoader[Any] = super().get_train_dataloader()
+            finally:
+                self.args = args
             return loader
         shared = shares_prefix(self.model)
         lengths = [row_lengths(example, shared=shared) for example in self.train_dataset]
@@ -177,6 +197,31 @@ class PreferenceTrainer(CompleteCheckpoints):
     @property
     def _data_seed(self) -> int:
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> Any:
+        """The micro-batches of the next optimizer step; the images of the step after it are read from now on."""
+        if self._stream[0] is not epoch_iterator:
+            self._stream = epoch_iterator, self._read_ahead(epoch_iterator)
+        return super().get_batch_samples(self._stream[1], num_batches, device)
+
+    def _read_ahead(self, epoch_iterator: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        processes = self.accelerator.num_processes
+        window = self.args.gradient_accumulation_steps if self.options.workers else 0
+
+        def pulled() -> Iterator[tuple[PromptBatch, bool]]:
+            for inputs in epoch_iterator:  # accelerate knows whether it is the last one only now
+                yield inputs["batch"], self.accelerator.gradient_state.end_of_dataloader
+
+        def begin(pulled: tuple[PromptBatch, bool]) -> tuple[PromptBatch, bool]:
+            batch, last = pulled
+            # Several processes load all images of a step, to agree on it.
+            wanted = partial(needs_images, self.model) if processes == 1 else lambda prompt: True
+            return batch.ahead(wanted), last
+
+        for batch, self._last_batch in read_ahead(pulled(), begin, lambda one: len(one[0].prompts), window):
+            yield {"batch": batch}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> StepTotals | None:
         """Called by transformers once before each optimizer step, with all of its micro-batches."""
@@ -235,7 +280,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         left = len(self.train_dataset) % (size * self.accelerator.num_processes)
         repeats = left and not (self.args.dataloader_drop_last or self.accelerator.split_batches)
         repeats = repeats and self.options.max_tokens_per_batch is None  # token batches are even already
-        if repeats and self.accelerator.gradient_state.end_of_dataloader:
+        if repeats and self._last_batch:
             last = last.first_examples(min(max(left - rank * size, 0), size))
         return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
 
@@ -304,13 +349,6 @@ class PreferenceTrainer(CompleteCheckpoints):
     def _load_best_model(self) -> None:
         """Load the best checkpoint with :meth:`_load_from_checkpoint`, for the same reason."""
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def report(self, readings: Mapping[str, float]) -> None:
-        """Send held-out readings to the trackers of ``report_to`` only."""
-        control: TrainerControl = self.control
-        due = control.should_log
-        self.callback_handler.on_log(self.args, self.state, control, dict(readings))
-        control.should_log = due  # on_log clears it, but the metrics of the step are not logged yet
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, averaged over processes, to the values that the Trainer logs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -110,6 +110,15 @@ class PromptBatch:
             DataError: an image cannot be read.
         """
         return replace(self, prompts=tuple(prompt.loaded() for prompt in self.prompts))
+
+    def ahead(self, wanted: Callable[[EncodedPrompt], bool]) -> PromptBatch:
+        """The batch whose images worker processes read from now on, see :meth:`EncodedPrompt.ahead`.
+
+        Args:
+            wanted: whether the images of a prompt will be needed.
+        """
+        prompts = (prompt.ahead() if wanted(prompt) else prompt for prompt in self.prompts)
+        return replace(self, prompts=tuple(prompts))
 
 
 def collate(examples: Sequence[EncodedExample]) -> PromptBatch:

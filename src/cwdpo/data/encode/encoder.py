@@ -7,7 +7,7 @@ completion together are the ids of the joined text, and generation starts from e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -70,6 +70,18 @@ class EncodedExample:
         others = {id(c.prompt): c.prompt for c in self.negatives if c.prompt is not None}
         return (self.prompt, *others.values())
 
+    def ahead(self, wanted: Callable[[EncodedPrompt], bool]) -> EncodedExample:
+        """The example whose images worker processes read from now on, see :meth:`EncodedPrompt.ahead`.
+
+        Args:
+            wanted: whether the images of a prompt will be needed.
+        """
+        coming = {id(p): p.ahead() if wanted(p) else p for p in self.prompts}
+        negatives = (
+            c if c.prompt is None else replace(c, prompt=coming[id(c.prompt)]) for c in self.negatives
+        )
+        return replace(self, prompt=coming[id(self.prompt)], negatives=tuple(negatives))
+
     @property
     def n_tokens(self) -> int:
         """Number of tokens of the longest sequence: a prompt plus a completion."""
@@ -94,7 +106,7 @@ class Encoder:
             a longer example raises :class:`DataError`, and the caller leaves it out.
         cache_gb: memory for image tensors, in GiB; images that do not fit are decoded again at every use.
         checkpoint: token ids from generation_config and weights; :meth:`cwdpo.models.load.Policy.encoder` passes them.
-        from_sizes: see :class:`PromptEncoder`.
+        from_sizes, workers: see :class:`PromptEncoder`.
 
     Attributes:
         prompt: encodes the prompt of an example.
@@ -108,12 +120,13 @@ class Encoder:
         checkpoint: CheckpointTokens | None = None,
         *,
         from_sizes: bool = True,
+        workers: int = 0,
     ) -> None:
         self.processor = processor
         self.template = ChatTemplate(processor, checkpoint)
         self.tokenizer = self.template.tokenizer
         self.max_length = max_length
-        self.prompt = PromptEncoder(self.template, cache_gb, from_sizes=from_sizes)
+        self.prompt = PromptEncoder(self.template, cache_gb, from_sizes=from_sizes, workers=workers)
 
     def forget(self) -> None:
         """Empty the caches of prompts and images."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cwdpo.data.contents import ImageContent, image_content
 from cwdpo.data.encode.expand import Expansions, Sizes, Written
+from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
 from cwdpo.errors import DataError
 from cwdpo.records import Example
@@ -58,6 +59,31 @@ class EncodedPrompt:
         images = self.images
         return replace(self, load_images=lambda: images)
 
+    def ahead(self) -> EncodedPrompt:
+        """The prompt whose images a worker process reads from now on; ``images`` then waits for them, and keeps them.
+
+        The prompt itself if there is no worker, or its images are in the encoder's cache.
+        """
+        begin = getattr(self.load_images, "begin", None)
+        coming = None if begin is None else begin()
+        return self if coming is None else replace(self, load_images=coming)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Loads the images of an encoded prompt, now or in a worker."""
+
+    encoder: PromptEncoder
+    example: Example
+    ids: tuple[int, ...]
+    per_token: Mapping[str, tuple[int, ...]]
+
+    def __call__(self) -> Mapping[str, Tensor]:
+        return self.encoder.load(self.example, self.ids, self.per_token)
+
+    def begin(self) -> Coming | None:
+        return self.encoder.begin(self.example, self.ids, self.per_token)
+
 
 class PromptEncoder:
     """Encodes prompts with a checkpoint's own processor; what it made is kept.
@@ -67,15 +93,23 @@ class PromptEncoder:
         cache_gb: memory for image tensors, in GiB; images that do not fit are decoded again at every use.
         from_sizes: compute the number of image tokens from the sizes of the images, as far as the processor's results
             on rows of the run agree; else every image is processed when its prompt is encoded.
+        workers: processes that read the images of prompts for which :meth:`EncodedPrompt.ahead` was called.
     """
 
-    def __init__(self, template: ChatTemplate, cache_gb: float, *, from_sizes: bool = True) -> None:
+    def __init__(
+        self, template: ChatTemplate, cache_gb: float, *, from_sizes: bool = True, workers: int = 0
+    ) -> None:
         self.template, self.processor, self.tokenizer = template, template.processor, template.tokenizer
         self._prompts: dict[tuple[Any, ...], EncodedPrompt] = {}
         self._images: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._free_bytes = cache_gb * 2**30
         self._texts: dict[tuple[Any, ...], str] = {}
         self._from_sizes, self._expansions = from_sizes, Expansions(self.processor)
+        self._workers = Workers(self, workers) if workers else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The copy of a worker: caches are empty, and nothing is kept in them."""
+        return PromptEncoder, (self.template, 0.0)
 
     def forget(self) -> None:
         """Empty the caches."""
@@ -123,7 +157,9 @@ class PromptEncoder:
         # What else an image reference says (all but its place) changes the pixels, so it is part of the digest.
         said = (repr(replace(image, path=None, data=None)) for image in example.images)
         digest = _digest(self._image_settings, *(c.digest.hex() for c in contents), *said)
-        return EncodedPrompt(ids, per_token, partial(self._load_images, example, ids, per_token), digest)
+        if self._workers is not None:
+            self._workers.warm_up()
+        return EncodedPrompt(ids, per_token, _Source(self, example, ids, per_token), digest)
 
     def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
         """The prompt from the sizes of its images; ``None`` if they are not enough.
@@ -165,22 +201,44 @@ class PromptEncoder:
             self._images[key] = images
             self._free_bytes -= size
 
-    def _load_images(
+    def load(
         self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Tensor]:
+        """The images of a prompt, from the cache or decoded now; see :meth:`read`."""
         key = (example.images, example.prompt)
         if key not in self._images:
-            found, found_per_token, images = self._process(example)
-            if (found, found_per_token) != (ids, per_token):
-                raise DataError(
-                    f"{example.where or example.id}: images: the processor gives {len(found)} tokens now, and "
-                    f"{len(ids)} when the row was encoded: an image was changed during the run, or its number of "
-                    "tokens does not follow from its size; start again, with data.image_tokens: processor in the "
-                    "second case"
-                )
+            images = self.read(Job(example, self.text(example), ids, per_token))
             self._keep(key, images)
             return images
         return self._images[key]
+
+    def begin(
+        self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
+    ) -> Coming | None:
+        """Let a worker read the images of a prompt; ``None`` if there is no worker, or they are in the cache."""
+        key = (example.images, example.prompt)
+        if self._workers is None or key in self._images:
+            return None
+        small = replace(example, rejected=(), gentle=(), extra={})
+        arrived = self._workers.submit(Job(small, self.text(example), ids, per_token))
+        return None if arrived is None else Coming(arrived, partial(self._keep, key))
+
+    def read(self, job: Job) -> Mapping[str, Tensor]:
+        """Decode and process the images of a prompt.
+
+        Raises:
+            DataError: an image cannot be read, or the processor gives other token ids than when the row was encoded.
+        """
+        example, ids = job.example, job.ids
+        found, found_per_token, images = self._run(example, _opened(example), self.processor, job.text)
+        if (found, found_per_token) != (ids, job.per_token):
+            raise DataError(
+                f"{example.where or example.id}: images: the processor gives {len(found)} tokens now, and "
+                f"{len(ids)} when the row was encoded: an image was changed during the run, or its number of "
+                "tokens does not follow from its size; start again, with data.image_tokens: processor in the "
+                "second case"
+            )
+        return images
 
     @cached_property
     def _image_settings(self) -> str:
@@ -193,11 +251,14 @@ class PromptEncoder:
     def _process(self, example: Example) -> _Result:
         return self._run(example, _opened(example), self.processor)
 
-    def _run(self, example: Example, opened: Sequence[Image], processor: Any) -> _Result:
-        """Ids, per-token outputs and inputs of the vision tower, from one call of the processor."""
+    def _run(self, example: Example, opened: Sequence[Image], processor: Any, text: str = "") -> _Result:
+        """Ids, per-token outputs and inputs of the vision tower, from one call of the processor.
+
+        ``text`` is the rendered prompt, if the caller has it.
+        """
         # Nested: some processors (LLaVA-OneVision) take a flat list as one image for each text.
         kwargs: dict[str, Any] = {"images": [list(opened)]} if opened else {}
-        text = self.text(example).rstrip(" ")
+        text = (text or self.text(example)).rstrip(" ")
         try:
             outputs = self._processed(processor, text, kwargs)
         except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:

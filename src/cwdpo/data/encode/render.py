@@ -46,6 +46,10 @@ class Renderer:
         self._child: _Child | None = None
         self._given_up = ""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy starts a child of its own."""
+        return Renderer, (self._processor, self._seconds)
+
     def __call__(self, chat: Sequence[dict[str, Any]], *, generation: bool, tools: Sequence[Any] = ()) -> str:
         """The conversation as text; with ``generation`` it ends with the start of a response.
 

@@ -78,7 +78,7 @@ def _walk(recipe: Recipe, folder: Path) -> Iterator[tuple[float, int, int, int]]
     folder.mkdir(parents=True)
     splits = prepare_data(recipe, run)
     policy = load_model(recipe, splits, run)
-    encoder = encoder_of(policy, recipe.data)
+    encoder = encoder_of(policy, recipe)
     stage = Stage("stage2", recipe, policy, encoder, run, splits.stage2)
     if stage.objective.needs_calibration:  # the cost of a step does not depend on floor and tau
         stage.in_force.objective = stage.objective.calibrated([-3.0, -2.0, -1.0])
