@@ -114,7 +114,7 @@ def _images(images: Images) -> Iterator[str]:
     cached = f"; features of {images.cached:.0%} of the pictures are cached" if images.cached else ""
     yield (
         f"images   {images.seconds * 1000:.0f} ms to decode and process those of a prompt on a core of this machine: "
-        f"{math.ceil(images.workers)} cores per GPU keep up ({images.workers:.1f}){cached}"
+        f"{images.workers:.2g} cores keep up with a GPU (train.dataloader_workers={math.ceil(images.workers)}){cached}"
     )
 
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cwdpo.config import Recipe, TrainSettings
+from cwdpo.arguments import TrainSettings
+from cwdpo.config import Recipe
 from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import EncodedExample, Encoder
 from cwdpo.errors import DataError
