@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig, TrainingArguments
 
 import random_models
+from cwdpo.arguments import TrainSettings
 from cwdpo.config import Recipe, parse_recipe
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedExample
@@ -40,19 +41,21 @@ from cwdpo.worlds.shapes import VOCABULARY
 
 Run = Callable[..., Any]  # the fixture `run`: arguments -> code, out, err
 ROWS = 8
-SETTINGS: dict[str, tuple[dict[str, Any], bool, int]] = {
-    "full, 1 negative": ({}, False, 1),
-    "full, 4 negatives, checkpointing": ({}, True, 4),
-    "LoRA, 1 negative": ({"tune": "lora", "freeze": ["vision"]}, False, 1),
-    "LoRA, 4 negatives, checkpointing": ({"tune": "lora", "freeze": ["vision"]}, True, 4),
-    "nf4, 1 negative": ({"tune": "lora", "freeze": ["vision"], "quantization": "nf4"}, False, 1),
+LORA = {"tune": "lora", "freeze": ["vision"]}
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "full, 1 negative": ({}, {}, 1),
+    "full, 4 negatives, checkpointing": ({}, {"gradient_checkpointing": True}, 4),
+    "full, bf16, 1 negative": ({}, {"bf16": True}, 1),
+    "LoRA, 1 negative": (LORA, {}, 1),
+    "LoRA, 4 negatives, checkpointing": (LORA, {"gradient_checkpointing": True}, 4),
+    "nf4, 1 negative": ({**LORA, "quantization": "nf4"}, {}, 1),
     "nf4, 4 negatives, checkpointing": (
-        {"tune": "lora", "freeze": ["vision"], "quantization": "nf4"},
-        True,
+        {**LORA, "quantization": "nf4"},
+        {"gradient_checkpointing": True},
         4,
     ),
 }
-"""What is trained, whether with activation checkpointing, and negatives per prompt."""
+"""The sections ``model`` and ``train``, and negatives per prompt."""
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +119,15 @@ def allocated() -> Iterator[list[int]]:
     found.append(peak)
 
 
-def measured(policy: Policy, rows: list[EncodedExample], checkpointing: bool, folder: Path) -> int:
+def measured(policy: Policy, rows: list[EncodedExample], train: TrainSettings, folder: Path) -> int:
     """Bytes of a model and of two steps of the trainer, of which the second has the optimizer's state."""
     known = [(-20.0, -20.0)] * 9
     examples = [with_reference(row, known[: len(row.completions)]) for row in rows]
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=len(rows), max_steps=2, learning_rate=1e-5,
         use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        activation_checkpointing=train.gradient_checkpointing, bf16=train.bf16,
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
     )  # fmt: skip
     objective = parse_recipe({"data": {"path": "x"}, "stage2": {"objective": "dpo"}}).stage2.build()
     trainer = PreferenceTrainer(policy.model, args, objective, examples)
@@ -135,8 +138,8 @@ def measured(policy: Policy, rows: list[EncodedExample], checkpointing: bool, fo
 
 
 def planned_and_measured(checkpoint: Path, data: Path, name: str, folder: Path) -> tuple[int, int]:
-    model, checkpointing, negatives = SETTINGS[name]
-    recipe = recipe_of(checkpoint, data, model, gradient_checkpointing=checkpointing)
+    model, train, negatives = SETTINGS[name]
+    recipe = recipe_of(checkpoint, data, model, **train)
     policy = load_policy(recipe.model)
     examples = read_examples(data).examples
     encoded, problems = policy.encoder().encode_all(examples, "rejected", require_negative=True)
@@ -148,10 +151,15 @@ def planned_and_measured(checkpoint: Path, data: Path, name: str, folder: Path) 
     planned = HollowRun(AutoConfig.from_pretrained(checkpoint), 1).peak(
         recipe, [StageRows("stage2", rows, len(rows))]
     )
-    return planned.total, measured(policy, rows, checkpointing, folder)
+    return planned.total, measured(policy, rows, recipe.train, folder)
 
 
-SLOW = {"full, 4 negatives, checkpointing", "LoRA, 1 negative", "nf4, 4 negatives, checkpointing"}
+SLOW = {
+    "full, 4 negatives, checkpointing",
+    "full, bf16, 1 negative",
+    "LoRA, 1 negative",
+    "nf4, 4 negatives, checkpointing",
+}
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def _images(images: Images) -> Iterator[str]:
     cached = f"; features of {images.cached:.0%} of the pictures are cached" if images.cached else ""
     yield (
         f"images   {images.seconds * 1000:.0f} ms to decode and process those of a prompt on a core of this machine: "
-        f"{images.workers:.2g} cores keep up with a GPU (train.dataloader_workers={math.ceil(images.workers)}){cached}"
+        f"{images.workers:.1f} cores keep up with a GPU (train.dataloader_workers={math.ceil(images.workers)}){cached}"
     )
 
 
@@ -137,7 +137,7 @@ def _bytes(size: float) -> str:
 def _flops(count: float) -> str:
     power = max(0, min(18, int(math.log10(count)) // 3 * 3)) if count >= 1 else 0
     unit = {0: "", 3: "K", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}[power]
-    return f"{count / 10**power:.3g} {unit}".rstrip()
+    return f"{f'{count / 10**power:#.3g}'.rstrip('.')} {unit}".rstrip()
 
 
 def _time(seconds: float) -> str:

@@ -31,11 +31,13 @@ class StageRows:
         name: ``stage1`` or ``stage2``.
         sample: encoded rows, a random sample of the stage's.
         rows: estimated number of rows that the stage trains on.
+        in_rounds: whether the stage makes new negatives in rounds.
     """
 
     name: StageName
     sample: Sequence[EncodedExample]
     rows: int
+    in_rounds: bool = False
 
     def batches(self, train: TrainSettings, *, shared: bool) -> list[PromptBatch]:
         """The sample in micro-batches, as the trainer would cut it; those of the fewest tokens first."""
@@ -98,7 +100,7 @@ def _of_stage(
     if not encoded:
         shown = "\n  ".join(problems[:5]) or "the data has no row for this stage"
         raise DataError(f"{name}: none of {len(sampled)} sampled rows can be used; the first:\n  {shown}")
-    return StageRows(name, encoded, round(len(examples) * len(encoded) / len(sampled)))
+    return StageRows(name, encoded, round(len(examples) * len(encoded) / len(sampled)), in_rounds)
 
 
 def _with_stand_ins(row: EncodedExample, count: int) -> EncodedExample:

@@ -251,6 +251,8 @@ def _stage_plan(
     cached = _cached_share(recipe, typical, cost, pictures)
     if not objective.needs_reference:  # then the first epoch fills the cache
         cached *= max(0.0, 1 - stage.rows / rows / steps)
+    # In rounds, the negatives of each round are scored at its start.
+    scored = steps * rows if stage.in_rounds else stage.rows
     probed = _probe_tokens(recipe, held, Load(tokens, steps, shared))
     plan = StagePlan(
         name=stage.name,
@@ -264,7 +266,7 @@ def _stage_plan(
         backward=cost.backward * scale,
         vision=cost.vision * scale * (1 - cached),
         ahead=cost.forward * scale if objective.looks_ahead and micro_batches > 1 else 0.0,
-        reference=(cost.forward + cost.vision) * scale * stage.rows / rows * objective.needs_reference,
+        reference=(cost.forward + cost.vision) * scale * scored / rows * objective.needs_reference,
         probes=cost.forward * scale * probed / tokens,
     )
     return plan, cached
