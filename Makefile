@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-for-development
 MINUTES ?= 4
 SEED ?= 0
 
-.PHONY: demo test test-slow test-families test-lowest chaos soak lint base sweep clean
+.PHONY: demo test test-slow test-families test-trackers test-lowest chaos soak lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -29,8 +29,13 @@ soak: $(STAMP)
 
 # Every model family with its real processor, in an environment of its own (built once a machine, outside the clone).
 test-families:
-	python=$$($(PYTHON) tests/families/environment.py) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
+	python=$$($(PYTHON) tests/environments.py families) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
 	$$python -m pytest -n 2 --dist loadgroup -p no:cacheprovider tests/families
+
+# Every experiment tracker, read back from its own store, in an environment of its own.
+test-trackers:
+	python=$$($(PYTHON) tests/environments.py trackers) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
+	$$python -m pytest -p no:cacheprovider tests/trackers
 
 # By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 LOWEST := .venv-lowest

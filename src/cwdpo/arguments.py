@@ -1,14 +1,19 @@
-"""transformers' TrainingArguments in a recipe: which ``train.arguments`` passes on, and why not the others.
+"""The recipe's section ``train``, and which of transformers' TrainingArguments it passes on.
 
-A test compares these names with those of the installed transformers. Nothing is imported.
+A test compares these names with those of the installed transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from cwdpo.errors import nearest
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from cwdpo.errors import MissingPackageError, nearest
+from cwdpo.files.yamlfile import as_number
+from cwdpo.registry import Settings
 
 Optimizer = Literal["adamw", "adamw_kahan"]
 """``train.optimizer``: transformers' AdamW, or the one whose rounding errors are compensated."""
@@ -25,7 +30,7 @@ PASSED = frozenset(
     (
         "optim", "optim_args", "adam_beta1", "adam_epsilon", "lr_scheduler_kwargs", "tf32", "torch_empty_cache_steps",
         "data_seed", "full_determinism", "debug", "skip_memory_metrics", "log_level", "log_level_replica",
-        "log_on_each_node", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "log_on_each_node",
         "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
         "ddp_timeout",
     )
@@ -59,6 +64,9 @@ OWNED: Mapping[str, str] = {
     "bf16": "train.bf16",
     "fp16": "train.bf16",
     "report_to": "train.report_to",
+    "project": "train.project",
+    "trackio_space_id": "train.trackers",
+    "trackio_bucket_id": "train.trackers",
     "train_sampling_strategy": "train.group_by_length",
     "dataloader_num_workers": "train.dataloader_workers",
     "dataloader_persistent_workers": "train.dataloader_workers",
@@ -118,22 +126,36 @@ REFUSED: Mapping[str, str] = {
     "label_smoothing_factor": "the objectives robust_dpo and cdpo have label_smoothing",
     "neftune_noise_alpha": "noise in training only would make the policy differ from its reference",
     "auto_find_batch_size": "set train.max_tokens_per_batch, or a smaller train.batch_size",
+    "trackio_static_space_id": "name the space in train.trackers: {trackio: {space_id: ...}}",
     "parallelism_config": "tensor and context parallelism are not supported",
     "optim_target_modules": "choose the trained weights by model.freeze and model.lora",
 }  # fmt: skip
 """Argument -> why a recipe cannot set it."""
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers whose package is not installed, before anything is read.
+
+    Raises:
+        MissingPackageError: with the line that installs it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackageError(
+                f"train.report_to: the tracker {name!r} is not installed: pip install {name}, or leave it out"
+            )
+
+
 def objection(setting: str, value: Any) -> str | None:
     """What is wrong with the first unusable name in a setting of the section ``train``; ``None`` if there is none.
 
     Args:
-        setting: ``lr_scheduler_type``, ``report_to`` or ``arguments``.
+        setting: ``lr_scheduler_type``, ``report_to``, ``trackers`` or ``arguments``.
         value: its name, names, or mapping by name.
     """
     if setting == "arguments":
         return next((problem for name in value if (problem := _argument(str(name))) is not None), None)
-    known = TRACKERS if setting == "report_to" else SCHEDULES
+    known = SCHEDULES if setting == "lr_scheduler_type" else TRACKERS
     unknown = next(
         (name for name in ([value] if isinstance(value, str) else value) if name not in known), None
     )
@@ -151,3 +173,72 @@ def _argument(name: str) -> str | None:
         return f"{name}: {REFUSED[name]}"
     known = nearest(name, (*PASSED, *OWNED, *REFUSED))
     return f"{name}: transformers' TrainingArguments have no such argument{known}"
+
+
+class TrainSettings(Settings):
+    """Settings of both stages; names as in transformers' TrainingArguments."""
+
+    batch_size: int = Field(16, gt=0, description="prompts per device and micro-batch")
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    warmup_steps: float = Field(10, ge=0, description="steps, or a share of all steps if below 1")
+    lr_scheduler_type: str = "constant_with_warmup"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(0.98, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="adamw_kahan: for trained bf16 weights, compensates their rounding errors (torch-optimi)",
+    )
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="skip an update if the gradient norm exceeds its running median by this factor",
+    )
+    spike_window: int = Field(50, ge=2, description="steps of that median; no update is skipped before them")
+    logging_steps: int = Field(10, gt=0)
+    save_steps: int | None = Field(None, gt=0, description="default: no checkpoint within a stage")
+    save_total_limit: int = Field(2, gt=0)
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    report_to: tuple[str, ...] = Field((), description="experiment trackers")
+    project: str = Field("cwdpo", description="project or experiment of the trackers")
+    trackers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="by tracker: further arguments of its start, e.g. wandb: {entity: ...}",
+    )
+    max_tokens_per_batch: int | None = Field(
+        None,
+        gt=0,
+        description="largest number of tokens in a micro-batch, with padding; used instead of batch_size",
+    )
+    group_by_length: bool = Field(
+        True, description="micro-batches of rows of similar length, in random order"
+    )
+    dataloader_workers: int | None = Field(
+        None, ge=0, description="processes that read images ahead; default: 4 with an accelerator, 0 on a CPU"
+    )
+    reference_cache: str | None = Field(
+        None, description="folder for reference log-probabilities of several runs; default: in the run folder"
+    )
+
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="further ones of TrainingArguments, e.g. optim"
+    )
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> TrainSettings:
+        if "optim" in self.arguments and self.optimizer != "adamw":
+            raise ValueError(
+                f"arguments.optim and optimizer: {self.optimizer} are two optimizers: leave one out"
+            )
+        return self
+
+    @field_validator("lr_scheduler_type", "report_to", "trackers", "arguments")
+    @classmethod
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        """Check names when the recipe is read; transformers would check them after data and model are loaded."""
+        if (problem := objection(str(info.field_name), value)) is not None:
+            raise ValueError(problem)
+        if info.field_name == "arguments":
+            return {k: as_number(v) for k, v in value.items()}
+        return value

@@ -13,16 +13,16 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cwdpo import shipped
-from cwdpo.arguments import Optimizer, objection
+from cwdpo.arguments import TrainSettings
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, FileError, RecipeError
-from cwdpo.files.yamlfile import as_number, dump_yaml, read_yaml
+from cwdpo.files.yamlfile import dump_yaml, read_yaml
 from cwdpo.hints import belongs
 from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
-from cwdpo.overrides import apply_override
+from cwdpo.overrides import apply_override, flat
 from cwdpo.records import NEW_TOKENS
 from cwdpo.registry import Settings, explain, shortened
 from cwdpo.worlds.shapes import ShapesSettings
@@ -91,66 +91,6 @@ class StageSettings(Settings):
 
 def _stage(objective: str, learning_rate: float) -> StageSettings:
     return StageSettings(objective={"name": objective}, learning_rate=learning_rate)
-
-
-class TrainSettings(Settings):
-    """Settings of both stages; names as in transformers' TrainingArguments."""
-
-    batch_size: int = Field(16, gt=0, description="prompts per device and micro-batch")
-    gradient_accumulation_steps: int = Field(1, gt=0)
-    warmup_steps: float = Field(10, ge=0, description="steps, or a share of all steps if below 1")
-    lr_scheduler_type: str = "constant_with_warmup"
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta2: float = Field(0.98, gt=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Optimizer = Field(
-        "adamw",
-        description="adamw_kahan: for trained bf16 weights, compensates their rounding errors (torch-optimi)",
-    )
-    spike_factor: float | None = Field(
-        None,
-        gt=1,
-        description="skip an update if the gradient norm exceeds its running median by this factor",
-    )
-    spike_window: int = Field(50, ge=2, description="steps of that median; no update is skipped before them")
-    logging_steps: int = Field(10, gt=0)
-    save_steps: int | None = Field(None, gt=0, description="default: no checkpoint within a stage")
-    save_total_limit: int = Field(2, gt=0)
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    report_to: tuple[str, ...] = ()
-    max_tokens_per_batch: int | None = Field(
-        None, gt=0, description="largest number of tokens in a micro-batch, with padding; not batch_size then"
-    )
-    group_by_length: bool = Field(
-        True, description="micro-batches of rows of similar length, in random order"
-    )
-    dataloader_workers: int | None = Field(
-        None, ge=0, description="processes that read images ahead; default: 4 with an accelerator, 0 on a CPU"
-    )
-    reference_cache: str | None = Field(
-        None, description="folder for reference log-probabilities of several runs; default: in the run folder"
-    )
-
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="further ones of TrainingArguments, e.g. optim"
-    )
-
-    @model_validator(mode="after")
-    def _one_optimizer(self) -> TrainSettings:
-        if "optim" in self.arguments and self.optimizer != "adamw":
-            raise ValueError(
-                f"arguments.optim and optimizer: {self.optimizer} are two optimizers: leave one out"
-            )
-        return self
-
-    @field_validator("lr_scheduler_type", "report_to", "arguments")
-    @classmethod
-    def _known(cls, value: Any, info: ValidationInfo) -> Any:
-        """Check names when the recipe is read; transformers would check them after data and model are loaded."""
-        if (problem := objection(str(info.field_name), value)) is not None:
-            raise ValueError(problem)
-        return {k: as_number(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class EvaluationSettings(Settings):
@@ -239,6 +179,10 @@ class Recipe(Settings):
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, with all defaults; it can be loaded again to the same recipe."""
         return dump_yaml(self.model_dump(mode="json"))
+
+    def flat(self) -> dict[str, Any]:
+        """The resolved recipe by dotted keys."""
+        return flat(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

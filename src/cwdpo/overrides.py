@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cwdpo.errors import FileError, RecipeError
@@ -56,3 +56,13 @@ def _value(text: str, override: str, is_text: bool) -> Any:
             raise RecipeError(str(error)) from None
     plain = parse_scalar(text)
     return text if is_text and plain is not None else as_number(plain)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted keys; an empty mapping is a value."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found

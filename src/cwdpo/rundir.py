@@ -18,6 +18,7 @@ The files::
     stopped-STAGE.json why a stage ended early, and the step whose checkpoint was restored
     samples.jsonl      held-out prompts with the final policy's responses
     summary.json       the final figures
+    trackers.json      the run's id, and the ids that experiment trackers gave it
     stage1/, stage2/   checkpoints of each stage
     model/             the final model with its processor
     report.html
@@ -179,7 +180,7 @@ class RunDir:
             shutil.rmtree(self.path / "init", ignore_errors=True)
             stale = (
                 "calibration*.json", "problems.jsonl", "notes.jsonl", "probes-*.jsonl", "stopped-*.json",
-                "inputs.json", CHECKSUMS,
+                "inputs.json", "trackers.json", CHECKSUMS,
             )  # fmt: skip
             for leftover in [path for name in stale for path in self.path.glob(name)]:
                 leftover.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import torch
 
 from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.prompts import PromptEncoder
 from cwdpo.data.encode.template import RefusedRowError, TurnEnd
 from cwdpo.errors import DataError, ModelError
 from cwdpo.models.families import family_names
@@ -290,9 +291,9 @@ def test_the_comparisons_notice_a_mistake(family: Any, monkeypatch: pytest.Monke
 
     assert agree(family.encoder)
     if traits.adds_bos:
-        right = Encoder._adds_bos
+        right = PromptEncoder._adds_bos
         with monkeypatch.context() as patch:
-            patch.setattr(Encoder, "_adds_bos", lambda self, text: not right(self, text))
+            patch.setattr(PromptEncoder, "_adds_bos", lambda self, text: not right(self, text))
             assert not agree(family.encoder)
     ends_elsewhere = family.encoder
     ends_elsewhere.template.end = TurnEnd(own[-1], "", "")

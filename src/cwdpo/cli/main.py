@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cwdpo.cli import data, env, evaluate, lab, train, watch
+from cwdpo.cli import data, env, evaluate, lab, plan, train, watch
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Cooling-Weighted DPO for vision-language models.",
 )
-for group in (train, data, evaluate, watch, lab, env):
+for group in (train, plan, data, evaluate, watch, lab, env):
     group.mount(app)
 
 

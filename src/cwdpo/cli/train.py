@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +9,10 @@ from typing import Annotated
 import typer
 
 from cwdpo import shipped
+from cwdpo.arguments import check_trackers
 from cwdpo.cli.common import Overrides, Recipe
 from cwdpo.cli.progress import run_listener
-from cwdpo.errors import DataError, MissingPackageError, RecipeError, RunDirError
+from cwdpo.errors import DataError, RecipeError, RunDirError
 from cwdpo.files.writing import write_text
 
 
@@ -54,7 +54,7 @@ def train(
         raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
     if accept_changes and not resume:
         raise typer.BadParameter("it needs --resume", param_hint="--accept-changes")
-    _refuse_absent(parsed.train.report_to)
+    check_trackers(parsed.train.report_to)
     from cwdpo.pipeline.two_stage import train_two_stage
 
     with run_listener() as listener:
@@ -158,12 +158,3 @@ def _read_lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-
-
-def _refuse_absent(trackers: tuple[str, ...]) -> None:
-    """Raise an error if a tracker is not installed; transformers checks this only after loading data and model."""
-    for name in trackers:
-        if importlib.util.find_spec(name) is None:
-            raise MissingPackageError(
-                f"train.report_to: the tracker {name!r} is not installed: pip install {name}, or leave it out"
-            )

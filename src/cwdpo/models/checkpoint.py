@@ -45,8 +45,12 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def check_folder(source: str) -> None:
+def check_folder(source: str, *, weights: bool = True) -> None:
     """Refuse a local folder without a checkpoint, or with pickled weights only. Other names are hub ids.
+
+    Args:
+        source: a folder or a hub id.
+        weights: whether weights are needed, too.
 
     Raises:
         ModelError: the folder does not exist, has no config, or its weights are pickles.
@@ -77,7 +81,7 @@ def check_folder(source: str) -> None:
                 read_object(file)
     except FileError as error:
         raise ModelError(f"{error}; fetch the checkpoint again") from None
-    if any(folder.glob(f"{kind}*.safetensors")):
+    if not weights or any(folder.glob(f"{kind}*.safetensors")):
         return
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles:

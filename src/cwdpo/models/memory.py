@@ -49,18 +49,21 @@ class Memory:
         return self.weights + self.quantized + trained + self.dequantized
 
 
-def empty_model(config: Any, dtype: str) -> nn.Module:
+def empty_model(config: Any, dtype: str, attention: str | None = None) -> nn.Module:
     """A model of a configuration on the meta device: shapes without memory.
 
     Args:
         config: transformers' configuration of a vision-language model.
         dtype: of its weights, for instance ``bfloat16``.
+        attention: transformers' attention implementation; default: its own choice.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+        model: nn.Module = AutoModelForImageTextToText.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
     return model
 
 
@@ -75,7 +78,14 @@ def planned_memory(model: Any, settings: ModelSettings, optimizer: Optimizer = "
     Raises:
         ModelError: the settings do not fit the model.
     """
-    quantized = _quantized(model, settings)
+    return planned_model(model, settings, optimizer)[1]
+
+
+def planned_model(
+    model: Any, settings: ModelSettings, optimizer: Optimizer = "adamw"
+) -> tuple[nn.Module, Memory]:
+    """The model with its adapters and frozen parts, and its memory; see :func:`planned_memory`."""
+    quantized = quantized_by(model, settings)
     sizes = {id(layer.weight): _bytes(layer, settings) for layer in quantized}
     largest = max((layer.weight.numel() for layer in quantized), default=0)
     computed = _size(settings.quantization_options.compute_dtype, model)
@@ -93,10 +103,11 @@ def planned_memory(model: Any, settings: ModelSettings, optimizer: Optimizer = "
         if parameter.requires_grad:
             gradients += size
     states = 3 if optimizer == "adamw_kahan" else 2
-    return Memory(weights, sum(sizes.values()), adapters, gradients, states * gradients, largest * computed)
+    memory = Memory(weights, sum(sizes.values()), adapters, gradients, states * gradients, largest * computed)
+    return wrapped, memory
 
 
-def _quantized(model: Any, settings: ModelSettings) -> list[Any]:
+def quantized_by(model: Any, settings: ModelSettings) -> list[Any]:
     """The linear layers that would be quantized."""
     from torch import nn
 

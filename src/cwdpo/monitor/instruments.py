@@ -148,8 +148,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         self.last, self.last_step = {r.name: r for r in readings}, step
         self.instruments.seconds += time.perf_counter() - began
         stage.listener.readings(stage.name, self.last)
-        if stage.trainer is not None:
-            stage.trainer.report({f"probe/{r.name}": r.value for r in readings if r.value is not None})
+        stage.trackers.numbers(stage.name, step, {f"probe/{r.name}": r.value for r in readings})
         stage.listener.measured(stage.name, step, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

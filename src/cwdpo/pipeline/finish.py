@@ -12,6 +12,7 @@ from cwdpo.models.load import Policy
 from cwdpo.models.sample import sample
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
+from cwdpo.stage.tracker_kinds import Result
 
 
 def evaluate_policy(
@@ -68,6 +69,19 @@ def evaluate_policy(
     if not temperatures:
         _write_samples(run, rows)
     return {"stages": last_readings(run), "generated": _generated(rows)}
+
+
+def result_of(run: RunDir, findings: Sequence[str]) -> Result:
+    """What trackers get of a finished run."""
+    names = ("report.html", "summary.json", "samples.jsonl", "model/README.md")
+    return Result(
+        figures={
+            f"evaluation/{name}": value for name, value in run.json("summary.json")["generated"].items()
+        },
+        samples=run.samples(),
+        findings=findings,
+        files=[path for name in names if (path := run.path / name).is_file()],
+    )
 
 
 def _write_samples(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:

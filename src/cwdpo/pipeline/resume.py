@@ -14,6 +14,7 @@ from cwdpo.config import Recipe, code_names, parse_recipe, read_tree
 from cwdpo.errors import CwdpoError, FileError, RecipeError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.writing import write_text
+from cwdpo.overrides import flat
 from cwdpo.rundir import RunDir
 
 ABSENT = "(absent)"
@@ -98,21 +99,12 @@ def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     if not code_names(tree):
         with contextlib.suppress(RecipeError, TypeError, AttributeError):
             tree = parse_recipe(tree, where=str(path)).model_dump(mode="json")
-    old, new = _flat(tree), _flat(recipe.model_dump(mode="json"))
+    old, new = flat(tree), recipe.flat()
     return {
         key: (old.get(key, ABSENT), new.get(key, ABSENT))
         for key in dict.fromkeys((*old, *new))
         if old.get(key, ABSENT) != new.get(key, ABSENT) and key not in _WITHOUT_EFFECT
     }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def keep_old(run: RunDir, changed: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cwdpo.config import TrainSettings
+from cwdpo.arguments import TrainSettings
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
@@ -61,8 +61,7 @@ def training_arguments(stage: Stage) -> TrainingArguments:
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         bf16=train.bf16,
-        report_to=list(train.report_to) or "none",
-        run_name=recipe.name,
+        report_to="none",  # the stage's trackers get what on_log gets
         seed=recipe.seed,
         use_cpu=cpu,
         disable_tqdm=True,
@@ -112,6 +111,9 @@ def run_stage(stage: Stage) -> None:
         stage.trainer.add_callback(rounds)
     checkpoint = checkpoint_to_resume(stage.run.path / stage.name) if stage.resume else None
     stage.run.drop_after(stage.name, checkpoint_step(checkpoint))
+    if checkpoint is None:
+        logged = stage.objective.logged()
+        stage.trackers.parameters({f"{stage.name}.{name}": value for name, value in logged.items()})
     _train_from(stage, checkpoint, stage.trainer)
 
 
@@ -122,8 +124,10 @@ def make_trainer(
     train, run, signals = stage.recipe.train, stage.run, signals or Signals()
 
     def on_log(row: Mapping[str, Any]) -> None:
-        constants = stage.objective.logged() if "loss" in row else {}
-        store_row(run, {"stage": stage.name, **row, **constants})
+        row = {**row, **(stage.objective.logged() if "loss" in row else {})}
+        # Sent first: a row that is sent twice after a kill does less harm than one that is missing.
+        stage.trackers.numbers(stage.name, row["step"], row)
+        store_row(run, {"stage": stage.name, **row})
 
     more: dict[str, Any] = {}
     if signals.curriculum is not None:

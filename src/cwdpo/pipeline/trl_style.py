@@ -15,7 +15,8 @@ from accelerate import PartialState
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import speed_metrics
 
-from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings, TrainSettings
+from cwdpo.arguments import TrainSettings
+from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.models.load import Policy, adopt, load_policy, load_processor

@@ -8,16 +8,17 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
+from cwdpo.arguments import check_trackers
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.packages import check_packages
-from cwdpo.pipeline.finish import evaluate_policy
+from cwdpo.pipeline.finish import evaluate_policy, result_of
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
 from cwdpo.pipeline.run_stage import check_arguments, run_stage
 from cwdpo.records import Example
-from cwdpo.report.model_card import write_model_card
+from cwdpo.report.model_card import findings, write_model_card
 from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
@@ -26,6 +27,7 @@ from cwdpo.stage.model import encoder_of, load_model, load_saved, save_model
 from cwdpo.stage.scoring_check import check_scoring
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
+from cwdpo.stage.trackers import Trackers, started_trackers
 
 
 def train_two_stage(
@@ -55,13 +57,15 @@ def train_two_stage(
     check_environment(recipe.train.bf16)
     check_packages(recipe.model)
     check_arguments(recipe.train)
+    check_trackers(recipe.train.report_to)
     recipe = recipe.model_copy(update={"model": with_adapter_settings(recipe.model)})
     listener = listener or Listener()
     state = PartialState(cpu=recipe.model.device == "cpu")
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
     start_run(run, recipe, resume=resume, accept_changes=accept_changes)
     try:
-        _train(recipe, run, state, listener, resume=resume, accept_changes=accept_changes)
+        with started_trackers(recipe, run, listener.note) as trackers:
+            _train(recipe, run, state, listener, trackers, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
     return run
@@ -72,6 +76,7 @@ def _train(
     run: RunDir,
     state: PartialState,
     listener: Listener,
+    trackers: Trackers,
     *,
     resume: bool,
     accept_changes: bool,
@@ -92,7 +97,9 @@ def _train(
         check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
 
     def stage(name: StageName, examples: Sequence[Example]) -> Stage:
-        return Stage(name, recipe, policy, encoder, run, examples, splits.validation, listener, resume)
+        return Stage(
+            name, recipe, policy, encoder, run, examples, splits.validation, listener, trackers, resume
+        )
 
     trained = resume and (run.path / "model").is_dir()
     if trained:
@@ -111,6 +118,8 @@ def _train(
         run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
         write_model_card(run.path)
         write_report(run.path)
+        if trackers:
+            trackers.result(result_of(run, findings(run.path)))
     state.wait_for_everyone()
 
 

@@ -40,7 +40,7 @@ def model_card(run: Path, form: Form) -> str:
         f"# {name}\n",
         f"Preference-tuned with cwdpo {plain(packages.get('cwdpo', ''))} in {trained}; {tuned}.\n",
         "## Findings\n",
-        "".join(f"- {line}\n" for line in _findings(source, summary)),
+        "".join(f"- {line}\n" for line in findings(run)),
         "## Numbers\n",
         _numbers(source.json("evaluation/evaluation.json"), summary),
         "## Recipe\n",
@@ -72,11 +72,13 @@ def _stages(recipe: Mapping[str, Any]) -> list[str]:
     return trained
 
 
-def _findings(source: Folder, summary: Mapping[str, Any]) -> list[str]:
-    """The findings of the diagnosis, early stops, calibration, and problems of the data."""
-    findings = diagnose_rows(source.rows("readings.jsonl"), source.rows("metrics.jsonl"))
+def findings(run: Path) -> list[str]:
+    """The findings of the diagnosis, early stops, calibration, and problems of the data, as lines of text."""
+    source = Folder(run)
+    summary = source.json("summary.json")
+    found = diagnose_rows(source.rows("readings.jsonl"), source.rows("metrics.jsonl"))
     lines = [
-        f"{f.severity}: {f.title} ({f.stage}, from step {f.first_step}). {f.advice.strip()}" for f in findings
+        f"{f.severity}: {f.title} ({f.stage}, from step {f.first_step}). {f.advice.strip()}" for f in found
     ] or ["The diagnosis has no findings."]
     for stage in STAGES:
         stopped = source.json(f"stopped-{stage}.json")

@@ -7,7 +7,8 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
-from cwdpo.config import Recipe, TrainSettings
+from cwdpo.arguments import TrainSettings
+from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder

@@ -19,6 +19,7 @@ from cwdpo.objectives.base import InForce, Objective
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
+from cwdpo.stage.trackers import Trackers
 from cwdpo.trainer.batching import TokenBatches, optimizer_steps, row_lengths
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Stage:
         examples: the training examples, with their negatives.
         held_out: the held-out examples, for the probes.
         listener: progress callbacks.
+        trackers: experiment trackers; by default none.
         resume: whether to continue from the stage's files in the run folder.
         reference_model: a reference model other than the policy at the start.
         in_force: the current objective; calibrated when the stage is prepared.
@@ -64,6 +66,7 @@ class Stage:
     examples: Sequence[Example] = ()
     held_out: Sequence[Example] = ()
     listener: Listener = field(default_factory=Listener)
+    trackers: Trackers = field(default_factory=Trackers)
     resume: bool = False
     reference_model: nn.Module | None = None
     in_force: InForce = field(init=False)

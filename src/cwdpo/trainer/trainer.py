@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from cwdpo.arguments import Optimizer
 from cwdpo.data.encode.collate import Collator, PromptBatch
@@ -349,13 +349,6 @@ class PreferenceTrainer(CompleteCheckpoints):
     def _load_best_model(self) -> None:
         """Load the best checkpoint with :meth:`_load_from_checkpoint`, for the same reason."""
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def report(self, readings: Mapping[str, float]) -> None:
-        """Send held-out readings to the trackers of ``report_to`` only."""
-        control: TrainerControl = self.control
-        due = control.should_log
-        self.callback_handler.on_log(self.args, self.state, control, dict(readings))
-        control.should_log = due  # on_log clears it, but the metrics of the step are not logged yet
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, averaged over processes, to the values that the Trainer logs."""

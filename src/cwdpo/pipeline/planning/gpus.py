@@ -1,0 +1,83 @@
+"""Memory and speed of GPUs, from their vendors' data sheets. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cwdpo.errors import RecipeError, nearest
+
+USABLE = 0.9
+"""Share of a GPU's memory that a plan may fill: the rest is for CUDA, its libraries, and gaps between tensors."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        name: as in :data:`GPUS`, or ``custom``.
+        memory_gib: the data sheet's number; drivers report it in GiB or a few percent less.
+        tflops: 10^12 operations per second in bfloat16 on dense matrices.
+    """
+
+    name: str
+    memory_gib: float
+    tflops: float
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a plan may fill."""
+        return int(USABLE * self.memory_gib * 2**30)
+
+
+GPUS: Mapping[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        # NVIDIA, data center: data sheets of the products; where they give numbers with sparsity, half of them.
+        Gpu("b200", 180, 2250),
+        Gpu("h200", 141, 989),
+        Gpu("h100", 80, 989),
+        Gpu("h100-pcie", 80, 756),
+        Gpu("h100-nvl", 94, 835),
+        Gpu("a100-80", 80, 312),
+        Gpu("a100-40", 40, 312),
+        Gpu("l40s", 48, 362),
+        Gpu("l4", 24, 121),
+        Gpu("a40", 48, 149.7),
+        Gpu("a10", 24, 125),
+        # NVIDIA, workstation and consumer: architecture white papers (bf16 with float32 accumulation).
+        Gpu("rtx6000-ada", 48, 364),
+        Gpu("a6000", 48, 154.8),
+        Gpu("5090", 32, 209.5),
+        Gpu("4090", 24, 165.2),
+        Gpu("3090", 24, 71),
+        # AMD: data sheets.
+        Gpu("mi300x", 192, 1307),
+    )
+}
+
+
+def gpu_of(name: str | None, memory_gib: float | None = None, tflops: float | None = None) -> Gpu:
+    """A GPU of the table, or one of given numbers, or one of the table with a number replaced.
+
+    Raises:
+        RecipeError: the name is not in the table, or neither a name nor both numbers are given.
+    """
+    if name is None:
+        if memory_gib is None or tflops is None:
+            raise RecipeError(
+                f"--gpu: name a GPU, or give both --gpu-memory and --tflops; known: {', '.join(GPUS)}"
+            )
+        return Gpu("custom", memory_gib, tflops)
+    known = GPUS.get(name.lower())
+    if known is None:
+        raise RecipeError(
+            f"--gpu: unknown GPU {name!r}{nearest(name.lower(), GPUS)}; known: {', '.join(GPUS)}; for another one give "
+            "--gpu-memory (GiB) and --tflops (dense bf16)"
+        )
+    return Gpu(
+        known.name,
+        known.memory_gib if memory_gib is None else memory_gib,
+        known.tflops if tflops is None else tflops,
+    )
