@@ -70,7 +70,7 @@ class Tracked:
     name: str
     tracker: Any
     keeps: ClassVar[bool] = False
-    """Whether rows that were sent before a kill are in its store."""
+    """Whether what was sent before a kill is in its store for good: it is not sent again."""
 
     @property
     def given_id(self) -> str | None:

@@ -59,10 +59,15 @@ class Trackers:
         at, again = self._offset(stage) + step, step <= self._sent.get(stage, -1)
         self._each(lambda tracked: None if again and tracked.keeps else tracked.tracker.log(values, step=at))
 
-    def parameters(self, values: Mapping[str, Any]) -> None:
-        """Send parameters of the run, by dotted names; lists and mappings become JSON."""
+    def parameters(self, values: Mapping[str, Any], *, again: bool = False) -> None:
+        """Send parameters of the run, by dotted names; lists and mappings become JSON.
+
+        Args:
+            values: by name.
+            again: whether an earlier start of the run has sent them.
+        """
         plain = as_parameters(values)
-        self._each(lambda tracked: tracked.parameters(plain))
+        self._each(lambda tracked: None if again and tracked.keeps else tracked.parameters(plain))
 
     def result(self, result: Result) -> None:
         """Send what a reader of the finished run wants to see."""
@@ -123,8 +128,7 @@ def _opened(recipe: Recipe, run: RunDir, note: Callable[[str], None]) -> Tracker
     started = [_start(name, recipe, run, ids) for name in recipe.train.report_to]
     run.write_json(FILE, ids | {t.name: t.given_id for t in started if t.given_id is not None})
     trackers = Trackers(run, started, note)
-    if not known:
-        trackers.parameters(recipe.flat())
+    trackers.parameters(recipe.flat(), again=bool(known))
     return trackers
 
 
