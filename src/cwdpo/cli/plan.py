@@ -14,6 +14,9 @@ from cwdpo.cli.common import AsJson, Overrides, Recipe
 if TYPE_CHECKING:
     from cwdpo.pipeline.planning.run import Hardware, Images, Plan, StagePlan
 
+MOST_WORKERS = 64
+"""Cores for each GPU that the output still names: no machine has more."""
+
 
 def mount(app: typer.Typer) -> None:
     """Add the command to the command line."""
@@ -112,9 +115,12 @@ def _stage(stage: StagePlan, hardware: Hardware) -> Iterator[str]:
 
 def _images(images: Images) -> Iterator[str]:
     cached = f"; features of {images.cached:.0%} of the pictures are cached" if images.cached else ""
+    wanted = f"{images.workers:.1f} cores keep up with a GPU (train.dataloader_workers={math.ceil(images.workers)})"
+    if images.workers > MOST_WORKERS:
+        wanted = f"more than {MOST_WORKERS} cores would keep up with a GPU: it will wait for images"
     yield (
         f"images   {images.seconds * 1000:.0f} ms to decode and process those of a prompt on a core of this machine: "
-        f"{images.workers:.1f} cores keep up with a GPU (train.dataloader_workers={math.ceil(images.workers)}){cached}"
+        f"{wanted}{cached}"
     )
 
 
