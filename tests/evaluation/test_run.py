@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -338,5 +340,14 @@ def test_an_exported_run_loads_elsewhere_and_says_the_same(tune: str, tmp_path: 
     assert "`dpo` at learning rate 0.001" in card
     assert "## Recipe" in card
     assert "stage2, step 3: kl" in card
+    assert "base_model" not in card.split("---")[1], "the base is the embedded one"
+    assert str(tmp_path) not in card
+    shutil.copy(example.images[0].path, out / "photo.jpg")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    used = subprocess.run(
+        [sys.executable, "-c", code], cwd=out, env=environment, capture_output=True, text=True
+    )
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.strip(), "the card's code answers nothing"
     with pytest.raises(RunDirError, match="is not empty"):
         export(folder, out, merge=True)

@@ -151,15 +151,35 @@ def export(
         str | None,
         typer.Option(help="rows for the comparison; default: the run's, held-out ones if there are any"),
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="with --push: a new repository is private")
+    ] = False,
+    with_report: Annotated[
+        bool,
+        typer.Option(
+            "--with-report", help="with --push: upload report.html too; it shows pictures of the data"
+        ),
+    ] = False,
 ) -> None:
     """Write the final model, with a card, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM.
 
     The folder is loaded again and compared with the trained policy first; the difference is printed.
     """
+    if push is None and (private or with_report):
+        raise typer.BadParameter("it needs --push", param_hint="--private" if private else "--with-report")
     from cwdpo.pipeline.export import export as write
+    from cwdpo.pipeline.hub import make_repository, push_folder
 
+    repository = None if push is None else make_repository(push, private=private)
     done = write(run, out, merge=merge, dtype=dtype, data=data)
     typer.echo("\n".join((str(done.path), *done.lines())))
+    if repository is not None:
+        typer.echo(
+            f"pushed to {push_folder(done.path, repository, run / 'report.html' if with_report else None)}"
+        )
 
 
 def _evaluation_folder(model: str) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
@@ -16,6 +17,54 @@ from cwdpo.report._text import finite, number, plain, visible
 Form = Literal["full", "adapter", "merged"]
 """The model next to the card: a whole model, a peft adapter, or a base model with its adapter merged."""
 STAGES = ("stage1", "stage2")
+KEPT = (
+    "accuracy", "margin", "delta_logp/chosen", "delta_logp/rejected", "nll", "kl", "entropy", "top1", "ece",
+    "cooling/cooled",
+)  # fmt: skip
+"""Last readings that the card has; the report has all."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_LOAD = """from transformers import AutoModelForImageTextToText, AutoProcessor
+"""
+_ANSWER = """processor = AutoProcessor.from_pretrained(MODEL)
+image = {{"type": "image", "path": "photo.jpg"}}
+chat = [{{"role": "user", "content": [image, {{"type": "text", "text": "Describe the image."}}]}}]
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device)
+output = model.generate(**inputs, max_new_tokens=128)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+_USE = {
+    "whole": f"""```python
+{_LOAD}
+MODEL = "."  # this folder, or its id on the hub
+model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="auto")
+{_ANSWER}```
+
+With vLLM: `vllm serve MODEL`. Benchmarks: `cwdpo evaluate MODEL --data rows.jsonl --lmms-eval TASKS --lmms-model KIND`.
+""",
+    "adapter": f"""```python
+from peft import PeftModel
+{_LOAD}
+MODEL = "."  # this folder, or its id on the hub
+base = AutoModelForImageTextToText.from_pretrained("{{base}}", dtype="auto")
+model = PeftModel.from_pretrained(base, MODEL)
+{_ANSWER}```
+
+Other programs, such as vLLM, need it merged: `cwdpo export RUN --merge --out FOLDER`.
+""",
+}
+_METHOD = """Cooling-Weighted DPO, from "Learning Dynamics of VLM Finetuning"
+([arXiv 2510.11978](https://arxiv.org/abs/2510.11978)), as cwdpo implements it.
+
+```bibtex
+@article{arxiv2510.11978,
+  title = {Learning Dynamics of VLM Finetuning},
+  journal = {arXiv preprint arXiv:2510.11978},
+  year = {2025}
+}
+```
+"""
 
 
 def write_model_card(folder: str | Path) -> Path:
@@ -28,38 +77,68 @@ def write_model_card(folder: str | Path) -> Path:
 
 
 def model_card(run: Path, form: Form) -> str:
-    """The card as markdown with the front matter of the hub; parts that a run does not have are left out."""
+    """The card as markdown with the front matter of the hub; parts that a run does not have are left out.
+
+    Places on this machine are named by their last part only.
+    """
     source = Folder(run)
     recipe, summary = source.yaml("recipe.yaml"), source.json("summary.json")
     name = _line(recipe.get("name") or summary.get("name") or run.resolve().name)
     packages = mapping(source.json("environment.json").get("packages"))
     trained = " and ".join(_stages(recipe)) or "no stage"
     tuned = {"full": "full fine-tuning", "adapter": "LoRA", "merged": "LoRA, adapter merged"}[form]
+    shown = yaml.safe_dump(_without_places(recipe), sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(recipe, form), sort_keys=False)}---\n",
+        f"---\n{_front_matter(recipe, form)}\n---\n",
         f"# {name}\n",
         f"Preference-tuned with cwdpo {plain(packages.get('cwdpo', ''))} in {trained}; {tuned}.\n",
+        "## Use\n",
+        _USE["adapter" if form == "adapter" else "whole"].format(base=_hub_id(_base(recipe)) or "BASE"),
         "## Findings\n",
         "".join(f"- {line}\n" for line in findings(run)),
         "## Numbers\n",
         _numbers(source.json("evaluation/evaluation.json"), summary),
         "## Recipe\n",
-        f"```yaml\n{source.text('recipe.yaml').strip().replace('```', '` ` `')}\n```\n",
+        f"```yaml\n{shown.strip().replace('```', '` ` `')}\n```\n",
         "## Versions\n",
         ", ".join(f"{_line(k)} {_line(v)}" for k, v in packages.items()) + "\n",
+        "## Method\n",
+        _METHOD,
     ]
     return "\n".join(parts)
 
 
-def _front_matter(recipe: Mapping[str, Any], form: Form) -> dict[str, Any]:
+def _front_matter(recipe: Mapping[str, Any], form: Form) -> str:
     objectives = {_line(mapping(mapping(recipe.get(s)).get("objective")).get("name") or "") for s in STAGES}
+    data = _hub_id(mapping(recipe.get("data")).get("path"))
     head: dict[str, Any] = {
         "library_name": "peft" if form == "adapter" else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": sorted({"cwdpo", "preference-optimization", *objectives} - {""}),
+        "base_model": _hub_id(_base(recipe)),
+        "datasets": [data] if data else None,
     }
-    base = mapping(recipe.get("model")).get("path")
-    return {**head, "base_model": _line(base)} if base not in ("embedded", "init", None) else head
+    return yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False).strip()
+
+
+def _base(recipe: Mapping[str, Any]) -> Any:
+    return mapping(recipe.get("model")).get("path")
+
+
+def _hub_id(value: Any) -> str | None:
+    """The text if it is an id of the hub, ``OWNER/NAME``, and not a place on this machine."""
+    return value if isinstance(value, str) and _HUB_ID.fullmatch(value) and not Path(value).exists() else None
+
+
+def _without_places(value: Any) -> Any:
+    """The recipe with the last part of each absolute path alone."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_places(one) for one in value]
+    if isinstance(value, str) and (value.startswith("~") or PurePath(value).is_absolute()):
+        return PurePath(value).name
+    return value
 
 
 def _stages(recipe: Mapping[str, Any]) -> list[str]:
@@ -105,11 +184,12 @@ def findings(run: Path) -> list[str]:
 
 
 def _numbers(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """A table of the evaluation's numbers and the last held-out readings of each stage."""
+    """A table of the evaluation's numbers and the last of the main held-out readings of each stage."""
     rows = [(_line(name), mapping(one)) for name, one in mapping(evaluation.get("numbers")).items()]
     for stage, last in mapping(summary.get("stages")).items():
         step = plain(mapping(last).get("step"))
-        for name, one in mapping(mapping(last).get("readings")).items():
+        readings = mapping(mapping(last).get("readings"))
+        for name, one in ((name, readings[name]) for name in KEPT if name in readings):
             unit = plain(mapping(one).get("unit"))
             rows.append((f"{_line(stage)}, step {step}: {_line(name)} ({unit})", mapping(one)))
     lines = ["| figure | value | 95% interval | n |", "|---|---|---|---|"]
