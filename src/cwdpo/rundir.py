@@ -170,11 +170,8 @@ class RunDir:
         Raises:
             RunDirError: the folder already contains a run and ``resume`` is not set.
         """
-        # After a start that failed before training (bad data, no model), there is nothing to keep.
-        if any((self.path / name).exists() for name in BEGUN) and not resume:
-            raise RunDirError(
-                f"{self.path} already contains a run: continue it with --resume, or choose another --out"
-            )
+        if not resume:
+            self.refuse_begun()
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume and (self.path / "recipe.yaml").exists():
             shutil.rmtree(self.path / "init", ignore_errors=True)
@@ -185,6 +182,17 @@ class RunDir:
             for leftover in [path for name in stale for path in self.path.glob(name)]:
                 leftover.unlink(missing_ok=True)
         return self
+
+    def refuse_begun(self) -> None:
+        """Refuse a folder in which training has begun; a start that failed before that leaves nothing to keep.
+
+        Raises:
+            RunDirError: training has begun.
+        """
+        if any((self.path / name).exists() for name in BEGUN):
+            raise RunDirError(
+                f"{self.path} already contains a run: continue it with --resume, or choose another --out"
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:

@@ -57,7 +57,7 @@ def test_only_the_main_process_of_a_run_draws(
 
     text = speak()
     assert "stage2: reference [pass]" in text
-    assert "stage2 margin +1.500" in text
+    assert "stage2 step 3: margin +1.500" in text
     assert "3/10" in text
     assert "samples of round 1" in text
     monkeypatch.setenv("RANK", "1")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,3 +164,31 @@ def test_init_model_refuses_an_impossible_shape(run: Run, tmp_path: Path) -> Non
     done = run("init-model", tmp_path / "x", "--width", 30)
     assert done.code == 1
     assert done.err.startswith("cwdpo: ")
+
+
+def test_a_folder_with_a_run_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['cwdpo', 'train', 'tiny', '--out', {str(tmp_path)!r}]\n"
+        "try:\n    runpy.run_module('cwdpo', run_name='__main__')\n"
+        "except SystemExit as error:\n    print(error.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "False"], done.stderr
+    assert "already contains a run: continue it with --resume" in done.stderr
+
+
+def test_an_interrupt_says_what_is_kept(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(recipe: Any, folder: Path, **_: Any) -> None:
+        folder.mkdir()
+        (folder / "recipe.yaml").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cwdpo.pipeline.two_stage.train_two_stage", interrupted)
+    done = run("train", "tiny", "--out", tmp_path / "a", "train.save_steps=7")
+    assert done.code == 130
+    kept = "the run folder keeps finished stages and a checkpoint every 7 steps"
+    assert f"cwdpo: interrupted; {kept}: give the command again with --resume" in done.err
+    done = run("train", "tiny", "--out", tmp_path / "b", "train.save_steps=null")
+    assert "the run folder keeps finished stages: give" in done.err

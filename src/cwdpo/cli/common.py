@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands have, and the groups of commands."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ Recipe = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value; any number of them")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+# Groups of commands in the help, in the order in which their first commands are added.
+TRAIN, DATA, UNDERSTAND, EVALUATE = "Train", "Data", "Understand a run", "Evaluate and export"
+EVIDENCE, TOOLS = "Studies and benchmarks", "Tools"

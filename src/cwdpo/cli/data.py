@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cwdpo.cli.common import AsJson, Overrides
+from cwdpo.cli.common import DATA, AsJson, Overrides
 from cwdpo.cli.progress import bars, run_listener
 from cwdpo.cli.show import print_rows
 from cwdpo.data.read.dataset_info import NAME
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(validate)
-    app.command()(sample)
+    for command in (validate, sample):
+        app.command(rich_help_panel=DATA)(command)
 
 
 def validate(

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from cwdpo.cli.common import AsJson
+from cwdpo.cli.common import TOOLS, AsJson
 
 OPTIONAL = (
     "bitsandbytes", "flash-attn", "torchvision", "openai", "pycocoevalcap", "choix", "trl", "deepspeed", "vllm",
@@ -26,7 +26,7 @@ SHOWN = (
 
 def mount(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command("env")(env)
+    app.command("env", rich_help_panel=TOOLS)(env)
 
 
 def env(as_json: AsJson = False) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cwdpo.cli.common import AsJson
+from cwdpo.cli.common import EVALUATE, AsJson
 from cwdpo.cli.progress import bars
 from cwdpo.data.problems import printable
 
@@ -17,7 +17,7 @@ from cwdpo.data.problems import printable
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     for command in (evaluate, ask, compare, export):
-        app.command()(command)
+        app.command(rich_help_panel=EVALUATE)(command)
 
 
 def evaluate(

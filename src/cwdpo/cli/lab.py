@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from cwdpo.cli import bench
+from cwdpo.cli.common import DATA, EVIDENCE
 from cwdpo.cli.progress import grid_bar
 
 Recipe = Annotated[
@@ -27,10 +28,12 @@ Test = Annotated[Path | None, typer.Option(help="test set, for data that is not 
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (demo, ablate, sweep, publish, tables, margins, edits):
-        app.command()(command)
-    app.command("best-of")(best_of)
-    app.add_typer(bench.app, name="bench")
+    for command in (demo, ablate, sweep, publish, tables):
+        app.command(rich_help_panel=EVIDENCE)(command)
+    app.add_typer(bench.app, name="bench", rich_help_panel=EVIDENCE)
+    app.command("best-of", rich_help_panel=DATA)(best_of)
+    app.command(rich_help_panel=DATA)(margins)
+    app.command(rich_help_panel=DATA)(edits)
 
 
 def demo(

@@ -21,12 +21,11 @@ from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Cooling-Weighted DPO for vision-language models.",
 )
-for group in (train, plan, data, evaluate, watch, lab, env):
+for group in (train, plan, data, watch, evaluate, lab, env):
     group.mount(app)
 
 

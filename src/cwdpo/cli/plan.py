@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cwdpo.cli.common import AsJson, Overrides, Recipe
+from cwdpo.cli.common import TRAIN, AsJson, Overrides, Recipe
 
 if TYPE_CHECKING:
     from cwdpo.pipeline.planning.run import Hardware, Images, Plan, StagePlan
@@ -20,7 +20,7 @@ MOST_WORKERS = 64
 
 def mount(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command()(plan)
+    app.command(rich_help_panel=TRAIN)(plan)
 
 
 def plan(

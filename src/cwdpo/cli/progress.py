@@ -81,12 +81,19 @@ def run_listener() -> Iterator[Listener]:
     if os.environ.get("RANK", "0") != "0":
         yield Listener()
         return
+    taken: dict[str, int] = {}
     with bars(always=True) as shown:
+
+        def step(stage: str, done: int, total: int) -> None:
+            taken[stage] = done
+            shown.show(stage, done, total, "steps")
+
         yield Listener(
-            readings=lambda stage, readings: shown.describe(stage, f"{stage} {in_short(readings)}"),
+            # Lines of their own: in a bar they would hide count and remaining time, and a log file would not have them.
+            readings=lambda stage, found: shown.say(f"{stage} step {taken.get(stage, 0)}: {in_short(found)}"),
             phase=shown.say,
             note=lambda text: shown.say(printable(f"note: {text}")),
-            step=lambda stage, done, total: shown.show(stage, done, total, "steps"),
+            step=step,
             sampled=lambda round_, done, total: shown.show(f"samples of round {round_}", done, total, "completions"),
         )  # fmt: skip
 

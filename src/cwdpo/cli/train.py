@@ -10,10 +10,11 @@ import typer
 
 from cwdpo import shipped
 from cwdpo.arguments import check_trackers
-from cwdpo.cli.common import Overrides, Recipe
+from cwdpo.cli.common import TRAIN, Overrides, Recipe
 from cwdpo.cli.progress import run_listener
 from cwdpo.errors import DataError, RecipeError, RunDirError
 from cwdpo.files.writing import write_text
+from cwdpo.rundir import RunDir
 
 
 def mount(app: typer.Typer) -> None:
@@ -26,10 +27,9 @@ def mount(app: typer.Typer) -> None:
         ("schema", recipe_schema),
     ):
         recipes.command(name)(command)
-    app.command()(train)
-    app.command()(report)
-    app.command("init-model")(init_model)
-    app.add_typer(recipes, name="recipe")
+    app.command(rich_help_panel=TRAIN)(train)
+    app.add_typer(recipes, name="recipe", rich_help_panel=TRAIN)
+    app.command("init-model", rich_help_panel=TRAIN)(init_model)
 
 
 def train(
@@ -54,11 +54,21 @@ def train(
         raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
     if accept_changes and not resume:
         raise typer.BadParameter("it needs --resume", param_hint="--accept-changes")
+    if not resume:
+        RunDir(folder).refuse_begun()  # now: torch and transformers take seconds to load
     check_trackers(parsed.train.report_to)
     from cwdpo.pipeline.two_stage import train_two_stage
 
     with run_listener() as listener:
-        run = train_two_stage(parsed, folder, resume=resume, accept_changes=accept_changes, listener=listener)
+        try:
+            run = train_two_stage(
+                parsed, folder, resume=resume, accept_changes=accept_changes, listener=listener
+            )
+        except KeyboardInterrupt:
+            if (folder / "recipe.yaml").is_file():
+                kept = _kept(parsed.train.save_steps)
+                typer.echo(f"cwdpo: interrupted; {kept}: give the command again with --resume", err=True)
+            raise
     if not run.writes:
         return
     typer.echo(
@@ -66,13 +76,13 @@ def train(
     )
 
 
-def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write report.html of a run folder again."""
-    from cwdpo.report.render import write_report
-    from cwdpo.rundir import RunDir
-
-    RunDir.open(run)
-    typer.echo(write_report(run))
+def _kept(save_steps: int | None) -> str:
+    every = (
+        "finished stages"
+        if save_steps is None
+        else f"finished stages and a checkpoint every {save_steps} steps"
+    )
+    return f"the run folder keeps {every}"
 
 
 def init_model(

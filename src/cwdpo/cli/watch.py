@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cwdpo.cli.common import UNDERSTAND
+
 FINDINGS = 3
 """Exit code of a diagnosis with findings."""
 
@@ -29,8 +31,8 @@ def in_short(readings: Mapping[str, Any]) -> str:
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(diagnose)
-    app.command()(watch)
+    for command in (diagnose, watch, report):
+        app.command(rich_help_panel=UNDERSTAND)(command)
 
 
 def diagnose(
@@ -77,3 +79,12 @@ def watch(
             server.serve_forever()
         except KeyboardInterrupt:
             typer.echo("")
+
+
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write report.html of a run folder again."""
+    from cwdpo.report.render import write_report
+    from cwdpo.rundir import RunDir
+
+    RunDir.open(run)
+    typer.echo(write_report(run))
