@@ -10,6 +10,8 @@ import os
 import re
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
@@ -136,10 +138,18 @@ class _AtTheEnd:
 def _interrupt_once_more(unraisable: Any) -> None:
     """Python ignores an exception in a callback of a weak reference: an interrupt that falls there would be lost."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        # From another thread and a little later: here it would fall into this function.
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        main = threading.get_ident()
+        threading.Thread(target=_interrupt_outside, args=(main,), daemon=True).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _interrupt_outside(main: int) -> None:
+    """Interrupt the main thread once it has left the hook: an interrupt that falls into the hook is lost, too."""
+    here = _interrupt_once_more.__code__
+    while any(frame.f_code is here for frame, _ in traceback.walk_stack(sys._current_frames().get(main))):
+        time.sleep(0.005)
+    _thread.interrupt_main()
 
 
 if __name__ == "__main__":
