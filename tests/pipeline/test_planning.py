@@ -189,6 +189,7 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "LoRA": ({"tune": "lora", "freeze": ["vision", "projector"]}, False),
     "LoRA, checkpointing": ({"tune": "lora", "freeze": ["vision", "projector"]}, True),
 }
+EVERY_WAY = ("llava", "qwen2_5_vl")
 
 
 def counted(name: str, settings: ModelSettings, checkpointing: bool) -> tuple[int, int, Any]:
@@ -209,11 +210,16 @@ def counted(name: str, settings: ModelSettings, checkpointing: bool) -> tuple[in
     return first - second, second, batch
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", random_models.FAMILIES)
+COUNTED = [
+    pytest.param(name, way, marks=() if name in EVERY_WAY else pytest.mark.slow)
+    for name in random_models.FAMILIES
+    for way in (WAYS if name in EVERY_WAY else ("LoRA, checkpointing",))
+]
+"""Two families in all ways, the others in one."""
+
+
+@pytest.mark.parametrize(("name", "way"), COUNTED)
 def test_operations_are_those_of_torchs_counter(name: str, way: str) -> None:
-    if name not in ("llava", "qwen2_5_vl") and way != "LoRA, checkpointing":
-        pytest.skip("two families in all ways, the others in one")
     asked, checkpointing = WAYS[way]
     settings = ModelSettings.model_validate({"dtype": "float32", "device": "cpu", **asked})
     vision, rest, batch = counted(name, settings, checkpointing)
@@ -266,6 +272,7 @@ def stages(checkpoint: Path, data: Path, recipe: Recipe) -> list[StageRows]:
     return [StageRows("stage2", encoded, len(encoded))]
 
 
+@pytest.mark.slow
 def test_settings_are_tried_until_the_run_fits(checkpoint: Path, data: Path) -> None:
     recipe = recipe_of(checkpoint, data, {}, gradient_accumulation_steps=3)
     run, rows = HollowRun(AutoConfig.from_pretrained(checkpoint), 1), stages(checkpoint, data, recipe)
@@ -288,6 +295,7 @@ def test_settings_are_tried_until_the_run_fits(checkpoint: Path, data: Path) -> 
     assert second[-1].memory.prompts == 1
 
 
+@pytest.mark.slow
 def test_smaller_micro_batches_in_tokens_have_room_for_every_row(checkpoint: Path, data: Path) -> None:
     recipe = recipe_of(checkpoint, data, {}, max_tokens_per_batch=4000)
     run, rows = HollowRun(AutoConfig.from_pretrained(checkpoint), 1), stages(checkpoint, data, recipe)

@@ -249,7 +249,9 @@ def trained(model, encoder, examples, folder, run: str, *, resume: bool = False,
     return {name: p.detach().clone() for name, p in model.named_parameters()}, rows
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=pytest.mark.slow if i > 1 else ()) for i, run in enumerate(RUNS)]
+)
 def test_workers_change_nothing(run, model, processor, examples, tmp_path) -> None:
     wanted, rows = trained(
         copy.deepcopy(model), Encoder(processor, cache_gb=0), examples, tmp_path / "none", run
