@@ -64,6 +64,7 @@ def said_commands() -> list[list[str]]:
 def test_the_block_has_the_commands_that_are_tried() -> None:
     assert {words[0] for words in said_commands()} == {
         "env",
+        "plan",
         "recipe",
         "validate",
         "train",
@@ -97,6 +98,8 @@ def test_it_ends_with_an_exported_model(place: Path) -> None:
         if "--show" in words:
             assert done.stdout.count("tokens, not trained") == 3
             assert "<|im_start|>assistant" in done.stdout
+        if words[0] == "plan":
+            assert "it fits" in done.stdout
         if words[0] == "export":
             assert "log-probabilities differ by" in done.stdout
     exported = place / "exported" / "first"
