@@ -572,3 +572,11 @@ def test_one_name_is_a_list_of_one() -> None:
     ).model.lora.target_modules == ("all-linear")
     with pytest.raises(RecipeError, match="unknown name 'wandbs'; did you mean 'wandb'"):
         parse_recipe({"data": {"path": "x"}}, ["train.report_to=wandbs"])
+    with pytest.raises(
+        RecipeError, match="trackers: Value error, unknown name 'wandbs'; did you mean 'wandb'"
+    ):
+        parse_recipe({"data": {"path": "x"}, "train": {"trackers": {"wandbs": {"entity": "me"}}}})
+    with pytest.raises(
+        RecipeError, match="trackers: wandb is not in report_to: add it there, or leave it out"
+    ):
+        parse_recipe({"data": {"path": "x"}, "train": {"trackers": {"wandb": {"entity": "me"}}}})

@@ -233,6 +233,13 @@ class TrainSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _settings_of_used_trackers(self) -> TrainSettings:
+        for name in self.trackers:
+            if name not in self.report_to:
+                raise ValueError(f"trackers: {name} is not in report_to: add it there, or leave it out")
+        return self
+
     @field_validator("lr_scheduler_type", "report_to", "trackers", "arguments")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
