@@ -137,8 +137,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(run: Run, command: str) -> Non
 def test_an_interrupt_that_falls_into_a_callback_is_not_lost() -> None:
     """Python prints and forgets what a callback of a weak reference raises."""
     code = """
-import sys, time, weakref
+import signal, sys, time, weakref
 from cwdpo.cli import main as cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 
 class Thing: ...
 
