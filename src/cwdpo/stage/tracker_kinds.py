@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
+
+from cwdpo.records import ImageRef
 
 IMAGES = 16
 """Number of samples that are sent with their picture."""
@@ -46,12 +49,12 @@ class Result:
         """The pictures of the first samples, small; those that cannot be opened are left out."""
         found = []
         for row in self.samples[:IMAGES]:
-            try:
-                with Image.open(row["image"], formats=("JPEG", "PNG", "WEBP")) as image:
-                    image.thumbnail((EDGE, EDGE))
-                    found.append(image.convert("RGB"))
-            except (OSError, TypeError, AttributeError, ValueError):
+            if row["image"] is None:
                 continue
+            with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+                image = ImageRef(path=Path(row["image"])).open()
+                image.thumbnail((EDGE, EDGE))
+                found.append(image)
         return found
 
 

@@ -25,7 +25,7 @@ class Trackers:
     """The trackers of a run; by default there are none.
 
     A step counts from the start of the run: stage 2 begins where the rows of stage 1 end. A resumed run does not send
-    the rows again that the run folder had at its start.
+    the rows again that the run folder had at its start, except to trackers that may have lost the last ones.
 
     Args:
         run: the run folder; needed if there are trackers.
@@ -54,7 +54,7 @@ class Trackers:
         values = {
             f"{stage}/{key}": value
             for key, value in row.items()
-            if isinstance(value, int | float) and key not in ("step", "stage")
+            if isinstance(value, int | float) and key != "step"
         }
         at, again = self._offset(stage) + step, step <= self._sent.get(stage, -1)
         self._each(lambda tracked: None if again and tracked.keeps else tracked.tracker.log(values, step=at))
