@@ -23,7 +23,7 @@ from cwdpo.models.settings import ModelSettings
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.overrides import apply_override, flat
-from cwdpo.records import NEW_TOKENS
+from cwdpo.records import NEW_TOKENS, VideoSampling
 from cwdpo.registry import Settings, explain, shortened
 from cwdpo.worlds.shapes import ShapesSettings
 
@@ -32,6 +32,23 @@ Spec = dict[str, Any]
 
 
 _Section = TypeVar("_Section", bound=Settings)
+
+
+class VideoSettings(Settings):
+    """Which frames of videos are kept."""
+
+    fps: float = Field(
+        VideoSampling.fps, gt=0, description="frames a second that are kept; the rate of folders of frames"
+    )
+    max_frames: int = Field(VideoSampling.max_frames, gt=0, description="most frames of one video")
+    max_pixels: int | None = Field(
+        VideoSampling.max_pixels, gt=0, description="most pixels of a frame; larger ones are scaled down"
+    )
+
+    @property
+    def sampling(self) -> VideoSampling:
+        """The settings, for readers."""
+        return VideoSampling(self.fps, self.max_frames, self.max_pixels)
 
 
 class DataSettings(Settings):
@@ -58,6 +75,7 @@ class DataSettings(Settings):
         "sizes",
         description="number of image tokens: from image sizes, or by processing each image before step 1",
     )
+    video: VideoSettings = VideoSettings()
     cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
     limit: int | None = Field(None, gt=0, description="read only this many examples")
 

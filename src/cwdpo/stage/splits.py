@@ -63,6 +63,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
             captions_per_image=data.captions_per_image,
             limit=data.limit,
             ignore_columns=data.ignore_columns,
+            video=data.video.sampling,
         )
         if result.problems:
             rows = ({"stage": "read", "problem": printable(str(p))} for p in result.problems)

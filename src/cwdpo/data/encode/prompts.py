@@ -1,4 +1,4 @@
-"""Encodes prompts: token ids from the sizes of the images, and image tensors when they are needed."""
+"""Encodes prompts: token ids from the sizes of the images, and tensors of images and videos when they are needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from functools import cached_property, partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.data.contents import ImageContent, image_content
+from cwdpo.data.contents import ImageContent, image_content, video_digest
 from cwdpo.data.encode.expand import Expansions, Sizes, Written
 from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
+from cwdpo.data.videos import Clip, decoded
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 
@@ -33,7 +34,8 @@ class EncodedPrompt:
 
     ``input_ids``: token ids with the image tokens expanded. ``per_token``: further outputs of the processor with one
     value per token (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: returns the inputs of the vision
-    tower. ``image_digest``: digest of the image files and of the processor's settings, which these inputs depend on.
+    tower, of images and videos. ``image_digest``: digest of their files and of the processor's settings, which these
+    inputs depend on; empty if there are none.
     """
 
     input_ids: tuple[int, ...]
@@ -46,7 +48,7 @@ class EncodedPrompt:
         """The inputs of the vision tower; decoded now if they are not in the encoder's cache.
 
         Raises:
-            DataError: an image cannot be read, or its size is not the one that the prompt was made for.
+            DataError: an image or video cannot be read, or its size is not the one that the prompt was made for.
         """
         return self.load_images()
 
@@ -123,22 +125,43 @@ class PromptEncoder:
         """The prompt as text, rendered by the chat template up to the start of the response (images as placeholders).
 
         Raises:
-            DataError: the template refuses it.
+            DataError: the template refuses it, or it has a video, and the processor takes none.
         """
+        self._check_videos(example)
         if example.prompt not in self._texts:
             self._texts[example.prompt] = self.template.prompt(example)
         return self._texts[example.prompt]
+
+    def _check_videos(self, example: Example) -> None:
+        """Refuse a row with videos if the checkpoint's processor takes none, or none beside images."""
+        if not example.videos:
+            return
+        where, name = example.where or example.id, type(self.processor).__name__
+        videos, images = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
+        if videos is None:
+            raise RefusedRowError(
+                where, "video-not-taken", "videos", f"this family's processor ({name}) takes no video",
+                "leave rows with videos out, or take a model that sees videos (docs/models.md)",
+            )  # fmt: skip
+        made = [set(getattr(one, "model_input_names", ())) for one in (videos, images)]
+        if example.images and made[0] & made[1]:
+            raise RefusedRowError(
+                where, "video-not-taken", "videos",
+                f"this family's processor ({name}) would drop the images of a row with images and videos",
+                "leave the row out, or give either images or videos",
+            )  # fmt: skip
 
     def __call__(self, example: Example) -> EncodedPrompt:
         """Encode the prompt; the result is cached, because several stages use it.
 
         Images are not decoded, except on a few rows (see :mod:`cwdpo.data.encode.expand`), and except files that do
-        not end as their format does. The others are decoded when :attr:`EncodedPrompt.images` is read.
+        not end as their format does. The others are decoded when :attr:`EncodedPrompt.images` is read. Videos are
+        decoded here, too.
 
         Raises:
-            DataError: an image cannot be decoded, or the processor refuses the prompt.
+            DataError: an image or video cannot be decoded, or the processor refuses the prompt.
         """
-        key = (example.images, example.prompt)
+        key = _key(example)
         if key not in self._prompts:
             self._prompts[key] = self._encoded_prompt(example)
         return self._prompts[key]
@@ -149,14 +172,16 @@ class PromptEncoder:
             contents = [image_content(image) for image in example.images]
         sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
         ids, per_token, images = self._sized(example, sizes) or self._process(example)
-        key = (example.images, example.prompt)
         if images:
-            self._keep(key, images)
+            self._keep(_key(example), images)
         if not (images or contents):
             return EncodedPrompt(ids, per_token)
-        # What else an image reference says (all but its place) changes the pixels, so it is part of the digest.
-        said = (repr(replace(image, path=None, data=None)) for image in example.images)
-        digest = _digest(self._image_settings, *(c.digest.hex() for c in contents), *said)
+        files = [c.digest.hex() for c in contents]
+        if example.videos:
+            files += [self._video_settings, *(video_digest(video).hex() for video in example.videos)]
+        # What else a reference says (all but its place) changes the pixels, so it is part of the digest.
+        said = (repr(replace(one, path=None, data=None)) for one in (*example.images, *example.videos))
+        digest = _digest(self._image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
         return EncodedPrompt(ids, per_token, _Source(self, example, ids, per_token), digest)
@@ -166,7 +191,7 @@ class PromptEncoder:
 
         The last result has the images, if they were decoded to compare.
         """
-        if not self._from_sizes or not sizes or len(sizes) != len(example.images):
+        if not self._from_sizes or not sizes or len(sizes) != len(example.images) or example.videos:
             return None
         written = self._expansions.of(sizes)
         if written is None:
@@ -205,7 +230,7 @@ class PromptEncoder:
         self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Tensor]:
         """The images of a prompt, from the cache or decoded now; see :meth:`read`."""
-        key = (example.images, example.prompt)
+        key = _key(example)
         if key not in self._images:
             images = self.read(Job(example, self.text(example), ids, per_token))
             self._keep(key, images)
@@ -216,7 +241,7 @@ class PromptEncoder:
         self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
     ) -> Coming | None:
         """Let a worker read the images of a prompt; ``None`` if there is no worker, or they are in the cache."""
-        key = (example.images, example.prompt)
+        key = _key(example)
         if self._workers is None or key in self._images:
             return None
         small = replace(example, rejected=(), gentle=(), extra={})
@@ -244,9 +269,14 @@ class PromptEncoder:
     def _image_settings(self) -> str:
         """Everything that the inputs of the vision tower depend on besides the image files."""
         made: Any = getattr(self.processor, "image_processor", None)
-        settings = made.to_json_string() if hasattr(made, "to_json_string") else repr(made)
         packages = (f"{name} {_version(name)}" for name in ("transformers", "pillow", "torchvision"))
-        return "\n".join([type(self.processor).__name__, type(made).__name__, settings, *packages])
+        return "\n".join([type(self.processor).__name__, *_settings(made), *packages])
+
+    @cached_property
+    def _video_settings(self) -> str:
+        """The same for videos."""
+        made: Any = getattr(self.processor, "video_processor", None)
+        return "\n".join([*_settings(made), f"av {_version('av')}"])
 
     def _process(self, example: Example) -> _Result:
         return self._run(example, _opened(example), self.processor)
@@ -258,6 +288,13 @@ class PromptEncoder:
         """
         # Nested: some processors (LLaVA-OneVision) take a flat list as one image for each text.
         kwargs: dict[str, Any] = {"images": [list(opened)]} if opened else {}
+        if example.videos:
+            clips = self._clips(example)
+            kwargs |= {
+                "videos": [clip.frames for clip in clips],
+                "video_metadata": [clip.metadata for clip in clips],
+                "do_sample_frames": False,  # they are those that data.video keeps
+            }
         text = (text or self.text(example)).rstrip(" ")
         try:
             outputs = self._processed(processor, text, kwargs)
@@ -274,6 +311,19 @@ class PromptEncoder:
         images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
         check_embedded(self.template, example, ids.tolist(), self.template.checkpoint.placeholders)
         return tuple(ids.tolist()), per_token, images
+
+    def _clips(self, example: Example) -> list[Clip]:
+        """The kept frames of the row's videos.
+
+        Raises:
+            DataError: a video cannot be decoded.
+        """
+        # Processors that take frames in pairs repeat the last one; of a single frame, some make an error.
+        fewest = int(getattr(self.processor.video_processor, "temporal_patch_size", None) or 1)
+        try:
+            return [decoded(video).padded(fewest) for video in example.videos]
+        except DataError as error:
+            raise DataError(f"{example.where or example.id}: videos: {error}") from error
 
     def _processed(self, processor: Any, text: str, kwargs: Mapping[str, Any]) -> Any:
         """The processor's outputs.
@@ -324,6 +374,16 @@ def check_embedded(
             f"embeds {rows} tokens",
             "fetch tokenizer and weights from the same place, or resize the embedding",
         )
+
+
+def _key(example: Example) -> tuple[Any, ...]:
+    """What an encoded prompt depends on."""
+    return example.images, example.videos, example.prompt
+
+
+def _settings(made: Any) -> tuple[str, str]:
+    """Class and settings of an image or video processor."""
+    return type(made).__name__, made.to_json_string() if hasattr(made, "to_json_string") else repr(made)
 
 
 def _digest(*parts: str) -> str:
