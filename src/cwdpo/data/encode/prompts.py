@@ -35,13 +35,14 @@ class EncodedPrompt:
     ``input_ids``: token ids with the image tokens expanded. ``per_token``: further outputs of the processor with one
     value per token (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: returns the inputs of the vision
     tower, of images and videos. ``image_digest``: digest of their files and of the processor's settings, which these
-    inputs depend on; empty if there are none.
+    inputs depend on; empty if there are none. ``n_videos``: number of videos.
     """
 
     input_ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
     image_digest: str = ""
+    n_videos: int = 0
 
     @property
     def images(self) -> Mapping[str, Tensor]:
@@ -145,11 +146,17 @@ class PromptEncoder:
             )  # fmt: skip
         made = [set(getattr(one, "model_input_names", ())) for one in (videos, images)]
         if example.images and made[0] & made[1]:
-            raise RefusedRowError(
-                where, "video-not-taken", "videos",
-                f"this family's processor ({name}) would drop the images of a row with images and videos",
-                "leave the row out, or give either images or videos",
-            )  # fmt: skip
+            raise self._not_both(example, f"this family's processor ({name}) drops images beside videos")
+
+    def _check_apart(self, example: Example, ids: Sequence[int]) -> None:
+        """Refuse a row with images and videos whose tokens are the same."""
+        if getattr(self.processor, "video_token_id", None) not in ids:
+            name = type(self.processor).__name__
+            raise self._not_both(example, f"this family's processor ({name}) writes videos as images")
+
+    def _not_both(self, example: Example, reason: str) -> RefusedRowError:
+        where, remedy = example.where or example.id, "leave the row out, or give either images or videos"
+        return RefusedRowError(where, "video-not-taken", "videos", reason, remedy)
 
     def __call__(self, example: Example) -> EncodedPrompt:
         """Encode the prompt; the result is cached, because several stages use it.
@@ -184,7 +191,9 @@ class PromptEncoder:
         digest = _digest(self._image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
-        return EncodedPrompt(ids, per_token, _Source(self, example, ids, per_token), digest)
+        return EncodedPrompt(
+            ids, per_token, _Source(self, example, ids, per_token), digest, len(example.videos)
+        )
 
     def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
         """The prompt from the sizes of its images; ``None`` if they are not enough.
@@ -309,6 +318,9 @@ class PromptEncoder:
             if k.endswith("token_type_ids") and tuple(v.shape) == (1, ids.shape[0])
         }
         images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
+        if example.images and example.videos and "pixel_values_videos" in images:
+            # The model would take the frames, which are image tokens (GLM-4V), for further images.
+            self._check_apart(example, ids.tolist())
         check_embedded(self.template, example, ids.tolist(), self.template.checkpoint.placeholders)
         return tuple(ids.tolist()), per_token, images
 

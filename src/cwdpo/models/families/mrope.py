@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.models.families.base import Family, Rows
 
 
@@ -38,3 +39,12 @@ class MRope(Family):
             rows.ids[:, :width], mm_token_type_ids=kinds.to(device), attention_mask=inside.long(), **grids
         )
         return torch.where(inside, positions, 0)
+
+
+class Glm4v(MRope):
+    """Frames of videos are image tokens, so the model takes either images or videos in one call."""
+
+    def group(self, model: Any, prompt: EncodedPrompt) -> int:
+        """1 for prompts with videos."""
+        del model
+        return int(prompt.n_videos > 0)
