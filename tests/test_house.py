@@ -50,7 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "connection": set(),
     "remote": {*BASE, "connection"},
     "negatives": {*BASE, "remote", "judging.base"},
-    "data": BASE,
+    "videos": {"errors", "records"},
+    "data": {*BASE, "videos"},
     "models": {*BASE, "arguments", "data"},
     "scoring": {*BASE, "data", "objectives", "models"},
     "curriculum": BASE,
@@ -77,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "stage": {*MODELLING, "arguments", "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
-    "report": {"rundir", "errors", "files", "records", "dynamics"},
+    "report": {"rundir", "errors", "files", "records", "videos", "dynamics"},
     "pipeline": {
         *RUNNING,
         "arguments",
@@ -118,8 +119,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics",
-    "shipped", "judging", "overrides", "report", "schema", "cli",
+    *BASE, *DYNAMICS, "videos", "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir",
+    "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -195,13 +195,16 @@ class VideoSampling:
     max_pixels: int | None = 512 * 512
 
 
+SAMPLING = VideoSampling()
+
+
 @dataclass(frozen=True)
 class VideoRef:
-    """A video: its file, a folder of frames, or its encoded bytes; :mod:`cwdpo.data.videos` decodes it."""
+    """A video: its file, a folder of frames, or its encoded bytes; :mod:`cwdpo.videos` decodes it."""
 
     path: Path | None = None
     data: bytes | None = field(default=None, repr=False)
-    sampling: VideoSampling = VideoSampling()
+    sampling: VideoSampling = SAMPLING
 
 
 class Place(Enum):
@@ -218,9 +221,10 @@ TOOLS = "tools"
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a prompt; an entry of ``parts`` is a text, ``None`` for the next image, or ``VIDEO`` for the next video.
+    """One turn of a prompt.
 
-    ``more`` is an object in JSON with further keys of the turn: ``tool_calls``, ``tool_call_id``, ``name``.
+    An entry of ``parts`` is a text, or a place: ``None`` for the next image, ``VIDEO`` for the next video. ``more`` is
+    an object in JSON with further keys of the turn: ``tool_calls``, ``tool_call_id``, ``name``.
     """
 
     role: str
@@ -230,7 +234,9 @@ class Message:
     def as_chat(self) -> dict[str, Any]:
         """The turn in the form that transformers' chat templates take."""
         content = [
-            {"type": "text", "text": p} if isinstance(p, str) else {"type": "video" if p is VIDEO else "image"}
+            {"type": "text", "text": p}
+            if isinstance(p, str)
+            else {"type": "video" if p is VIDEO else "image"}
             for p in self.parts
         ]
         return {"role": self.role, "content": content, **self.further}

@@ -23,8 +23,14 @@ IMAGE_KEYS = ("images", "image", "img_path")
 VIDEO_KEYS = ("videos", "video")
 """A list of videos, or one video."""
 
-_VIDEO = ("a video", "videos are read from 'videos' (a list) or 'video' in rows of trl, llamafactory and ms_swift")
-_SECOND_VIDEO = ("a video of one of the two responses", "pairs whose videos differ are not read: leave such rows out")
+_VIDEO = (
+    "a video",
+    "videos are read from 'videos' (a list) or 'video' in rows of trl, llamafactory and ms_swift",
+)
+_SECOND_VIDEO = (
+    "a video of one of the two responses",
+    "pairs whose videos differ are not read: leave such rows out",
+)
 _AUDIO = ("sound", "sound is not read: leave such rows out")
 _SECOND = (
     "pictures of one of the two responses",

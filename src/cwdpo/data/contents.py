@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.data.digests import digest8
-from cwdpo.data.videos import frame_files
 from cwdpo.errors import DataError
 from cwdpo.records import ImageRef, VideoRef, image_formats
+from cwdpo.videos import frame_files
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that exchange width and height

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cwdpo.data.videos import VideoFacts
+    from cwdpo.videos import VideoFacts
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class VideoStats:
         if not self.n:
             return []
         return [
-            f"videos read: {self.n}, {self.seconds:.1f} seconds; {w} wide, {h} high (pixels); {frames} frames, of which "
-            f"{kept} are kept",
+            f"videos read: {self.n}, {self.seconds:.1f} seconds; {w} wide, {h} high (pixels); {frames} frames, of "
+            f"which {kept} are kept",
             *(f"    {note}" for note in self.notes()),
         ]
 

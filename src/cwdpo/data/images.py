@@ -15,9 +15,9 @@ from cwdpo.data.inside import missing, path_inside
 from cwdpo.data.media import from_base64, from_data_uri
 from cwdpo.data.problems import RowError, shown
 from cwdpo.data.video_folder import VideoFolder
-from cwdpo.data.videos import VideoFacts
 from cwdpo.errors import DataError
 from cwdpo.records import ImageEdit, ImageRef, as_rgb, has_alpha, image_formats, is_deep
+from cwdpo.videos import VideoFacts
 
 CheckImages = Literal["none", "exists", "identify", "decode"]
 CHECK_LEVELS: tuple[CheckImages, ...] = ("none", "exists", "identify", "decode")

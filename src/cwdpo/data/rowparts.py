@@ -12,7 +12,7 @@ from cwdpo.data.completions import completion_of, margins_of, with_margin
 from cwdpo.data.images import ImageFolder
 from cwdpo.data.problems import RowError
 from cwdpo.data.texts import plain_text, text_list, wrong_type
-from cwdpo.records import Completion, Example, ImageRef, Message, VideoRef, VideoSampling
+from cwdpo.records import SAMPLING, Completion, Example, ImageRef, Message, VideoRef, VideoSampling
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ReadOptions:
     captions_per_image: int = 1
     ignore: frozenset[str] = frozenset()
     """Columns to ignore."""
-    video: VideoSampling = VideoSampling()
+    video: VideoSampling = SAMPLING
 
 
 @dataclass

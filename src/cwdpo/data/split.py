@@ -16,11 +16,11 @@ def split_by_image(
 ) -> dict[str, list[Example]]:
     """Split examples into named parts by their images and videos.
 
-    Images (and videos, of which all here is true, too) are compared by their encoded bytes, not by name. Images that occur together in an example, directly or
-    through other examples, form a group; an example without images is grouped by the text of its prompt. The groups are
-    sorted by blake2b(seed, content) and cut, so that each part differs from its share by at most one group. The result
-    does not depend on the order of the examples; each part keeps their order. With few images, a part with a small
-    share may be empty.
+    They are compared by their encoded bytes, not by name. Those that occur together in an example, directly or through
+    other examples, form a group; an example without any is grouped by the text of its prompt. The groups are sorted
+    by blake2b(seed, content) and cut, so that each part differs from its share by at most one group. The result does
+    not depend on the order of the examples; each part keeps their order. With few images, a part with a small share may
+    be empty.
 
     Args:
         examples: the examples; their image files must be readable.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cwdpo.data.blocks import Part as Part
+from cwdpo.data.blocks import Style as Style
+from cwdpo.data.blocks import Text as Text
+from cwdpo.data.blocks import block_parts, texts_of
+from cwdpo.data.blocks import checked as checked
 from cwdpo.data.columns import present
 from cwdpo.data.problems import RowError, shown
 from cwdpo.data.rowparts import Row
 from cwdpo.data.texts import IMAGE_TAG, VIDEO_TAG, plain_text, split_tags, wrong_type
 from cwdpo.data.tools import more_of
 from cwdpo.records import VIDEO, ImageRef, Message, Place, VideoRef
-
-Part = str | ImageRef | VideoRef | Place | None
-"""A text, an image or a video given in its block, or the place of the next one of the row: ``None`` for an image,
-``VIDEO`` for a video."""
-Text = str | Place | None
-"""A part of a text: a text, or a place that it marks."""
 
 _DROPPED = "leave such rows out"
 # Keys of a turn that change its meaning, and what to do instead. Other keys have no effect on a template.
@@ -43,33 +42,6 @@ _ROLES = {
     "human": "call it user", "gpt": "call it assistant", "bot": "call it assistant", "model": "call it assistant",
 }  # fmt: skip
 """Roles of other tools -> what to do about them."""
-_PICTURE_KEYS = ("image", "url", "path", "base64", "bytes", "data")
-_VIDEO_KEYS = ("video", "url", "path", "bytes")
-_BLOCK_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_HARMLESS = ("type", "cache_control", "detail", "index", "id")
-_BLOCKS = {
-    "text": ("text",),
-    "image": (*_PICTURE_KEYS, "image_url"),
-    "image_url": (*_PICTURE_KEYS, "image_url"),
-    "video": _VIDEO_KEYS,
-}
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a data set writes turns: the keys of role and content, and its names of the roles.
-
-    ``split`` splits a text into texts and places of images and videos, if the text marks them.
-    """
-
-    role: str = "role"
-    content: str = "content"
-    roles: tuple[tuple[str, str], ...] = (
-        ("system", "system"), ("user", "user"), ("assistant", "assistant"), ("tool", "tool"),
-    )  # fmt: skip
-    split: Callable[[str], Sequence[Text]] | None = None
-
-
 CHAT = Style()
 TAGGED_CHAT = Style(split=split_tags)
 SHAREGPT = Style(
@@ -120,10 +92,10 @@ def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
         if content is None and more:  # a call says nothing beside
             content = ""
         if isinstance(content, list):
-            blocks = [_block(row, block, f"{where}[{j}]", style) for j, block in enumerate(content)]
+            blocks = [block_parts(row, block, f"{where}[{j}]", style) for j, block in enumerate(content)]
             turns.append(Turn(roles[role], tuple(part for parts in blocks for part in parts), False, more))
         else:
-            parts = _texts(content, where, style)
+            parts = texts_of(content, where, style)
             turns.append(Turn(roles[role], parts, all(isinstance(part, str) for part in parts), more))
     return turns
 
@@ -146,71 +118,6 @@ def _refuse_unread(message: Mapping[str, Any], where: str) -> None:
                 f"{shown(value, 60)}: a key that changes what the turn means and is not read",
                 remedy,
             )
-
-
-def _texts(value: Any, key: str, style: Style) -> tuple[Text, ...]:
-    if style.split is None or not isinstance(value, str):
-        return (plain_text(value, key),)
-    return checked(style.split(value), key)
-
-
-def checked(parts: Sequence[Text], key: str) -> tuple[Text, ...]:
-    """The parts of a text, whose texts are plain (:func:`cwdpo.data.texts.plain_text`)."""
-    return tuple(plain_text(part, key) if isinstance(part, str) else part for part in parts)
-
-
-def _block(row: Row, block: Any, key: str, style: Style) -> tuple[Part, ...]:
-    """The parts of a content block: texts, or one image or video."""
-    if not isinstance(block, dict):
-        raise wrong_type(key, block, 'a block such as {"type": "text", "text": ...}')
-    kind = block.get("type")
-    if not isinstance(kind, str) or kind not in _BLOCKS:
-        raise RowError(
-            "unknown-block",
-            f"{key}.type",
-            f"{shown(kind, 60)}; allowed: {', '.join(_BLOCKS)}",
-            "sound and tools are not read: leave such rows out",
-        )
-    for name, value in block.items():
-        if present(value) and name not in (*_BLOCKS[kind], *_HARMLESS):
-            remedy = "set model.processor_options instead" if name in _BLOCK_SETTINGS else "remove the key"
-            if kind == "video":
-                remedy = "remove the key; fps, max_frames and max_pixels of all videos are set in data.video"
-            raise RowError(
-                "unknown-key", f"{key}.{name}", f"a block of type {kind!r} is read without it", remedy
-            )
-    if kind == "text":
-        return _texts(block.get("text"), f"{key}.text", style)
-    if kind == "video":
-        given = _carried(block, key, _VIDEO_KEYS)
-        return (VIDEO if given is None else row.take_video(block[given], f"{key}.{given}"),)
-    return (_picture(row, block, key),)
-
-
-def _carried(block: Mapping[str, Any], key: str, names: Sequence[str]) -> str | None:
-    """The one key of a block that names its image or video; ``None`` if none does."""
-    carried = [name for name in names if present(block.get(name))]
-    if len(carried) > 1:
-        raise RowError(
-            f"two-{block['type'].removesuffix('_url')}-keys",
-            f"{key}.{carried[0]}",
-            f"{' and '.join(carried)} are both set",
-            "keep one",
-        )
-    return carried[0] if carried else None
-
-
-def _picture(row: Row, block: Mapping[str, Any], key: str) -> ImageRef | None:
-    """The image given in a block, or ``None`` for a block without one, the place of an image of ``images``."""
-    name = _carried(block, key, (*_PICTURE_KEYS, "image_url"))
-    if name is None:
-        if block["type"] == "image_url":
-            raise RowError("missing-key", f"{key}.image_url", "the block names no picture", "give it one")
-        return None
-    value, where = block[name], f"{key}.{name}"
-    if name == "image_url" and isinstance(value, dict):
-        value, where = value.get("url"), f"{where}.url"
-    return row.take_image(value, where)
 
 
 def asked(row: Row, key: str, n_images: int) -> Turn:
@@ -303,7 +210,10 @@ def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
     texts = [part for part in turns[-1].parts if isinstance(part, str)]
     if len(texts) < len(turns[-1].parts):
         raise RowError(
-            "image-in-response", key, "the response holds an image or a video; allowed: text only", "remove it"
+            "image-in-response",
+            key,
+            "the response holds an image or a video; allowed: text only",
+            "remove it",
         )
     return "\n".join(texts)
 

@@ -9,8 +9,8 @@ from typing import Any
 from cwdpo.data.digests import DigestMap, digest8
 from cwdpo.data.inside import missing, path_inside
 from cwdpo.data.problems import RowError, shown
-from cwdpo.data.videos import Clip, VideoError, VideoFacts, decoded, frame_files, video_facts
 from cwdpo.records import VideoRef, VideoSampling
+from cwdpo.videos import Clip, VideoError, VideoFacts, decoded, frame_files, video_facts
 
 FORMS = "a path inside the data folder (a file, or a folder of frames), {'bytes': ..., 'path': ...}, or bytes"
 
@@ -37,9 +37,11 @@ class VideoFolder:
 
         Raises:
             RowError: the value is not a video, or the video is outside the folder, missing, damaged or too large.
-            DataError: PyAV, which decodes files, is not installed.
+            MissingPackageError: PyAV, which decodes files, is not installed.
         """
-        if isinstance(value, Mapping) and (value.get("bytes") is not None or isinstance(value.get("path"), str)):
+        if isinstance(value, Mapping) and (
+            value.get("bytes") is not None or isinstance(value.get("path"), str)
+        ):
             value = value["path"] if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes) and value:
             video = VideoRef(data=value, sampling=sampling)
@@ -83,8 +85,12 @@ class VideoFolder:
         try:
             found = decoded(video) if self._check == "decode" else video_facts(video)
         except VideoError as error:
-            message = error.message.replace(str(video.path), name) if video.path is not None else error.message
+            message = (
+                error.message.replace(str(video.path), name) if video.path is not None else error.message
+            )
             raise RowError(error.kind, key, message, error.remedy) from None
         if self._seen is not None:
             clip = found if isinstance(found, Clip) else None
-            self._seen(found if isinstance(found, VideoFacts) else found.facts, clip is not None and clip.resized)
+            self._seen(
+                found if isinstance(found, VideoFacts) else found.facts, clip is not None and clip.resized
+            )

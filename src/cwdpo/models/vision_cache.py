@@ -125,7 +125,9 @@ def _computed(inner: Any, method: str, inputs: Mapping[str, Tensor]) -> dict[str
     owners: list[Any] = [one for one in (inner, getattr(inner, "model", None)) if hasattr(one, method)]
     known = {name for one in owners for name in inspect.signature(getattr(one, method)).parameters}
     with torch.no_grad():
-        output = getattr(inner, method)(**{n: v for n, v in inputs.items() if n in known}, return_dict=True)
+        output = getattr(owners[0], method)(
+            **{n: v for n, v in inputs.items() if n in known}, return_dict=True
+        )
     return {
         name: tree_map(
             lambda t: t.detach().to("cpu", copy=True), value

@@ -7,14 +7,20 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.data.contents import ImageContent, image_content, video_digest
+from cwdpo.data.encode.clips import (
+    check_apart,
+    check_taken,
+    settings_of,
+    version_of,
+    video_inputs,
+    video_settings,
+)
 from cwdpo.data.encode.expand import Expansions, Sizes, Written
 from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
-from cwdpo.data.videos import Clip, decoded
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 
@@ -128,35 +134,10 @@ class PromptEncoder:
         Raises:
             DataError: the template refuses it, or it has a video, and the processor takes none.
         """
-        self._check_videos(example)
+        check_taken(self.processor, example)
         if example.prompt not in self._texts:
             self._texts[example.prompt] = self.template.prompt(example)
         return self._texts[example.prompt]
-
-    def _check_videos(self, example: Example) -> None:
-        """Refuse a row with videos if the checkpoint's processor takes none, or none beside images."""
-        if not example.videos:
-            return
-        where, name = example.where or example.id, type(self.processor).__name__
-        videos, images = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
-        if videos is None:
-            raise RefusedRowError(
-                where, "video-not-taken", "videos", f"this family's processor ({name}) takes no video",
-                "leave rows with videos out, or take a model that sees videos (docs/models.md)",
-            )  # fmt: skip
-        made = [set(getattr(one, "model_input_names", ())) for one in (videos, images)]
-        if example.images and made[0] & made[1]:
-            raise self._not_both(example, f"this family's processor ({name}) drops images beside videos")
-
-    def _check_apart(self, example: Example, ids: Sequence[int]) -> None:
-        """Refuse a row with images and videos whose tokens are the same."""
-        if getattr(self.processor, "video_token_id", None) not in ids:
-            name = type(self.processor).__name__
-            raise self._not_both(example, f"this family's processor ({name}) writes videos as images")
-
-    def _not_both(self, example: Example, reason: str) -> RefusedRowError:
-        where, remedy = example.where or example.id, "leave the row out, or give either images or videos"
-        return RefusedRowError(where, "video-not-taken", "videos", reason, remedy)
 
     def __call__(self, example: Example) -> EncodedPrompt:
         """Encode the prompt; the result is cached, because several stages use it.
@@ -185,9 +166,13 @@ class PromptEncoder:
             return EncodedPrompt(ids, per_token)
         files = [c.digest.hex() for c in contents]
         if example.videos:
-            files += [self._video_settings, *(video_digest(video).hex() for video in example.videos)]
+            files += [
+                video_settings(self.processor),
+                *(video_digest(video).hex() for video in example.videos),
+            ]
         # What else a reference says (all but its place) changes the pixels, so it is part of the digest.
-        said = (repr(replace(one, path=None, data=None)) for one in (*example.images, *example.videos))
+        said = [repr(replace(image, path=None, data=None)) for image in example.images]
+        said += [repr(replace(video, path=None, data=None)) for video in example.videos]
         digest = _digest(self._image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
@@ -278,14 +263,8 @@ class PromptEncoder:
     def _image_settings(self) -> str:
         """Everything that the inputs of the vision tower depend on besides the image files."""
         made: Any = getattr(self.processor, "image_processor", None)
-        packages = (f"{name} {_version(name)}" for name in ("transformers", "pillow", "torchvision"))
-        return "\n".join([type(self.processor).__name__, *_settings(made), *packages])
-
-    @cached_property
-    def _video_settings(self) -> str:
-        """The same for videos."""
-        made: Any = getattr(self.processor, "video_processor", None)
-        return "\n".join([*_settings(made), f"av {_version('av')}"])
+        packages = (f"{name} {version_of(name)}" for name in ("transformers", "pillow", "torchvision"))
+        return "\n".join([type(self.processor).__name__, *settings_of(made), *packages])
 
     def _process(self, example: Example) -> _Result:
         return self._run(example, _opened(example), self.processor)
@@ -297,13 +276,7 @@ class PromptEncoder:
         """
         # Nested: some processors (LLaVA-OneVision) take a flat list as one image for each text.
         kwargs: dict[str, Any] = {"images": [list(opened)]} if opened else {}
-        if example.videos:
-            clips = self._clips(example)
-            kwargs |= {
-                "videos": [clip.frames for clip in clips],
-                "video_metadata": [clip.metadata for clip in clips],
-                "do_sample_frames": False,  # they are those that data.video keeps
-            }
+        kwargs |= video_inputs(self.processor, example)
         text = (text or self.text(example)).rstrip(" ")
         try:
             outputs = self._processed(processor, text, kwargs)
@@ -318,24 +291,9 @@ class PromptEncoder:
             if k.endswith("token_type_ids") and tuple(v.shape) == (1, ids.shape[0])
         }
         images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
-        if example.images and example.videos and "pixel_values_videos" in images:
-            # The model would take the frames, which are image tokens (GLM-4V), for further images.
-            self._check_apart(example, ids.tolist())
+        check_apart(self.processor, example, ids.tolist(), images)
         check_embedded(self.template, example, ids.tolist(), self.template.checkpoint.placeholders)
         return tuple(ids.tolist()), per_token, images
-
-    def _clips(self, example: Example) -> list[Clip]:
-        """The kept frames of the row's videos.
-
-        Raises:
-            DataError: a video cannot be decoded.
-        """
-        # Processors that take frames in pairs repeat the last one; of a single frame, some make an error.
-        fewest = int(getattr(self.processor.video_processor, "temporal_patch_size", None) or 1)
-        try:
-            return [decoded(video).padded(fewest) for video in example.videos]
-        except DataError as error:
-            raise DataError(f"{example.where or example.id}: videos: {error}") from error
 
     def _processed(self, processor: Any, text: str, kwargs: Mapping[str, Any]) -> Any:
         """The processor's outputs.
@@ -393,20 +351,8 @@ def _key(example: Example) -> tuple[Any, ...]:
     return example.images, example.videos, example.prompt
 
 
-def _settings(made: Any) -> tuple[str, str]:
-    """Class and settings of an image or video processor."""
-    return type(made).__name__, made.to_json_string() if hasattr(made, "to_json_string") else repr(made)
-
-
 def _digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def _blank(size: tuple[int, int]) -> Image:

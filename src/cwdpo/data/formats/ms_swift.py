@@ -17,7 +17,8 @@ class MsSwift(Format):
     """``messages`` ending in chosen, with ``rejected_response``, ``rejected_messages`` or ``rejected_images``.
 
     With ``rejected_images`` the rejected side responds to these images; without a text of its own, it is chosen's text.
-    Images without an ``<image>`` in the text, and videos without a ``<video>``, are put before the first user turn, as in ms-swift.
+    Images without an ``<image>`` in the text are put before the first user turn, as in ms-swift; also videos without a
+    ``<video>``.
     """
 
     columns = ("messages rejected_response", "messages rejected_messages", "messages rejected_images")

@@ -28,11 +28,12 @@ _REPLIES = "a string, a list of messages, or a list of several of these"
 
 
 class Trl(Format):
-    """``images``/``image`` and ``videos``/``video`` with ``prompt``, ``chosen``, ``rejected`` as strings or message lists.
+    """``images``/``image`` with ``prompt``, ``chosen``, ``rejected`` as strings or message lists.
 
-    Without ``prompt``, chosen and rejected are whole conversations that are equal except for the last turn. Rows with
-    ``messages``, or with ``prompt`` and ``completion``, give an example without negatives. With ``rejected_images``
-    the rejected responses are to these images; ``rejected`` may then be missing, and stands for chosen's text.
+    Videos are in ``videos``/``video``. Without ``prompt``, chosen and rejected are whole conversations that are equal
+    except for the last turn. Rows with ``messages``, or with ``prompt`` and ``completion``, give an example without
+    negatives. With ``rejected_images`` the rejected responses are to these images; ``rejected`` may then be missing,
+    and stands for chosen's text.
     """
 
     columns = ("chosen rejected", "prompt chosen", "prompt completion", "messages")

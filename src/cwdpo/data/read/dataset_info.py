@@ -14,7 +14,8 @@ from cwdpo.errors import DataError, nearest
 NAME = "dataset_info.json"
 _COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history",
-    "messages": "conversations", "system": "system", "images": "images", "videos": "videos", "chosen": "chosen", "rejected": "rejected",
+    "messages": "conversations", "system": "system", "images": "images", "videos": "videos",
+    "chosen": "chosen", "rejected": "rejected",
 }  # fmt: skip
 _NEEDED = ("prompt", "messages", "chosen", "rejected")
 _ROLES = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}

@@ -15,7 +15,7 @@ from cwdpo.data.read.rows import open_source
 from cwdpo.data.read.source import Source
 from cwdpo.data.rowparts import ReadOptions
 from cwdpo.errors import DataError
-from cwdpo.records import Example, VideoSampling
+from cwdpo.records import SAMPLING, Example, VideoSampling
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def read_examples(
     captions_per_image: int = 1,
     check_images: CheckImages = "identify",
     ignore_columns: Collection[str] = (),
-    video: VideoSampling = VideoSampling(),
+    video: VideoSampling = SAMPLING,
 ) -> ReadResult:
     """Read a data set into Examples, in stored order; for ``path`` see :func:`cwdpo.data.read.rows.iter_rows`.
 
@@ -57,7 +57,7 @@ def read_examples(
         format: ``auto``, a name of :data:`cwdpo.data.formats.base.FORMATS`, ``file.py:ClassName``, or a mapping
             with ``name`` and the format's settings.
         max_bad_fraction: share of rows, 0 to 1, that may have a problem.
-        image_root: folder that paths of images and videos are relative to and must not leave; ``None``: the folder of the data file.
+        image_root: folder of images and videos, which paths must not leave; ``None``: the folder of the data file.
         default_prompt: the question for rows without one (format ``captions``).
         limit: stop after this many examples.
         captions_per_image: number of examples from one image with captions (format ``captions``).
@@ -66,8 +66,8 @@ def read_examples(
         video: which frames of videos are kept.
 
     Raises:
-        DataError: there are no rows, no format has these columns, too many rows are bad, or none is usable; or rows
-            have videos, and PyAV is not installed.
+        DataError: there are no rows, no format has these columns, too many rows are bad, or none is usable.
+        MissingPackageError: a row has a video, and PyAV is not installed.
         UnknownComponentError: the format, file or class is unknown.
     """
     if not 0 <= max_bad_fraction <= 1:

@@ -127,7 +127,9 @@ class Family:
     def positions(self, model: Any, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
         """Position ids, [..., B, P + M]: each completion continues after the prompt, as if it were the only one."""
         prompt = self.prompt_positions(model, rows, images)
-        last = prompt.gather(-1, (rows.lengths - 1).expand(*prompt.shape[:-2], -1)[..., None])[..., 0]  # [..., B]
+        last = prompt.gather(-1, (rows.lengths - 1).expand(*prompt.shape[:-2], -1)[..., None])[
+            ..., 0
+        ]  # [..., B]
         # Text continues after the last token's height and width; a long video's times may lie behind.
         last = last[1:].amax(0) if last.ndim == 2 else last
         completion = last[:, None] + 1 + rows.offset

@@ -61,7 +61,7 @@ class Gemma3(Family):
 
 
 class Gemma4(Family):
-    """Image tokens attend to their whole image (frame) in sliding-window layers, in the larger models; logits are capped."""
+    """Tokens attend to their whole image or frame in sliding-window layers of larger models; logits are capped."""
 
     needs = ("mm_token_type_ids",)
     windowed = True

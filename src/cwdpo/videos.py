@@ -5,7 +5,6 @@ Frames are decoded one after the other, and only those that are kept stay in mem
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import re
@@ -13,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.errors import DataError
+from cwdpo.errors import DataError, optional_package
 from cwdpo.records import ImageRef, VideoRef, VideoSampling
 
 if TYPE_CHECKING:
@@ -36,14 +36,16 @@ _FRAME_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff
 class VideoError(DataError):
     """A video that cannot be used. ``kind`` is a short name by which problems are counted."""
 
-    def __init__(self, kind: str, message: str, remedy: str = "fetch the file again, or leave the row out") -> None:
+    def __init__(
+        self, kind: str, message: str, remedy: str = "fetch the file again, or leave the row out"
+    ) -> None:
         super().__init__(f"{message}: {remedy}")
         self.kind, self.message, self.remedy = kind, message, remedy
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a video's header says: frame size in pixels (after rotation), number of frames, frames a second.
+    """What a video's header says: frame size in pixels as stored, number of frames, frames a second.
 
     ``kept``: number of frames that are kept of it.
     """
@@ -116,27 +118,19 @@ def kept_frames(frames: int, fps: Fraction, sampling: VideoSampling) -> tuple[in
     return tuple(i * frames // n for i in range(n))
 
 
-def check_installed() -> None:
-    """Refuse videos before anything is read if PyAV is not installed.
-
-    Raises:
-        DataError: with the line that installs it.
-    """
-    if importlib.util.find_spec("av") is None:
-        raise DataError(f"the rows have videos, and PyAV, which decodes them, is not installed: {INSTALL}")
-
-
 def video_facts(video: VideoRef) -> VideoFacts:
     """What is known of a video without decoding all of it.
 
     Raises:
         VideoError: it cannot be opened, or is too large.
-        DataError: PyAV is not installed.
+        MissingPackageError: PyAV is not installed.
     """
     if video.path is not None and video.path.is_dir():
         files = frame_files(video.path)
         width, height = _picture(files[0]).size
-        return _facts(width, height, len(files), Fraction(video.sampling.fps).limit_denominator(10_000), video.sampling)
+        return _facts(
+            width, height, len(files), Fraction(video.sampling.fps).limit_denominator(10_000), video.sampling
+        )
     with _opened(video) as (container, stream, name):
         return _header(container, stream, name, video.sampling)[0]
 
@@ -148,7 +142,7 @@ def decoded(video: VideoRef) -> Clip:
 
     Raises:
         VideoError: it cannot be opened, a frame is damaged, it ends too early, or it is too large.
-        DataError: PyAV is not installed.
+        MissingPackageError: PyAV is not installed.
     """
     if video.path is not None and video.path.is_dir():
         return _of_folder(video.path, video.sampling)
@@ -157,22 +151,32 @@ def decoded(video: VideoRef) -> Clip:
         indices = kept_frames(facts.frames, fps, video.sampling)
         gathered = _Gathered(video.sampling)
         wanted, n = set(indices), 0
-        try:
-            for n, frame in enumerate(container.decode(stream), 1):
-                _check_size(frame.width, frame.height, name)
-                if n - 1 in wanted:
-                    if frame.is_corrupt:
-                        raise VideoError("video-damaged", f"{name}: frame {n} is damaged")
-                    gathered.add(_upright(frame))
-                if n > indices[-1]:
-                    break
-        except VideoError:
-            raise
-        except Exception as error:  # FFmpeg's errors are of many types
-            raise VideoError("video-damaged", f"{name}: frame {n + 1} cannot be decoded ({_said(error)})") from None
+        for frame in islice(_frames(container, stream, name), indices[-1] + 1):
+            if n in wanted:
+                gathered.add(_upright(frame))
+            n += 1
     if n <= indices[-1]:
         raise VideoError("video-damaged", f"{name}: it ends after {n} of {facts.frames} frames")
     return gathered.clip(indices, facts)
+
+
+def _frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """The frames in their order; a damaged one is an error, because those after it are made from it."""
+    source, n = container.decode(stream), 0
+    while True:
+        try:
+            frame = next(source, None)
+        except Exception as error:  # FFmpeg's errors are of many types
+            raise VideoError(
+                "video-damaged", f"{name}: frame {n + 1} cannot be decoded ({_said(error)})"
+            ) from None
+        if frame is None:
+            return
+        n += 1
+        _check_size(frame.width, frame.height, name)
+        if frame.is_corrupt:
+            raise VideoError("video-damaged", f"{name}: frame {n} is damaged")
+        yield frame
 
 
 def frame_files(folder: Path) -> list[Path]:
@@ -185,10 +189,14 @@ def frame_files(folder: Path) -> list[Path]:
     files = [f for f in folder.iterdir() if f.suffix.lower() in _FRAME_FILES and not f.name.startswith(".")]
     if not files:
         raise VideoError(
-            "video-missing", f"{folder}: no image in this folder of frames", "name a video, or a folder with its frames"
+            "video-missing",
+            f"{folder}: no image in this folder of frames",
+            "name a video, or a folder with its frames",
         )
     if len(files) > MOST_FRAMES:
-        raise VideoError("video-bomb", f"{folder}: {len(files)} frames; allowed: {MOST_FRAMES}", "leave frames out")
+        raise VideoError(
+            "video-bomb", f"{folder}: {len(files)} frames; allowed: {MOST_FRAMES}", "leave frames out"
+        )
     for file in files:
         if file.is_symlink() and not file.resolve().is_relative_to(folder):
             raise VideoError(
@@ -217,7 +225,9 @@ class _Gathered:
             self._source = image.size
         self._resized = self._resized or image.size != self._source
         size = fitted(self._source, self._sampling.max_pixels)
-        self._frames.append(np.asarray(image if image.size == size else image.resize(size, Resampling.BICUBIC)))
+        self._frames.append(
+            np.asarray(image if image.size == size else image.resize(size, Resampling.BICUBIC))
+        )
 
     def clip(self, indices: Sequence[int], facts: VideoFacts) -> Clip:
         """All frames in one array."""
@@ -232,7 +242,9 @@ def fitted(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
     if max_pixels is None or width * height <= max_pixels:
         return size
     scale = math.sqrt(max_pixels / (width * height))
-    return max(1, min(math.floor(width * scale), max_pixels)), max(1, min(math.floor(height * scale), max_pixels))
+    return max(1, min(math.floor(width * scale), max_pixels)), max(
+        1, min(math.floor(height * scale), max_pixels)
+    )
 
 
 def _of_folder(folder: Path, sampling: VideoSampling) -> Clip:
@@ -257,9 +269,7 @@ def _picture(file: Path) -> Image:
 @contextmanager
 def _opened(video: VideoRef) -> Iterator[tuple[Any, Any, str]]:
     """Container, its first stream of pictures, and a name for messages."""
-    check_installed()
-    import av
-
+    av = optional_package("av", "decoding videos", INSTALL)
     name = "the video's bytes" if video.path is None else str(video.path)
     try:
         file = io.BytesIO(video.data or b"") if video.path is None else video.path.open("rb")
@@ -268,7 +278,9 @@ def _opened(video: VideoRef) -> Iterator[tuple[Any, Any, str]]:
     with file:
         # A stream instead of a name, and no format that names other files: nothing else is opened.
         try:
-            container = av.open(file, options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace")
+            container = av.open(
+                file, options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace"
+            )
         except Exception as error:  # FFmpeg's errors are of many types
             raise VideoError(
                 "video-unreadable", f"{name} is not a video that PyAV can read ({_said(error)})"
@@ -278,7 +290,9 @@ def _opened(video: VideoRef) -> Iterator[tuple[Any, Any, str]]:
                 raise VideoError("video-unreadable", f"{name} has no pictures, only sound or texts")
             stream = container.streams.video[0]
             if stream.codec_context is None:
-                raise VideoError("video-unreadable", f"{name}: its encoding is not known to PyAV", "convert it to H.264")
+                raise VideoError(
+                    "video-unreadable", f"{name}: its encoding is not known to PyAV", "convert it to H.264"
+                )
             yield container, stream, name
 
 
@@ -294,7 +308,9 @@ def _header(container: Any, stream: Any, name: str, sampling: VideoSampling) -> 
     if frames <= 0:
         raise VideoError("video-damaged", f"{name}: it has no frame")
     if frames > MOST_FRAMES:
-        raise VideoError("video-bomb", f"{name}: {frames} frames; allowed: {MOST_FRAMES}", "cut it into parts")
+        raise VideoError(
+            "video-bomb", f"{name}: {frames} frames; allowed: {MOST_FRAMES}", "cut it into parts"
+        )
     fps = Fraction(stream.average_rate or stream.guessed_rate or 0)
     fps = fps if fps > 0 else Fraction(sampling.fps).limit_denominator(10_000)
     return _facts(stream.width, stream.height, frames, fps, sampling), fps
@@ -309,7 +325,9 @@ def _check_size(width: int, height: int, name: str) -> None:
 
     if MAX_IMAGE_PIXELS is not None and width * height > MAX_IMAGE_PIXELS:
         raise VideoError(
-            "video-bomb", f"{name}: frames of {width} x {height} pixels; allowed: {MAX_IMAGE_PIXELS}", "scale it down"
+            "video-bomb",
+            f"{name}: frames of {width} x {height} pixels; allowed: {MAX_IMAGE_PIXELS}",
+            "scale it down",
         )
 
 
