@@ -24,7 +24,6 @@ from cwdpo.records import as_rgb
 from cwdpo.rundir import RunDir
 from cwdpo.worlds.judged import is_judgeable, scene_of
 from paths import ROOT
-from videos import grey, write_video
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 
@@ -49,7 +48,8 @@ MODES = [(plain(m), told) for cells in table("modes") for m, told, _ in [cells]]
 def folder(tmp_path: Path) -> Path:
     for name in "ab":
         Image.new("RGB", (8, 6), "red").save(tmp_path / f"{name}.png")
-    write_video(tmp_path / "a.mp4", grey(4))
+    (tmp_path / "a.mp4").mkdir()  # a folder of frames is a video, whatever its name
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.mp4" / "0.png")
     return tmp_path
 
 
