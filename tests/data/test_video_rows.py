@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,26 @@ def test_videos_as_bytes(folder: Path) -> None:
     for value in (data, {"bytes": data, "path": "x.mp4"}):
         (example,) = read_examples(rows_source([{"video": value, "prompt": "Q", **PAIR}], "rows")).examples
         assert greys(decoded(example.videos[0]).frames) == [0, 5, 10, 15]
+
+
+def test_videos_of_a_shard(folder: Path, tmp_path: Path) -> None:
+    """One, several by name, those that the JSON names, and a damaged one."""
+    a, b = ((folder / f"{name}.mp4").read_bytes() for name in "ab")
+    row = {"prompt": "What is it?", **PAIR}
+    members = {
+        "0.json": row, "0.mp4": a, "1.json": row, "1.1.mp4": b, "1.0.mp4": a,
+        "2.json": {**row, "videos": ["2.y.mp4", "2.x.mp4"]}, "2.x.mp4": a, "2.y.mp4": b, "3.json": row, "3.mp4": b"no",
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, value in members.items():
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    result = read_examples(tmp_path / "s.tar", format="trl", max_bad_fraction=0.5)
+    assert [[v.data for v in e.videos] for e in result.examples] == [[a], [a, b], [b, a]]
+    (problem,) = result.problems
+    assert (problem.row, problem.key, problem.kind) == (4, "video", "video-unreadable")
 
 
 @pytest.mark.parametrize(
