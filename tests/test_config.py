@@ -85,7 +85,8 @@ def test_shipped_recipes_parse(path: Path) -> None:
 def test_the_readme_shows_the_shipped_recipe() -> None:
     root = paths.ROOT
     assert (
-        f"```yaml\n{(root / 'recipes' / 'qwen_lora.yaml').read_text()}```" in (root / "README.md").read_text()
+        f"```yaml\n{(root / 'recipes' / 'qwen2_5_vl_3b_lora.yaml').read_text()}```"
+        in (root / "README.md").read_text()
     )
 
 
