@@ -40,7 +40,8 @@ def suggested(name: str) -> str:
 
 def nearest_name(path: Path) -> str:
     """See :func:`suggested`; an empty text for a path of several parts or a file's name, which is no recipe's name."""
-    return suggested(str(path)) if len(path.parts) == 1 and not path.suffix else ""
+    named = len(path.parts) == 1 and path.suffix.lower() not in (".yaml", ".yml")
+    return suggested(str(path)) if named else ""
 
 
 def text(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,14 +55,11 @@ def test_a_recipe_is_written_that_validates_and_trains(run: Run, place: Path, mo
     assert validated.code == 0, validated.out
     trained = run("train", "first.yaml", "calibration.samples=4", "evaluation.prompts=2")
     assert trained.code == 0, trained.err
-    steps = {
-        name: len(
-            [1 for line in (place / "runs/first" / name / "metrics.jsonl").read_text().splitlines() if line]
-        )
-        for name in ("stage1", "stage2")
-        if (place / "runs/first" / name / "metrics.jsonl").is_file()
-    }
-    assert (place / "runs" / "first" / "model" / "adapter_config.json").is_file(), steps
+    assert (place / "runs" / "first" / "model" / "adapter_config.json").is_file()
+    planned = json.loads(run("plan", "first.yaml", "--gpu", "4090", "--json").out)
+    assert said["memory"]["total"] == pytest.approx(planned["memory"]["total"], rel=0.03)
+    steps = [int(n) for n in re.findall(r"About (\d+) steps", text)]
+    assert steps == pytest.approx([stage["steps"] for stage in planned["stages"]], rel=0.25)
 
 
 def test_the_embedded_model_and_a_terminal(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +126,7 @@ def test_bad_rows_are_counted_and_shown(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model", "absent/"), "no such folder here|no such folder"),
+        (("--model", "./absent"), "model.path './absent': no such folder"),
         (("--model", "embedded", "--objective", "dqo"), "did you mean 'dpo'"),
         (("--model", "embedded", "--gpu", "4091"), "did you mean '4090'"),
         (("--model", "embedded", "--tune", "half"), "allowed: lora, full"),
@@ -138,7 +136,7 @@ def test_bad_rows_are_counted_and_shown(run: Run, place: Path) -> None:
 def test_what_is_wrong_is_named(run: Run, place: Path, options: tuple[str, ...], message: str) -> None:
     done = run(*INIT, *options)
     assert done.code in (1, 2)
-    assert any(part in done.err for part in message.split("|")), done.err
+    assert message in done.err
     assert "Traceback" not in done.err
     assert not (place / "recipe.yaml").exists()
 
@@ -171,7 +169,7 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
 
 def test_captions_get_samples_as_negatives(run: Run, place: Path) -> None:
     rows = [json.loads(line) for line in (place / "my.jsonl").read_text().splitlines()]
-    captions = [{"image": r["images"][0], "captions": [r["chosen"][0]["content"]]} for r in rows]
+    captions = [{"image": r["images"][0], "captions": [r["chosen"][0]["content"][0]["text"]]} for r in rows]
     (place / "captions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in captions))
     done = run("init", "--model", "embedded", "--gpu", "4090", "--data", "captions.jsonl")
     assert done.code == 0, done.err

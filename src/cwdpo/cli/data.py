@@ -35,10 +35,7 @@ def mount(app: typer.Typer) -> None:
 
 def validate(
     data: Annotated[
-        str,
-        typer.Argument(
-            help="a file, a folder, a hub id, or a recipe (.yaml, or a name of the package's) with data and model"
-        ),
+        str, typer.Argument(help="a file, a folder, a hub id, or a recipe: its file or shipped name")
     ],
     overrides: Overrides = None,
     as_json: AsJson = False,

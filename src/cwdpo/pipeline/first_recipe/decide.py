@@ -131,7 +131,8 @@ def _stage2(asked: Asked, rows: Rows) -> list[Decision]:
     if rows.rejected == "others":
         why = (
             f"{alike}: responses of their own, of which chosen is the better one. There cw_dpo wrote more right "
-            "captions than ten contrastive objectives, and as many as dpo with sft_weight (docs/choosing.md)."
+            "captions at temperature 1 than ten contrastive objectives, and as many as dpo with sft_weight "
+            "(docs/choosing.md)."
         )
         return [Decision("stage2.objective", cooled, why)]
     why = "There are no rejected responses: SFT first, then samples of the model as negatives (docs/choosing.md)."
@@ -158,7 +159,7 @@ def after_fitting(rows: Rows, hardware: Hardware, found: Fitted, sizes: tuple[in
     stage1, epochs1 = _length(stage_rows_of(rows)[0], step)
     stage2, epochs2 = _length(stage_rows_of(rows)[1], step)
     rates = RATES[found.recipe.model.tune]
-    rate = "A place to start, not a result; cw_dpo bears four times the rate of DPO (docs/choosing.md)."
+    rate = "A place to start, not a result: then try four times this rate (docs/choosing.md)."
     made = [
         *_of_the_model(hardware, found),
         Decision(
@@ -192,7 +193,7 @@ def after_fitting(rows: Rows, hardware: Hardware, found: Fitted, sizes: tuple[in
         Decision(
             "evaluation.batch_size",
             min(32, at_once),
-            "Prompts of a pass without gradient. A plan does not count them: these take less than a training step.",
+            "Prompts of a pass without gradient, which keeps no activations; a plan does not count it.",
         ),
         Decision("stop", [], "The default limits come from the embedded world, not from your model."),
     ]

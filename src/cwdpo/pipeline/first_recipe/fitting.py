@@ -139,7 +139,8 @@ def _largest(
     """The recipe with the largest micro-batches that fit; ``None`` if one prompt is too much."""
     kept = run.kept(recipe)
     if not way.sharded and kept > limit:
-        tried.append(Tried(way, 0, kept, False))
+        if not any(one.way.model == way.model for one in tried):  # else it was said
+            tried.append(Tried(way, 0, kept, False))
         return None
     whole = recipe.train.batch_size
     size = max(n for n in _divisors(whole) if n <= MOST_AT_ONCE)

@@ -112,9 +112,10 @@ def first_recipe(
     say(f"reading {asked.data}")
     rows = look_at_rows(asked.data)
     settings = ModelSettings(path=asked.model)
-    check_folder(asked.model) if asked.model != "embedded" else None
-    check_reachable(asked.model)
-    check_packages(settings)
+    if asked.model != "embedded":
+        check_folder(asked.model, weights=False)
+        check_reachable(asked.model)
+        check_packages(settings, weights=False)
     source = str(EMBEDDED) if asked.model == "embedded" else asked.model
     options = image_limit(load_processor(source, settings))
     begun = before_fitting(asked, rows, options, hardware.gpus)
