@@ -233,14 +233,17 @@ def test_quantized_bases_are_as_exact(family: Any, kind: str) -> None:
     for row, logp in enumerate(theirs):
         assert float((ours.logp[row][ours.mask[row]] - logp).detach().abs().max()) <= EXACT, row
     in_full = plain.score(family.policy.model, batch)
-    assert float((ours.logp - in_full.logp).detach().abs().max()) > EXACT, "quantization and adapters must show"
+    assert float((ours.logp - in_full.logp).detach().abs().max()) > EXACT, (
+        "quantization and adapters must show"
+    )
     if not family.traits.shared:
         return
     use_scoring(model, "shared_prefix")
     shared, scale = score(model, batch), weights(len(batch.completions))
     assert float((ours.logp - shared.logp).detach().abs().max()) <= EXACT
     assert_same_gradients(
-        gradients(model, (shared.logp.sum(1) * scale).sum()), gradients(model, (ours.logp.sum(1) * scale).sum())
+        gradients(model, (shared.logp.sum(1) * scale).sum()),
+        gradients(model, (ours.logp.sum(1) * scale).sum()),
     )
 
 
