@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from cwdpo.clock import spent_on
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
@@ -98,6 +99,7 @@ def at_once(stage: Stage) -> int:
     return min(MOST_AT_ONCE, stage.recipe.evaluation.batch_size)
 
 
+@spent_on("probes")
 def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | None:
     """Set up the measurements of a stage before it trains; ``None`` if there is no held-out prompt.
 
@@ -149,9 +151,9 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
     def _measure(self, model: Any, step: int) -> None:
         stage = self.stage
         began = time.perf_counter()
-        with stage.autocast(model):
+        with spent_on("probes"), stage.autocast(model):
             held = self.instruments.measure(model, step)
-        readings = [reading for probe in self.probes for reading in probe(held)]
+            readings = [reading for probe in self.probes for reading in probe(held)]
         stage.run.append_readings(stage.name, readings)
         self.last, self.last_step = {r.name: r for r in readings}, step
         self.instruments.seconds += time.perf_counter() - began

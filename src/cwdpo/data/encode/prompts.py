@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from cwdpo.clock import spent_on
 from cwdpo.data.contents import ImageContent, image_content
 from cwdpo.data.encode.expand import Expansions, Sizes, Written
 from cwdpo.data.encode.reading import Coming, Job, Workers
@@ -48,7 +49,8 @@ class EncodedPrompt:
         Raises:
             DataError: an image cannot be read, or its size is not the one that the prompt was made for.
         """
-        return self.load_images()
+        with spent_on("images"):
+            return self.load_images()
 
     def loaded(self) -> EncodedPrompt:
         """The prompt with its images in memory.
