@@ -85,7 +85,8 @@ def test_shipped_recipes_parse(path: Path) -> None:
 def test_the_readme_shows_the_shipped_recipe() -> None:
     root = paths.ROOT
     assert (
-        f"```yaml\n{(root / 'recipes' / 'qwen_lora.yaml').read_text()}```" in (root / "README.md").read_text()
+        f"```yaml\n{(root / 'recipes' / 'qwen2_5_vl_3b_lora.yaml').read_text()}```"
+        in (root / "README.md").read_text()
     )
 
 
@@ -529,8 +530,10 @@ def test_a_world_needs_training_and_validation_pictures() -> None:
         ("model.lora_rank=8", "here it is replaced by model.lora.r"),
         (
             "model.max_pixels=8",
-            "here it is replaced by model.processor_options.max_pixels (of images) and data.video.max_pixels",
+            "here it is replaced by model.processor_options.max_pixels (of images) and data.video.max_pixels "
+            "(of videos)",
         ),
+        ("data.video_fps=2", "here it is replaced by data.video.fps"),
         ("train.logging_step=1", "did you mean 'logging_steps'?"),
     ],
 )

@@ -117,7 +117,9 @@ class EvaluationSettings(Settings):
     prompts: int = Field(64, ge=0, description="0: no generation")
     samples: int = Field(1, ge=0, description="samples per prompt at temperature 1, in addition to greedy")
     max_new_tokens: int = Field(NEW_TOKENS, gt=0)
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(
+        64, gt=0, description="prompts of a forward pass without gradient; also of calibration and probes"
+    )
 
 
 class CalibrationSettings(Settings):

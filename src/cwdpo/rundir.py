@@ -12,7 +12,7 @@ The files::
     answers.jsonl      answers of a server
     rounds.jsonl       per round of stage 2: how many negatives were sampled, mixed in and dropped, and some pairs
     metrics.jsonl      one JSON object per logging step: stage, step, and the Trainer's metrics
-    timings.jsonl      one row per start that finished a stage: run time and speed of that start's steps
+    timings.jsonl      seconds by part of the run: a row per logging step, and the Trainer's run times
     readings.jsonl     one Reading per line: held-out probes
     probes-STAGE.jsonl the probe set: per prompt its responses by type, each with its provenance
     stopped-STAGE.json why a stage ended early, and the step whose checkpoint was restored

@@ -20,6 +20,9 @@ CELLS = (
     "evaluate",
     "sample",
     "export",
+    "nf4",
+    "int8",
+    "image-side",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +70,24 @@ def picture(width: int, height: int, seed: int) -> ImageRef:
 
 
 def rows() -> list[Example]:
-    """One row of each kind: a picture, several pictures, text only, several turns, a system prompt."""
+    """One row of each kind: a picture, several pictures, text only, several turns, a system prompt, and negatives that
+    are chosen's text and another one under another picture."""
     one, two, three = picture(100, 60, 1), picture(60, 110, 2), picture(64, 64, 3)
+    chosen = Completion("A red square stands left of the blue circle.")
+    wrong = Completion("A red square stands right of it.")
 
     def row(kind: str, images: tuple[ImageRef, ...], *prompt: Message) -> Example:
-        return Example(
-            kind,
-            images,
-            prompt,
-            Completion("A red square stands left of the blue circle."),
-            (Completion("A red square stands right of it."), Completion("Nothing is shown.")),
-        )
+        return Example(kind, images, prompt, chosen, (wrong, Completion("Nothing is shown.")))
 
     ask = Message("user", (None, "What is shown here?"))
+    other_picture = tuple(replace(c, images=(two,)) for c in (chosen, wrong))
     return [
         row("picture", (one,), ask),
         row("pictures", (one, two, three), Message("user", (None, None, None, "Which of the three is red?"))),
         row("text", (), Message("user", ("Is a circle round?",))),
         row("turns", (two,), ask, Message("assistant", ("A green triangle.",)), Message("user", ("And below it?",))),
         row("system", (three,), Message("system", ("Be brief.",)), ask),
+        replace(row("image-side", (one,), ask), rejected=other_picture),
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from cwdpo.data.encode.prompts import PromptEncoder
 from cwdpo.data.encode.template import RefusedRowError, TurnEnd
 from cwdpo.errors import DataError, ModelError
 from cwdpo.models.families import family_names
+from cwdpo.models.load import load_policy
 from cwdpo.models.parts import PARTS
+from cwdpo.models.quantization import quantized_layers
 from cwdpo.models.sample import Decoding, forced_logps, shared_prefill
+from cwdpo.models.settings import ModelSettings
 from cwdpo.models.shared_attention import shares_prefix, use_scoring
 from cwdpo.models.vision_cache import forget_vision_features, keep_vision_features
 from cwdpo.records import Example
@@ -90,7 +94,8 @@ def own_logps(family: Any, model: Any) -> list[torch.Tensor]:
     found = []
     for example in family.examples:
         for completion in (example.chosen, *example.rejected):
-            inputs = continued(family, example, completion.text)
+            images = example.images if completion.images is None else completion.images
+            inputs = continued(family, replace(example, images=images), completion.text)
             n = len(family.encoder.completion_ids(example, completion.text))
             logits = model(**inputs).logits[0, -n - 1 : -1].float()
             found.append(logits.log_softmax(-1).gather(1, inputs["input_ids"][0, -n:, None])[:, 0])
@@ -210,6 +215,35 @@ def test_shared_rows_against_plain_rows(family: Any) -> None:
     assert_same_gradients(
         gradients(model, (shared.logp.sum(1) * scale).sum()),
         gradients(model, (plain_.logp.sum(1) * scale).sum()),
+    )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_bases_are_as_exact(family: Any, kind: str) -> None:
+    """Plain rows against the quantized model's own logits, shared rows against plain ones, with adapters that move."""
+    asked = {"path": str(family.folder), "tune": "lora", "lora": {"r": 4}, "quantization": kind}
+    policy = load_policy(ModelSettings.model_validate(asked))
+    model, batch = policy.model.eval(), batch_of(family)
+    assert quantized_layers(model)
+    with torch.no_grad():
+        for number, parameter in enumerate(policy.trainable().values()):
+            parameter += 0.02 * (-1) ** number
+    use_scoring(model, "plain")
+    ours, theirs = plain.score(model, batch), own_logps(family, model)
+    for row, logp in enumerate(theirs):
+        assert float((ours.logp[row][ours.mask[row]] - logp).detach().abs().max()) <= EXACT, row
+    in_full = plain.score(family.policy.model, batch)
+    assert float((ours.logp - in_full.logp).detach().abs().max()) > EXACT, (
+        "quantization and adapters must show"
+    )
+    if not family.traits.shared:
+        return
+    use_scoring(model, "shared_prefix")
+    shared, scale = score(model, batch), weights(len(batch.completions))
+    assert float((ours.logp - shared.logp).detach().abs().max()) <= EXACT
+    assert_same_gradients(
+        gradients(model, (shared.logp.sum(1) * scale).sum()),
+        gradients(model, (ours.logp.sum(1) * scale).sum()),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,21 +44,29 @@ def write_data(folder: Path, examples: Sequence[Example], copies: int = 2) -> Pa
     rows = []
     for copy in range(copies):
         for example in examples:
-            files = []
-            for i, image in enumerate(example.images):
-                name = f"{example.id}-{copy}-{i}.png"
-                picture = image.open().transpose(Image.Transpose.ROTATE_180) if copy % 2 else image.open()
-                picture.putpixel((0, 0), (copy, i, 7))
-                picture.save(folder / name)
-                files.append(name)
+            rejected = example.rejected[copy % 2]
+            columns = {"images": example.images, "rejected_images": rejected.images or ()}
+            files: dict[str, list[str]] = {column: [] for column, images in columns.items() if images}
+            for column in files:
+                for i, image in enumerate(columns[column]):
+                    name = f"{example.id}-{copy}-{column}-{i}.png"
+                    picture = image.open().transpose(Image.Transpose.ROTATE_180) if copy % 2 else image.open()
+                    picture.putpixel((0, 0), (copy, i, 7))
+                    picture.save(folder / name)
+                    files[column].append(name)
             turns = [turn.as_chat() for turn in example.prompt]
             turns[-1]["content"][-1]["text"] += f" Number {copy}?"
-            said = {"chosen": example.chosen.text, "rejected": example.rejected[copy % 2].text}
+            said = {"chosen": example.chosen.text, "rejected": rejected.text}
             answers = {k: [{"role": "assistant", "content": text}] for k, text in said.items()}
-            rows.append({"images": files, "prompt": turns, **answers})
+            rows.append({"images": [], **files, "prompt": turns, **answers})
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def named(kind: str, tune: str, changes: dict[str, Any]) -> str:
+    """A name of its own for each recipe."""
+    return f"{kind}-{tune}-{zlib.crc32(json.dumps(changes, sort_keys=True).encode()):08x}"
 
 
 class Bench:
@@ -98,7 +107,7 @@ class Bench:
         }  # fmt: skip
         for key, value in changes.items():
             tree[key] = {**tree[key], **value}
-        path = self.folder / f"{kind}-{tune}-{len(changes)}.yaml"
+        path = self.folder / f"{named(kind, tune, changes)}.yaml"
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")
         return path
 
@@ -108,7 +117,7 @@ class Bench:
         Raises:
             RefusedError: the product refused it, as the family's own template or processor does.
         """
-        name = f"{kind}-{tune}-{'-'.join(changes)}"
+        name = named(kind, tune, changes)
         if name not in self._made:
             out = self.folder / "runs" / name
             done = run("train", self.recipe(kind, tune, **changes), "--out", out)
@@ -190,7 +199,12 @@ def sample(bench: Bench, run: Run) -> None:
 
 
 def export(bench: Bench, run: Run) -> None:
-    trained, out = bench.trained(run, "picture", "lora", **BF16), bench.folder / "exported"
+    exported(bench, run, bench.trained(run, "picture", "lora", **BF16))
+
+
+def exported(bench: Bench, run: Run, trained: Path) -> None:
+    """The merged export of a run is loaded by transformers in a process of its own."""
+    out = bench.folder / "exported" / trained.name
     done = run("export", trained, "--merge", "--out", out)
     assert done.code == 0, done.out + done.err
     clean = subprocess.run(
@@ -206,12 +220,26 @@ def export(bench: Bench, run: Run) -> None:
     assert found["parameters"] == sum(p.numel() for p in bench.family.policy.model.parameters())
 
 
+def quantized(kind: str) -> Callable[[Bench, Run], None]:
+    def tried(bench: Bench, run: Run) -> None:
+        model = {"quantization": kind, "dtype": "bfloat16"}
+        exported(bench, run, bench.trained(run, "picture", "lora", **BF16, model=model))
+
+    return tried
+
+
+def image_side(bench: Bench, run: Run) -> None:
+    out = bench.trained(run, "image-side", "lora", negatives={"image_mix": {"image_crop": 1.0}})
+    readings = (out / "readings.jsonl").read_text()
+    assert "image_crop" in readings
+
+
 TRIED: dict[str, Callable[[Bench, Run], None]] = dict(
     zip(
         CELLS,
         (
             validate, two_stages, full, on_policy, several_pictures, text_only, several_turns, system_prompt, evaluate,
-            sample, export,
+            sample, export, quantized("nf4"), quantized("int8"), image_side,
         ),
         strict=True,
     )

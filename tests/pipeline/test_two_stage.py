@@ -10,6 +10,7 @@ import torch
 
 from cwdpo.config import parse_recipe
 from cwdpo.errors import DataError, ModelError, RecipeError, RunDirError
+from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import freeze, load_policy
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.rundir import RunDir
@@ -39,6 +40,23 @@ def recipe(world: Path, folder: Path, /, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, world_folder, model_folder) -> RunDir:
     return train_two_stage(recipe(world_folder, model_folder), tmp_path_factory.mktemp("runs") / "small")
+
+
+def test_a_run_says_where_its_time_went(finished) -> None:
+    rows = [row for row in read_jsonl(finished.path / "timings.jsonl") if "parts" in row]
+    assert [r["stage"] for r in rows[:2]] == ["start", "stage1"]
+    assert rows[-1]["stage"] == "end"
+    spent = sum(seconds for row in rows for seconds in row["parts"].values())
+    assert spent == pytest.approx(rows[-1]["elapsed"], abs=0.001 * len(rows) * 10)
+    steps = {"step: forward", "step: backward", "step: optimizer", "probes", "encoding"}
+    for stage, more in (("stage1", set()), ("stage2", {"reference pass", "calibration"})):
+        own = [row for row in rows if row["stage"] == stage]
+        assert steps | more | {"checkpoints"} <= {name for row in own for name in row["parts"]}
+        logged = [row["step"] for row in finished.metrics() if row["stage"] == stage and "loss" in row]
+        assert [row["step"] for row in own][: len(logged)] == logged
+        assert own[-1]["remaining"] == 0
+    page = (finished.path / "report.html").read_text()
+    assert page.index("Where the time went") < page.index("step: forward")
 
 
 def test_a_run_folder_explains_itself(finished, world_folder, model_folder) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cwdpo.clock import Clock, running, spent_on
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
@@ -22,6 +22,7 @@ from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
 from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.pipeline.run_stage import run_stage
+from cwdpo.pipeline.timings import store_timings
 from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir, versions
@@ -86,27 +87,30 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
     mark = fingerprint(job)
     if job.result.is_file() and run.json("fingerprint.json") == mark:
         return run.json(job.result.name)
-    began = time.monotonic()
     shutil.rmtree(job.folder)
     write_text(job.folder / "recipe.yaml", job.recipe.to_yaml())
     write_json(job.folder / "fingerprint.json", mark)
-    if job.stage == "best_of":
-        figures = sample_best(job)
-    elif job.stage == "flipped":
-        figures = flip(job)
-    elif job.stage == "margins":
-        figures = estimate_margins(job)
-    else:
-        figures = train_and_measure(job, run, on_step)
-    write_json(job.folder / "timing.json", {"seconds": round(time.monotonic() - began, 1)})
+    with running(Clock()) as clock:
+        if job.stage == "best_of":
+            figures = sample_best(job)
+        elif job.stage == "flipped":
+            figures = flip(job)
+        elif job.stage == "margins":
+            figures = estimate_margins(job)
+        else:
+            figures = train_and_measure(job, run, on_step)
+        store_timings(run, "end")
+    write_json(job.folder / "timing.json", {"seconds": round(clock.elapsed, 1)})
     write_json(job.result, figures)
     return figures
 
 
 def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, Any]:
     """Train one stage (not for ``base``), then compute the figures on the test set (not for ``stage1``)."""
-    splits = None if job.stage == "base" else prepare_data(job.recipe, run)
-    policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
+    with spent_on("data"):
+        splits = None if job.stage == "base" else prepare_data(job.recipe, run)
+    with spent_on("loading the model"):
+        policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
     encoder = encoder_of(policy, job.recipe)
     listener = Listener(step=on_step)
     if job.stage == "stage1":
@@ -134,11 +138,12 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         train(job, policy, encoder, splits, run, listener)
         if job.options.get("keep_model"):  # another cell computes reward margins with it
             save_model(policy, job.folder / "model", run)
-    figures = held_out_figures(policy, test[0], probes, run)
-    if all_judgeable(test):
-        figures |= captions(policy.model, encoder, test, job.decodings, entropy)
-    else:
-        figures |= responses(policy, encoder, test, job.metrics)
+    with spent_on("evaluation"):
+        figures = held_out_figures(policy, test[0], probes, run)
+        if all_judgeable(test):
+            figures |= captions(policy.model, encoder, test, job.decodings, entropy)
+        else:
+            figures |= responses(policy, encoder, test, job.metrics)
     return {**figures, "trace": trace} if trace else figures
 
 

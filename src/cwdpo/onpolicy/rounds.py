@@ -15,6 +15,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from cwdpo.clock import spent_on
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
@@ -147,7 +148,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         stage = self.stage
         self._pool = self._pool or Pool(stage.run, stage.recipe, stage.encoder, self._judge)
         model = stage.whole_model()
-        with stage.autocast(model):
+        with spent_on("sampling"), stage.autocast(model):
             return self._pool.fill(
                 examples, self._sampler(model, round_), round_, step,
                 lambda done, total: stage.listener.sampled(round_, done, total),

@@ -17,6 +17,7 @@ from cwdpo.models.load import load_weights
 from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.signals import Signals
 from cwdpo.onpolicy.rounds import RoundData, Rounds
+from cwdpo.pipeline.timings import StepTimes
 from cwdpo.rundir import RunDir
 from cwdpo.stage.model import data_workers
 from cwdpo.stage.prepare import prepare, with_reference_values
@@ -122,12 +123,16 @@ def make_trainer(
 ) -> PreferenceTrainer:
     """The trainer of a stage; it writes its metrics to the run folder."""
     train, run, signals = stage.recipe.train, stage.run, signals or Signals()
+    times = StepTimes(stage)
 
     def on_log(row: Mapping[str, Any]) -> None:
         row = {**row, **(stage.objective.logged() if "loss" in row else {})}
         # Sent first: a row that is sent twice after a kill does less harm than one that is missing.
         stage.trackers.numbers(stage.name, row["step"], row)
         store_row(run, {"stage": stage.name, **row})
+        times.store(row["step"], trainer.state.max_steps)
+        if "train_runtime" in row:
+            times.end()
 
     more: dict[str, Any] = {}
     if signals.curriculum is not None:

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.arguments import check_trackers
+from cwdpo.clock import Clock, running, spent_on
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.models.adapter import with_adapter_settings
@@ -17,6 +18,7 @@ from cwdpo.pipeline.finish import evaluate_policy, result_of
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
 from cwdpo.pipeline.run_stage import check_arguments, run_stage
+from cwdpo.pipeline.timings import store_timings
 from cwdpo.records import Example
 from cwdpo.report.model_card import findings, write_model_card
 from cwdpo.report.render import write_report
@@ -64,7 +66,7 @@ def train_two_stage(
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
     start_run(run, recipe, resume=resume, accept_changes=accept_changes)
     try:
-        with started_trackers(recipe, run, listener.note) as trackers:
+        with running(Clock()), started_trackers(recipe, run, listener.note) as trackers:
             _train(recipe, run, state, listener, trackers, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
@@ -82,15 +84,16 @@ def _train(
     accept_changes: bool,
 ) -> None:
     listener.phase("reading data")
-    with (
-        state.main_process_first()
-    ):  # it writes the embedded world and the small model, which the others read
-        splits = prepare_data(recipe, run)
+    # The main process writes the embedded world and the small model, which the others read.
+    with state.main_process_first():
+        with spent_on("data"):
+            splits = prepare_data(recipe, run)
         for note in (*_notes(recipe), *splits.notes):
             listener.note(note)
         set_seed(recipe.seed)
         listener.phase("loading the model")
-        policy = load_model(recipe, splits, run)
+        with spent_on("loading the model"):
+            policy = load_model(recipe, splits, run)
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = encoder_of(policy, recipe)
     with autocast(policy.model, recipe.train.bf16):
@@ -101,6 +104,7 @@ def _train(
             name, recipe, policy, encoder, run, examples, splits.validation, listener, trackers, resume
         )
 
+    store_timings(run, "start")
     trained = resume and (run.path / "model").is_dir()
     if trained:
         if (first := run.path / "stage1" / "model").is_dir():
@@ -113,9 +117,10 @@ def _train(
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))
     if run.writes:
         listener.phase("evaluation")
-        with autocast(policy.model, recipe.train.bf16):
+        with spent_on("evaluation"), autocast(policy.model, recipe.train.bf16):
             summary = evaluate_policy(policy, encoder, splits.validation, recipe, run, resume=trained)
         run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
+        store_timings(run, "end")
         write_model_card(run.path)
         write_report(run.path)
         if trackers:

@@ -11,6 +11,7 @@ from cwdpo.report._dynamics import dynamics
 from cwdpo.report._negatives import negatives_section
 from cwdpo.report._page import Folder, Legend, Panel, Panels, keys, mapping, points, records
 from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, strip_uri
+from cwdpo.report._times import times
 from cwdpo.report.figures import histogram
 
 MAX_SAMPLES = 24
@@ -40,6 +41,7 @@ def run_page(folder: Folder) -> dict[str, Any]:
             {key: plain(row.get(key)) for key in ("stage", "problem")} for row in problems[:MAX_PROBLEMS]
         ],
         "n_problems": len(problems),
+        "times": times(folder),
         "recipe": folder.text("recipe.yaml").strip(),
         "versions": _versions(environment),
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from cwdpo.clock import spent_on
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError
 from cwdpo.models.sample import sample
@@ -59,7 +60,8 @@ def encode(
             "no example is left to train on: the data has no row for this stage with "
             f"{'a negative' if needed else 'a response'}; check data.stage1_fraction and negatives"
         )
-    encoded, problems = stage.encoder.encode_all(examples, stage.negatives, require_negative=needed)
+    with spent_on("encoding"):
+        encoded, problems = stage.encoder.encode_all(examples, stage.negatives, require_negative=needed)
     fraction = stage.recipe.data.max_bad_fraction
     if len(problems) > fraction * len(examples) or not encoded:
         shown = "\n  ".join(problems[:5])
@@ -87,7 +89,7 @@ def with_reference_values(
     reference = model or stage.reference_model or stage.policy.model
     train = stage.recipe.train
     folder = Path(train.reference_cache) if train.reference_cache else None
-    with stage.autocast(reference):
+    with spent_on("reference pass"), stage.autocast(reference):
         return stored_reference_pass(
             reference, encoded, stage.run, batch_size=train.batch_size, bf16=train.bf16, folder=folder
         )
@@ -178,9 +180,10 @@ def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float
     reference = stage.reference_model or stage.policy.model
     order = random.Random(seed).sample(range(len(prompts)), len(prompts))  # files may be sorted
     repeated = [prompts[order[i % len(order)]] for i in range(settings.samples)]
-    with stage.autocast(reference):
+    with spent_on("calibration"), stage.autocast(reference):
         samples = sample(
-            reference, stage.encoder, repeated, max_new_tokens=settings.max_new_tokens, seed=seed
-        )
+            reference, stage.encoder, repeated, max_new_tokens=settings.max_new_tokens,
+            batch_size=stage.recipe.evaluation.batch_size, seed=seed,
+        )  # fmt: skip
     mean_logps = [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
     return list(broadcast_object_list([mean_logps])[0])

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from cwdpo.clock import spent_on
 from cwdpo.errors import FileError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import damage, refuse, write_checksums
@@ -67,6 +68,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             self.control.should_log = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    @spent_on("checkpoints")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

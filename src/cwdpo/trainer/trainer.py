@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from cwdpo.arguments import Optimizer
+from cwdpo.clock import current, spent_on
 from cwdpo.data.encode.collate import Collator, PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.encode.reading import read_ahead
@@ -72,6 +73,22 @@ class TrainerOptions:
     optimizer: Optimizer = "adamw"
     before_checkpoint: Callable[[], None] = field(default=lambda: None)
     add_to_checkpoint: Callable[[Path], None] = field(default=lambda folder: None)
+
+
+class OptimizerTime(TrainerCallback):  # type: ignore[misc]
+    """Counts the update of the weights as a part of a step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin the part."""
+        if (clock := current()) is not None:
+            clock.begin("step")
+            clock.begin("optimizer")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End it."""
+        if (clock := current()) is not None:
+            clock.end()
+            clock.end()
 
 
 class PreferenceTrainer(CompleteCheckpoints):
@@ -135,6 +152,7 @@ class PreferenceTrainer(CompleteCheckpoints):
                 self.guard,
                 self.memory,
                 self.lost,
+                OptimizerTime(),
                 *callbacks,
             ],  # the guard checks before other callbacks measure
         )
@@ -204,7 +222,8 @@ class PreferenceTrainer(CompleteCheckpoints):
         """The micro-batches of the next optimizer step; the images of the step after it are read from now on."""
         if self._stream[0] is not epoch_iterator:
             self._stream = epoch_iterator, self._read_ahead(epoch_iterator)
-        return super().get_batch_samples(self._stream[1], num_batches, device)
+        with spent_on("step", "batches"):
+            return super().get_batch_samples(self._stream[1], num_batches, device)
 
     def _read_ahead(self, epoch_iterator: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         processes = self.accelerator.num_processes
@@ -289,6 +308,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return model if self._unsharded is None else self._unsharded.filled(model)
 
+    @spent_on("forward")
     @torch.no_grad()
     def _scored_ahead(self, batches: Sequence[PromptBatch]) -> list[ScoredPairs]:
         """The scored pairs of the step's micro-batches, without gradient."""
@@ -303,6 +323,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.model.train(training)
         return scored
 
+    @spent_on("forward")
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -330,9 +351,10 @@ class PreferenceTrainer(CompleteCheckpoints):
         self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward pass of one micro-batch; checks the gradient after the last one of a step."""
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self.guard.check_gradient(model, self.state.global_step + 1)
+        with spent_on("step", "backward"):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                self.guard.check_gradient(model, self.state.global_step + 1)
         return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from cwdpo.clock import spent_on
 from cwdpo.data.contents import ImageContent, image_content, video_digest
 from cwdpo.data.encode.clips import (
     check_apart,
@@ -57,7 +58,8 @@ class EncodedPrompt:
         Raises:
             DataError: an image or video cannot be read, or its size is not the one that the prompt was made for.
         """
-        return self.load_images()
+        with spent_on("images"):
+            return self.load_images()
 
     def loaded(self) -> EncodedPrompt:
         """The prompt with its images in memory.
