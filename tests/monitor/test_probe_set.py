@@ -317,7 +317,8 @@ def test_a_pass_without_gradient_takes_no_more_prompts_than_evaluation(
 ) -> None:
     recipe = parse_recipe(
         {"data": {"path": "x"}, "probes": {"prompts": 6, "types": ["on_policy"], "max_new_tokens": 4},
-         "calibration": {"samples": 5, "max_new_tokens": 4}, "stage2": {"objective": "sft"}, "evaluation": {"batch_size": 2}}
+         "calibration": {"samples": 5, "max_new_tokens": 4}, "stage2": {"objective": "sft"},
+         "evaluation": {"batch_size": 2}}
     )  # fmt: skip
     encoded = encoder.encode_all(examples[6:20], "rejected", require_negative=False)[0]
     policy = Policy(model, encoder.processor, "")

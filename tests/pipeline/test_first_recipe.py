@@ -203,6 +203,15 @@ def test_all_weights_then_fsdp2_then_lora(recipe: Recipe, stages: list[StageRows
     assert names[-1].startswith("LoRA on weights in 4 bits")
 
 
+def test_a_checkpoint_that_lies_quantized_stays_as_it_is(recipe: Recipe, stages: list[StageRows]) -> None:
+    settings = recipe.model.model_copy(
+        update={"quantization": "nf4", "tune": "lora"}
+    )  # as read_config finds it
+    found = fit(recipe.model_copy(update={"model": settings}), stages, 2**40, "full")
+    assert found.way.model == {"tune": "lora"}, "a recipe that quantizes it again is refused"
+    assert "quantized weights" in found.memory.parts
+
+
 def test_what_fsdp2_spreads_by_hand() -> None:
     parts = {"weights": 100, "optimizer state": 301, "gradient buckets": 100, "gradients": 40, "text": 7}
     found = PeakMemory(parts, 1, 10).sharded(4)

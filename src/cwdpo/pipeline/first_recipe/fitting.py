@@ -100,6 +100,17 @@ def ways(tune: Tune, gpus: int) -> Iterator[Way]:
     yield Way("LoRA on weights in 4 bits, activations recomputed", quantized, {**bf16, **recomputed})
 
 
+def _of_quantized() -> Iterator[Way]:
+    """Ways for a checkpoint whose weights lie in 4 or 8 bits: LoRA on them as they are."""
+    bf16 = {"bf16": True}
+    yield Way("LoRA on the checkpoint's quantized weights", {"tune": "lora"}, bf16)
+    yield Way(
+        "LoRA on the checkpoint's quantized weights, activations recomputed",
+        {"tune": "lora"},
+        {**bf16, "gradient_checkpointing": True},
+    )
+
+
 def fitted(
     config: Any, recipe: Recipe, stages: Sequence[StageRows], hardware: Hardware, tune: Tune
 ) -> Fitted:
@@ -117,14 +128,7 @@ def fitted(
     """
     limit, tried = int(MARGIN * hardware.gpu.usable), list[Tried]()
     runs = {sharded: HollowRun(config, hardware.gpus, sharded=sharded) for sharded in (False, True)}
-    lies_quantized = recipe.model.quantization is not None  # then there is no other base
-    for way in ways("lora" if lies_quantized else tune, hardware.gpus):
-        if lies_quantized and way.model.get("quantization") is None:
-            way = Way(
-                way.name.replace("bf16 weights", "the checkpoint's quantized weights"),
-                {"tune": "lora"},
-                way.train,
-            )
+    for way in _of_quantized() if recipe.model.quantization is not None else ways(tune, hardware.gpus):
         found = _largest(runs[way.sharded], way, way.applied(recipe), stages, limit, tried)
         if found is not None:
             return Fitted(*found, tuple(tried))
