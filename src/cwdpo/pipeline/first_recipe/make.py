@@ -102,8 +102,8 @@ def first_recipe(
         say: is told what is done.
 
     Raises:
-        CwdpoError: the data cannot be read or are too few, the model is not there or cannot be planned, the objective is
-            unknown, or nothing fits.
+        CwdpoError: the data cannot be read or are too few, the model is not there or cannot be planned, the objective
+            is unknown, or nothing fits.
     """
     if asked.model == "init":
         raise RecipeError(
