@@ -5,10 +5,11 @@ Unknown keys are refused, and the message names the most similar known key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -34,10 +35,41 @@ Spec = dict[str, Any]
 _Section = TypeVar("_Section", bound=Settings)
 
 
+class DataSource(Settings):
+    """One data set of a mixture; what is not set is as in ``data``."""
+
+    path: str = Field(description="as data.path")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="for metrics and report; default: the path's last part",
+    )
+    repeat: float | None = Field(
+        None,
+        gt=0,
+        description="how often each row is in the training data; 0.5: half of the rows; default: 1",
+    )
+    weight: float | None = Field(
+        None, gt=0, description="share of the training rows, relative to the other sources' weights"
+    )
+    format: str | Spec | None = None
+    ignore_columns: tuple[str, ...] | None = None
+    image_root: str | None = None
+    default_prompt: str | None = None
+    limit: int | None = Field(None, gt=0)
+
+    @property
+    def title(self) -> str:
+        """The name, or the path's last part without its ending."""
+        last = self.path.rstrip("/").replace("\\", "/").rpartition("/")[2]
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", last.partition(".")[0] or last)
+
+
 class DataSettings(Settings):
     """The source of the examples, and their split."""
 
     path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
+    sources: tuple[DataSource, ...] = Field((), description="a mixture of data sets, instead of path")
     world: ShapesSettings | None = Field(None, description="embedded world to generate in the run folder")
     format: str | Spec = Field(
         "auto",
@@ -63,11 +95,30 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
-        if (self.path is None) == (self.world is None):
-            raise ValueError("exactly one of 'path' and 'world' must be given")
+        if (self.path is not None) + (self.world is not None) + bool(self.sources) != 1:
+            raise ValueError("exactly one of 'path', 'sources' and 'world' must be given")
+        names = [source.title for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sources: two are called {twice[0]!r}: give each a 'name' of its own")
+        weighted = [source.title for source in self.sources if source.weight is not None]
+        if weighted and len(weighted) < len(names):
+            lacking = next(name for name in names if name not in weighted)
+            raise ValueError(
+                f"sources: {lacking!r} has no 'weight', but others have: give one to all, or to none"
+            )
+        if mixed := [s.title for s in self.sources if s.weight is not None and s.repeat is not None]:
+            raise ValueError(f"sources: {mixed[0]!r} has 'weight' and 'repeat': leave out one of them")
         if self.world is not None and not (self.world.train and self.world.validation):
             raise ValueError("world.train and world.validation must be at least 1")
         return self
+
+    def each(self) -> tuple[DataSettings, ...]:
+        """The settings of each data set of a mixture, as if it were the only one; without a mixture, these."""
+        if not self.sources:
+            return (self,)
+        own = ("path", "format", "ignore_columns", "image_root", "default_prompt", "limit")
+        given = ({key: getattr(s, key) for key in own if getattr(s, key) is not None} for s in self.sources)
+        return tuple(self.model_copy(update={"sources": (), **values}) for values in given)
 
 
 class StageSettings(Settings):
@@ -313,6 +364,8 @@ def _line(item: Any) -> Any:
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
     for part in path:
+        if part.isdigit():  # an entry of a list
+            continue
         field = model.model_fields.get(part)
         inner = [a for a in _candidates(field.annotation if field else None) if issubclass(a, BaseModel)]
         if not inner:
@@ -322,10 +375,12 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _places(model: type[BaseModel], section: str = "") -> list[str]:
-    """Every dotted key of a recipe, sections first."""
+    """Every dotted key of a recipe, sections first; not those of a list's entries."""
     places = []
     for name, field in model.model_fields.items():
         places.append(f"{section}{name}")
+        if get_origin(field.annotation) is tuple:
+            continue
         for inner in _candidates(field.annotation):
             if issubclass(inner, BaseModel):
                 places += _places(inner, f"{section}{name}.")

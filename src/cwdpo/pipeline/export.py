@@ -232,6 +232,8 @@ def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
         RunDirError: the data are in the user's own format, and a stored recipe must not load code.
     """
     settings: DataSettings = stored_data(run.path / "recipe.yaml")
+    if settings.validation_path is None:
+        settings = settings.each()[0]
     if ".py:" in str(settings.format):
         raise RunDirError(
             f"{run.path}: its data are in a format of your own ({settings.format}), and a stored recipe loads no code: "
