@@ -302,7 +302,7 @@ def test_finite_numbers_in_overrides_and_objectives(value: str) -> None:
 
 @pytest.mark.parametrize("data", [{}, {"path": "x", "world": {}}, {"limit": 3}, {"path": None}])
 def test_exactly_one_data_source(data: dict[str, Any]) -> None:
-    assert refusal({"data": data}).startswith("my.yaml: data: Value error, exactly one of 'path' and 'world'")
+    assert refusal({"data": data}).startswith("my.yaml: data: Value error, exactly one of 'path', 'sources' and 'world'")
 
 
 def test_something_must_be_trained() -> None:

@@ -78,12 +78,7 @@ def validate(
         recipe = _with_data(Path(data), overrides or ())
         if settings is None and recipe.model.path != "init":  # the tokenizer of `init` does not exist yet
             settings = recipe.model
-        if fix is not None and recipe.data.sources:
-            raise typer.BadParameter(
-                "a mixture has several files: give each a command of its own", param_hint="--fix"
-            )
-        own = recipe.data.each()
-        sources = [(str(data.path), _how(data, how)) for data in own]
+        sources = [(str(own.path), _how(own, how)) for own in recipe.data.each()]
         reports, lacking = _of_recipe(recipe, how, settings, against or (), fix)
     elif overrides:
         raise typer.BadParameter(
@@ -92,8 +87,7 @@ def validate(
     else:
         reports, sources = [_checked(data, how, settings, against or (), fix)], [(data, how)]
     typer.echo("\n".join(report.to_json() if as_json else report.to_text() for report in reports))
-    shown = [row for one in sources for row in _rows_to_show(*one, settings, show)] if show else []
-    _show(shown, as_json)
+    _show([row for one in sources if show for row in _rows_to_show(*one, settings, show)], as_json)
     if lacking:
         raise RecipeError(f"{data}: {lacking}")
     if any(report.problems for report in reports):
@@ -140,6 +134,10 @@ def _of_recipe(
 ) -> tuple[list[ValidationReport], str | None]:
     """The reports of a recipe's data and of its held-out set; and an error text if stage 2 has no negatives."""
     data = recipe.data
+    if fix is not None and data.sources:
+        raise typer.BadParameter(
+            "a mixture has several files: give each a command of its own", param_hint="--fix"
+        )
     held = [] if data.validation_path is None else [data.validation_path]
     every = data.each()
     reports = [_checked(str(own.path), _how(own, how), settings, [*held, *against], fix) for own in every]

@@ -44,14 +44,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     Raises:
         DataError: the data cannot be read or is empty, or too many rows are bad.
     """
-    data = recipe.data
-    if data.world is not None:
-        from cwdpo.worlds.shapes import materialise
-
-        written = {name: str(path) for name, path in materialise(data.world, run.path / "data").items()}
-        files = {"path": written["train"], "validation_path": written["validation"]}
-        data = data.model_copy(update={"world": None, **files})
-
+    data = _on_disk(recipe.data, run)
     notes: list[str] = []
 
     def read(source: str, how: DataSettings) -> list[Example]:
@@ -101,6 +94,17 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         with_negatives(in_turn(validation), recipe, run, need=False),
         tuple(notes),
     )
+
+
+def _on_disk(data: DataSettings, run: RunDir) -> DataSettings:
+    """The settings; of an embedded world, the paths of the files that are written now."""
+    if data.world is None:
+        return data
+    from cwdpo.worlds.shapes import materialise
+
+    written = {name: str(path) for name, path in materialise(data.world, run.path / "data").items()}
+    files = {"path": written["train"], "validation_path": written["validation"]}
+    return data.model_copy(update={"world": None, **files})
 
 
 def _mixture(stage: str, amounts: Mapping[str, Amount], examples: Sequence[Example]) -> str:
