@@ -33,7 +33,7 @@ def test_recipes_of_the_package_are_listed_shown_copied_and_run_by_name(
     listed = run("recipe", "list")
     assert listed.code == 0
     names = [line.split()[0] for line in listed.out.splitlines()]
-    assert {"tiny", "on_policy", "photos", "qwen_lora", "base"} <= set(names)
+    assert {"tiny", "on_policy", "photos", "qwen2_5_vl_3b_lora", "base"} <= set(names)
     assert all(len(line.split()) > 4 for line in listed.out.splitlines()), "each with what it is"
     for name in names:
         shown = run("recipe", "show", name)
@@ -42,7 +42,7 @@ def test_recipes_of_the_package_are_listed_shown_copied_and_run_by_name(
     copied = run("recipe", "copy", "tiny")
     assert (copied.code, copied.out) == (0, "tiny.yaml: edit it, then: cwdpo validate tiny.yaml\n")
     assert "exists" in run("recipe", "copy", "tiny").err
-    assert run("recipe", "copy", "qwen_lora", "my.yaml").code == 0
+    assert run("recipe", "copy", "qwen2_5_vl_3b_lora", "my.yaml").code == 0
     assert load_recipe("my.yaml").model.tune == "lora"
     (tmp_path / "on_policy").write_text("name: mine\ndata: {path: x.jsonl}\n")
     assert load_recipe("on_policy").name == "mine", "a file comes before a name"
@@ -50,6 +50,23 @@ def test_recipes_of_the_package_are_listed_shown_copied_and_run_by_name(
         said = run(*wrong)
         assert said.code == 1
         assert "did you mean 'tiny'" in said.err
+    near = run("train", "qwen2.5-vl-7b")
+    assert all(f"'qwen2_5_vl_7b_{way}'" in near.err for way in ("lora", "nf4", "full_fsdp"))
+    assert "`cwdpo recipe list`" in run("recipe", "show", "zzzz").err
+
+
+def test_a_shipped_name_is_a_recipe_for_every_command(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("validate", "sample"):
+        said = run(command, "gemma3_4b_lora", "data.path=absent.jsonl")
+        assert said.code == 1
+        assert "absent.jsonl" in said.err, "it was read as a recipe"
+    said = run("validate", "tiny")
+    assert "tiny: data.world is generated" in said.err
+    (tmp_path / "tiny").mkdir()
+    assert load_recipe("tiny").data.world is not None, "a folder of that name is no recipe"
 
 
 @pytest.mark.parametrize(

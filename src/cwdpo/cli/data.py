@@ -15,14 +15,16 @@ from cwdpo.cli.show import print_rows
 from cwdpo.data.read.dataset_info import NAME
 from cwdpo.errors import RecipeError
 from cwdpo.negatives.settings import WITHOUT_NEGATIVES
+from cwdpo.shipped import is_name
 
 if TYPE_CHECKING:
-    from cwdpo.config import DataSettings, Recipe
+    from cwdpo.config import Recipe
     from cwdpo.data.encode.encoder import Encoder
     from cwdpo.data.encode.template import CheckpointTokens
     from cwdpo.data.validate.lengths import LengthCounter
     from cwdpo.data.validate.report import ValidationReport
     from cwdpo.data.validate.show import ShownRow
+    from cwdpo.data_settings import DataSettings
     from cwdpo.models.settings import ModelSettings
 
 
@@ -34,7 +36,7 @@ def mount(app: typer.Typer) -> None:
 
 def validate(
     data: Annotated[
-        str, typer.Argument(help="a file, a folder, a hub id, or a recipe (.yaml) with data and model")
+        str, typer.Argument(help="a file, a folder, a hub id, or a recipe: its file or shipped name")
     ],
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -74,7 +76,7 @@ def validate(
     }  # fmt: skip
     how = {key: value for key, value in how.items() if value is not None}
     settings, lacking = None if model is None else ModelSettings(path=model), None
-    if NAME not in data and Path(data).suffix.lower() in (".yaml", ".yml"):
+    if is_name(data) or (NAME not in data and Path(data).suffix.lower() in (".yaml", ".yml")):
         recipe = _with_data(Path(data), overrides or ())
         if settings is None and recipe.model.path != "init":  # the tokenizer of `init` does not exist yet
             settings = recipe.model
@@ -92,6 +94,20 @@ def validate(
         raise RecipeError(f"{data}: {lacking}")
     if any(report.problems for report in reports):
         raise typer.Exit(1)
+
+
+def validate_recipe(recipe: Recipe) -> bool:
+    """Print what `cwdpo validate` says of a recipe with ``data.path``, and say whether the rows are without problems.
+
+    Raises:
+        RecipeError: stage 2 has no negatives.
+    """
+    settings = None if recipe.model.path == "init" else recipe.model
+    reports, lacking = _of_recipe(recipe, {}, settings, (), None)
+    typer.echo("\n".join(report.to_text() for report in reports))
+    if lacking:
+        raise RecipeError(lacking)
+    return not any(report.problems for report in reports)
 
 
 def _show(rows: list[ShownRow], as_json: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cwdpo.cli import data, env, evaluate, lab, plan, train, watch
+from cwdpo.cli import data, env, evaluate, init, lab, plan, train, watch
 from cwdpo.data.problems import printable
 from cwdpo.errors import CwdpoError
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Cooling-Weighted DPO for vision-language models.",
 )
-for group in (train, plan, data, watch, evaluate, lab, env):
+for group in (init, train, plan, data, watch, evaluate, lab, env):
     group.mount(app)
 
 

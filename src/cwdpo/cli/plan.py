@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cwdpo.cli.common import TRAIN, AsJson, Overrides, Recipe
+from cwdpo.pipeline.planning.gpus import in_units
 
 if TYPE_CHECKING:
     from cwdpo.pipeline.planning.run import Hardware, Images, Plan, StagePlan
@@ -56,12 +57,13 @@ def plan(
     from cwdpo.pipeline.planning.run import Hardware, plan_run
 
     found = plan_run(parsed, Hardware(chosen, gpus, utilisation, price), rows)
-    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(_lines(found)))
-    if not (found.fits or any(remedy.fits for remedy in found.remedies)):
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(plan_lines(found)))
+    if not found.possible:
         raise typer.Exit(1)
 
 
-def _lines(plan: Plan) -> Iterator[str]:
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """The plan for a person."""
     hardware = plan.hardware
     chosen = hardware.gpu
     weights = plan.dtype if plan.quantization is None else f"{plan.quantization}, {plan.dtype}"
@@ -79,7 +81,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"  {'it fits' if plan.fits else 'it does not fit'}"
     for remedy in plan.remedies:
         verdict = "fits" if remedy.fits else "does not fit"
-        yield f"  with {' '.join(remedy.settings)}: {_bytes(remedy.memory.total)}, {verdict}"
+        yield f"  with {' '.join(remedy.settings)}: {in_units(remedy.memory.total)}, {verdict}"
     if plan.remedies:
         yield "  time and cost are those of the last line"
     yield ""
@@ -126,18 +128,13 @@ def _images(images: Images) -> Iterator[str]:
 
 def _parts(parts: Mapping[str, int]) -> Iterator[str]:
     for name, size in parts.items():
-        yield f"  {name:<18} {_bytes(size):>10}"
+        yield f"  {name:<18} {in_units(size):>10}"
 
 
 def _cost(plan: Plan) -> str:
     if plan.cost is None:
         return ""
     return f", {plan.hardware.gpus * plan.hours:.2f} GPU-hours, costs {plan.cost:.2f}"
-
-
-def _bytes(size: float) -> str:
-    unit, name = (2**30, "GiB") if size >= 2**30 / 10 else (2**20, "MiB")
-    return f"{size / unit:.2f} {name}"
 
 
 def _flops(count: float) -> str:

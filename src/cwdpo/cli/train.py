@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cwdpo import shipped
 from cwdpo.arguments import check_trackers
 from cwdpo.cli.common import TRAIN, Overrides, Recipe
+from cwdpo.cli.data import validate_recipe
+from cwdpo.cli.plan import plan_lines
 from cwdpo.cli.progress import run_listener
 from cwdpo.errors import DataError, RecipeError, RunDirError
 from cwdpo.files.writing import write_text
+from cwdpo.pipeline.planning.gpus import gpu_of
 from cwdpo.rundir import RunDir
+
+if TYPE_CHECKING:
+    from cwdpo.config import Recipe as Settings
 
 
 def mount(app: typer.Typer) -> None:
@@ -40,6 +46,11 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="with --resume: allow a changed recipe")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="validate and plan, and train nothing; needs --gpu")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="with --dry-run: the GPU to plan for")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="with --dry-run: number of GPUs")] = 1,
     data_file: Annotated[
         Path | None,
         typer.Option("--from", help="train on the pairs of this file, written by `cwdpo sample`"),
@@ -49,6 +60,11 @@ def train(
     from cwdpo.config import load_recipe
 
     parsed = load_recipe(recipe, [*_pairs_of(data_file), *(overrides or ())])
+    if dry_run:
+        _validate_and_plan(parsed, gpu, gpus)
+        return
+    if gpu is not None or gpus > 1:
+        raise typer.BadParameter("it is for --dry-run", param_hint="--gpu, --gpus")
     folder = out or Path("runs") / parsed.name
     if resume and not folder.is_dir():
         raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
@@ -74,6 +90,22 @@ def train(
     typer.echo(
         f"model    {run.path / 'model'}\nfigures  {run.path / 'summary.json'}\nreport   {run.path / 'report.html'}"
     )
+
+
+def _validate_and_plan(parsed: Settings, gpu: str | None, gpus: int) -> None:
+    """What `cwdpo validate` and `cwdpo plan` say of a recipe; exit code 1 if one of them would have it.
+
+    Raises:
+        RecipeError: --gpu is missing or unknown, or stage 2 has no negatives.
+    """
+    chosen = gpu_of(gpu)
+    good = parsed.data.path is None or validate_recipe(parsed)  # a world is generated: nothing to validate
+    from cwdpo.pipeline.planning.run import Hardware, plan_run
+
+    found = plan_run(parsed, Hardware(chosen, gpus))
+    typer.echo("\n".join(plan_lines(found)))
+    if not (good and found.possible):
+        raise typer.Exit(1)
 
 
 def _kept(save_steps: int | None) -> str:

@@ -27,6 +27,8 @@ _SETTINGS = (
 )  # fmt: skip
 """Files that transformers reads besides config.json; the tokenizer's file is too large to be read twice."""
 MOST_IMAGE_TOKENS = 2**16
+ANSWERS_WITHIN = 5.0
+"""Seconds for the hub's first answer."""
 _DIGITS = re.compile(r"\d+")
 _EMBEDDING = re.compile(r"\b(embed_tokens|lm_head)(\.base_layer|\.modules_to_save)?\.weight$")
 
@@ -91,6 +93,33 @@ def check_folder(source: str, *, weights: bool = True) -> None:
     raise ModelError(
         f"model.path {source!r}: there is no {kind}*.safetensors; fetch the checkpoint again, it is incomplete"
     )
+
+
+def check_reachable(source: str) -> None:
+    """Refuse a hub id while the hub does not answer, within seconds: transformers would try for most of a minute.
+
+    Nothing is asked of the hub under ``HF_HUB_OFFLINE``.
+
+    Raises:
+        ModelError: no answer within :data:`ANSWERS_WITHIN`; the message says whether the files are on this machine.
+    """
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+    if os.path.isdir(source) or "/" not in source or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(f"{constants.ENDPOINT}/api/models/{source}", timeout=ANSWERS_WITHIN)
+    except Exception as error:  # the client of the installed version has its own types
+        cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
+        remedy = (
+            "it was fetched before, and with HF_HUB_OFFLINE=1 that copy is used"
+            if cached
+            else "correct the network, or download the checkpoint elsewhere (hf download) and name its folder"
+        )
+        raise ModelError(
+            f"model {source!r}: there is no such folder here, and {constants.ENDPOINT} does not answer "
+            f"({type(error).__name__}): {remedy}"
+        ) from None
 
 
 def check_processor(processor: Any, source: str) -> None:

@@ -49,8 +49,12 @@ def missing_package(error: BaseException) -> str | None:
     return found and found.lower().rstrip(".")
 
 
-def check_packages(settings: ModelSettings) -> None:
+def check_packages(settings: ModelSettings, *, weights: bool = True) -> None:
     """Look whether everything that a model's processor, weights and attention need is installed; loads no weights.
+
+    Args:
+        settings: the recipe's section ``model``.
+        weights: whether a folder must have weights, too.
 
     Raises:
         ModelError: a package is missing, with the line that installs it; the folder holds no checkpoint; or the
@@ -66,7 +70,7 @@ def check_packages(settings: ModelSettings) -> None:
         _need("bitsandbytes", f"model.quantization: {settings.quantization}")
     if settings.path in ("init", "embedded"):
         return
-    check_folder(settings.path)
+    check_folder(settings.path, weights=weights)
     source = adapter_base(settings.path, settings.revision) or settings.path
     config = checkpoint_config(source, settings)
     check_quantization(settings, config, source)

@@ -16,7 +16,7 @@ from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.sample import sample
 from cwdpo.monitor.influence import one_step
-from cwdpo.monitor.probe_pass import ProbeSet, with_responses
+from cwdpo.monitor.probe_pass import MOST_AT_ONCE, ProbeSet, with_responses
 from cwdpo.monitor.probe_set import Load, Prompts, as_chosen, build_prompts
 from cwdpo.probes.base import PROBES, HeldOut, OneStep
 from cwdpo.records import Example, Reading, Sample
@@ -69,7 +69,7 @@ class Instruments:
         if not examples:
             return held
         with self.start.in_force(model):
-            fresh = ProbeSet(examples, model)
+            fresh = ProbeSet(examples, model, at_once(self.stage))
         held = held.plus(fresh.measure(model, step), "on_policy")
         return replace(held, sampled={**held.sampled, "on_policy": [(s.text, s.ended) for s in drawn]})
 
@@ -87,8 +87,16 @@ class Instruments:
 def draw(stage: Stage, model: nn.Module, examples: Sequence[Example], seed: int) -> list[Sample]:
     """One sample of the current policy for each prompt, at temperature 1."""
     most = stage.recipe.probes.max_new_tokens
-    drawn: list[Sample] = sample(model, stage.encoder, examples, max_new_tokens=most, seed=seed)
+    size = stage.recipe.evaluation.batch_size
+    drawn: list[Sample] = sample(
+        model, stage.encoder, examples, max_new_tokens=most, batch_size=size, seed=seed
+    )
     return drawn
+
+
+def at_once(stage: Stage) -> int:
+    """Prompts of a forward pass over the probe set: ``evaluation.batch_size``, at most :data:`MOST_AT_ONCE`."""
+    return min(MOST_AT_ONCE, stage.recipe.evaluation.batch_size)
 
 
 @spent_on("probes")
@@ -118,7 +126,7 @@ def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | N
             "probes.influence: no training example has a negative before the first round; set it to 0, or use data "
             "with rejected responses"
         )
-    probes = ProbeSet(prompts.encoded, model, extras=prompts.extras)
+    probes = ProbeSet(prompts.encoded, model, at_once(stage), extras=prompts.extras)
     start = Weights.of(model) if "on_policy" in settings.types else None
     return Instruments(stage, prompts, probes, updates, start, time.perf_counter() - began)
 

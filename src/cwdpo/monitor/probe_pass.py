@@ -23,6 +23,8 @@ MAX_STORED = 1 << 26
 """Largest number of log-probabilities kept for the divergences of a response type (256 MiB of fp32)."""
 PADDING = 512
 """A batch may have this many tokens of padding: they cost less than another forward pass."""
+MOST_AT_ONCE = 32
+"""Prompts of a forward pass, unless fewer are asked for."""
 WHOLE = ("chosen", "chosen_initial")
 """Response types whose full vocabulary distributions are kept (for KL, TV and JS)."""
 
@@ -41,7 +43,7 @@ class ProbeSet:
         self,
         examples: Sequence[EncodedExample],
         model: nn.Module,
-        batch_size: int = 32,
+        batch_size: int = MOST_AT_ONCE,
         extras: Mapping[str, Sequence[EncodedCompletion]] | None = None,
     ) -> None:
         rows = []

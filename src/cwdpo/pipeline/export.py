@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.config import DataSettings, stored_data, stored_model
+from cwdpo.config import stored_data, stored_model
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.read.reader import read_examples
+from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import refuse_damage

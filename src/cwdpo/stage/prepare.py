@@ -182,7 +182,8 @@ def reference_mean_logps(stage: Stage, prompts: Sequence[Example]) -> list[float
     repeated = [prompts[order[i % len(order)]] for i in range(settings.samples)]
     with spent_on("calibration"), stage.autocast(reference):
         samples = sample(
-            reference, stage.encoder, repeated, max_new_tokens=settings.max_new_tokens, seed=seed
-        )
+            reference, stage.encoder, repeated, max_new_tokens=settings.max_new_tokens,
+            batch_size=stage.recipe.evaluation.batch_size, seed=seed,
+        )  # fmt: skip
     mean_logps = [round(s.mean_logp, 6) for s in samples if s.mean_logp is not None]
     return list(broadcast_object_list([mean_logps])[0])

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cwdpo.config import DataSettings, Recipe
+from cwdpo.config import Recipe
 from cwdpo.data.mixture import Amount, in_turn, mixed
 from cwdpo.data.problems import printable
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.split import split_by_image
+from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError
 from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import attach_negatives

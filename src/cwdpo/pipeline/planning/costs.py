@@ -21,7 +21,9 @@ from cwdpo.objectives.base import Objective
 from cwdpo.pipeline.planning.rows import StageRows
 from cwdpo.scoring.score import row_tokens
 from cwdpo.trainer.batching import row_lengths
-from cwdpo.trainer.dry_step import OF_THE_BATCH, DryRun, HowToStep, StepCost
+from cwdpo.trainer.dry_step import GRADIENTS, OF_THE_BATCH, DryRun, HowToStep, StepCost
+
+OPTIMIZER, BUCKETS = "optimizer state", "gradient buckets"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class PeakMemory:
         """The share of the micro-batch that would fit, if what it takes is proportional to its size."""
         moving = sum(size for name, size in self.parts.items() if name in OF_THE_BATCH)
         return max(0.0, (usable - self.total + moving) / max(moving, 1))
+
+    def sharded(self, gpus: int) -> PeakMemory:
+        """At most what FSDP2 takes on each of ``gpus`` GPUs.
+
+        Gradients and optimizer state are spread. The weights count whole: they lie so on each GPU before training, and
+        while training FSDP2 gathers a layer's when it runs.
+        """
+        parts = {k: v for k, v in self.parts.items() if k != BUCKETS}
+        spread = {k: -(-parts[k] // gpus) for k in (OPTIMIZER, GRADIENTS) if k in parts}
+        return PeakMemory({**parts, **spread}, self.prompts, self.tokens)
 
 
 class HollowRun:
@@ -78,6 +90,10 @@ class HollowRun:
         """Whether the recipe's model is scored in shared-prefix rows."""
         return shares_prefix(self._of(recipe)[0].model)
 
+    def kept(self, recipe: Recipe) -> int:
+        """Bytes that lie in a GPU's memory before any batch: weights, adapters, optimizer state, gradients."""
+        return self._of(recipe)[1].total
+
     def step(self, recipe: Recipe, objective: Objective, batch: PromptBatch) -> StepCost:
         """The cost of a micro-batch; features of a frozen vision side are computed for it."""
         train = recipe.train
@@ -100,8 +116,8 @@ class HollowRun:
             "weights": memory.weights,
             "quantized weights": memory.quantized,
             "adapters": memory.adapters,
-            "optimizer state": memory.optimizer,
-            "gradient buckets": memory.gradients if self.gpus > 1 else 0,
+            OPTIMIZER: memory.optimizer,
+            BUCKETS: memory.gradients if self.gpus > 1 else 0,
             **cost.parts,
         }
         return PeakMemory(

@@ -58,6 +58,12 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 
+def in_units(size: float) -> str:
+    """Bytes for the user, in GiB or MiB."""
+    unit, name = (2**30, "GiB") if size >= 2**30 / 10 else (2**20, "MiB")
+    return f"{size / unit:.2f} {name}"
+
+
 def gpu_of(name: str | None, memory_gib: float | None = None, tflops: float | None = None) -> Gpu:
     """A GPU of the table, or one of given numbers, or one of the table with a number replaced.
 

@@ -10,21 +10,14 @@ from typing import Any
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.collate import PromptBatch
-from cwdpo.data.encode.encoder import EncodedExample, Encoder
-from cwdpo.errors import ModelError
-from cwdpo.models.adapter import with_adapter_settings
-from cwdpo.models.checkpoint import adapter_base, check_folder, quiet, reason
+from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.models.hollow import dtype_of
-from cwdpo.models.load import EMBEDDED, load_processor, read_checkpoint_tokens
-from cwdpo.models.settings import ModelSettings
-from cwdpo.models.tiny import init_model
 from cwdpo.monitor.probe_set import EXTRA_PASSES, Load, within_budget
 from cwdpo.pipeline.planning.costs import HollowRun, PeakMemory, Remedy, remedies
 from cwdpo.pipeline.planning.gpus import Gpu
-from cwdpo.pipeline.planning.rows import StageRows, seconds_per_prompt, stage_rows
-from cwdpo.rundir import RunDir
+from cwdpo.pipeline.planning.reading import RunData, read_run
+from cwdpo.pipeline.planning.rows import StageRows, seconds_per_prompt
 from cwdpo.scoring.score import row_tokens
-from cwdpo.stage.splits import Splits, prepare_data
 from cwdpo.trainer.dry_step import StepCost
 
 
@@ -125,6 +118,11 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def possible(self) -> bool:
+        """Whether the run fits as it is, or with settings that were tried."""
+        return self.fits or any(remedy.fits for remedy in self.remedies)
+
+    @property
     def hours(self) -> float:
         """Hours of the run."""
         return sum(self.hardware.seconds(stage.total) for stage in self.stages) / 3600
@@ -166,38 +164,12 @@ def plan_run(recipe: Recipe, hardware: Hardware, rows: int = 256) -> Plan:
     Raises:
         CwdpoError: recipe, data or model are bad.
     """
-    recipe = recipe.model_copy(
-        update={"model": with_adapter_settings(recipe.model), "negatives": _without_servers(recipe)}
-    )
     with tempfile.TemporaryDirectory() as folder:
-        run = RunDir(folder)
-        source = _source(recipe)
-        splits = prepare_data(recipe, run)
-        if source is None:
-            source = str(init_model(Path(folder) / "init", splits.texts, recipe.model.init))
-        config, settings = read_config(source, recipe.model)
-        recipe = recipe.model_copy(update={"model": settings})
-        encoder = _encoder(source, recipe)
-        stages = stage_rows(recipe, splits, encoder, rows)
-        return _planned(recipe, hardware, config, _Data(splits, encoder, stages))
+        recipe, config, data = read_run(recipe, rows, Path(folder))
+        return _planned(recipe, hardware, config, data)
 
 
-@dataclass(frozen=True)
-class _Data:
-    splits: Splits
-    encoder: Encoder
-    stages: list[StageRows]
-
-    @property
-    def pictures(self) -> int:
-        """Number of different pictures (or lists of pictures) that the stages train on."""
-        named = {stage.name for stage in self.stages}
-        examples = (self.splits.stage1, self.splits.stage2)
-        used = [own for name, own in zip(("stage1", "stage2"), examples, strict=True) if name in named]
-        return len({e.images for own in used for e in own if e.images})
-
-
-def _planned(asked: Recipe, hardware: Hardware, config: Any, data: _Data) -> Plan:
+def _planned(asked: Recipe, hardware: Hardware, config: Any, data: RunData) -> Plan:
     hollow = HollowRun(config, hardware.gpus)
     memory = hollow.peak(asked, data.stages)
     fits = memory.total <= hardware.gpu.usable
@@ -330,64 +302,3 @@ def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
             "each GPU has the whole model (DDP); FSDP and DeepSpeed need less memory and are not planned"
         )
     return tuple(notes)
-
-
-def _without_servers(recipe: Recipe) -> Any:
-    """The section ``negatives`` without servers: a plan asks nobody to write edits."""
-    settings = {
-        name: {k: v for k, v in own.items() if k != "server"}
-        for name, own in recipe.negatives.settings.items()
-    }
-    return recipe.negatives.model_copy(update={"settings": settings})
-
-
-def _source(recipe: Recipe) -> str | None:
-    """The folder or hub id of the model; ``None`` for ``init``, which is made from the data."""
-    path = recipe.model.path
-    if path == "init":
-        return None
-    if path == "embedded":
-        return str(EMBEDDED)
-    check_folder(path, weights=False)
-    return path
-
-
-def read_config(source: str, settings: ModelSettings) -> tuple[Any, ModelSettings]:
-    """The configuration of a checkpoint, and the settings with the quantization that it lies in.
-
-    Raises:
-        ModelError: there is none, or its weights are quantized in a way that cannot be planned.
-    """
-    from transformers import AutoConfig
-
-    base = adapter_base(source, settings.revision) or source
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(
-                base, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-            )
-    except Exception as error:  # configurations raise errors of many types
-        raise ModelError(f"model.path {source!r} cannot be loaded: {reason(error)}") from error
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return config, settings
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    kind = "nf4" if stored.get("load_in_4bit") else "int8" if stored.get("load_in_8bit") else None
-    if kind is None:
-        raise ModelError(
-            f"model.path {source!r}: its weights are quantized ({stored.get('quant_method')}), and only bitsandbytes' "
-            "4 and 8 bits can be planned: plan the checkpoint that was quantized, with model.quantization: nf4"
-        )
-    del config.quantization_config
-    return config, settings.model_copy(update={"quantization": kind})
-
-
-def _encoder(source: str, recipe: Recipe) -> Encoder:
-    """The encoder of a checkpoint; no image stays in memory, so that reading them can be timed."""
-    return Encoder(
-        load_processor(source, recipe.model),
-        recipe.data.max_length,
-        0,
-        read_checkpoint_tokens(source, recipe.model),
-        from_sizes=recipe.data.image_tokens == "sizes",
-    )
