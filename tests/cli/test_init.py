@@ -108,6 +108,9 @@ def test_rows_that_cannot_be_read_are_refused_as_validate_refuses_them(run: Run,
         done = run("init", "--model", "embedded", "--gpu", "4090", "--data", name)
         assert (done.code, done.err) == (1, validated.err)
         assert done.err
+    (place / "few.jsonl").write_text("".join((place / "my.jsonl").read_text().splitlines(keepends=True)[:7]))
+    done = run("init", "--model", "embedded", "--gpu", "4090", "--data", "few.jsonl")
+    assert (done.code, "few.jsonl: 7 usable rows are too few" in done.err) == (1, True)
     assert not (place / "recipe.yaml").exists()
 
 

@@ -17,6 +17,7 @@ from cwdpo.dynamics.settings import TYPES, ProbeSettings
 from cwdpo.errors import DataError
 from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import Policy
+from cwdpo.models.sample import by_length
 from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.monitor.probe_set import (
@@ -36,6 +37,7 @@ from cwdpo.probes.repetition import repeated
 from cwdpo.records import Completion, Example, Message
 from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
+from cwdpo.stage.prepare import reference_mean_logps
 from cwdpo.stage.stage import Stage
 from cwdpo.worlds.shapes import Scene, judge, paraphrases, parse
 from random_models import distributions
@@ -308,6 +310,37 @@ def test_readings_equal_an_independent_plain_computation(model, encoder, example
     assert not torch.allclose(held.own["chosen_initial"][1], expected, atol=1e-4)
     # margins are those of the data's pairs: further responses make none
     assert readings["margin"].n == sum(len(e.negatives) for e in built.encoded)
+
+
+def test_a_pass_without_gradient_takes_no_more_prompts_than_evaluation(
+    model, encoder, examples, tmp_path, monkeypatch
+) -> None:
+    recipe = parse_recipe(
+        {"data": {"path": "x"}, "probes": {"prompts": 6, "types": ["on_policy"], "max_new_tokens": 4},
+         "calibration": {"samples": 5, "max_new_tokens": 4}, "stage2": {"objective": "sft"},
+         "evaluation": {"batch_size": 2}}
+    )  # fmt: skip
+    encoded = encoder.encode_all(examples[6:20], "rejected", require_negative=False)[0]
+    policy = Policy(model, encoder.processor, "")
+    stage = Stage("stage2", recipe, policy, encoder, RunDir(tmp_path), examples[6:20], examples[:6])
+    sizes: list[int] = []
+
+    def seen(*arguments: Any) -> list[list[int]]:
+        made = by_length(*arguments)
+        sizes.extend(map(len, made))
+        return made
+
+    monkeypatch.setattr("cwdpo.models.sample.by_length", seen)
+    reference_mean_logps(stage, examples[6:20])
+    assert sizes == [2, 2, 1]
+    found = instruments(stage, encoded)
+    assert found is not None
+    found.measure(model, 0)
+    assert sum(sizes[3:]) > 0
+    assert max(sizes) == 2
+    parts = [len(part.batch.prompts) for part in found.probes._batches]
+    assert sum(parts) == 6
+    assert max(parts) == 2
 
 
 def test_fresh_samples_are_measured_against_the_starting_weights(model, encoder, examples, tmp_path) -> None:

@@ -192,13 +192,24 @@ def test_all_weights_then_fsdp2_then_lora(recipe: Recipe, stages: list[StageRows
     one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 1})})
     run = HollowRun(AutoConfig.from_pretrained(recipe.model.path), 4)
     full = [way for way in ways("full", 4) if way.model["tune"] == "full"]
-    sizes = [run.peak(way.applied(one), stages).total for way in full]
+    sizes = [run.peak(way.applied(one), stages).total for way in full if not way.sharded]
     found = fit(one, stages, min(sizes) - 1, "full", gpus=4)
     assert found.way.sharded
-    assert found.way.name.endswith("FSDP2")
+    spread = HollowRun(AutoConfig.from_pretrained(recipe.model.path), 4, sharded=True)
+    assert found.memory == spread.peak(found.recipe, stages)
+    assert spread.kept(found.recipe) < run.kept(found.recipe)
     names = [way.name for way in ways("full", 1)]
     assert not any("FSDP2" in name for name in names)
     assert names[-1].startswith("LoRA on weights in 4 bits")
+
+
+def test_a_checkpoint_that_lies_quantized_stays_as_it_is(recipe: Recipe, stages: list[StageRows]) -> None:
+    settings = recipe.model.model_copy(
+        update={"quantization": "nf4", "tune": "lora"}
+    )  # as read_config finds it
+    found = fit(recipe.model_copy(update={"model": settings}), stages, 2**40, "full")
+    assert found.way.model == {"tune": "lora"}, "a recipe that quantizes it again is refused"
+    assert "quantized weights" in found.memory.parts
 
 
 def test_what_fsdp2_spreads_by_hand() -> None:

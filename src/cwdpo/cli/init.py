@@ -14,7 +14,7 @@ import typer
 from cwdpo.cli.common import TRAIN, AsJson
 from cwdpo.errors import RecipeError
 from cwdpo.files.writing import write_text
-from cwdpo.pipeline.planning.gpus import GPUS, Gpu, gpu_of, in_units
+from cwdpo.pipeline.planning.gpus import GPUS, gpu_of, in_units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,10 +59,7 @@ def init(
     chosen_tune = _tune(tune)
     model = _asked(model, "--model", "Model: a folder, or a hub id", yes, EXAMPLE)
     data = _asked(data, "--data", "Data: a file, a folder, or a hub id", yes)
-    if gpu is None and gpu_memory is not None:
-        chosen = Gpu("a GPU", gpu_memory, 1.0)  # its speed decides nothing here
-    else:
-        chosen = gpu_of(_asked(gpu, "--gpu", f"GPU: {', '.join(GPUS)}", yes), gpu_memory)
+    chosen = gpu_of(_asked(gpu, "--gpu", f"GPU: {', '.join(GPUS)}", yes), gpu_memory)
     from cwdpo.pipeline.first_recipe.decide import Asked
     from cwdpo.pipeline.first_recipe.make import first_recipe
     from cwdpo.pipeline.planning.run import Hardware
@@ -81,14 +78,17 @@ def init(
 def next_steps(out: Path, made: FirstRecipe) -> list[str]:
     """The commands that come next."""
     gpu, gpus = made.hardware.gpu, made.hardware.gpus
-    named = f"--gpu {gpu.name}" if " " not in gpu.name else f"--gpu-memory {gpu.memory_gib:g} --tflops TFLOPS"
-    count = f" --gpus {gpus}" if gpus > 1 else ""
+    named = f"--gpu {gpu.name}" + (f" --gpus {gpus}" if gpus > 1 else "")
+    check = f"cwdpo train {out} --dry-run {named}"
+    more = " --fsdp" * made.sharded + f" --gpu-memory {gpu.memory_gib:g}" * (gpu != GPUS[gpu.name])
+    if more:
+        check = f"cwdpo plan {out} {named}{more}"
     start = "cwdpo train"
     if made.sharded:
         start = f"accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_processes {gpus} -m cwdpo train"
     elif gpus > 1:
         start = f"torchrun --nproc_per_node {gpus} -m cwdpo train"
-    return [f"cwdpo validate {out}", f"cwdpo train {out} --dry-run {named}{count}", f"{start} {out}"]
+    return [f"cwdpo validate {out}", check, f"{start} {out}"]
 
 
 def _lines(out: Path, made: FirstRecipe, steps: list[str]) -> Iterator[str]:

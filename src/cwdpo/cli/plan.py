@@ -38,6 +38,9 @@ def plan(
         typer.Option(min=0.1, help="10^12 dense bf16 operations per second; default: of --gpu"),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="number of GPUs, each with the whole model")] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="FSDP2: gradients and optimizer state are spread over --gpus")
+    ] = False,
     price: Annotated[float | None, typer.Option(min=0, help="price of a GPU for an hour")] = None,
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1, help="share of --tflops that training reaches")
@@ -56,7 +59,7 @@ def plan(
     parsed = load_recipe(recipe, overrides or ())
     from cwdpo.pipeline.planning.run import Hardware, plan_run
 
-    found = plan_run(parsed, Hardware(chosen, gpus, utilisation, price), rows)
+    found = plan_run(parsed, Hardware(chosen, gpus, utilisation, price, fsdp), rows)
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(plan_lines(found)))
     if not found.possible:
         raise typer.Exit(1)

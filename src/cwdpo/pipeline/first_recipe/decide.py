@@ -263,11 +263,13 @@ def _of_the_step(hardware: Hardware, found: Fitted) -> list[Decision]:
         )
         made.append(Decision("train.optimizer", train.optimizer, why))
     if train.gradient_checkpointing:
-        without = next(
-            (t for t in reversed(found.tried) if "recomputed" not in t.way.name and t.way.model == way.model),
-            None,
-        )
-        more = f" Without: {without.said()}." if without is not None and without.prompts else ""
+        without = [
+            one
+            for one in found.tried
+            if one.prompts and one.way.model == way.model and one.way.sharded == way.sharded
+            and "recomputed" not in one.way.name
+        ]  # fmt: skip
+        more = f" Without, {without[-1].said()}." if without else ""
         made.append(
             Decision(
                 "train.gradient_checkpointing",

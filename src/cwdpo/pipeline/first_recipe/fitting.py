@@ -81,7 +81,7 @@ class Fitted:
 
 
 def ways(tune: Tune, gpus: int) -> Iterator[Way]:
-    """Ways of training, the best first; each needs less memory than those before."""
+    """Ways of training, the best first."""
     recomputed = {"gradient_checkpointing": True}
     if tune == "full":
         whole = {"tune": "full", "dtype": "bfloat16"}
@@ -89,6 +89,7 @@ def ways(tune: Tune, gpus: int) -> Iterator[Way]:
         yield Way("all weights in bf16", whole, kahan)
         yield Way("all weights in bf16, activations recomputed", whole, {**kahan, **recomputed})
         if gpus > 1:
+            yield Way("all weights in bf16, FSDP2", whole, kahan, True)
             yield Way(
                 "all weights in bf16, activations recomputed, FSDP2", whole, {**kahan, **recomputed}, True
             )
@@ -97,6 +98,17 @@ def ways(tune: Tune, gpus: int) -> Iterator[Way]:
     yield Way("LoRA on bf16 weights, activations recomputed", base, {**bf16, **recomputed})
     quantized = {**base, "quantization": "nf4"}
     yield Way("LoRA on weights in 4 bits, activations recomputed", quantized, {**bf16, **recomputed})
+
+
+def _of_quantized() -> Iterator[Way]:
+    """Ways for a checkpoint whose weights lie in 4 or 8 bits: LoRA on them as they are."""
+    bf16 = {"bf16": True}
+    yield Way("LoRA on the checkpoint's quantized weights", {"tune": "lora"}, bf16)
+    yield Way(
+        "LoRA on the checkpoint's quantized weights, activations recomputed",
+        {"tune": "lora"},
+        {**bf16, "gradient_checkpointing": True},
+    )
 
 
 def fitted(
@@ -114,16 +126,10 @@ def fitted(
     Raises:
         RecipeError: nothing fits; the message says what was tried and what to do.
     """
-    run, limit, tried = HollowRun(config, hardware.gpus), int(MARGIN * hardware.gpu.usable), list[Tried]()
-    lies_quantized = recipe.model.quantization is not None  # then there is no other base
-    for way in ways("lora" if lies_quantized else tune, hardware.gpus):
-        if lies_quantized and way.model.get("quantization") is None:
-            way = Way(
-                way.name.replace("bf16 weights", "the checkpoint's quantized weights"),
-                {"tune": "lora"},
-                way.train,
-            )
-        found = _largest(run, way, way.applied(recipe), stages, limit, tried)
+    limit, tried = int(MARGIN * hardware.gpu.usable), list[Tried]()
+    runs = {sharded: HollowRun(config, hardware.gpus, sharded=sharded) for sharded in (False, True)}
+    for way in _of_quantized() if recipe.model.quantization is not None else ways(tune, hardware.gpus):
+        found = _largest(runs[way.sharded], way, way.applied(recipe), stages, limit, tried)
         if found is not None:
             return Fitted(*found, tuple(tried))
     raise RecipeError(
@@ -138,8 +144,8 @@ def _largest(
 ) -> tuple[Recipe, Way, PeakMemory] | None:
     """The recipe with the largest micro-batches that fit; ``None`` if one prompt is too much."""
     kept = run.kept(recipe)
-    if not way.sharded and kept > limit:
-        if not any(one.way.model == way.model for one in tried):  # else it was said
+    if kept > limit:
+        if not any((one.way.model, one.way.sharded) == (way.model, way.sharded) for one in tried):
             tried.append(Tried(way, 0, kept, False))
         return None
     whole = recipe.train.batch_size
@@ -153,7 +159,6 @@ def _largest(
             }
         )
         memory = run.peak(now, stages)
-        memory = memory.sharded(run.gpus) if way.sharded else memory
         if memory.total <= limit:
             tried.append(Tried(way, size, memory.total, True))
             return now, way, memory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.config import parse_recipe
-from cwdpo.errors import RecipeError
+from cwdpo.errors import DataError, RecipeError
 from cwdpo.models.checkpoint import check_folder, check_reachable
 from cwdpo.models.load import EMBEDDED, load_processor
 from cwdpo.models.packages import check_packages
@@ -29,6 +29,7 @@ from cwdpo.pipeline.planning.gpus import in_units
 from cwdpo.pipeline.planning.reading import read_run
 from cwdpo.pipeline.planning.run import Hardware
 
+LEAST_ROWS = 8
 ENCODED = 128
 """Most rows of a stage to encode."""
 ORDER = (
@@ -101,8 +102,8 @@ def first_recipe(
         say: is told what is done.
 
     Raises:
-        CwdpoError: the data cannot be read, the model is not there or cannot be planned, the objective is unknown, or
-            nothing fits.
+        CwdpoError: the data cannot be read or are too few, the model is not there or cannot be planned, the objective
+            is unknown, or nothing fits.
     """
     if asked.model == "init":
         raise RecipeError(
@@ -111,6 +112,11 @@ def first_recipe(
         )
     say(f"reading {asked.data}")
     rows = look_at_rows(asked.data)
+    if rows.rows < LEAST_ROWS:
+        raise DataError(
+            f"{asked.data}: {rows.rows} usable rows are too few for two stages and a held-out part: take at least "
+            f"{LEAST_ROWS}, with pictures of their own"
+        )
     settings = ModelSettings(path=asked.model)
     if asked.model != "embedded":
         check_folder(asked.model, weights=False)

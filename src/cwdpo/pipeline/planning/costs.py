@@ -66,10 +66,11 @@ class HollowRun:
     Args:
         config: transformers' configuration of the checkpoint.
         gpus: number of GPUs that the run is on, each with the whole model.
+        sharded: under FSDP2, see :meth:`PeakMemory.sharded`.
     """
 
-    def __init__(self, config: Any, gpus: int) -> None:
-        self.config, self.gpus = config, gpus
+    def __init__(self, config: Any, gpus: int, *, sharded: bool = False) -> None:
+        self.config, self.gpus, self.sharded = config, gpus, sharded
         self._built: tuple[Any, tuple[DryRun, Memory]] | None = None
 
     def _of(self, recipe: Recipe) -> tuple[DryRun, Memory]:
@@ -92,7 +93,9 @@ class HollowRun:
 
     def kept(self, recipe: Recipe) -> int:
         """Bytes that lie in a GPU's memory before any batch: weights, adapters, optimizer state, gradients."""
-        return self._of(recipe)[1].total
+        memory = self._of(recipe)[1]
+        moving = memory.optimizer + memory.gradients
+        return memory.total - (moving - moving // self.gpus if self.sharded else 0)
 
     def step(self, recipe: Recipe, objective: Objective, batch: PromptBatch) -> StepCost:
         """The cost of a micro-batch; features of a frozen vision side are computed for it."""
@@ -120,9 +123,10 @@ class HollowRun:
             BUCKETS: memory.gradients if self.gpus > 1 else 0,
             **cost.parts,
         }
-        return PeakMemory(
+        peak = PeakMemory(
             {k: v for k, v in parts.items() if v}, len(batch.example_ids), row_tokens(batch, shared=shared)[1]
         )
+        return peak.sharded(self.gpus) if self.sharded else peak
 
 
 @contextmanager
@@ -190,7 +194,7 @@ def remedies(
         if attempt(*smaller):
             return tried, recipe
         before = tried[-1].memory
-    if recipe.model.quantization != "nf4":
+    if recipe.model.quantization != "nf4" and not run.sharded:  # FSDP2 does not shard weights in 4 bits
         settings = {"model.tune": "lora"} if recipe.model.tune == "full" else {}
         quantized = _with(recipe, "model", tune="lora", quantization="nf4")
         if recipe.train.optimizer != "adamw":

@@ -30,12 +30,14 @@ class Hardware:
         gpus: how many, each with the whole model (DDP).
         utilisation: share of the GPU's operations per second that training reaches.
         price: of one GPU for an hour, in any currency.
+        sharded: whether FSDP2 spreads gradients and optimizer state over them.
     """
 
     gpu: Gpu
     gpus: int = 1
     utilisation: float = 0.4
     price: float | None = None
+    sharded: bool = False
 
     def seconds(self, flops: float) -> float:
         """Time for operations that all GPUs share."""
@@ -170,7 +172,7 @@ def plan_run(recipe: Recipe, hardware: Hardware, rows: int = 256) -> Plan:
 
 
 def _planned(asked: Recipe, hardware: Hardware, config: Any, data: RunData) -> Plan:
-    hollow = HollowRun(config, hardware.gpus)
+    hollow = HollowRun(config, hardware.gpus, sharded=hardware.sharded)
     memory = hollow.peak(asked, data.stages)
     fits = memory.total <= hardware.gpu.usable
     tried, recipe = ([], asked) if fits else remedies(hollow, asked, data.stages, hardware.gpu.usable)
@@ -297,8 +299,10 @@ def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
         )
     if recipe.stage2.enabled and recipe.stop:
         notes.append("stop rules may end stage 2 earlier")
-    if hardware.gpus > 1:
+    if hardware.sharded:
         notes.append(
-            "each GPU has the whole model (DDP); FSDP and DeepSpeed need less memory and are not planned"
+            "FSDP2: gradients and optimizer state are divided by the GPUs; weights count whole, as before training"
         )
+    elif hardware.gpus > 1:
+        notes.append("each GPU has the whole model (DDP); for FSDP2 give --fsdp; DeepSpeed is not planned")
     return tuple(notes)
