@@ -301,6 +301,7 @@ class Example:
         references: responses known to be true, for judges and for perturbations.
         where: file and row, for messages.
         extra: further columns, for example for a judge (of the embedded world: the scene).
+        source: the name of its data set in a mixture (``data.sources``), else empty.
     """
 
     id: str
@@ -312,6 +313,7 @@ class Example:
     references: tuple[str, ...] = ()
     where: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
     videos: tuple[VideoRef, ...] = ()
 
     @property
