@@ -68,7 +68,7 @@ class Clip:
 
     Attributes:
         frames: [T, height, width, 3] RGB values from 0 to 255.
-        indices: [T] the numbers of these frames in the video, from 0.
+        indices: [T] the numbers of these frames in the video, from 0 (without the repetitions of :meth:`padded`).
         facts: the whole video.
         resized: whether some frames had another size than the first one, to which they were scaled.
     """
@@ -78,15 +78,14 @@ class Clip:
     facts: VideoFacts
     resized: bool = False
 
-    def padded(self, multiple: int) -> Clip:
-        """The clip whose last frame is repeated until there are ``multiple`` frames at least."""
+    def padded(self, fewest: int) -> Clip:
+        """The clip whose last frame is repeated until there are ``fewest`` frames."""
         import numpy as np
 
-        lacking = multiple - len(self.indices)
+        lacking = fewest - len(self.frames)
         if lacking <= 0:
             return self
-        frames = np.concatenate([self.frames, np.repeat(self.frames[-1:], lacking, axis=0)])
-        return replace(self, frames=frames, indices=(*self.indices, *[self.indices[-1]] * lacking))
+        return replace(self, frames=np.concatenate([self.frames, np.repeat(self.frames[-1:], lacking, axis=0)]))
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ CELLS = (
     "nf4",
     "int8",
     "image-side",
+    "video",
 )
 
 

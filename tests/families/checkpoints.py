@@ -177,7 +177,8 @@ def _mrope(**more: Any) -> dict[str, Any]:
 
 def _qwen2_processor(made: Made, cls: Any) -> Any:
     size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
-    return cls(t.Qwen2VLImageProcessor(size=size), made.tokenizer, t.Qwen2VLVideoProcessor())
+    videos = t.Qwen2VLVideoProcessor(size={**size, "longest_edge": 28 * 28 * 32})
+    return cls(t.Qwen2VLImageProcessor(size=size), made.tokenizer, videos)
 
 
 def qwen2_vl(made: Made) -> tuple[Any, Any]:
@@ -209,7 +210,8 @@ def _qwen3_processor(made: Made) -> Any:
     images = t.Qwen2VLImageProcessor(
         size=size, patch_size=16, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
     )
-    return t.Qwen3VLProcessor(images, made.tokenizer, t.Qwen3VLVideoProcessor())
+    videos = t.Qwen3VLVideoProcessor(size={**size, "longest_edge": 32 * 32 * 32})
+    return t.Qwen3VLProcessor(images, made.tokenizer, videos)
 
 
 def qwen3_vl(made: Made) -> tuple[Any, Any]:
@@ -465,6 +467,7 @@ _MISTRAL: dict[str, Any] = {
 }  # fmt: skip
 _IMEND: dict[str, Any] = {"eos": "<|im_end|>", "end": "<|im_end|>", "stops": ("<|im_end|>",)}
 ONE_PICTURE = {"pictures": "number of"}
+NO_VIDEO = dict.fromkeys(("video", "frame", "beside"), "takes no video")
 
 FAMILIES: dict[str, tuple[Maker, Traits]] = {
     "qwen2_vl": (qwen2_vl, _qwen_traits(written.QWEN2)),
@@ -481,7 +484,7 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
                 "image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
                 "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>",
             },
-            opens=" ",
+            opens=" ", refuses={"beside": "drops images beside videos"},
         ),
     ),
     "idefics3": (
@@ -489,11 +492,11 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
         Traits(
             ("<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", *_IDEFICS_TOKENS), "<|end_of_text|>",
             "<end_of_utterance>", written.IDEFICS3, ("<|end_of_text|>", "<end_of_utterance>"), "<|begin_of_text|>",
-            "<|end_of_text|>", opens=" ", adds_bos=True,
+            "<|end_of_text|>", opens=" ", adds_bos=True, refuses=NO_VIDEO,
         ),
     ),
-    "llava": (llava, Traits(**_LLAVA, template=written.LLAVA, opens=" ")),
-    "llava_next": (llava_next, Traits(**_LLAVA, template=written.LLAVA_NEXT, opens=" ")),
+    "llava": (llava, Traits(**_LLAVA, template=written.LLAVA, opens=" ", refuses=NO_VIDEO)),
+    "llava_next": (llava_next, Traits(**_LLAVA, template=written.LLAVA_NEXT, opens=" ", refuses=NO_VIDEO)),
     "llava_onevision": (
         llava_onevision,
         Traits(
@@ -523,7 +526,7 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
             ),
             "<eos>", "<end_of_turn>", written.GEMMA3, ("<eos>", "<end_of_turn>"), "<bos>", "<pad>",
             {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
-            style="metaspace", adds_bos=True,
+            style="metaspace", adds_bos=True, refuses=NO_VIDEO,
         ),
     ),
     "gemma4": (
@@ -546,14 +549,14 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
         Traits(
             (*_GEMMA_TOKENS, "<image>"), "<eos>", "<eos>", None, ("<eos>",), "<bos>", "<pad>",
             {"image_token": "<image>"}, style="metaspace",
-            refuses={"text": "images", "turns": "one user turn", "system": "one user turn"},
+            refuses={"text": "images", "turns": "one user turn", "system": "one user turn", **NO_VIDEO},
         ),
     ),
     "pixtral": (
         pixtral,
-        Traits(**_MISTRAL, template=written.PIXTRAL, text_roles=("assistant", "system")),
+        Traits(**_MISTRAL, template=written.PIXTRAL, text_roles=("assistant", "system"), refuses=NO_VIDEO),
     ),
-    "mistral3": (mistral3, Traits(**_MISTRAL, template=written.MISTRAL3)),
+    "mistral3": (mistral3, Traits(**_MISTRAL, template=written.MISTRAL3, refuses=NO_VIDEO)),
     "mllama": (
         mllama,
         Traits(
@@ -563,7 +566,7 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
             ),
             "<|eot_id|>", "<|eot_id|>", written.MLLAMA, ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
             "<|begin_of_text|>", "<|finetune_right_pad_id|>", adds_bos=True,
-            refuses={"system": "incompatible with system messages"},
+            refuses={"system": "incompatible with system messages", **NO_VIDEO},
         ),
     ),
     "glm4v": (
@@ -575,7 +578,7 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
                 "<|video|>",
             ),
             "<|endoftext|>", "<|user|>", written.GLM4V, ("<|endoftext|>", "<|user|>", "<|observation|>"), None,
-            "<|endoftext|>", text_roles=("assistant",),
+            "<|endoftext|>", text_roles=("assistant",), refuses={"beside": "writes videos as images"},
         ),
     ),
     "lfm2_vl": (
@@ -591,7 +594,7 @@ FAMILIES: dict[str, tuple[Maker, Traits]] = {
                 "image_token": "<image>", "image_start_token": "<|image_start|>",
                 "image_end_token": "<|image_end|>", "image_thumbnail_token": "<|img_thumbnail|>",
             },
-            shared=False, adds_bos=True,
+            shared=False, adds_bos=True, refuses=NO_VIDEO,
         ),
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ if not collect_ignore_glob:
 
     from cwdpo.models.load import Policy, load_policy
     from cwdpo.models.settings import ModelSettings
-    from cwdpo.records import Completion, Example, ImageRef, Message
+    from cwdpo.records import VIDEO, Completion, Example, ImageRef, Message, VideoRef, VideoSampling
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,32 @@ def picture(width: int, height: int, seed: int) -> ImageRef:
     return ImageRef(data=file.getvalue())
 
 
+FPS = 4
+KEPT = {7: [0, 2, 4], 1: [0]}
+"""Frames of a video of 4 a second -> those that are kept at 2 a second: floor(7 * 2 / 4) = 3 of 7, floor(i * 7 / 3)."""
+
+
+@cache
+def clip(frames: int, width: int, height: int, seed: int) -> VideoRef:
+    """A video of random coarse patches."""
+    import av
+    import numpy as np
+
+    rng, file = np.random.default_rng(seed), io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for _ in range(frames):
+            patches = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+            picture = np.kron(patches, np.ones((8, 8, 1), np.uint8))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return VideoRef(data=file.getvalue(), sampling=VideoSampling(fps=2, max_frames=4))
+
+
 def rows() -> list[Example]:
-    """One row of each kind: a picture, several pictures, text only, several turns, a system prompt, and negatives that
-    are chosen's text and another one under another picture."""
+    """One row of each kind: a picture, several pictures, text only, several turns, a system prompt, negatives that are
+    chosen's text and another one under another picture, a video, one of a single frame, and one beside a picture."""
     one, two, three = picture(100, 60, 1), picture(60, 110, 2), picture(64, 64, 3)
     chosen = Completion("A red square stands left of the blue circle.")
     wrong = Completion("A red square stands right of it.")
@@ -80,6 +104,7 @@ def rows() -> list[Example]:
         return Example(kind, images, prompt, chosen, (wrong, Completion("Nothing is shown.")))
 
     ask = Message("user", (None, "What is shown here?"))
+    watch = Message("user", (VIDEO, "What is shown here?"))
     other_picture = tuple(replace(c, images=(two,)) for c in (chosen, wrong))
     return [
         row("picture", (one,), ask),
@@ -88,6 +113,12 @@ def rows() -> list[Example]:
         row("turns", (two,), ask, Message("assistant", ("A green triangle.",)), Message("user", ("And below it?",))),
         row("system", (three,), Message("system", ("Be brief.",)), ask),
         replace(row("image-side", (one,), ask), rejected=other_picture),
+        replace(row("video", (), watch), videos=(clip(7, 64, 48, 1),)),
+        replace(row("frame", (), watch), videos=(clip(1, 48, 64, 2),)),
+        replace(
+            row("beside", (three,), Message("user", (None, VIDEO, "What is shown in both?"))),
+            videos=(clip(7, 64, 48, 3),),
+        ),
     ]  # fmt: skip
 
 

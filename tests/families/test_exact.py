@@ -4,19 +4,24 @@ own logits give them, samples as its own ``generate``."""
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers.video_utils import read_video_pyav
 
+from conftest import KEPT, clip
 from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.encode.prompts import PromptEncoder
 from cwdpo.data.encode.template import RefusedRowError, TurnEnd
 from cwdpo.errors import DataError, ModelError
 from cwdpo.models.families import family_names
+from cwdpo.models.families.mrope import MRope
 from cwdpo.models.load import load_policy
 from cwdpo.models.parts import PARTS
 from cwdpo.models.quantization import quantized_layers
@@ -24,28 +29,50 @@ from cwdpo.models.sample import Decoding, forced_logps, shared_prefill
 from cwdpo.models.settings import ModelSettings
 from cwdpo.models.shared_attention import shares_prefix, use_scoring
 from cwdpo.models.vision_cache import forget_vision_features, keep_vision_features
-from cwdpo.records import Example
+from cwdpo.records import VIDEO, Example, VideoSampling
 from cwdpo.scoring import plain
 from cwdpo.scoring.score import score
+from cwdpo.scoring.shared_prefix import rows_of
 
 EXACT = 1e-5
+REFUSES_ONE_FRAME = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v")
+"""Their processors take frames in pairs; of three, they repeat the last one themselves."""
 
 
 def chat(family: Any, example: Example) -> list[dict[str, Any]]:
     """The prompt as a user of transformers writes it."""
-    pictures = iter(example.images)
+    pictures, videos = iter(example.images), iter(own_videos(family, example)[0])
     turns = []
     for turn in example.prompt:
         blocks: Any = [
-            {"type": "image", "image": next(pictures).open()}
-            if part is None
-            else {"type": "text", "text": part}
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "video", "video": next(videos)}
+            if part is VIDEO
+            else {"type": "image", "image": next(pictures).open()}
             for part in turn.parts
         ]
         if turn.role in family.traits.text_roles:
             blocks = "".join(block["text"] for block in blocks)
         turns.append({"role": turn.role, "content": blocks})
     return turns
+
+
+def own_videos(family: Any, example: Example, *, pairs: bool = True) -> tuple[list[Any], dict[str, Any]]:
+    """Frames that transformers itself decodes, and what a user of transformers says about them.
+
+    Args:
+        pairs: give a single frame twice to processors that refuse one.
+    """
+    found, said = [], []
+    for video in example.videos:
+        frames, metadata = read_video_pyav(
+            io.BytesIO(video.data), lambda metadata, **_: KEPT[metadata.total_num_frames]
+        )
+        twice = pairs and len(frames) == 1 and family.name in REFUSES_ONE_FRAME
+        found.append(np.repeat(frames, 2, axis=0) if twice else frames)
+        said.append(dict(metadata))
+    return found, {"do_sample_frames": False, "video_metadata": said} if said else {}
 
 
 def own_inputs(family: Any, example: Example) -> dict[str, Any]:
@@ -61,6 +88,7 @@ def own_inputs(family: Any, example: Example) -> dict[str, Any]:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            **own_videos(family, example)[1],
         )
     made.pop("labels", None)
     return dict(made)
@@ -70,6 +98,8 @@ def continued(family: Any, example: Example, text: str) -> dict[str, Any]:
     """What the processor gives for prompt and response together, in one piece."""
     processor, traits = family.policy.processor, family.traits
     pictures: Any = {"images": [[i.open() for i in example.images]]} if example.images else {}
+    videos, said = own_videos(family, example)
+    pictures |= {"videos": videos, **said} if videos else {}
     if traits.template is None:
         prompt = "".join("<image>" if part is None else part for part in example.prompt[0].parts)
         made = processor(text=[prompt], suffix=[text], return_tensors="pt", **pictures)
@@ -147,6 +177,17 @@ def test_prompts_are_what_the_processor_makes(family: Any) -> None:
                 assert list(ours.per_token[name]) == value[0].tolist()
             else:
                 assert torch.equal(ours.images[name], value), name
+
+
+@pytest.mark.parametrize("family", REFUSES_ONE_FRAME, indirect=True, scope="session")
+def test_a_single_frame_is_given_twice_where_it_must(family: Any) -> None:
+    """Else the processor's own call is an error; no other family is in the list."""
+    (example,) = [e for e in family.examples if e.id == "frame"]
+    videos, said = own_videos(family, example, pairs=False)
+    text = family.policy.processor.video_token
+    with pytest.raises(ValueError, match="must be larger than temporal_factor"):
+        family.policy.processor(text=[text], videos=videos, return_tensors="pt", **said)
+    assert family.encoder.prompt(example).images["video_grid_thw"][0, 0] == 1
 
 
 def test_a_completion_is_the_response_and_one_end(family: Any) -> None:
@@ -245,6 +286,22 @@ def test_quantized_bases_are_as_exact(family: Any, kind: str) -> None:
         gradients(model, (shared.logp.sum(1) * scale).sum()),
         gradients(model, (ours.logp.sum(1) * scale).sum()),
     )
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"], indirect=True, scope="session")
+def test_text_after_a_long_video_comes_before_its_last_time(family: Any) -> None:
+    """The times of a video are positions, and text after it continues behind its height and width, not its times."""
+    model, encoder = family.policy.model, family.encoder
+    (example,) = [e for e in family.examples if e.id == "video"]
+    video = replace(clip(40, 32, 32, 5), sampling=VideoSampling(fps=1, max_frames=16))
+    batch = collate([encoder.encode(replace(example, videos=(video,)))])
+    rows, _ = rows_of(batch, torch.device("cpu"))
+    places = MRope().positions(model, rows, batch.prompts[0].images)[:, 0]
+    first = places[:, rows.prompt_width]
+    assert int(places[:, : rows.prompt_width].max()) > int(first.max())
+    use_scoring(model, "auto")
+    plain_, shared = plain.score(model, batch), score(model, batch)
+    assert float((plain_.logp - shared.logp).detach().abs().max()) <= EXACT
 
 
 def test_whole_distributions_come_in_order(family: Any) -> None:

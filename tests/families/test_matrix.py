@@ -16,6 +16,7 @@ from cells import CELLS, REFUSED, WORKS
 from checkpoints import write
 
 from cwdpo.records import Example
+from cwdpo.videos import decoded
 
 Run = Callable[..., Any]
 AGAINST = ("llava", "mistral3")
@@ -54,6 +55,11 @@ def write_data(folder: Path, examples: Sequence[Example], copies: int = 2) -> Pa
                     picture.putpixel((0, 0), (copy, i, 7))
                     picture.save(folder / name)
                     files[column].append(name)
+            if example.videos:
+                files["videos"] = [
+                    written_video(folder, f"{example.id}-{copy}-{i}", copy)
+                    for i in range(len(example.videos))
+                ]
             turns = [turn.as_chat() for turn in example.prompt]
             turns[-1]["content"][-1]["text"] += f" Number {copy}?"
             said = {"chosen": example.chosen.text, "rejected": rejected.text}
@@ -62,6 +68,22 @@ def write_data(folder: Path, examples: Sequence[Example], copies: int = 2) -> Pa
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def written_video(folder: Path, name: str, copy: int) -> str:
+    """A video of its own for each copy: a file, or a folder of frames."""
+    from PIL import Image
+
+    from conftest import clip
+
+    video = clip(6 + copy, 64, 48, zlib.crc32(name.encode()))
+    if copy % 2 == 0:
+        (folder / f"{name}.mp4").write_bytes(video.data)
+        return f"{name}.mp4"
+    (folder / name).mkdir()
+    for i, frame in enumerate(decoded(video).frames):
+        Image.fromarray(frame).save(folder / name / f"{i}.png")
+    return name
 
 
 def named(kind: str, tune: str, changes: dict[str, Any]) -> str:
@@ -85,7 +107,7 @@ class Bench:
         folder = self.folder / f"data-{kind}"
         if not folder.exists():
             folder.mkdir()
-            wanted = {"picture", kind} if kind == "text" else {kind}
+            wanted = {kind, *{"text": ("picture",), "video": ("frame",)}.get(kind, ())}
             write_data(folder, [e for e in rows() if e.id in wanted], 3 if kind == "picture" else 2)
         return folder / "rows.jsonl"
 
@@ -95,7 +117,7 @@ class Bench:
             "model": {"path": str(self.checkpoint), "device": "cpu", **STEPS[tune]},
             "data": {
                 "path": str(self.data(kind)), "validation_fraction": 0.34, "stage1_fraction": 0.5,
-                "max_bad_fraction": 0.0,
+                "max_bad_fraction": 0.0, "video": {"fps": 2, "max_frames": 4},
             },
             "stage1": {"enabled": False, "objective": "sft_constrained", "learning_rate": 1e-3, "steps": 1},
             "stage2": {"objective": {"name": "cw_dpo", "floor": -6.0, "tau": 1.0}, "learning_rate": 1e-3, "steps": 1},
@@ -234,12 +256,24 @@ def image_side(bench: Bench, run: Run) -> None:
     assert "image_crop" in readings
 
 
+def video(bench: Bench, run: Run) -> None:
+    out = bench.trained(run, "video", "lora", **BF16)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert samples
+    assert all(sample["video"] and sample["responses"][0]["text"] is not None for sample in samples)
+    assert '<img class="strip"' in (out / "report.html").read_text(encoding="utf-8")
+    done = run("validate", bench.recipe("video", "lora", **BF16), "--show", 1)
+    assert done.code == 0, done.out + done.err
+    assert "videos per example: 1: 4" in done.out
+    assert "frames of 64 x 48 pixels" in done.out
+
+
 TRIED: dict[str, Callable[[Bench, Run], None]] = dict(
     zip(
         CELLS,
         (
             validate, two_stages, full, on_policy, several_pictures, text_only, several_turns, system_prompt, evaluate,
-            sample, export, quantized("nf4"), quantized("int8"), image_side,
+            sample, export, quantized("nf4"), quantized("int8"), image_side, video,
         ),
         strict=True,
     )

@@ -59,10 +59,11 @@ def video_inputs(processor: Any, example: Example) -> dict[str, Any]:
     """The arguments of a processor for the row's videos; empty if it has none.
 
     Raises:
-        DataError: a video cannot be decoded.
+        DataError: a video cannot be decoded, or the processor takes none.
     """
     if not example.videos:
         return {}
+    check_taken(processor, example)
     # Processors that take frames in pairs repeat the last one; of a single frame, some make an error.
     fewest = int(getattr(processor.video_processor, "temporal_patch_size", None) or 1)
     try:
