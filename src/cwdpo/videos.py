@@ -85,7 +85,9 @@ class Clip:
         lacking = fewest - len(self.frames)
         if lacking <= 0:
             return self
-        return replace(self, frames=np.concatenate([self.frames, np.repeat(self.frames[-1:], lacking, axis=0)]))
+        return replace(
+            self, frames=np.concatenate([self.frames, np.repeat(self.frames[-1:], lacking, axis=0)])
+        )
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
     trouble: list[Exception | None] = [None]
     if run.writes:
         try:
-            now = {**_of_splits(splits), "model": _of_model(policy)}
+            now = {**_of_splits(splits), "model": _of_model(policy, splits)}
             before = run.json(FILE) if resume else {}
             found = differences(before, now) if before else []
             if found and not accept_changes:
@@ -105,10 +105,12 @@ def _video(video: VideoRef) -> str:
         return "unreadable"
 
 
-def _of_model(policy: Policy) -> dict[str, Any]:
+def _of_model(policy: Policy, splits: Splits) -> dict[str, Any]:
     tokenizer = getattr(policy.processor, "tokenizer", policy.processor)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    image_processor: Any = getattr(policy.processor, "image_processor", None)
+    seeing: list[Any] = [getattr(policy.processor, "image_processor", None)]
+    if any(row.videos for rows in (splits.stage1, splits.stage2, splits.validation) for row in rows):
+        seeing.append(getattr(policy.processor, "video_processor", None))
     return {
         "weights": weights_digest(policy.model),
         "tokenizer": _digest(
@@ -118,7 +120,7 @@ def _of_model(policy: Policy) -> dict[str, Any]:
             [str(getattr(one, "chat_template", None)) for one in (policy.processor, tokenizer)]
         ),
         "image processor": _digest(
-            [image_processor.to_json_string() if hasattr(image_processor, "to_json_string") else ""]
+            [one.to_json_string() if hasattr(one, "to_json_string") else "" for one in seeing]
         ),
     }
 

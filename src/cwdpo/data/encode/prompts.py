@@ -255,7 +255,7 @@ class PromptEncoder:
         if (found, found_per_token) != (ids, job.per_token):
             raise DataError(
                 f"{example.where or example.id}: images: the processor gives {len(found)} tokens now, and "
-                f"{len(ids)} when the row was encoded: an image was changed during the run, or its number of "
+                f"{len(ids)} when the row was encoded: an image or video was changed during the run, or its number of "
                 "tokens does not follow from its size; start again, with data.image_tokens: processor in the "
                 "second case"
             )
