@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import paths
-from cwdpo.config import DataSettings, Recipe, load_recipe, parse_recipe
+from cwdpo.config import Recipe, load_recipe, parse_recipe
+from cwdpo.data_settings import DataSettings
 from cwdpo.errors import RecipeError
 from cwdpo.judging.base import JUDGES
 from cwdpo.objectives.base import OBJECTIVES
@@ -303,7 +304,9 @@ def test_finite_numbers_in_overrides_and_objectives(value: str) -> None:
 
 @pytest.mark.parametrize("data", [{}, {"path": "x", "world": {}}, {"limit": 3}, {"path": None}])
 def test_exactly_one_data_source(data: dict[str, Any]) -> None:
-    assert refusal({"data": data}).startswith("my.yaml: data: Value error, exactly one of 'path' and 'world'")
+    assert refusal({"data": data}).startswith(
+        "my.yaml: data: Value error, exactly one of 'path', 'sources' and 'world'"
+    )
 
 
 def test_something_must_be_trained() -> None:
@@ -528,7 +531,12 @@ def test_a_world_needs_training_and_validation_pictures() -> None:
         ("train.per_device_train_batch_size=1", "here it is replaced by train.batch_size"),
         ("stage2.loss_type=ipo", "here it is replaced by stage2.objective"),
         ("model.lora_rank=8", "here it is replaced by model.lora.r"),
-        ("model.max_pixels=8", "here it is replaced by model.processor_options.max_pixels"),
+        (
+            "model.max_pixels=8",
+            "here it is replaced by model.processor_options.max_pixels (of images) and data.video.max_pixels "
+            "(of videos)",
+        ),
+        ("data.video_fps=2", "here it is replaced by data.video.fps"),
         ("train.logging_step=1", "did you mean 'logging_steps'?"),
     ],
 )

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "hints": set(),
     "arguments": {"errors", "files", "registry"},
+    "data_settings": {"records", "registry", "worlds"},
     "overrides": {"errors", "files"},
     "records": {"errors"},
     "worlds": BASE,
@@ -51,7 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "connection": set(),
     "remote": {*BASE, "connection"},
     "negatives": {*BASE, "remote", "judging.base"},
-    "data": BASE,
+    "videos": {"errors", "records"},
+    "data": {*BASE, "videos"},
     "models": {*BASE, "arguments", "data"},
     "scoring": {*BASE, "data", "objectives", "models"},
     "curriculum": BASE,
@@ -61,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         "shipped",
         "arguments",
+        "data_settings",
         "hints",
         "objectives",
         "overrides",
@@ -75,13 +78,14 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {*BASE, "worlds"},
     "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
     "trainer": {*BASE, "arguments", "data", "models", "scoring", "objectives", "rundir"},
-    "stage": {*MODELLING, "arguments", "trainer"},
+    "stage": {*MODELLING, "arguments", "data_settings", "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
-    "report": {"rundir", "errors", "files", "records", "dynamics"},
+    "report": {"rundir", "errors", "files", "records", "videos", "dynamics"},
     "pipeline": {
         *RUNNING,
         "arguments",
+        "data_settings",
         "overrides",
         "monitor",
         "onpolicy",
@@ -93,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         *RUNNING,
         "arguments",
+        "data_settings",
         "monitor",
         "onpolicy",
         "pipeline",
@@ -119,8 +124,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics",
-    "shipped", "judging", "overrides", "report", "schema", "cli",
+    *BASE, *DYNAMICS, "videos", "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir",
+    "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

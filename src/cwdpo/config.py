@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cwdpo import shipped
 from cwdpo.arguments import TrainSettings
+from cwdpo.data_settings import DataSettings, Spec
 from cwdpo.dynamics.rules import DEFAULT_STOP, parse_rule
 from cwdpo.dynamics.settings import CurriculumSpec, ProbeSettings
 from cwdpo.errors import CwdpoError, FileError, RecipeError
@@ -25,49 +26,8 @@ from cwdpo.objectives.base import OBJECTIVES, Objective
 from cwdpo.overrides import apply_override, flat
 from cwdpo.records import NEW_TOKENS
 from cwdpo.registry import Settings, explain, shortened
-from cwdpo.worlds.shapes import ShapesSettings
-
-Spec = dict[str, Any]
-"""A component in a recipe: its ``name`` and its settings."""
-
 
 _Section = TypeVar("_Section", bound=Settings)
-
-
-class DataSettings(Settings):
-    """The source of the examples, and their split."""
-
-    path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
-    world: ShapesSettings | None = Field(None, description="embedded world to generate in the run folder")
-    format: str | Spec = Field(
-        "auto",
-        description="auto, a name, file.py:ClassName, or a mapping with name and the format's settings",
-    )
-    ignore_columns: tuple[str, ...] = Field((), description="columns to ignore")
-    image_root: str | None = Field(
-        None, description="folder of relative image paths; images must be in it; default: the data's folder"
-    )
-    validation_path: str | None = None
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="by image, when no validation_path")
-    stage1_fraction: float = Field(0.75, ge=0, le=1, description="share of training images in stage 1")
-    captions_per_image: int = Field(1, gt=0, description="number of examples from one image with captions")
-    default_prompt: str = Field("Describe the image.", description="prompt for data without prompts")
-    max_length: int | None = Field(None, gt=0, description="largest number of tokens of prompt + completion")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    image_tokens: Literal["sizes", "processor"] = Field(
-        "sizes",
-        description="number of image tokens: from image sizes, or by processing each image before step 1",
-    )
-    cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
-    limit: int | None = Field(None, gt=0, description="read only this many examples")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSettings:
-        if (self.path is None) == (self.world is None):
-            raise ValueError("exactly one of 'path' and 'world' must be given")
-        if self.world is not None and not (self.world.train and self.world.validation):
-            raise ValueError("world.train and world.validation must be at least 1")
-        return self
 
 
 class StageSettings(Settings):
@@ -315,6 +275,8 @@ def _line(item: Any) -> Any:
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
     for part in path:
+        if part.isdigit():  # an entry of a list
+            continue
         field = model.model_fields.get(part)
         inner = [a for a in _candidates(field.annotation if field else None) if issubclass(a, BaseModel)]
         if not inner:
@@ -324,10 +286,12 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _places(model: type[BaseModel], section: str = "") -> list[str]:
-    """Every dotted key of a recipe, sections first."""
+    """Every dotted key of a recipe, sections first; not those of a list's entries."""
     places = []
     for name, field in model.model_fields.items():
         places.append(f"{section}{name}")
+        if get_origin(field.annotation) is tuple:
+            continue
         for inner in _candidates(field.annotation):
             if issubclass(inner, BaseModel):
                 places += _places(inner, f"{section}{name}.")

@@ -76,7 +76,8 @@ def test_rules_may_name_everything_that_probes_write(model, encoder, examples) -
     from cwdpo.monitor.probe_pass import ProbeSet
     from cwdpo.objectives.base import Scale
 
-    encoded = encoder.encode_all(examples[:3], "rejected", require_negative=False)[0]
+    named = [replace(e, source=f"set-{i % 2}") for i, e in enumerate(examples[:3])]
+    encoded = encoder.encode_all(named, "rejected", require_negative=False)[0]
     held = ProbeSet(encoded, model).at_start(Scale(floor=-1.0, tau=0.5, beta=0.3))
     one = torch.ones(1, 1)
     held = replace(

@@ -47,6 +47,8 @@ class ProbeSet:
         extras: Mapping[str, Sequence[EncodedCompletion]] | None = None,
     ) -> None:
         rows = []
+        sources = tuple(example.source for example in examples)
+        self._sources = sources if any(sources) else ()
         for index, example in enumerate(examples):
             added = (extras or {}).get(example.id, ())
             own = [_Response("chosen", example.chosen, index)]
@@ -114,6 +116,7 @@ class ProbeSet:
             origins=tuple(r.completion.origin for r in self._responses),
             sum_p=torch.stack([f.logp.exp().sum() for f in found]),
             own=pairs,
+            sources=self._sources,
         )
 
     def at_start(self, scale: Scale | None = None) -> HeldOut:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.config import DataSettings, stored_data, stored_model
+from cwdpo.config import stored_data, stored_model
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.read.reader import read_examples
+from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import refuse_damage
@@ -232,6 +233,8 @@ def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
         RunDirError: the data are in the user's own format, and a stored recipe must not load code.
     """
     settings: DataSettings = stored_data(run.path / "recipe.yaml")
+    if settings.validation_path is None:
+        settings = settings.each()[0]
     if ".py:" in str(settings.format):
         raise RunDirError(
             f"{run.path}: its data are in a format of your own ({settings.format}), and a stored recipe loads no code: "
@@ -243,6 +246,7 @@ def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
         "format": settings.format, "default_prompt": settings.default_prompt,
         "image_root": Path(settings.image_root) if settings.image_root else None,
         "captions_per_image": settings.captions_per_image, "ignore_columns": settings.ignore_columns,
+        "video": settings.video.sampling,
     }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, Train
 from transformers.trainer_utils import speed_metrics
 
 from cwdpo.arguments import TrainSettings
-from cwdpo.config import CalibrationSettings, DataSettings, Recipe, StageSettings
+from cwdpo.config import CalibrationSettings, Recipe, StageSettings
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.models.load import Policy, adopt, load_policy, load_processor
 from cwdpo.models.settings import ModelSettings

@@ -87,6 +87,7 @@ class HeldOut:
             sampled.
         sampled: by type: each response that the policy sampled, as its text and whether it ended by itself.
         one_step: predicted and actual changes after one update, if requested.
+        sources: the source of each prompt in a mixture of data sets; empty without one.
     """
 
     kinds: tuple[str, ...]
@@ -107,6 +108,7 @@ class HeldOut:
     own: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     sampled: Mapping[str, Sequence[tuple[str, bool]]] = field(default_factory=dict)
     one_step: OneStep | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def mean_logp(self) -> Tensor:
@@ -172,6 +174,7 @@ class HeldOut:
             prompt=torch.cat([self.prompt, part.prompt + int(self.prompt.max()) + 1]),
             negative=torch.cat([self.negatives, torch.zeros(len(part.kinds), dtype=torch.bool)]),
             own={**self.own, **own},
+            sources=(*self.sources, *[""] * (int(part.prompt.max()) + 1)) if self.sources else (),
         )
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from cwdpo.report._dynamics import dynamics
 from cwdpo.report._negatives import negatives_section
 from cwdpo.report._page import Folder, Legend, Panel, Panels, keys, mapping, points, records
-from cwdpo.report._text import MISSING, finite, number, picture_uri, plain
+from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, strip_uri
 from cwdpo.report._times import times
 from cwdpo.report.figures import histogram
 
@@ -53,6 +53,9 @@ def _facts(recipe: dict[str, Any], summary: dict[str, Any], readings: Rows, metr
     source = data.get("path")
     if source is None and data.get("world") is not None:
         source = f"embedded world ({plain(data['world'])})"
+    sources = records(data.get("sources"))
+    if sources:
+        source = f"mixture of {', '.join(plain(s.get('name') or s.get('path')) for s in sources)}"
     tuned = {"full": "all weights", "lora": "LoRA"}.get(plain(model.get("tune")), "")
     facts = [
         (
@@ -194,6 +197,14 @@ def _stage(stage: str, readings: Rows, metrics: Rows, names: Iterator[str]) -> d
     moved = ("tv", "total variation"), ("js", "Jensen-Shannon"), ("kl", "KL")
     read("Distance from the stage's start", "probability (TV), nats per token (JS, KL)", *moved)
     read("Token ECE, held out", "probability", ("ece", "ECE"))
+    for reading, title in (("margin", "Margin"), ("nll", "NLL of chosen")):
+        lines = [
+            (key, key.split("/")[1])
+            for key in sorted(held)
+            if key.startswith("source/") and key.endswith(reading)
+        ]
+        if lines:
+            read(f"{title} by source, held out", "nats per token" if reading == "nll" else "nats", *lines)
     log("Training loss", "as logged", "loss")
     log("Gradient norm", "before clipping", "grad_norm")
     return {"title": f"Stage {stage[-1]}", "id": stage, "panels": panels.found, "absent": panels.absent}
@@ -233,6 +244,7 @@ def _samples(folder: Folder) -> dict[str, Any]:
         {
             "id": plain(row.get("id")),
             "picture": picture_uri(row["image"], folder.path) if isinstance(row.get("image"), str) else None,
+            "strip": strip_uri(row["video"], folder.path) if isinstance(row.get("video"), str) else None,
             "prompt": plain(row.get("prompt")),
             "chosen": plain(row.get("chosen")),
             "responses": [

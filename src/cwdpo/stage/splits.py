@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cwdpo.config import Recipe
+from cwdpo.data.mixture import Amount, in_turn, mixed
 from cwdpo.data.problems import printable
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.split import split_by_image
+from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError
 from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import attach_negatives
@@ -42,27 +45,20 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     Raises:
         DataError: the data cannot be read or is empty, or too many rows are bad.
     """
-    data = recipe.data
-    path, validation_path = data.path, data.validation_path
-    if data.world is not None:
-        from cwdpo.worlds.shapes import materialise
-
-        written = materialise(data.world, run.path / "data")
-        path, validation_path = str(written["train"]), str(written["validation"])
-    assert path is not None
-
+    data = _on_disk(recipe.data, run)
     notes: list[str] = []
 
-    def read(source: str) -> list[Example]:
+    def read(source: str, how: DataSettings) -> list[Example]:
         result = read_examples(
             source,
-            format=data.format,
-            max_bad_fraction=data.max_bad_fraction,
-            image_root=Path(data.image_root) if data.image_root else None,
-            default_prompt=data.default_prompt,
-            captions_per_image=data.captions_per_image,
-            limit=data.limit,
-            ignore_columns=data.ignore_columns,
+            format=how.format,
+            max_bad_fraction=how.max_bad_fraction,
+            image_root=Path(how.image_root) if how.image_root else None,
+            default_prompt=how.default_prompt,
+            captions_per_image=how.captions_per_image,
+            limit=how.limit,
+            ignore_columns=how.ignore_columns,
+            video=how.video.sampling,
         )
         if result.problems:
             rows = ({"stage": "read", "problem": printable(str(p))} for p in result.problems)
@@ -70,34 +66,61 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         notes.extend(result.notes)
         return result.examples
 
-    train = read(path)
-    if validation_path is None:
+    train: list[Example] = []
+    for name, own in zip([s.title for s in data.sources] or [""], data.each(), strict=True):
+        assert own.path is not None
+        # Two sources may have the same ids.
+        train += [replace(e, source=name, id=f"{name}/{e.id}") if name else e for e in read(own.path, own)]
+    if data.validation_path is None:
         share = data.validation_fraction
         parts = split_by_image(train, {"train": 1 - share, "validation": share}, recipe.seed)
         train, validation = parts["train"], parts["validation"]
     else:
-        validation = read(validation_path)
+        validation = read(data.validation_path, data)
     if not validation:
         notes.append(_without_validation(recipe))
-    if notes:
-        run.append("notes.jsonl", ({"stage": "read", "note": note} for note in notes))
     stage1 = stage1_share(recipe)
     parts = split_by_image(train, {"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
+    if data.sources:
+        amounts = {s.title: Amount(1.0 if s.repeat is None else s.repeat, s.weight) for s in data.sources}
+        parts = {name: mixed(examples, amounts, recipe.seed) for name, examples in parts.items()}
+        notes += [_mixture(name, amounts, examples) for name, examples in parts.items() if examples]
+    if notes:
+        run.append("notes.jsonl", ({"stage": "read", "note": note} for note in notes))
     stage2 = parts["stage2"]
     if recipe.negatives.on_policy_fraction is None:  # else each round makes its own
         stage2 = with_negatives(stage2, recipe, run, need=recipe.stage2.build().needs_negatives)
     return Splits(
         with_negatives(parts["stage1"], recipe, run, need=False),
         stage2,
-        with_negatives(validation, recipe, run, need=False),
+        with_negatives(in_turn(validation), recipe, run, need=False),
         tuple(notes),
     )
 
 
+def _on_disk(data: DataSettings, run: RunDir) -> DataSettings:
+    """The settings; of an embedded world, the paths of the files that are written now."""
+    if data.world is None:
+        return data
+    from cwdpo.worlds.shapes import materialise
+
+    written = {name: str(path) for name, path in materialise(data.world, run.path / "data").items()}
+    files = {"path": written["train"], "validation_path": written["validation"]}
+    return data.model_copy(update={"world": None, **files})
+
+
+def _mixture(stage: str, amounts: Mapping[str, Amount], examples: Sequence[Example]) -> str:
+    """A line with what a stage trains on, of each source."""
+    rows = Counter(e.source for e in examples)
+    said = (f"{name} {rows[name]} ({rows[name] / len(examples):.0%})" for name in amounts)
+    return f"{stage}: {len(examples)} rows of {len(amounts)} sources: {', '.join(said)}"
+
+
 def _without_validation(recipe: Recipe) -> str:
     data = recipe.data
+    name = data.path or "data.sources"
     return (
-        f"{data.path}: data.validation_fraction = {data.validation_fraction:g} leaves no image for validation: there "
+        f"{name}: data.validation_fraction = {data.validation_fraction:g} leaves no image for validation: there "
         "are no probes, no stop rules and no evaluation; set data.validation_path, or raise the fraction"
     )
 

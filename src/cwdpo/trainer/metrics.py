@@ -59,6 +59,8 @@ class StepMetrics:
             self._take_sides(pairs, output)
         if self._by_origin:
             self._take_origins(batch, pairs, weights)
+        if any(batch.sources):
+            self._take_sources(batch, pairs, output)
         for name, part in output.parts.items():
             self._parts[name] += float(part)
 
@@ -75,6 +77,19 @@ class StepMetrics:
             for name in ("rewards/margins", "rewards/accuracies"):
                 if name in output.per_pair:
                     self._take(f"{name}/{side}", output.per_pair[name][own])
+
+    def _take_sources(self, batch: PromptBatch, pairs: ScoredPairs, output: ObjectiveOutput) -> None:
+        """Values of each source of a mixture; its share is of the prompts that are logged here."""
+        pair_prompt = batch.pair_prompt.tolist()
+        for name in sorted(set(batch.sources)):
+            prompts = torch.tensor([source == name for source in batch.sources])
+            own = prompts[pair_prompt].to(pairs.rejected.mean_logp.device)
+            self._take(f"source/{name}/share", prompts)
+            self._take(f"source/{name}/logps_mean/chosen", pairs.chosen.mean_logp[prompts.to(own.device)])
+            self._take(f"source/{name}/logps_mean/rejected", pairs.rejected.mean_logp[own])
+            for value in ("rewards/margins", "rewards/accuracies", "cooling/weight"):
+                if value in output.per_pair:
+                    self._take(f"source/{name}/{value}", output.per_pair[value][own])
 
     def _take_origins(self, batch: PromptBatch, pairs: ScoredPairs, weights: Tensor | None) -> None:
         origins = [batch.completions[i].origin for i in batch.rejected.tolist()]

@@ -24,6 +24,7 @@ class PromptBatch:
         chosen: [B] index of each example's chosen completion.
         rejected: [P] index of each pair's rejected completion.
         pair_prompt: [P] the example (and so the chosen completion) of each pair, in 0..B-1.
+        sources: of the B examples; empty texts without a mixture.
     """
 
     example_ids: tuple[str, ...]
@@ -33,6 +34,7 @@ class PromptBatch:
     chosen: Tensor
     rejected: Tensor
     pair_prompt: Tensor
+    sources: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
         """The batch with its index tensors on ``device``; image tensors are moved when the rows are built."""
@@ -84,6 +86,7 @@ class PromptBatch:
             chosen,
             rejected,
             self.pair_prompt[pairs],
+            self.sources[:n],
         )
 
     def with_silent_row(self, prompt: EncodedPrompt) -> PromptBatch:
@@ -141,7 +144,11 @@ def collate(examples: Sequence[EncodedExample]) -> PromptBatch:
         tuple(e.id for e in examples),
         tuple(prompts),
         tuple(completions),
-        *(torch.tensor(x, dtype=torch.long) for x in (completion_prompt, chosen, rejected, pair_prompt)),
+        torch.tensor(completion_prompt, dtype=torch.long),
+        torch.tensor(chosen, dtype=torch.long),
+        torch.tensor(rejected, dtype=torch.long),
+        torch.tensor(pair_prompt, dtype=torch.long),
+        tuple(e.source for e in examples),
     )
 
 

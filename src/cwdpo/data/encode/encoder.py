@@ -48,12 +48,13 @@ class EncodedCompletion:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One prompt with its chosen completion and the negatives that this stage uses."""
+    """One prompt with its chosen completion and the negatives that this stage uses; ``source`` as in Example."""
 
     id: str
     prompt: EncodedPrompt
     chosen: EncodedCompletion
     negatives: tuple[EncodedCompletion, ...] = ()
+    source: str = ""
 
     @property
     def completions(self) -> tuple[EncodedCompletion, ...]:
@@ -196,7 +197,7 @@ class Encoder:
                 rejected.append(replace(negative, prompt=self._other_prompt(example, completion)))
             elif ids != chosen_ids:
                 rejected.append(_encoded(completion, ids, differing_span(chosen_ids, ids)))
-        encoded = EncodedExample(example.id, self.prompt(example), chosen, tuple(rejected))
+        encoded = EncodedExample(example.id, self.prompt(example), chosen, tuple(rejected), example.source)
         self.check_positions(example, encoded.n_tokens)
         if self.max_length is not None and encoded.n_tokens > self.max_length:
             raise DataError(

@@ -1,0 +1,119 @@
+"""The recipe's ``data`` section: where the rows come from, and how they are split."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from cwdpo.records import VideoSampling
+from cwdpo.registry import Settings
+from cwdpo.worlds.shapes import ShapesSettings
+
+Spec = dict[str, Any]
+"""A component in a recipe: its ``name`` and its settings."""
+
+
+class VideoSettings(Settings):
+    """Which frames of videos are kept."""
+
+    fps: float = Field(
+        VideoSampling.fps, gt=0, description="frames a second that are kept; the rate of folders of frames"
+    )
+    max_frames: int = Field(VideoSampling.max_frames, gt=0, description="most frames of one video")
+    max_pixels: int | None = Field(
+        VideoSampling.max_pixels, gt=0, description="most pixels of a frame; larger ones are scaled down"
+    )
+
+    @property
+    def sampling(self) -> VideoSampling:
+        """The settings, for readers."""
+        return VideoSampling(self.fps, self.max_frames, self.max_pixels)
+
+
+class DataSource(Settings):
+    """One data set of a mixture; what is not set is as in ``data``."""
+
+    path: str = Field(description="as data.path")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="for metrics and report; default: the path's last part",
+    )
+    repeat: float | None = Field(
+        None,
+        gt=0,
+        description="how often each row is in the training data; 0.5: half of the rows; default: 1",
+    )
+    weight: float | None = Field(
+        None, gt=0, description="share of the training rows, relative to the other sources' weights"
+    )
+    format: str | Spec | None = None
+    ignore_columns: tuple[str, ...] | None = None
+    image_root: str | None = None
+    default_prompt: str | None = None
+    limit: int | None = Field(None, gt=0)
+
+    @property
+    def title(self) -> str:
+        """The name, or the path's last part without its ending."""
+        last = self.path.rstrip("/").replace("\\", "/").rpartition("/")[2]
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", last.partition(".")[0] or last)
+
+
+class DataSettings(Settings):
+    """The source of the examples, and their split."""
+
+    path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
+    sources: tuple[DataSource, ...] = Field((), description="a mixture of data sets, instead of path")
+    world: ShapesSettings | None = Field(None, description="embedded world to generate in the run folder")
+    format: str | Spec = Field(
+        "auto",
+        description="auto, a name, file.py:ClassName, or a mapping with name and the format's settings",
+    )
+    ignore_columns: tuple[str, ...] = Field((), description="columns to ignore")
+    image_root: str | None = Field(
+        None, description="folder of relative image paths; images must be in it; default: the data's folder"
+    )
+    validation_path: str | None = None
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="by image, when no validation_path")
+    stage1_fraction: float = Field(0.75, ge=0, le=1, description="share of training images in stage 1")
+    captions_per_image: int = Field(1, gt=0, description="number of examples from one image with captions")
+    default_prompt: str = Field("Describe the image.", description="prompt for data without prompts")
+    max_length: int | None = Field(None, gt=0, description="largest number of tokens of prompt + completion")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    image_tokens: Literal["sizes", "processor"] = Field(
+        "sizes",
+        description="number of image tokens: from image sizes, or by processing each image before step 1",
+    )
+    video: VideoSettings = VideoSettings()
+    cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
+    limit: int | None = Field(None, gt=0, description="read only this many examples")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if (self.path is not None) + (self.world is not None) + bool(self.sources) != 1:
+            raise ValueError("exactly one of 'path', 'sources' and 'world' must be given")
+        names = [source.title for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sources: two are called {twice[0]!r}: give each a 'name' of its own")
+        weighted = [source.title for source in self.sources if source.weight is not None]
+        if weighted and len(weighted) < len(names):
+            lacking = next(name for name in names if name not in weighted)
+            raise ValueError(
+                f"sources: {lacking!r} has no 'weight', but others have: give one to all, or to none"
+            )
+        if mixed := [s.title for s in self.sources if s.weight is not None and s.repeat is not None]:
+            raise ValueError(f"sources: {mixed[0]!r} has 'weight' and 'repeat': leave out one of them")
+        if self.world is not None and not (self.world.train and self.world.validation):
+            raise ValueError("world.train and world.validation must be at least 1")
+        return self
+
+    def each(self) -> tuple[DataSettings, ...]:
+        """The settings of each data set of a mixture, as if it were the only one; without a mixture, these."""
+        if not self.sources:
+            return (self,)
+        own = ("path", "format", "ignore_columns", "image_root", "default_prompt", "limit")
+        given = ({key: getattr(s, key) for key in own if getattr(s, key) is not None} for s in self.sources)
+        return tuple(self.model_copy(update={"sources": (), **values}) for values in given)
