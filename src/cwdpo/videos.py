@@ -287,9 +287,12 @@ def _opened(video: VideoRef) -> Iterator[tuple[Any, Any, str]]:
                 "video-unreadable", f"{name} is not a video that PyAV can read ({_said(error)})"
             ) from None
         with container:
-            if not container.streams.video:
+            streams = [
+                s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
+            ]
+            if not streams:
                 raise VideoError("video-unreadable", f"{name} has no pictures, only sound or texts")
-            stream = container.streams.video[0]
+            stream = streams[0]
             if stream.codec_context is None:
                 raise VideoError(
                     "video-unreadable", f"{name}: its encoding is not known to PyAV", "convert it to H.264"

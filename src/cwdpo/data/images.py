@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from cwdpo.data.digests import DigestMap, digest8
 from cwdpo.data.facts import ImageFacts
-from cwdpo.data.inside import missing, path_inside
+from cwdpo.data.inside import missing, path_inside, remember
 from cwdpo.data.media import from_base64, from_data_uri
 from cwdpo.data.problems import RowError, shown
 from cwdpo.data.video_folder import VideoFolder
@@ -26,7 +26,6 @@ IMAGE_FORMS = (
 )
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_REMEMBERED = 4096  # size of the caches; rows with the same image are near each other
 
 
 class ImageFolder:
@@ -118,7 +117,7 @@ class ImageFolder:
     def _from_path(self, text: str, key: str) -> ImageRef:
         path = self._resolved.get(text)
         if path is None:
-            path = _remember(self._resolved, text, path_inside(self.root, text, key, "image", IMAGE_FORMS))
+            path = remember(self._resolved, text, path_inside(self.root, text, key, "image", IMAGE_FORMS))
         digest = digest8(bytes(path))
         if self._good.get(digest) is not None:
             return ImageRef(path=path)
@@ -126,7 +125,7 @@ class ImageFolder:
             try:
                 self._check_file(path, text, key)
             except RowError as error:
-                _remember(self._refused, path, (error.kind, error.message, error.remedy))
+                remember(self._refused, path, (error.kind, error.message, error.remedy))
             else:
                 self._good.add(digest)
                 return ImageRef(path=path)
@@ -195,18 +194,6 @@ def _edit_of(value: Any, key: str) -> ImageEdit:
             f"{shown(value, 60)} ({error}); allowed: {{box: [left, top, right, bottom], noise, seed}}",
             "correct it, or store the edited image",
         ) from None
-
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-def _remember(known: dict[K, V], key: K, value: V) -> V:
-    """Store a value in a dictionary that is cleared when it is full."""
-    if len(known) >= _REMEMBERED:
-        known.clear()
-    known[key] = value
-    return value
 
 
 def _lossless(image: Any) -> bytes:

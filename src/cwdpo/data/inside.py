@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cwdpo.data.problems import RowError, shown
 
 Medium = Literal["image", "video"]
+K = TypeVar("K")
+V = TypeVar("V")
+_REMEMBERED = 4096  # size of the caches; rows with the same image are near each other
 
 
 def path_inside(root: Path | None, text: str, key: str, medium: Medium, forms: str) -> Path:
@@ -66,3 +69,11 @@ def missing(root: Path | None, text: str, key: str, medium: Medium) -> RowError:
         f"correct the path, or set data.image_root (validate: --image-root) to the folder that {medium} "
         "paths start from",
     )
+
+
+def remember(known: dict[K, V], key: K, value: V) -> V:
+    """Store a value in a dictionary that is cleared when it is full."""
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.data.digests import DigestMap, digest8
-from cwdpo.data.inside import missing, path_inside
+from cwdpo.data.inside import missing, path_inside, remember
 from cwdpo.data.problems import RowError, shown
 from cwdpo.records import VideoRef, VideoSampling
 from cwdpo.videos import Clip, VideoError, VideoFacts, decoded, frame_files, video_facts
@@ -62,7 +62,7 @@ class VideoFolder:
             try:
                 self._check_file(video, path, value, key)
             except RowError as error:
-                self._refused[path] = error.kind, error.message, error.remedy
+                remember(self._refused, path, (error.kind, error.message, error.remedy))
             else:
                 self._good.add(digest)
                 return video
