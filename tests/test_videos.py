@@ -88,11 +88,7 @@ def test_every_container_gives_its_frames(tmp_path: Path, name: str, codec: str)
 def test_frames_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers.video_utils import read_video_pyav
 
-    rng = np.random.default_rng(0)
-    noise = [
-        np.kron(rng.integers(0, 256, (6, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8)) for _ in range(30)
-    ]
-    path = write_video(tmp_path / "a.mp4", noise)
+    path = noise(tmp_path)
     clip = decoded(VideoRef(path, sampling=VideoSampling(fps=3)))
     theirs, metadata = read_video_pyav(str(path), lambda metadata, **_: list(clip.indices))
     assert np.array_equal(clip.frames, theirs)
@@ -245,6 +241,7 @@ def damaged(place: Path, how: str) -> Path:
         "cut head": bytes(box[:200]),
         "cut": write_video(place / "b.mp4", grey(20)).read_bytes()[:900],
         "overwritten": bytes(box),
+        "one frame": _with_a_hole(noise(place)),
         "noise": whole[: 188 * 4] + np.random.default_rng(0).bytes(188 * 60),
     }
     path = place / "damaged.mp4"
@@ -252,7 +249,27 @@ def damaged(place: Path, how: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["empty", "text", "cut head", "cut", "overwritten", "noise"])
+def noise(place: Path) -> Path:
+    """30 frames that have nothing in common, so that every byte of them counts."""
+    rng = np.random.default_rng(0)
+    patches = (rng.integers(0, 256, (6, 8, 3), np.uint8) for _ in range(30))
+    return write_video(place / "noise.mp4", (np.kron(one, np.ones((8, 8, 1), np.uint8)) for one in patches))
+
+
+def _with_a_hole(path: Path) -> bytes:
+    """A file in which a hundredth is zero: FFmpeg decodes all frames, and marks one of them."""
+    data = bytearray(path.read_bytes())
+    first, last = len(data) * 30 // 100, len(data) * 31 // 100
+    data[first:last] = bytes(last - first)
+    return bytes(data)
+
+
+def test_a_frame_that_is_marked_as_damaged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match=r"damaged\.mp4: frame \d+ is damaged"):
+        decoded(VideoRef(damaged(tmp_path, "one frame"), sampling=EVERY))
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "cut head", "cut", "overwritten", "noise", "one frame"])
 def test_a_damaged_file_is_an_error(tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(VideoError, match=r"damaged\.mp4") as error:
         decoded(VideoRef(damaged(tmp_path, how), sampling=EVERY))
