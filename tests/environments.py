@@ -50,7 +50,7 @@ OF_TESTS = ("pytest", "pytest-xdist")
 ENVIRONMENTS = {
     "families": Environment(
         torch=("torch", "torchvision"),
-        extras=("captions", "vision", "quant", "bf16"),  # what the recipes of the package ask for
+        extras=("captions", "video", "vision", "quant", "bf16"),  # what the recipes of the package ask for
         packages=(*OF_TESTS, "num2words"),  # SmolVLM's processor
         built_for_cuda=True,
         cost="about 5 minutes, 6 GB",

@@ -531,7 +531,12 @@ def test_a_world_needs_training_and_validation_pictures() -> None:
         ("train.per_device_train_batch_size=1", "here it is replaced by train.batch_size"),
         ("stage2.loss_type=ipo", "here it is replaced by stage2.objective"),
         ("model.lora_rank=8", "here it is replaced by model.lora.r"),
-        ("model.max_pixels=8", "here it is replaced by model.processor_options.max_pixels"),
+        (
+            "model.max_pixels=8",
+            "here it is replaced by model.processor_options.max_pixels (of images) and data.video.max_pixels "
+            "(of videos)",
+        ),
+        ("data.video_fps=2", "here it is replaced by data.video.fps"),
         ("train.logging_step=1", "did you mean 'logging_steps'?"),
     ],
 )

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "hints": set(),
     "arguments": {"errors", "files", "registry"},
-    "data_settings": {"registry", "worlds"},
+    "data_settings": {"records", "registry", "worlds"},
     "overrides": {"errors", "files"},
     "records": {"errors"},
     "worlds": BASE,
@@ -52,7 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "connection": set(),
     "remote": {*BASE, "connection"},
     "negatives": {*BASE, "remote", "judging.base"},
-    "data": BASE,
+    "videos": {"errors", "records"},
+    "data": {*BASE, "videos"},
     "models": {*BASE, "arguments", "data"},
     "scoring": {*BASE, "data", "objectives", "models"},
     "curriculum": BASE,
@@ -80,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "stage": {*MODELLING, "arguments", "data_settings", "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
-    "report": {"rundir", "errors", "files", "records", "dynamics"},
+    "report": {"rundir", "errors", "files", "records", "videos", "dynamics"},
     "pipeline": {
         *RUNNING,
         "arguments",
@@ -123,8 +124,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir", "metrics",
-    "shipped", "judging", "overrides", "report", "schema", "cli",
+    *BASE, *DYNAMICS, "videos", "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir",
+    "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -7,11 +7,29 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from cwdpo.records import VideoSampling
 from cwdpo.registry import Settings
 from cwdpo.worlds.shapes import ShapesSettings
 
 Spec = dict[str, Any]
 """A component in a recipe: its ``name`` and its settings."""
+
+
+class VideoSettings(Settings):
+    """Which frames of videos are kept."""
+
+    fps: float = Field(
+        VideoSampling.fps, gt=0, description="frames a second that are kept; the rate of folders of frames"
+    )
+    max_frames: int = Field(VideoSampling.max_frames, gt=0, description="most frames of one video")
+    max_pixels: int | None = Field(
+        VideoSampling.max_pixels, gt=0, description="most pixels of a frame; larger ones are scaled down"
+    )
+
+    @property
+    def sampling(self) -> VideoSampling:
+        """The settings, for readers."""
+        return VideoSampling(self.fps, self.max_frames, self.max_pixels)
 
 
 class DataSource(Settings):
@@ -69,6 +87,7 @@ class DataSettings(Settings):
         "sizes",
         description="number of image tokens: from image sizes, or by processing each image before step 1",
     )
+    video: VideoSettings = VideoSettings()
     cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
     limit: int | None = Field(None, gt=0, description="read only this many examples")
 

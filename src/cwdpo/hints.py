@@ -66,7 +66,11 @@ FROM_OTHER_TOOLS: Mapping[str, str] = {
     "pref_loss": "stage2.objective",
     "rlhf_type": "stage2.objective",
     "image_max_pixels": "model.processor_options.max_pixels",
-    "max_pixels": "model.processor_options.max_pixels",
+    "max_pixels": "model.processor_options.max_pixels (of images) and data.video.max_pixels (of videos)",
+    "video_fps": "data.video.fps",
+    "video_maxlen": "data.video.max_frames",
+    "video_max_pixels": "data.video.max_pixels",
+    "nframes": "data.video.max_frames",
     "min_pixels": "model.processor_options.min_pixels",
 }
 """Keys of other tools -> the recipe's key for the same setting."""
@@ -82,7 +86,7 @@ def belongs(key: str, places: Iterable[str]) -> str:
     >>> belongs("learning_rate", ["stage1.learning_rate", "train.batch_size"])
     '; did you mean stage1.learning_rate?'
     """
+    if key in FROM_OTHER_TOOLS:
+        return f"; here it is replaced by {FROM_OTHER_TOOLS[key]}"
     same = [place for place in places if place.rpartition(".")[2] == key]
-    if same:
-        return f"; did you mean {' or '.join(same)}?"
-    return f"; here it is replaced by {FROM_OTHER_TOOLS[key]}" if key in FROM_OTHER_TOOLS else ""
+    return f"; did you mean {' or '.join(same)}?" if same else ""

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -179,24 +180,65 @@ def _scaled(image: Image) -> Image:
     return Image.fromarray(np.rint(share * 255).astype(np.uint8))
 
 
+@dataclass(frozen=True)
+class VideoSampling:
+    """Which frames of a video are kept, and how large.
+
+    Attributes:
+        fps: frames a second that are kept; also the rate of a folder of frames, which has none of its own.
+        max_frames: most frames of one video.
+        max_pixels: most pixels of a frame (width x height); larger frames are scaled down. ``None``: no limit.
+    """
+
+    fps: float = 2.0
+    max_frames: int = 32
+    max_pixels: int | None = 512 * 512
+
+
+SAMPLING = VideoSampling()
+
+
+@dataclass(frozen=True)
+class VideoRef:
+    """A video: its file, a folder of frames, or its encoded bytes; :mod:`cwdpo.videos` decodes it."""
+
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    sampling: VideoSampling = SAMPLING
+
+
+class Place(Enum):
+    """The place of a video in a turn. The place of an image is ``None``."""
+
+    VIDEO = "video"
+
+
+VIDEO = Place.VIDEO
+
 TOOLS = "tools"
 """Role of a prompt's first message if the model may call tools: its one part is their list in JSON."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a prompt; an entry of ``parts`` is a text, or ``None`` for the next image.
+    """One turn of a prompt.
 
-    ``more`` is an object in JSON with further keys of the turn: ``tool_calls``, ``tool_call_id``, ``name``.
+    An entry of ``parts`` is a text, or a place: ``None`` for the next image, ``VIDEO`` for the next video. ``more`` is
+    an object in JSON with further keys of the turn: ``tool_calls``, ``tool_call_id``, ``name``.
     """
 
     role: str
-    parts: tuple[str | None, ...]
+    parts: tuple[str | Place | None, ...]
     more: str = ""
 
     def as_chat(self) -> dict[str, Any]:
         """The turn in the form that transformers' chat templates take."""
-        content = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in self.parts]
+        content = [
+            {"type": "text", "text": p}
+            if isinstance(p, str)
+            else {"type": "video" if p is VIDEO else "image"}
+            for p in self.parts
+        ]
         return {"role": self.role, "content": content, **self.further}
 
     @property
@@ -207,13 +249,18 @@ class Message:
     @property
     def text(self) -> str:
         """The text parts, joined by a newline."""
-        return "\n".join(part for part in self.parts if part)
+        return "\n".join(self.texts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The text parts that are not empty."""
+        return [part for part in self.parts if isinstance(part, str) and part]
 
 
 def without_tools(prompt: Sequence[Message]) -> tuple[tuple[Message, ...], list[Any]]:
     """The turns of a prompt, and the tools that it offers; an empty list if none."""
     turns = tuple(message for message in prompt if message.role != TOOLS)
-    tools = [json.loads(m.parts[0] or "[]") for m in prompt if m.role == TOOLS]
+    tools = [json.loads(m.text or "[]") for m in prompt if m.role == TOOLS]
     return turns, tools[0] if tools else []
 
 
@@ -246,7 +293,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt (images and messages) with its chosen response and its negatives.
+    """One prompt (images, videos and messages) with its chosen response and its negatives.
 
     Attributes:
         rejected: the negatives of stage 2; may be empty.
@@ -267,6 +314,12 @@ class Example:
     where: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    videos: tuple[VideoRef, ...] = ()
+
+    @property
+    def pictured(self) -> bool:
+        """Whether the prompt has an image or a video."""
+        return bool(self.images or self.videos)
 
     @property
     def all_images(self) -> tuple[ImageRef, ...]:

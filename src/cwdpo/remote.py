@@ -26,7 +26,7 @@ from cwdpo.connection import Connection
 from cwdpo.errors import FileError, ServerError, optional_package
 from cwdpo.files.reading import ends_whole, parse_json, read_jsonl
 from cwdpo.files.writing import open_to_append, write_text
-from cwdpo.records import TOOLS, ImageRef, Message
+from cwdpo.records import TOOLS, VIDEO, ImageRef, Message
 from cwdpo.registry import Settings
 
 _MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif"}
@@ -283,8 +283,12 @@ def _messages(ask: Ask) -> list[dict[str, Any]]:
     """Messages in OpenAI's format; each image is a data URI at its place in the text.
 
     Raises:
-        ServerError: the prompt has tools, which are not sent.
+        ServerError: the prompt has tools or a video, which are not sent.
     """
+    if any(VIDEO in m.parts for m in ask.messages):
+        raise ServerError(
+            "a prompt with a video is not sent to a server: leave such rows out, or sample here"
+        )
     if any(m.more or m.role == TOOLS for m in ask.messages):
         raise ServerError("a prompt with tools is not sent to a server: leave such rows out, or sample here")
     images = iter(ask.images)
@@ -292,9 +296,9 @@ def _messages(ask: Ask) -> list[dict[str, Any]]:
         {
             "role": m.role,
             "content": [
-                {"type": "image_url", "image_url": {"url": data_uri(next(images))}}
-                if part is None
-                else {"type": "text", "text": part}
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "image_url", "image_url": {"url": data_uri(next(images))}}
                 for part in m.parts
             ],
         }

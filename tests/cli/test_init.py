@@ -150,24 +150,37 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
     import huggingface_hub
 
     asked: list[float] = []
+    urls: list[str] = []
 
     class Dead:
         def head(self, url: str, timeout: float) -> None:
             asked.append(timeout)
+            urls.append(url)
             raise OSError("no route")
 
     monkeypatch.setattr(huggingface_hub, "get_session", Dead)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     done = run(*INIT, "--model", "owner/name")
     assert done.code == 1
-    assert (
-        "'owner/name': there is no such folder here, and https://huggingface.co does not answer (OSError)"
-        in done.err
-    )
+    said = "'owner/name': there is no such folder here, and https://huggingface.co does not answer (OSError)"
+    assert said in done.err
     assert "name its folder" in done.err
     assert asked == [5.0]
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json")
-    assert "HF_HUB_OFFLINE=1" in run(*INIT, "--model", "owner/name").err
+    done = run("init", "--model", "embedded", "--gpu", "4090", "--data", "owner/name")
+    assert said in done.err
+    assert urls[0].endswith("/api/models/owner/name")
+    assert urls[1].endswith("/api/datasets/owner/name")
+
+
+def test_held_out_rows_beside_the_data_are_used(run: Run, world_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my.yaml"
+    data = world_folder / "train.jsonl"
+    done = run("init", "--model", "embedded", "--gpu", "4090", "--data", data, "--out", out)
+    assert done.code == 0, done.err
+    recipe = load_recipe(out)
+    assert recipe.data.validation_path == str(world_folder / "validation.jsonl")
+    assert (recipe.probes.prompts, recipe.evaluation.prompts) == (16, 16)
+    assert run("validate", out).code == 0
 
 
 def test_captions_get_samples_as_negatives(run: Run, place: Path) -> None:

@@ -48,6 +48,8 @@ MODES = [(plain(m), told) for cells in table("modes") for m, told, _ in [cells]]
 def folder(tmp_path: Path) -> Path:
     for name in "ab":
         Image.new("RGB", (8, 6), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "a.mp4").mkdir()  # a folder of frames is a video, whatever its name
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.mp4" / "0.png")
     return tmp_path
 
 

@@ -255,7 +255,7 @@ def _idefics(made: Made, config: Any, processor: Any, images: Any, **more: Any) 
 
 
 def smolvlm2(made: Made) -> tuple[Any, Any]:
-    videos = t.SmolVLMVideoProcessor()
+    videos = t.SmolVLMVideoProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 56})
     return _idefics(
         made, t.SmolVLMConfig, t.SmolVLMProcessor, t.SmolVLMImageProcessor, video_processor=videos
     )

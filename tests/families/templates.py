@@ -7,7 +7,8 @@ QWEN2 = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part['type'] == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -21,7 +22,8 @@ QWEN3 = QWEN2.replace(
 # The generation prompt opens a block of thoughts, which a finished last turn closes.
 QWEN3_5 = (
     "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part['type'] == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{% endmacro %}{% for message in messages %}{% set content = body(message['content'])|trim %}"
     "{% if message['role'] == 'assistant' %}{% set thought = '' %}{% if '</think>' in content %}"
     "{% set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
@@ -61,11 +63,14 @@ LLAVA_NEXT = (
 LLAVA_ONEVISION = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} {% for content in message['content']"
     "|selectattr('type', 'equalto', 'image') %}<image>{% endfor %}{% for content in message['content']"
+    "|selectattr('type', 'equalto', 'video') %}<video>{% endfor %}{% for content in message['content']"
     "|selectattr('type', 'equalto', 'text') %}\n{{ content['text'] }}{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-INTERNVL = QWEN3.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+INTERNVL = QWEN3.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n").replace(
+    "<|vision_start|><|video_pad|><|vision_end|>", "<video>\n"
+)
 
 # The system turn is put in front of the first user's; roles must alternate; bos is written.
 GEMMA3 = (
@@ -83,8 +88,8 @@ GEMMA3 = (
 GEMMA4 = (
     "{{ bos_token }}{% for message in messages %}<|turn>{{ 'model' if message['role'] == 'assistant' else "
     "message['role'] }}\n{% if message['content'] is string %}{{ message['content']|trim }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text']|trim }}"
-    "{% endif %}{% endfor %}{% endif %}<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|image|>{% elif part['type'] == 'video' %}"
+    "<|video|>{% else %}{{ part['text']|trim }}{% endif %}{% endfor %}{% endif %}<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
 )
 
 # What the assistant and the system say must be text; the system's stands in front of a user turn that comes last.
@@ -124,8 +129,11 @@ GLM4V = (
     "[gMASK]<sop>{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>\n"
     "{{ message['content'] }}{% else %}<|{{ message['role'] }}|>\n{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|begin_of_image|><|image|><|end_of_image|>{% elif part['type'] == 'video' %}"
+    "<|begin_of_video|><|video|><|end_of_video|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
-LFM2_VL = "{{ bos_token }}" + QWEN3.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+LFM2_VL = "{{ bos_token }}" + QWEN3.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>").replace(
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>", ""
+)

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write
+from checkpoints import FAMILIES, write
+from shapes import write_shape
+from transformers import AutoConfig
 
 from cwdpo import shipped
 from cwdpo.config import load_recipe
+from cwdpo.models.memory import empty_model
 
 TWINS = {
     "qwen2_5_vl_3b_lora": "qwen2_5_vl",
@@ -70,3 +73,34 @@ def test_a_recipe_runs_on_the_twin_of_its_model(
     assert resolved.train.optimizer == asked.train.optimizer
     adapter = (tmp_path / "out" / "model" / "adapter_config.json").is_file()
     assert adapter == (asked.model.tune == "lora")
+
+
+@pytest.mark.parametrize(
+    ("size", "published"), [("3b", 3_754_622_976), ("7b", 8_292_166_656), ("72b", 73_410_777_344)]
+)
+def test_the_shapes_behind_the_recipes_figures_have_the_published_parameters(
+    size: str, published: int, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(write_shape(size, tmp_path))
+    assert sum(p.numel() for p in empty_model(config, "bfloat16").parameters()) == published
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES]
+)
+def test_init_writes_a_recipe_for_every_family(
+    run: Any, family: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(family, tmp_path / "checkpoint", 12)
+    done = run("init", "--model", "checkpoint", "--data", data, "--gpu", "l4", "--out", "my.yaml")
+    assert done.code == 0, done.err[-3000:]
+    assert "fits     LoRA on bf16 weights" in done.out
+    recipe = load_recipe("my.yaml")
+    assert (recipe.model.tune, recipe.train.batch_size) == ("lora", 1)
+    validated = run("validate", "my.yaml")
+    assert validated.code == 0, validated.out
+    if family in TWINS.values():
+        short = ["stage1.steps=1", "stage2.steps=1", "calibration.samples=2", "evaluation.prompts=1"]
+        trained = run("train", "my.yaml", *short, "model.device=cpu")
+        assert trained.code == 0, trained.err[-3000:]

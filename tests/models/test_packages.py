@@ -29,7 +29,7 @@ SAID = {
         "\nTimmWrapperModel requires the timm library but it was not found in your environment. You can install it "
         "with pip: `pip install timm`."
     ),
-    "av": ImportError("To decode films install PyAV: `pip install av`"),
+    "av": ImportError("To decode videos install PyAV: `pip install av`"),
     "mistral_common": ModuleNotFoundError("No module named 'mistral_common'"),
 }
 

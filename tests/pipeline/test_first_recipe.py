@@ -20,11 +20,12 @@ from cwdpo.pipeline.first_recipe.decide import image_limit, lengths, prompts_of_
 from cwdpo.pipeline.first_recipe.fitting import MARGIN, Fitted, fitted, ways
 from cwdpo.pipeline.first_recipe.rows import Rows, words_in_common
 from cwdpo.pipeline.first_recipe.text import Decision, as_tree, recipe_text
-from cwdpo.pipeline.planning.costs import HollowRun, PeakMemory
+from cwdpo.pipeline.planning.costs import HollowRun
 from cwdpo.pipeline.planning.gpus import USABLE, Gpu
 from cwdpo.pipeline.planning.rows import StageRows
 from cwdpo.pipeline.planning.run import Hardware
 from cwdpo.records import Completion, Example
+from cwdpo.trainer.dry_step import OF_THE_BATCH
 from paths import ROOT
 
 # --- rows -----------------------------------------------------------------------------------------------
@@ -212,8 +213,20 @@ def test_a_checkpoint_that_lies_quantized_stays_as_it_is(recipe: Recipe, stages:
     assert "quantized weights" in found.memory.parts
 
 
-def test_what_fsdp2_spreads_by_hand() -> None:
-    parts = {"weights": 100, "optimizer state": 301, "gradient buckets": 100, "gradients": 40, "text": 7}
-    found = PeakMemory(parts, 1, 10).sharded(4)
-    assert found.parts == {"weights": 100, "optimizer state": 76, "gradients": 10, "text": 7}
-    assert found.total == 193
+def test_what_fsdp2_spreads(recipe: Recipe, stages: list[StageRows]) -> None:
+    whole = {"gradient_accumulation_steps": 2, "optimizer": "adamw_kahan"}
+    way = next(way for way in ways("full", 4) if way.sharded)
+    asked = way.applied(recipe)
+    asked = asked.model_copy(update={"train": asked.train.model_copy(update=whole)})
+    config = AutoConfig.from_pretrained(recipe.model.path)
+    alone, four, many = (
+        HollowRun(config, gpus, sharded=gpus > 1).peak(asked, stages).parts for gpus in (1, 4, 10**9)
+    )
+    assert four["weights"] == alone["weights"]
+    assert four["optimizer state"] == alone["optimizer state"] // 4
+    assert "gradient buckets" not in four
+    assert four["gradients"] == pytest.approx(alone["gradients"] / 4, rel=0.01)
+    # Without gradients the peak is where most activations are, which is at most that of the whole step.
+    activations = sum(many.values()) - many["weights"]
+    assert activations == sum(v for k, v in many.items() if k in OF_THE_BATCH)
+    assert sum(four.values()) >= four["weights"] + four["optimizer state"] + activations

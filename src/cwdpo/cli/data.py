@@ -136,6 +136,7 @@ def _how(data: DataSettings, given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "format": data.format, "default_prompt": data.default_prompt, "captions_per_image": data.captions_per_image,
         "max_length": data.max_length, "ignore_columns": data.ignore_columns,
+        "video": data.video.sampling,
         "image_root": None if data.image_root is None else Path(data.image_root),
         **given,
     }  # fmt: skip

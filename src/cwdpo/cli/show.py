@@ -34,6 +34,9 @@ def print_rows(rows: Iterable[ShownRow]) -> None:
         else:
             sizes = ", ".join(f"{w} x {h} pixels" for w, h in row.images) or "none"
             table.add_row("images", sizes)
+            if row.videos:
+                frames = ", ".join(f"{n} frames of {w} x {h} pixels" for n, w, h in row.videos)
+                table.add_row("videos", frames)
             table.add_row("prompt", f"{row.prompt_tokens} tokens, not trained")
             table.add_row("", Text(printable(row.prompt), style="dim"))
             for response in row.responses:

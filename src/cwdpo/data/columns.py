@@ -20,7 +20,17 @@ FOR_JUDGES = frozenset({"scene", "objects", "options", "kind", "category", "prov
 IMAGE_KEYS = ("images", "image", "img_path")
 """A list of images, or one image (``img_path`` in the data of mDPO and VLFeedback)."""
 
-_VIDEO = ("a film", "films are not read: leave such rows out")
+VIDEO_KEYS = ("videos", "video")
+"""A list of videos, or one video."""
+
+_VIDEO = (
+    "a video",
+    "videos are read from 'videos' (a list) or 'video' in rows of trl, llamafactory and ms_swift",
+)
+_SECOND_VIDEO = (
+    "a video of one of the two responses",
+    "pairs whose videos differ are not read: leave such rows out",
+)
 _AUDIO = ("sound", "sound is not read: leave such rows out")
 _SECOND = (
     "pictures of one of the two responses",
@@ -58,8 +68,8 @@ _REFERENCE = (
 _MORE = ("a further response", "give several rejected responses as a list in 'rejected'")
 
 MEANING: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("videos", "video", "video_path", "video_url", "frames", "chosen_videos", "rejected_videos"),
-                    _VIDEO),
+    **dict.fromkeys((*VIDEO_KEYS, "video_path", "video_url", "frames"), _VIDEO),
+    **dict.fromkeys(("chosen_videos", "rejected_videos"), _SECOND_VIDEO),
     **dict.fromkeys(("audios", "audio", "audio_path", "audio_url", "speech", "chosen_audios", "rejected_audios"),
                     _AUDIO),
     **dict.fromkeys(("rejected_images", "rejected_image", "chosen_images", "chosen_image"), _SECOND),
@@ -103,7 +113,7 @@ def refuse_unread(values: Mapping[str, Any], reads: Set[str]) -> None:
     Raises:
         RowError: of kind ``column-not-read``, for the first such column.
     """
-    pictured = any(present(values.get(key)) for key in IMAGE_KEYS)
+    pictured = any(present(values.get(key)) for key in (*IMAGE_KEYS, *(reads & {*VIDEO_KEYS})))
     for key, value in values.items():
         if key in IMAGE_KEYS or key in reads or not present(value):
             continue
@@ -122,7 +132,7 @@ def _why(key: str, value: Any, pictured: bool) -> tuple[str, str] | None:
         return f"{_PLACES[0]}, which are not read", _PLACES[1]
     if holds_media(value):
         return (
-            "a picture, film or sound, which is not read",
+            "a picture, video or sound, which is not read",
             "put the row's pictures into 'images', one place each",
         )
     if (named and not pictured) or (numbered and looks_like_a_picture(value)):

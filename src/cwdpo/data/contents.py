@@ -15,7 +15,8 @@ from typing import Any
 
 from cwdpo.data.digests import digest8
 from cwdpo.errors import DataError
-from cwdpo.records import ImageRef, image_formats
+from cwdpo.records import ImageRef, VideoRef, image_formats
+from cwdpo.videos import frame_files
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that exchange width and height
@@ -24,6 +25,8 @@ _TAIL = 64  # bytes; a few bytes may follow the end mark
 _PACKED = struct.Struct("<Q16sIIB")  # signature, digest, height, width, whether complete
 _KNOWN: dict[int, bytes] = {}
 """By digest of the path. Packed, because there may be millions of files."""
+_VIDEOS: dict[int, bytes] = {}
+"""The digest of a video, by digest of its path and the signatures of its files."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,34 @@ def image_content(image: ImageRef) -> ImageContent:
         ) from None
     _KNOWN[key] = _PACKED.pack(signature, found.digest, *(found.size or (0, 0)), found.complete)
     return found
+
+
+def video_digest(video: VideoRef) -> bytes:
+    """16-byte blake2b digest of a video's encoded bytes; of a folder of frames, of its files in their order.
+
+    Frames are not decoded, and which of them are kept is not considered.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if video.path is None:
+        return blake2b(video.data or b"", digest_size=16).digest()
+    try:
+        files = frame_files(video.path) if video.path.is_dir() else [video.path]
+        signature = b"".join(_signature(file).to_bytes(8, "little") for file in files)
+        key = digest8(os.fsencode(video.path) + signature)
+        if key not in _VIDEOS:
+            digest = blake2b(digest_size=16)
+            for file in files:
+                with file.open("rb") as stream:
+                    while part := stream.read(1 << 20):
+                        digest.update(part)
+            _VIDEOS[key] = digest.digest()
+    except OSError as error:
+        raise DataError(
+            f"{video.path}: cannot be read ({error.strerror}); restore it or drop the row"
+        ) from None
+    return _VIDEOS[key]
 
 
 def _signature(path: Path) -> int:

@@ -1,10 +1,13 @@
-"""Sizes and modes of the images of a data set, and how reading changes them."""
+"""Sizes and modes of the images and videos of a data set, and how reading changes them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cwdpo.videos import VideoFacts
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,52 @@ class ImageFacts:
     alpha: bool = False
     turned: bool = False
     animated: bool = False
+
+
+@dataclass
+class VideoStats:
+    """Sizes in pixels, frames and seconds of the videos whose header was read; each file is counted once.
+
+    ``kept``: frames that are kept of a video. ``changing``: videos whose frames change their size (known only if they
+    were decoded).
+    """
+
+    n: int = 0
+    width: tuple[int, int] | None = None
+    height: tuple[int, int] | None = None
+    frames: tuple[int, int] | None = None
+    kept: tuple[int, int] | None = None
+    seconds: float = 0.0
+    changing: int = 0
+
+    def add(self, facts: VideoFacts, changing: bool) -> None:
+        """Count one video."""
+        self.n += 1
+        self.width, self.height = _widen(self.width, facts.width), _widen(self.height, facts.height)
+        self.frames, self.kept = _widen(self.frames, facts.frames), _widen(self.kept, facts.kept)
+        self.seconds += facts.seconds
+        self.changing += changing
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as JSON."""
+        return asdict(self)
+
+    def notes(self) -> list[str]:
+        """How reading changes some of the videos."""
+        said = "whose frames change their size, scaled to that of the first frame"
+        return [f"{self.changing} of {self.n} videos {said}"] if self.changing else []
+
+    def lines(self) -> list[str]:
+        """The counts as text; empty if no video was read."""
+        spans = (self.width, self.height, self.frames, self.kept)
+        w, h, frames, kept = ("" if span is None else f"{span[0]} to {span[1]}" for span in spans)
+        if not self.n:
+            return []
+        return [
+            f"videos read: {self.n}, {self.seconds:.1f} seconds; {w} wide, {h} high (pixels); {frames} frames, of "
+            f"which {kept} are kept",
+            *(f"    {note}" for note in self.notes()),
+        ]
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,10 +11,13 @@ from typing import Any, Literal, TypeVar
 
 from cwdpo.data.digests import DigestMap, digest8
 from cwdpo.data.facts import ImageFacts
+from cwdpo.data.inside import missing, path_inside
 from cwdpo.data.media import from_base64, from_data_uri
 from cwdpo.data.problems import RowError, shown
+from cwdpo.data.video_folder import VideoFolder
 from cwdpo.errors import DataError
 from cwdpo.records import ImageEdit, ImageRef, as_rgb, has_alpha, image_formats, is_deep
+from cwdpo.videos import VideoFacts
 
 CheckImages = Literal["none", "exists", "identify", "decode"]
 CHECK_LEVELS: tuple[CheckImages, ...] = ("none", "exists", "identify", "decode")
@@ -36,6 +38,10 @@ class ImageFolder:
             reads its header, ``decode`` reads all pixels.
         seen: called with the facts of each image whose header was read: once per file, or once per value for images
             given as bytes.
+        seen_video: the same for videos, see :class:`cwdpo.data.video_folder.VideoFolder`.
+
+    Attributes:
+        videos: the videos of the same folder.
     """
 
     def __init__(
@@ -43,11 +49,13 @@ class ImageFolder:
         root: Path | None,
         check: CheckImages = "identify",
         seen: Callable[[ImageFacts], None] | None = None,
+        seen_video: Callable[[VideoFacts, bool], None] | None = None,
     ) -> None:
         if check not in CHECK_LEVELS:
             raise DataError(f"check_images = {check!r}; allowed: {', '.join(CHECK_LEVELS)}")
         self.root = root.resolve() if root is not None else None
         self.check, self.seen = check, seen
+        self.videos = VideoFolder(self.root, check, seen_video)
         # Only a digest of each good file is kept, so that a million images fit in memory; refused files with a reason.
         self._good = DigestMap()
         self._refused: dict[Path, tuple[str, str, str]] = {}
@@ -110,7 +118,7 @@ class ImageFolder:
     def _from_path(self, text: str, key: str) -> ImageRef:
         path = self._resolved.get(text)
         if path is None:
-            path = _remember(self._resolved, text, self._inside(text, key))
+            path = _remember(self._resolved, text, path_inside(self.root, text, key, "image", IMAGE_FORMS))
         digest = digest8(bytes(path))
         if self._good.get(digest) is not None:
             return ImageRef(path=path)
@@ -125,39 +133,6 @@ class ImageFolder:
         kind, message, remedy = self._refused[path]
         raise RowError(kind, key, message, remedy)
 
-    def _inside(self, text: str, key: str) -> Path:
-        """The real path, after following dots and links; it must be inside the root."""
-        text = text.removeprefix("file://")
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-            raise RowError(
-                "image-url",
-                key,
-                f"{shown(text, 60)} is a URL; allowed: {IMAGE_FORMS}",
-                "download the images once and name the local files",
-            )
-        if self.root is None:
-            raise RowError(
-                "image-missing",
-                key,
-                f"{shown(text)} is a path, and rows from the hub have no folder",
-                "set data.image_root (validate: --image-root) to the folder of the images",
-            )
-        try:
-            path = (self.root / text).resolve()
-        except (OSError, ValueError, RuntimeError):
-            raise RowError(
-                "image-missing", key, f"{shown(text)} cannot be a path", "correct the path"
-            ) from None
-        if not path.is_relative_to(self.root):
-            raise RowError(
-                "image-escapes",
-                key,
-                f"{shown(text, 200)} leads outside {self.root}; allowed: paths that stay inside it, links followed",
-                "move the images below that folder, or set data.image_root (validate: --image-root) to the "
-                "folder that holds them",
-            )
-        return path
-
     def _check_file(self, path: Path, text: str, key: str) -> None:
         if self.check == "none":
             return
@@ -166,13 +141,7 @@ class ImageFolder:
         except (OSError, ValueError):
             found = False
         if not found:
-            raise RowError(
-                "image-missing",
-                key,
-                f"there is no file {shown(text, 200)} in {self.root}",
-                "correct the path, or set data.image_root (validate: --image-root) to the folder that image "
-                "paths start from",
-            )
+            raise missing(self.root, text, key, "image")
         if self.check != "exists":
             self._examine(path, key, shown(text, 200))
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cwdpo.data.columns import IMAGE_KEYS, present
+from cwdpo.data.columns import IMAGE_KEYS, VIDEO_KEYS, present
 from cwdpo.data.completions import completion_of, margins_of, with_margin
 from cwdpo.data.images import ImageFolder
 from cwdpo.data.problems import RowError
 from cwdpo.data.texts import plain_text, text_list, wrong_type
-from cwdpo.records import Completion, Example, ImageRef, Message
+from cwdpo.records import SAMPLING, Completion, Example, ImageRef, Message, VideoRef, VideoSampling
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ReadOptions:
     captions_per_image: int = 1
     ignore: frozenset[str] = frozenset()
     """Columns to ignore."""
+    video: VideoSampling = SAMPLING
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Row:
     """One row that is turned into an Example. Keys with the value null are treated as absent.
 
     ``dropped`` collects the errors of single negatives: the negative is left out, not the row. ``used`` are the columns
-    that were read. ``pictures`` are the row's images by key (``images[0]``).
+    that were read. ``pictures`` are the row's images and videos by key (``images[0]``).
     """
 
     values: Mapping[str, Any]
@@ -40,7 +41,7 @@ class Row:
     options: ReadOptions
     dropped: list[RowError] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
-    pictures: dict[str, ImageRef] = field(default_factory=dict)
+    pictures: dict[str, ImageRef | VideoRef] = field(default_factory=dict)
 
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
@@ -67,6 +68,7 @@ class Row:
         *,
         references: tuple[str, ...] | None = None,
         example_id: str | None = None,
+        videos: tuple[VideoRef, ...] = (),
     ) -> Example:
         """The Example of this row; reads this project's optional columns and puts all unused keys into ``extra``.
 
@@ -90,6 +92,7 @@ class Row:
             references=references,
             where=f"{self.file}:{self.number}",
             extra={k: v for k, v in self.values.items() if k not in self.used and v is not None},
+            videos=videos,
         )
 
     def _under_rejected_images(
@@ -211,28 +214,36 @@ class Row:
 
         In the rows of MMPR and LLaVA with several images, ``image`` is a list.
         """
-        self.used |= set(IMAGE_KEYS)
-        given = [key for key in IMAGE_KEYS if present(self.values.get(key))]
+        return tuple(self.take_image(value, key) for key, value in self._listed(IMAGE_KEYS, "image"))
+
+    def videos(self) -> tuple[VideoRef, ...]:
+        """The videos in ``videos`` (a list) or ``video`` (one, or a list); empty if both are absent."""
+        return tuple(self.take_video(value, key) for key, value in self._listed(VIDEO_KEYS, "video"))
+
+    def _listed(self, keys: tuple[str, ...], medium: str) -> list[tuple[str, Any]]:
+        """``(place, value)`` of each value of the one column of ``keys`` that is set; the first must be a list."""
+        self.used |= set(keys)
+        given = [key for key in keys if present(self.values.get(key))]
         if len(given) > 1:
             raise RowError(
-                "two-image-keys",
+                f"two-{medium}-keys",
                 given[0],
-                f"both {given[1]!r} and {given[0]!r} are set; allowed: one of {', '.join(IMAGE_KEYS)}",
+                f"both {given[1]!r} and {given[0]!r} are set; allowed: one of {', '.join(keys)}",
                 "keep one",
             )
         if not given:
-            return ()
+            return []
         key, values = given[0], self.values[given[0]]
         if isinstance(values, list):
-            return tuple(self.take_image(v, f"{key}[{i}]") for i, v in enumerate(values))
-        if key == "images":
+            return [(f"{key}[{i}]", value) for i, value in enumerate(values)]
+        if key == keys[0]:
             raise wrong_type(
                 key,
                 values,
-                "a list of images",
-                'write "images": [...] for a list, or "image" for one image',
+                f"a list of {medium}s",
+                f'write "{medium}s": [...] for a list, or "{medium}" for one {medium}',
             )
-        return (self.take_image(values, key),)
+        return [(key, values)]
 
     def take_image(self, value: Any, key: str) -> ImageRef:
         """One image of the row; ``key`` is the place of its value in the row.
@@ -240,5 +251,16 @@ class Row:
         Raises:
             RowError: see :meth:`cwdpo.data.images.ImageFolder.take`.
         """
-        self.pictures[key] = self.folder.take(value, key)
-        return self.pictures[key]
+        image = self.folder.take(value, key)
+        self.pictures[key] = image
+        return image
+
+    def take_video(self, value: Any, key: str) -> VideoRef:
+        """One video of the row; ``key`` is the place of its value in the row.
+
+        Raises:
+            RowError: see :meth:`cwdpo.data.video_folder.VideoFolder.take`.
+        """
+        video = self.folder.videos.take(value, key, self.options.video)
+        self.pictures[key] = video
+        return video

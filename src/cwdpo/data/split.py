@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
-from cwdpo.data.contents import image_content
+from cwdpo.data.contents import image_content, video_digest
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 
@@ -14,13 +14,13 @@ from cwdpo.records import Example
 def split_by_image(
     examples: Sequence[Example], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[Example]]:
-    """Split examples into named parts by their images.
+    """Split examples into named parts by their images and videos.
 
-    Images are compared by their encoded bytes, not by name. Images that occur together in an example, directly or
-    through other examples, form a group; an example without images is grouped by the text of its prompt. The groups are
-    sorted by blake2b(seed, content) and cut, so that each part differs from its share by at most one group. The result
-    does not depend on the order of the examples; each part keeps their order. With few images, a part with a small
-    share may be empty.
+    They are compared by their encoded bytes, not by name. Those that occur together in an example, directly or through
+    other examples, form a group; an example without any is grouped by the text of its prompt. The groups are sorted
+    by blake2b(seed, content) and cut, so that each part differs from its share by at most one group. The result does
+    not depend on the order of the examples; each part keeps their order. With few images, a part with a small share may
+    be empty.
 
     Args:
         examples: the examples; their image files must be readable.
@@ -64,9 +64,9 @@ def _group_keys(examples: Sequence[Example]) -> list[bytes]:
 
     firsts = []
     for example in examples:
-        keys = [b"image:" + image_content(image).digest for image in example.all_images] or [
-            _text_key(example)
-        ]
+        keys = [b"image:" + image_content(image).digest for image in example.all_images]
+        keys += [b"video:" + video_digest(video) for video in example.videos]
+        keys = keys or [_text_key(example)]
         for key in keys:
             parent.setdefault(key, key)
             low, high = sorted((root(keys[0]), root(key)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from cwdpo.data.problems import RowError, shown
+from cwdpo.records import VIDEO, Place
 
-IMAGE_TAG = "<image>"
-"""The mark for the place of an image in data of LLaVA, LLaMA-Factory, ms-swift and MMPR."""
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+"""The marks for the place of an image and of a video in data of LLaVA, LLaMA-Factory, ms-swift and MMPR."""
+_TAGS = {IMAGE_TAG: None, VIDEO_TAG: VIDEO}
 
 # Placeholders of models for an image, video or audio in their input; in a plain text a model would count them as one
 # more image.
@@ -15,7 +18,7 @@ PLACEHOLDERS = (
     IMAGE_TAG,
     "<|image|>",
     "<|image_pad|>",
-    "<video>",
+    VIDEO_TAG,
     "<|video_pad|>",
     "<|video|>",
     "<|vision_start|>",
@@ -72,17 +75,20 @@ def text_list(value: Any, key: str) -> list[str]:
     return [plain_text(v, f"{key}[{i}]") for i, v in enumerate(value)]
 
 
-def split_tags(text: str) -> list[str | None]:
-    """Split a text at each ``<image>``, which becomes ``None``; line breaks next to a tag are removed.
+def split_tags(text: str) -> list[str | Place | None]:
+    """Split a text at each ``<image>``, which becomes ``None``, and each ``<video>``, which becomes ``VIDEO``.
+
+    Line breaks next to a tag are removed.
 
     >>> split_tags("<image>\\nWhat is it?")
     [None, 'What is it?']
     """
-    parts: list[str | None] = []
-    pieces = text.split(IMAGE_TAG)
+    parts: list[str | Place | None] = []
+    pieces = re.split(f"({IMAGE_TAG}|{VIDEO_TAG})", text)  # texts and tags in turn
     for i, piece in enumerate(pieces):
-        if i:
-            parts.append(None)
-            piece = piece.removeprefix("\n")
+        if i % 2:
+            parts.append(_TAGS[piece])
+            continue
+        piece = piece.removeprefix("\n") if i else piece
         parts.append(piece.removesuffix("\n") if i < len(pieces) - 1 else piece)
     return [part for part in parts if part != ""] or [""]

@@ -1,20 +1,22 @@
-"""Conversations: the turns in a row, the response at their end, and the places of images in the prompt."""
+"""Conversations: the turns in a row, the response at their end, and the places of images and videos in the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cwdpo.data.blocks import Part as Part
+from cwdpo.data.blocks import Style as Style
+from cwdpo.data.blocks import Text as Text
+from cwdpo.data.blocks import block_parts, texts_of
+from cwdpo.data.blocks import checked as checked
 from cwdpo.data.columns import present
 from cwdpo.data.problems import RowError, shown
 from cwdpo.data.rowparts import Row
-from cwdpo.data.texts import IMAGE_TAG, plain_text, split_tags, wrong_type
+from cwdpo.data.texts import IMAGE_TAG, VIDEO_TAG, plain_text, split_tags, wrong_type
 from cwdpo.data.tools import more_of
-from cwdpo.records import ImageRef, Message
-
-Part = str | ImageRef | None
-"""A text, an image given in its block, or ``None``: the place of the next image of ``images``."""
+from cwdpo.records import VIDEO, ImageRef, Message, Place, VideoRef
 
 _DROPPED = "leave such rows out"
 # Keys of a turn that change its meaning, and what to do instead. Other keys have no effect on a template.
@@ -23,7 +25,7 @@ _TURN_MEANING = {
     "reasoning": "write the reasoning into the content, in the form that your template has for it",
     "thinking": "write the reasoning into the content, in the form that your template has for it",
     "images": "put the row's pictures into the column 'images', and mark each place",
-    "videos": f"films are not read: {_DROPPED}",
+    "videos": "put the row's videos into the column 'videos', and mark each place",
     "audio": f"sound is not read: {_DROPPED}",
     "weight": "turns are not weighted: only the response is trained; remove the key",
     "loss": "only the response is trained, and whole: remove the key",
@@ -40,31 +42,6 @@ _ROLES = {
     "human": "call it user", "gpt": "call it assistant", "bot": "call it assistant", "model": "call it assistant",
 }  # fmt: skip
 """Roles of other tools -> what to do about them."""
-_PICTURE_KEYS = ("image", "url", "path", "base64", "bytes", "data")
-_BLOCK_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_HARMLESS = ("type", "cache_control", "detail", "index", "id")
-_BLOCKS = {
-    "text": ("text",),
-    "image": (*_PICTURE_KEYS, "image_url"),
-    "image_url": (*_PICTURE_KEYS, "image_url"),
-}
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a data set writes turns: the keys of role and content, and its names of the roles.
-
-    ``split`` splits a text into texts and places of images (``None``), if the text marks them.
-    """
-
-    role: str = "role"
-    content: str = "content"
-    roles: tuple[tuple[str, str], ...] = (
-        ("system", "system"), ("user", "user"), ("assistant", "assistant"), ("tool", "tool"),
-    )  # fmt: skip
-    split: Callable[[str], Sequence[str | None]] | None = None
-
-
 CHAT = Style()
 TAGGED_CHAT = Style(split=split_tags)
 SHAREGPT = Style(
@@ -74,7 +51,7 @@ SHAREGPT = Style(
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn before images are placed; ``plain``: its content was a string without a marked place.
+    """A turn before images and videos are placed; ``plain``: its content was a string without a marked place.
 
     ``more``: what it has beside its content, see :class:`cwdpo.records.Message`.
     """
@@ -115,11 +92,11 @@ def turns_of(row: Row, value: Any, key: str, style: Style = CHAT) -> list[Turn]:
         if content is None and more:  # a call says nothing beside
             content = ""
         if isinstance(content, list):
-            blocks = [_block(row, block, f"{where}[{j}]", style) for j, block in enumerate(content)]
+            blocks = [block_parts(row, block, f"{where}[{j}]", style) for j, block in enumerate(content)]
             turns.append(Turn(roles[role], tuple(part for parts in blocks for part in parts), False, more))
         else:
-            parts = _texts(content, where, style)
-            turns.append(Turn(roles[role], parts, None not in parts, more))
+            parts = texts_of(content, where, style)
+            turns.append(Turn(roles[role], parts, all(isinstance(part, str) for part in parts), more))
     return turns
 
 
@@ -143,53 +120,6 @@ def _refuse_unread(message: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _texts(value: Any, key: str, style: Style) -> tuple[str | None, ...]:
-    if style.split is None or not isinstance(value, str):
-        return (plain_text(value, key),)
-    return tuple(part if part is None else plain_text(part, key) for part in style.split(value))
-
-
-def _block(row: Row, block: Any, key: str, style: Style) -> tuple[Part, ...]:
-    """The parts of a content block: texts, or one image."""
-    if not isinstance(block, dict):
-        raise wrong_type(key, block, 'a block such as {"type": "text", "text": ...}')
-    kind = block.get("type")
-    if not isinstance(kind, str) or kind not in _BLOCKS:
-        raise RowError(
-            "unknown-block",
-            f"{key}.type",
-            f"{shown(kind, 60)}; allowed: {', '.join(_BLOCKS)}",
-            "films, sound and tools are not read: leave such rows out",
-        )
-    for name, value in block.items():
-        if present(value) and name not in (*_BLOCKS[kind], *_HARMLESS):
-            remedy = "set model.processor_options instead" if name in _BLOCK_SETTINGS else "remove the key"
-            raise RowError(
-                "unknown-key", f"{key}.{name}", f"a block of type {kind!r} is read without it", remedy
-            )
-    if kind == "text":
-        return _texts(block.get("text"), f"{key}.text", style)
-    return (_picture(row, block, key),)
-
-
-def _picture(row: Row, block: Mapping[str, Any], key: str) -> ImageRef | None:
-    """The image given in a block, or ``None`` for a block without one, the place of an image of ``images``."""
-    carried = [name for name in (*_PICTURE_KEYS, "image_url") if present(block.get(name))]
-    if len(carried) > 1:
-        raise RowError(
-            "two-image-keys", f"{key}.{carried[0]}", f"{' and '.join(carried)} are both set", "keep one"
-        )
-    if not carried:
-        if block["type"] == "image_url":
-            raise RowError("missing-key", f"{key}.image_url", "the block names no picture", "give it one")
-        return None
-    name = carried[0]
-    value, where = block[name], f"{key}.{name}"
-    if name == "image_url" and isinstance(value, dict):
-        value, where = value.get("url"), f"{where}.url"
-    return row.take_image(value, where)
-
-
 def asked(row: Row, key: str, n_images: int) -> Turn:
     """A question given as a string in the column ``key``; see :func:`tags_agree` for ``<image>`` tags in it.
 
@@ -197,7 +127,7 @@ def asked(row: Row, key: str, n_images: int) -> Turn:
         RowError: the value is not a text, or the numbers of tags and images differ.
     """
     text = row.take(key, "a string")
-    style = TAGGED_CHAT if tags_agree(text, n_images, key) else CHAT
+    style = TAGGED_CHAT if tags_agree(text, key, n_images) else CHAT
     return (
         turns_of(row, text, key, style)[0]
         if isinstance(text, str)
@@ -205,30 +135,35 @@ def asked(row: Row, key: str, n_images: int) -> Turn:
     )
 
 
-def tags_agree(value: Any, n_images: int, key: str) -> bool:
-    """Whether the texts of a prompt mark the places of its images with ``<image>``.
+def tags_agree(value: Any, key: str, n_images: int, n_videos: int = 0) -> bool:
+    """Whether the texts of a prompt mark the places of its images with ``<image>``, of its videos with ``<video>``.
 
     Raises:
-        RowError: the prompt has tags and the row has images, but their numbers differ.
+        RowError: the prompt has tags and the row has images (videos), but their numbers differ.
     """
-    n = _tags(value)
-    if n and n_images and n != n_images:
-        raise RowError(
-            "image-count",
-            key,
-            f"the text marks {n} places with {IMAGE_TAG!r}, the row has {n_images} images; allowed: equal numbers",
-            "write one tag for each image, or none, or give one image for each tag",
-        )
-    return n > 0 and n == n_images
+    agree = []
+    for tag, medium, there in ((IMAGE_TAG, "image", n_images), (VIDEO_TAG, "video", n_videos)):
+        n = _tags(value, tag)
+        if n and there and n != there:
+            raise RowError(
+                f"{medium}-count",
+                key,
+                f"the text marks {n} places with {tag!r}, the row has {there} {medium}s; allowed: equal numbers",
+                f"write one tag for each {medium}, or none, or give one {medium} for each tag",
+            )
+        if n:
+            agree.append(n == there)
+    return bool(agree) and all(agree)
 
 
-def _tags(value: Any) -> int:
+def _tags(value: Any, tag: str) -> int:
     if isinstance(value, str):
-        return value.count(IMAGE_TAG)
+        return value.count(tag)
     if isinstance(value, list):
-        return sum(_tags(one) for one in value)
+        return sum(_tags(one, tag) for one in value)
     if isinstance(value, dict):
-        return _tags(value.get("content")) + _tags(value.get("text") if value.get("type") == "text" else None)
+        text = value.get("text") if value.get("type") == "text" else None
+        return _tags(value.get("content"), tag) + _tags(text, tag)
     return 0
 
 
@@ -250,7 +185,8 @@ def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
     """The text of the assistant turn after ``prompt``, whose turns may be repeated or left out.
 
     Raises:
-        RowError: the turns do not start with the prompt, end in another role, or the response contains an image.
+        RowError: the turns do not start with the prompt, end in another role, or the response contains an image or
+            a video.
     """
     before = list(turns[:-1])
     if before and before != list(prompt):
@@ -274,7 +210,10 @@ def reply_of(turns: Sequence[Turn], key: str, prompt: Sequence[Turn]) -> str:
     texts = [part for part in turns[-1].parts if isinstance(part, str)]
     if len(texts) < len(turns[-1].parts):
         raise RowError(
-            "image-in-response", key, "the response holds an image; allowed: text only", "remove it"
+            "image-in-response",
+            key,
+            "the response holds an image or a video; allowed: text only",
+            "remove it",
         )
     return "\n".join(texts)
 
@@ -286,19 +225,36 @@ def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
     return turns if not text or (turns and turns[0].role == "system") else [Turn("system", (text,)), *turns]
 
 
+Media = tuple[tuple[ImageRef, ...], tuple[VideoRef, ...]]
+"""The images and the videos of a row, or of a prompt in the order of their places."""
+
+
 def place_images(
     turns: Sequence[Turn], images: Sequence[ImageRef], key: str, *, in_front: bool = True
 ) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
-    """The messages of the prompt, and its images in the order of their places.
+    """:func:`place_media` for rows without videos.
 
-    If no place is marked and the first user turn was a string, the images are put before its text (``in_front``).
-    Empty text parts are left out.
+    Raises:
+        RowError: see there.
+    """
+    messages, (placed, _) = place_media(turns, (tuple(images), ()), key, in_front=in_front)
+    return messages, placed
+
+
+def place_media(
+    turns: Sequence[Turn], media: Media, key: str, *, in_front: bool = True
+) -> tuple[tuple[Message, ...], Media]:
+    """The messages of the prompt, and its images and videos in the order of their places.
+
+    If no place is marked and the first user turn was a string, images, then videos, are put before its text
+    (``in_front``). Empty text parts are left out.
 
     Args:
-        turns: the turns of the prompt. A place is ``None`` for the next of ``images``, or an image given there.
-        images: the images of the row's image column.
+        turns: the turns of the prompt. A place is ``None`` or ``VIDEO`` for the next of ``media``, or an image or video
+            given there.
+        media: the images and videos of the row's columns.
         key: the column of the prompt, for messages.
-        in_front: whether images without a marked place may be put before the text.
+        in_front: whether images and videos without a marked place may be put before the text.
 
     Raises:
         RowError: the counts differ, the prompt is empty, or it does not end in a user turn.
@@ -315,31 +271,43 @@ def place_images(
             "wrong-role", key, "the prompt has no user turn; allowed: one or more", "add the question"
         )
     placed = list(turns)
-    places = [part for turn in placed for part in turn.parts if not isinstance(part, str)]
+    images, videos = media
+    places = _places(placed)
     first = next(i for i, turn in enumerate(placed) if turn.role == "user")
-    if not places and images and in_front and placed[first].plain:
-        places = [None] * len(images)
+    if not places and in_front and placed[first].plain:
+        places = [*[None] * len(images), *[VIDEO] * len(videos)]
         placed[first] = replace(placed[first], parts=(*places, *placed[first].parts))
-    marked = places.count(None)
-    if marked != len(images):
-        raise RowError(
-            "image-count",
-            key,
-            f"the prompt marks {marked} image places, the row has {len(images)} images; allowed: equal numbers",
-            "mark one place for each image, or give one image for each place",
-        )
-    messages = tuple(
-        Message(
-            t.role,
-            tuple(p if isinstance(p, str) else None for p in t.parts if p is None or (p != "" and _said(p))),
-            t.more,
-        )
-        for t in placed
-    )
+    for medium, marked, there in (
+        ("image", places.count(None), len(images)),
+        ("video", places.count(VIDEO), len(videos)),
+    ):
+        if marked != there:
+            raise RowError(
+                f"{medium}-count",
+                key,
+                f"the prompt marks {marked} {medium} places, the row has {there} {medium}s; allowed: equal numbers",
+                f"mark one place for each {medium}, or give one {medium} for each place",
+            )
+    messages = tuple(Message(t.role, tuple(_part(p) for p in t.parts if _said(p)), t.more) for t in placed)
     if not messages[-1].parts:
         raise RowError("empty-prompt", key, "the last user turn is empty", "fill it or drop the row")
-    waiting = iter(images)
-    return messages, tuple(next(waiting) if place is None else place for place in places)
+    next_image, next_video = iter(images), iter(videos)
+    found = [next(next_image) if p is None else next(next_video) if p is VIDEO else p for p in places]
+    return messages, (
+        tuple(one for one in found if isinstance(one, ImageRef)),
+        tuple(one for one in found if isinstance(one, VideoRef)),
+    )
+
+
+def _places(turns: Sequence[Turn]) -> list[ImageRef | VideoRef | Place | None]:
+    return [part for turn in turns for part in turn.parts if not isinstance(part, str)]
+
+
+def _part(part: Part) -> Text:
+    """A part as messages have it: an image or a video that is given there is a place."""
+    if isinstance(part, VideoRef):
+        return VIDEO
+    return None if isinstance(part, ImageRef) else part
 
 
 def _said(part: Part) -> bool:

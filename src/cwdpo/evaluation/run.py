@@ -6,11 +6,12 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from cwdpo.config import stored_model
+from cwdpo.config import stored_data, stored_model
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError, FileError, RecipeError, optional_package
 from cwdpo.evaluation.paired import conclusion, holm
@@ -22,7 +23,7 @@ from cwdpo.judging.compare import tournament
 from cwdpo.metrics.base import METRICS, Answer, Measured, Metric, difference, reliability
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings, ModelSettings
-from cwdpo.records import Example
+from cwdpo.records import SAMPLING, Example, VideoSampling
 from cwdpo.rundir import RunDir, versions
 from cwdpo.worlds.judged import all_judgeable
 
@@ -90,7 +91,8 @@ def read_data(data: str, options: Mapping[str, Any]) -> list[Example]:
     Raises:
         DataError: no example can be read, or two have the same id.
     """
-    examples = read_examples(data, **options).examples
+    video = VideoSampling(**options["video"]) if "video" in options else SAMPLING
+    examples = read_examples(data, **{**options, "video": video}).examples
     seen: set[str] = set()
     for e in examples:
         if e.id in seen:
@@ -122,7 +124,7 @@ def evaluate(
         data: the data set, see :func:`cwdpo.data.read.reader.read_examples`.
         out: folder to write to.
         metrics: specs of the metrics; empty means :func:`default_metrics`.
-        data_options: options of ``read_examples`` (``format``, ``limit``, ...).
+        data_options: options of ``read_examples`` (``format``, ``limit``, ...), as JSON.
         temperature, samples: of the responses; intervals count several samples of a prompt as one prompt.
         max_new_tokens, batch_size, seed, progress: see :func:`cwdpo.evaluation.responses.collect`.
 
@@ -132,7 +134,7 @@ def evaluate(
     Raises:
         CwdpoError: model, data or metrics cannot be used.
     """
-    options = dict(data_options or {})
+    options = {**_as_trained(model), **(data_options or {})}
     examples = read_data(data, options)
     specs = [dict(s) for s in metrics] or default_metrics(examples)
     built = [METRICS.build(s) for s in specs]
@@ -170,6 +172,13 @@ def measure(metrics: Sequence[Metric], answers: Sequence[Answer]) -> list[Measur
 
 def _shown(m: Measured) -> dict[str, Any]:
     return {"better": m.better, "digits": m.digits, "help": m.help}
+
+
+def _as_trained(model: str) -> dict[str, Any]:
+    """The frames of videos that a run was trained on; nothing for the default, and for other models."""
+    recipe = Path(model) / "recipe.yaml"
+    sampling = stored_data(recipe).video.sampling if recipe.is_file() else SAMPLING
+    return {} if sampling == SAMPLING else {"video": asdict(sampling)}
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cwdpo.errors import FileError, ModelError
 from cwdpo.files.reading import read_object
@@ -95,30 +95,29 @@ def check_folder(source: str, *, weights: bool = True) -> None:
     )
 
 
-def check_reachable(source: str) -> None:
-    """Refuse a hub id while the hub does not answer, within seconds: transformers would try for most of a minute.
+def check_reachable(source: str, kind: Literal["models", "datasets"] = "models") -> None:
+    """Refuse a hub id while the hub does not answer, within seconds: the clients would try for most of a minute.
 
     Nothing is asked of the hub under ``HF_HUB_OFFLINE``.
 
+    Args:
+        source: a hub id; a folder, or a name without an owner, is passed.
+        kind: what it is the id of.
+
     Raises:
-        ModelError: no answer within :data:`ANSWERS_WITHIN`; the message says whether the files are on this machine.
+        ModelError: no answer within :data:`ANSWERS_WITHIN`; the message says what to do.
     """
-    from huggingface_hub import constants, get_session, try_to_load_from_cache
+    from huggingface_hub import constants, get_session
 
     if os.path.isdir(source) or "/" not in source or constants.HF_HUB_OFFLINE:
         return
     try:
-        get_session().head(f"{constants.ENDPOINT}/api/models/{source}", timeout=ANSWERS_WITHIN)
+        get_session().head(f"{constants.ENDPOINT}/api/{kind}/{source}", timeout=ANSWERS_WITHIN)
     except Exception as error:  # the client of the installed version has its own types
-        cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
-        remedy = (
-            "it was fetched before, and with HF_HUB_OFFLINE=1 that copy is used"
-            if cached
-            else "correct the network, or download the checkpoint elsewhere (hf download) and name its folder"
-        )
         raise ModelError(
-            f"model {source!r}: there is no such folder here, and {constants.ENDPOINT} does not answer "
-            f"({type(error).__name__}): {remedy}"
+            f"{source!r}: there is no such folder here, and {constants.ENDPOINT} does not answer "
+            f"({type(error).__name__}): correct the network; or use the copy that was fetched before, with "
+            "HF_HUB_OFFLINE=1; or fetch it elsewhere (hf download) and name its folder"
         ) from None
 
 

@@ -70,6 +70,11 @@ class RewardModel:
         return rewards
 
     def _conversation(self, example: Example, text: str) -> str:
+        if example.videos:
+            raise ModelError(
+                f"{example.where or example.id}: a reward model is not given videos: leave such rows out, or use "
+                "another judge"
+            )
         turns, tools = without_tools(example.prompt)
         chat = [m.as_chat() for m in turns]
         chat.append({"role": "assistant", "content": [{"type": "text", "text": text}]})

@@ -1,4 +1,4 @@
-"""Cache of image features: with a frozen vision tower they are computed once per image and kept in memory.
+"""Cache of image and video features: with a frozen vision tower they are computed once and kept in memory.
 
 They are computed prompt by prompt, so they depend neither on the batch nor on the cache: a resumed run computes the
 same values to the last bit.
@@ -25,9 +25,13 @@ from cwdpo.models.parts import PARTS
 logger = logging.getLogger("cwdpo")
 
 
+_MEDIA = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""The inputs of the vision tower by the name of its outputs. Some families give the frames of videos as images."""
+
+
 @dataclass(frozen=True)
 class _Kept:
-    features: dict[str, Any]  # fields of the tower's output
+    features: dict[str, dict[str, Any]]  # fields of the tower's output, for images and for videos
     rest: dict[str, Tensor]  # other inputs of the model: grids, sizes
 
 
@@ -88,8 +92,13 @@ def vision_inputs(model: nn.Module, prompts: Sequence[EncodedPrompt], device: to
         name: cat_rows([r.rest[name] for r in rows if name in r.rest]).to(device)
         for name in sorted({n for r in rows for n in r.rest})
     }
-    joined = {name: _joined([r.features[name] for r in rows]) for name in rows[0].features}
-    return {**inputs, "mm_encoder_outputs": {"image": _output(tree_map(lambda t: t.to(device), joined))}}
+    outputs = {}
+    for medium in _MEDIA:
+        own = [r.features[medium] for r in rows if medium in r.features]
+        if own:
+            joined = {name: _joined([features[name] for features in own]) for name in own[0]}
+            outputs[medium] = _output(tree_map(lambda t: t.to(device), joined))
+    return {**inputs, "mm_encoder_outputs": outputs}
 
 
 def _features(inner: Any, cache: _Cache, prompt: EncodedPrompt, device: torch.device) -> _Kept:
@@ -97,19 +106,10 @@ def _features(inner: Any, cache: _Cache, prompt: EncodedPrompt, device: torch.de
     if key in cache.kept:
         return cache.kept[key]
     images = image_inputs([prompt], device)
-    # The outer model hands on what it does not name itself (Pixtral's image_sizes).
-    owners: list[Any] = [
-        one for one in (inner, getattr(inner, "model", None)) if hasattr(one, "get_image_features")
-    ]
-    known = {name for one in owners for name in inspect.signature(one.get_image_features).parameters}
-    with torch.no_grad():
-        output = inner.get_image_features(**{n: v for n, v in images.items() if n in known}, return_dict=True)
     features = {
-        name: tree_map(
-            lambda t: t.detach().to("cpu", copy=True), value
-        )  # a copy: a slice would keep the full tensor in memory
-        for name in ("pooler_output", "deepstack_features")
-        if (value := getattr(output, name, None)) is not None
+        medium: _computed(inner, f"get_{medium}_features", images)
+        for medium, pixels in _MEDIA.items()
+        if pixels in images
     }
     kept = _Kept(features, {n: v.cpu() for n, v in images.items() if not n.startswith("pixel_")})
     size = sum(t.numel() * t.element_size() for t in tree_leaves(features))
@@ -117,6 +117,24 @@ def _features(inner: Any, cache: _Cache, prompt: EncodedPrompt, device: torch.de
         cache.free_bytes -= size
         cache.kept[key] = kept
     return kept
+
+
+def _computed(inner: Any, method: str, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a model's ``get_image_features`` or ``get_video_features`` gives, in memory of the host."""
+    # The outer model hands on what it does not name itself (Pixtral's image_sizes).
+    owners: list[Any] = [one for one in (inner, getattr(inner, "model", None)) if hasattr(one, method)]
+    known = {name for one in owners for name in inspect.signature(getattr(one, method)).parameters}
+    with torch.no_grad():
+        output = getattr(owners[0], method)(
+            **{n: v for n, v in inputs.items() if n in known}, return_dict=True
+        )
+    return {
+        name: tree_map(
+            lambda t: t.detach().to("cpu", copy=True), value
+        )  # a copy: a slice would keep the full tensor in memory
+        for name in ("pooler_output", "deepstack_features")
+        if (value := getattr(output, name, None)) is not None
+    }
 
 
 def _joined(values: Sequence[Any]) -> Any:

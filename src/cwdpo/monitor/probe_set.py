@@ -235,7 +235,11 @@ def _paraphrase(
 
 def _other(kind: str, example: Example, pool: Sequence[Example], rng: random.Random) -> Response | None:
     true = {normalised(t) for t in (example.chosen.text, *example.references)}
-    others = [e for e in pool if e.images != example.images and normalised(e.chosen.text) not in true]
+    others = [
+        e
+        for e in pool
+        if (e.images, e.videos) != (example.images, example.videos) and normalised(e.chosen.text) not in true
+    ]
     if not others:
         return None
     other = rng.choice(others)

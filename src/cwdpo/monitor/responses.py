@@ -102,6 +102,7 @@ def _row(example: Example, responses: Iterable[Response]) -> dict[str, Any]:
     return {
         "id": example.id,
         **({"images": [str(i.path) for i in example.images if i.path]} if example.images else {}),
+        **({"videos": [str(v.path) for v in example.videos if v.path]} if example.videos else {}),
         **({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}),
         "prompt": [m.as_chat() for m in turns],
         "chosen": example.chosen.text,

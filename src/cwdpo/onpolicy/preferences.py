@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.config import Recipe
+from cwdpo.data.video_store import store_video
 from cwdpo.errors import DataError
 from cwdpo.files.writing import clear_unfinished, replacing, write_text
 from cwdpo.judging.base import judge_for
@@ -23,7 +24,7 @@ from cwdpo.onpolicy.blend import BlendCounts, blend
 from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
 from cwdpo.onpolicy.samples import sort_samples
-from cwdpo.records import Example, ImageRef, Message, without_tools
+from cwdpo.records import Example, ImageRef, Message, VideoRef, without_tools
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import encoder_of
@@ -137,7 +138,8 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
 def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
     """One row per pair: TRL's columns, and ``negatives`` with the origin of the rejected response.
 
-    ``images`` (and ``rejected_images`` of an image-side negative) contain :class:`ImageRef` objects. The columns that
+    ``images`` (and ``rejected_images`` of an image-side negative) contain :class:`ImageRef` objects, ``videos``
+    :class:`VideoRef` objects. The columns that
     a judge needs (``references``, the world's scene) are kept.
     """
     for example in examples:
@@ -147,6 +149,7 @@ def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
                 **{key: value for key, value in example.extra.items() if _is_json(value)},
                 "id": example.id if len(example.rejected) == 1 else f"{example.id}#{k}",
                 "images": list(example.images),
+                **({"videos": list(example.videos)} if example.videos else {}),
                 **({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}),
                 "prompt": [_blocks(m) for m in turns],
                 "chosen": [_blocks(Message("assistant", (example.chosen.text,)))],
@@ -159,8 +162,9 @@ def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
 
 def _blocks(message: Message) -> dict[str, Any]:
     # Every block has both keys, because all rows of a table must have the same type.
-    content = [{"type": "image" if p is None else "text", "text": p or ""} for p in message.parts]
-    return {"role": message.role, "content": content, **message.further}
+    chat = message.as_chat()
+    blocks = [{"type": block["type"], "text": block.get("text", "")} for block in chat["content"]]
+    return {**chat, "content": blocks}
 
 
 def _is_json(value: Any) -> bool:
@@ -181,6 +185,9 @@ def _write_jsonl(out: Path, rows: Sequence[dict[str, Any]]) -> None:
             for key in ("images", "rejected_images")
             if key in row
         }
+        if "videos" in row:
+            beside = out.with_name(f"{out.stem}-videos")
+            named["videos"] = [f"{beside.name}/{_copied(video, beside)}" for video in row["videos"]]
         if "rejected_images" in named:
             named["negatives"] = [{**n, "images": named["rejected_images"]} for n in row["negatives"]]
         text += json.dumps({**row, **named}, ensure_ascii=False, allow_nan=False) + "\n"
@@ -201,9 +208,17 @@ def _copy(image: ImageRef, folder: Path) -> str:
     return path.name
 
 
+def _copied(video: VideoRef, folder: Path) -> str:
+    return store_video(video, folder, ".video" if video.path is None else video.path.suffix)
+
+
 def _write_parquet(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     import datasets
 
+    if any("videos" in row for row in rows):
+        raise DataError(
+            f"{out}: videos are not written to .parquet; name a .jsonl file, which has them beside it"
+        )
     # A mapping whose keys differ between rows has no column type, so only keys that every row has are written.
     pictured = [key for key in ("images", "rejected_images") if any(key in row for row in rows)]
     plain = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.records import Completion, Example, ImageRef
+from cwdpo.records import Completion, Example, ImageRef, VideoRef
 
 FILE = "rounds.jsonl"
 _SHOWN = 12
@@ -49,6 +49,7 @@ def shown_pairs(examples: Sequence[Example], rng: random.Random, home: Path) -> 
         {
             "id": e.id,
             "image": _place(e, home),
+            **({"video": _path(e.videos[0], home)} if e.videos else {}),
             "chosen": e.chosen.text,
             "chosen_origin": e.chosen.origin,
             "rejected": e.rejected[k].text,
@@ -78,8 +79,8 @@ def _rejected_image(completion: Completion, home: Path) -> dict[str, Any] | None
     return {"path": _path(image, home), **({} if image.edit is None else {"edit": asdict(image.edit)})}
 
 
-def _path(image: ImageRef, home: Path) -> str | None:
-    """An image's path; relative to the run folder if it is inside, so that the folder can be moved."""
+def _path(image: ImageRef | VideoRef, home: Path) -> str | None:
+    """The path of an image or a video; relative to the run folder if it is inside, so that the folder can be moved."""
     path = image.path
     if path is None:
         return None

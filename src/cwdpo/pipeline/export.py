@@ -246,6 +246,7 @@ def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
         "format": settings.format, "default_prompt": settings.default_prompt,
         "image_root": Path(settings.image_root) if settings.image_root else None,
         "captions_per_image": settings.captions_per_image, "ignore_columns": settings.ignore_columns,
+        "video": settings.video.sampling,
     }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def evaluate_policy(
         {
             "id": e.id,
             "image": str(e.images[0].path) if e.images and e.images[0].path else None,
+            **({"video": str(e.videos[0].path)} if e.videos and e.videos[0].path else {}),
             "prompt": e.prompt_text,
             "chosen": e.chosen.text,
             "responses": [],

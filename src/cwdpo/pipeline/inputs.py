@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from cwdpo.data.contents import image_content
+from cwdpo.data.contents import image_content, video_digest
 from cwdpo.errors import CwdpoError, DataError, RecipeError
 from cwdpo.models.load import Policy
 from cwdpo.pipeline.resume import keep_old
-from cwdpo.records import Completion, Example, ImageRef
+from cwdpo.records import Completion, Example, ImageRef, VideoRef
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.reference_cache import weights_digest
 from cwdpo.stage.splits import Splits
@@ -64,7 +64,7 @@ def _of_splits(splits: Splits) -> dict[str, Any]:
 def of_rows(rows: Sequence[Example]) -> dict[str, Any]:
     """Number of rows, and digests of their texts, of their order, and of their images (in any order)."""
     texts = [_digest([_texts(row)]) for row in rows]
-    images = [_digest([row.id, *(_image(image) for image in row.all_images)]) for row in rows]
+    images = [_digest([row.id, *map(_image, row.all_images), *map(_video, row.videos)]) for row in rows]
     return {
         "rows": len(rows),
         "texts": _digest(sorted(texts)),
@@ -95,6 +95,13 @@ def _image(image: ImageRef) -> str:
     try:
         return image_content(image).digest.hex() + (repr(image.edit) if image.edit else "")
     except DataError:  # encoding the row later reports the error
+        return "unreadable"
+
+
+def _video(video: VideoRef) -> str:
+    try:
+        return f"video {video_digest(video).hex()} {video.sampling}"
+    except DataError:  # as above
         return "unreadable"
 
 
@@ -139,7 +146,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]])
         elif old.get("order") != new["order"]:
             found.append(f"{label}: the same in another order")
         elif old.get("pictures") != new["pictures"]:
-            found.append(f"{label}: other images")
+            found.append(f"{label}: other images or videos")
     base: Any = before.get("model")
     for part, digest in now["model"].items() if isinstance(base, dict) else ():
         if base.get(part) != digest:

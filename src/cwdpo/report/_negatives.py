@@ -8,7 +8,7 @@ from typing import Any
 
 from cwdpo.records import ImageEdit
 from cwdpo.report._page import Folder, mapping, records
-from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, shortened
+from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, shortened, strip_uri
 
 ORIGINS = ("dataset", "perturbed", "on_policy")
 _WORD = re.compile(r"\s+|\S+")
@@ -94,6 +94,7 @@ def _pair(pair: dict[str, Any], folder: Folder) -> dict[str, Any]:
     return {
         "id": plain(pair.get("id")),
         "picture": picture_uri(pair["image"], folder.path) if isinstance(pair.get("image"), str) else None,
+        "strip": strip_uri(pair["video"], folder.path) if isinstance(pair.get("video"), str) else None,
         "rejected_picture": _rejected_picture(pair.get("rejected_image"), folder),
         "chosen": left,
         "rejected": right,

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from cwdpo.report._dynamics import dynamics
 from cwdpo.report._negatives import negatives_section
 from cwdpo.report._page import Folder, Legend, Panel, Panels, keys, mapping, points, records
-from cwdpo.report._text import MISSING, finite, number, picture_uri, plain
+from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, strip_uri
 from cwdpo.report._times import times
 from cwdpo.report.figures import histogram
 
@@ -244,6 +244,7 @@ def _samples(folder: Folder) -> dict[str, Any]:
         {
             "id": plain(row.get("id")),
             "picture": picture_uri(row["image"], folder.path) if isinstance(row.get("image"), str) else None,
+            "strip": strip_uri(row["video"], folder.path) if isinstance(row.get("video"), str) else None,
             "prompt": plain(row.get("prompt")),
             "chosen": plain(row.get("chosen")),
             "responses": [

@@ -9,15 +9,22 @@ import os
 import unicodedata
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cwdpo.records import ImageEdit, ImageRef
+from cwdpo.errors import CwdpoError
+from cwdpo.records import ImageEdit, ImageRef, VideoRef, VideoSampling
+from cwdpo.videos import decoded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MISSING = "not recorded"
 MAX_TEXT = 3000
 """Number of characters of a text that are shown."""
 MAX_PIXELS = 256
 """Longest side of an embedded image."""
+_STRIP = VideoSampling(fps=1000, max_frames=4, max_pixels=160 * 160)
+"""Frames of an embedded video: four from all of it, if it has as many."""
 
 _HARMLESS = frozenset("\n\t\u00ad\u200c\u200d")  # soft hyphen and joiners occur in ordinary text
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
@@ -103,6 +110,34 @@ def picture_uri(path: str | None, folder: Path, edit: ImageEdit | None = None) -
     ):  # Pillow's plugins raise many types of error on broken files; the page shows a note instead
         return None
     image.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    return _embedded(image)
+
+
+def strip_uri(path: str | None, folder: Path) -> str | None:
+    """Some frames of a video side by side as a ``data:`` URI; ``None`` if it cannot be read.
+
+    Args:
+        path: of a file or a folder of frames; absolute, or relative to ``folder`` or to the working directory.
+        folder: the run's folder.
+    """
+    from PIL import Image
+
+    if not path or "\0" in path:
+        return None
+    found = next((p for p in (folder / path, Path(path)) if p.exists()), None)
+    try:
+        clip = None if found is None else decoded(VideoRef(found, sampling=_STRIP))
+    except (CwdpoError, OSError):  # damaged, or PyAV is not installed; the page shows a note instead
+        return None
+    if clip is None:
+        return None
+    n, height, width, _ = clip.frames.shape
+    # [T, H, W, 3] to [H, T * W, 3]: the frames from left to right.
+    return _embedded(Image.fromarray(clip.frames.swapaxes(0, 1).reshape(height, n * width, 3)))
+
+
+def _embedded(image: Image) -> str:
+    """The image as a ``data:`` URI."""
     drawing = image.getcolors(256) is not None
     out = io.BytesIO()
     if drawing:

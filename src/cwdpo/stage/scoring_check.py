@@ -78,11 +78,15 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
 
 
 def _different(examples: Sequence[Example]) -> Iterator[Example]:
-    """The examples, reordered: first one with images, then one with another number of images, then the others."""
-    first = next((e for e in examples if e.images), examples[0] if examples else None)
-    second = next((e for e in examples if first is not None and len(e.images) != len(first.images)), None)
+    """The examples, reordered: first one with images or videos, then one with another number, then the others."""
+    first = next((e for e in examples if e.pictured), examples[0] if examples else None)
+    second = next((e for e in examples if first is not None and _counts(e) != _counts(first)), None)
     ahead = [e for e in (first, second) if e is not None]
     return chain(ahead, (e for e in examples if not any(e is one for one in ahead)))
+
+
+def _counts(example: Example) -> tuple[int, int]:
+    return len(example.images), len(example.videos)
 
 
 def _tried(

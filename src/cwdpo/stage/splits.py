@@ -58,6 +58,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
             captions_per_image=how.captions_per_image,
             limit=how.limit,
             ignore_columns=how.ignore_columns,
+            video=how.video.sampling,
         )
         if result.problems:
             rows = ({"stage": "read", "problem": printable(str(p))} for p in result.problems)

@@ -69,12 +69,14 @@ class HowToStep:
         checkpointing: with activation checkpointing.
         accumulates: whether gradients of an earlier micro-batch are in memory.
         stats: the objective's ``token_stats``.
+        spread: number of GPUs that gradients are spread over as they are made (FSDP2).
     """
 
     bf16: bool = False
     checkpointing: bool = False
     accumulates: bool = False
     stats: Iterable[str | TokenStat] = ()
+    spread: int = 1
 
 
 class DryRun:
@@ -100,7 +102,7 @@ class DryRun:
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter) if how.accumulates else None
-        tally = self._tally()
+        tally = self._tally(how.spread)
         tally.add_gradients(trained)
         handles = [p.register_post_accumulate_grad_hook(tally.note_gradient) for p in trained]
         try:
@@ -146,8 +148,8 @@ class DryRun:
             )
         return self._vision[key]
 
-    def _tally(self) -> Tally:
-        tally = Tally(vocabulary=unwrapped(self.model).get_output_embeddings().out_features)
+    def _tally(self, spread: int = 1) -> Tally:
+        tally = Tally(unwrapped(self.model).get_output_embeddings().out_features, spread)
         tally.ignore((*self.model.parameters(), *self.model.buffers()))
         return tally
 
@@ -197,11 +199,12 @@ class Tally(KnownIndices):
 
     Args:
         vocabulary: number of logits; tensors whose last size it is belong to the output head.
+        spread: a gradient of a parameter counts as this part of its bytes.
     """
 
-    def __init__(self, vocabulary: int = 0) -> None:
+    def __init__(self, vocabulary: int = 0, spread: int = 1) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
+        self.vocabulary, self.spread = vocabulary, spread
         self.peak, self.now, self.flops = 0, 0, 0
         self.parts: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
@@ -242,13 +245,16 @@ class Tally(KnownIndices):
         """Count the gradients that parameters have already."""
         for parameter in parameters:
             if parameter.grad is not None:
-                self.add(parameter.grad, GRADIENTS)
+                self._add_gradient(parameter.grad)
 
     def note_gradient(self, parameter: Tensor) -> None:
         """The memory of a parameter's gradient stays until the update."""
         if parameter.grad is not None:
             self.forget([parameter.grad])
-            self.add(parameter.grad, GRADIENTS)
+            self._add_gradient(parameter.grad)
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        self.add(gradient, GRADIENTS, gradient.untyped_storage().nbytes() // self.spread)
 
     def forget(self, tensors: Any) -> int:
         """Count the memory of these tensors no more; returns its bytes."""

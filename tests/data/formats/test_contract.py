@@ -153,7 +153,7 @@ def test_a_format_of_one_s_own_file(tmp_path: Path) -> None:
         read_examples(file, format={"name": f"{own}:Scored", "lest": 0.2})
     with pytest.raises(UnknownComponentError, match="has no class 'Scores' derived from Format"):
         read_examples(file, format=f"{own}:Scores")
-    with pytest.raises(DataError, match=r"\[videos\]: 'a.mp4': a film, which is not read"):
+    with pytest.raises(DataError, match=r"\[videos\]: 'a.mp4': a video, which is not read"):
         read_examples(written(tmp_path, [{**ROWS[0], "videos": "a.mp4"}]), format=f"{own}:Scored")
 
 

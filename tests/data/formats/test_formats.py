@@ -338,9 +338,9 @@ def test_llamafactory_s_halves_and_doubles(folder: Path) -> None:
     assert read(folder, plain).format == "trl"
     with pytest.raises(DataError, match=r"it would be .*trl with 'rejected', trl with 'prompt'"):
         read(folder, {"chosen": "a", "image": "images/a.png"})
-    film = [{"from": "human", "value": "<image><video>What?"}, said[1]]
-    with pytest.raises(DataError, match="literal '<video>'"):
-        read(folder, {"conversations": film, **IMAGE})
+    video = [{"from": "human", "value": "<image><video>What?"}, said[1]]
+    with pytest.raises(DataError, match="marks 1 video places, the row has 0 videos"):
+        read(folder, {"conversations": video, **IMAGE})
 
 
 @pytest.mark.parametrize("key", ["rejected_conversations", "contrastive_conversations"])
@@ -422,7 +422,7 @@ def test_an_entry_of_llamafactory_s_registry(folder: Path) -> None:
             "file_name": "alpaca.jsonl", "ranking": True,
             "columns": {"prompt": "q", "chosen": "better", "rejected": "worse", "images": "pics"},
         },
-        "films": {"file_name": "x.json", "columns": {"videos": "v"}},
+        "sound": {"file_name": "x.json", "columns": {"audios": "v"}},
         "script": {"script_url": "x"},
         "empty": {},
     }  # fmt: skip
@@ -438,7 +438,7 @@ def test_an_entry_of_llamafactory_s_registry(folder: Path) -> None:
     assert only(read_examples(f"{file}:pairs")).extra == {"note": 1}
     for name, said in {
         "pair": "no data set 'pair'; did you mean 'pairs'?; known: pairs, alpaca",
-        "films": "films: columns.videos: films are not read",
+        "sound": "sound: columns.audios: sound is not read",
         "script": "loading scripts are not run",
         "empty": "neither 'file_name' nor 'hf_hub_url'",
     }.items():

@@ -116,8 +116,20 @@ BAD_ROWS: list[tuple[str, str, Any, str]] = [  # kind, key, row, part of the mes
     (
         "unknown-block",
         "prompt[0].content[0].type",
-        {**GOOD, "prompt": [turn([{"type": "video"}])]},
-        "text, image",
+        {**GOOD, "prompt": [turn([{"type": "audio"}])]},
+        "text, image, image_url, video",
+    ),
+    ("video-count", "prompt", {**GOOD, "prompt": [turn([{"type": "video"}])]}, "the row has 0 videos"),
+    ("video-missing", "videos[0]", {**GOOD, "videos": ["a.mp4"]}, "no file or folder of frames 'a.mp4'"),
+    ("wrong-type", "videos", {**GOOD, "videos": "a.mp4"}, "allowed: a list of videos"),
+    ("wrong-type", "videos[0]", {**GOOD, "videos": [7]}, "is not a video"),
+    ("video-url", "video", {**GOOD, "video": "https://example.org/a.mp4"}, "is a URL"),
+    ("video-escapes", "video", {**GOOD, "video": "../a.mp4"}, "leads outside"),
+    (
+        "two-video-keys",
+        "videos",
+        {**GOOD, "video": "a.mp4", "videos": ["a.mp4"]},
+        "both 'video' and 'videos'",
     ),
     (
         "image-missing",

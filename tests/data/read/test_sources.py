@@ -136,9 +136,12 @@ def test_captions_of_a_shard_and_pictures_that_the_json_names(tmp_path: Path) ->
         ({"0.json": b"[1]"}, "[json]: list in .json"),
         (
             {"0.json": json.dumps({**ROWS[0], "image": "z.png"}).encode(), "0.png": png("red")},
-            "its pictures are 0.png",
+            "its images are 0.png",
         ),
-        ({"0.json": json.dumps(ROWS[0]).encode(), "0.mp4": b"film"}, "[videos]: ['4 bytes of mp4']: a film"),
+        (
+            {"0.json": json.dumps({**ROWS[0], "video": "z.mp4"}).encode(), "0.mp4": b"video"},
+            "its videos are 0.mp4",
+        ),
         ({"0.json": json.dumps(ROWS[0]).encode(), "0.wav": b"sound"}, "[audios]: ['5 bytes of wav']: sound"),
         ({"0.txt": b"\xff\xfe", "0.png": png("red")}, "[txt]: not UTF-8"),
         ({"0.json": json.dumps(ROWS[0]).encode(), "0.png": b"no picture"}, "is not an image"),

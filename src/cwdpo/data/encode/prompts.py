@@ -1,4 +1,4 @@
-"""Encodes prompts: token ids from the sizes of the images, and image tensors when they are needed."""
+"""Encodes prompts: token ids from the sizes of the images, and tensors of images and videos when they are needed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.clock import spent_on
-from cwdpo.data.contents import ImageContent, image_content
+from cwdpo.data.contents import ImageContent, image_content, video_digest
+from cwdpo.data.encode.clips import (
+    check_apart,
+    check_taken,
+    settings_of,
+    version_of,
+    video_inputs,
+    video_settings,
+)
 from cwdpo.data.encode.expand import Expansions, Sizes, Written
 from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
@@ -34,20 +41,22 @@ class EncodedPrompt:
 
     ``input_ids``: token ids with the image tokens expanded. ``per_token``: further outputs of the processor with one
     value per token (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: returns the inputs of the vision
-    tower. ``image_digest``: digest of the image files and of the processor's settings, which these inputs depend on.
+    tower, of images and videos. ``image_digest``: digest of their files and of the processor's settings, which these
+    inputs depend on; empty if there are none. ``n_videos``: number of videos.
     """
 
     input_ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
     image_digest: str = ""
+    n_videos: int = 0
 
     @property
     def images(self) -> Mapping[str, Tensor]:
         """The inputs of the vision tower; decoded now if they are not in the encoder's cache.
 
         Raises:
-            DataError: an image cannot be read, or its size is not the one that the prompt was made for.
+            DataError: an image or video cannot be read, or its size is not the one that the prompt was made for.
         """
         with spent_on("images"):
             return self.load_images()
@@ -125,8 +134,9 @@ class PromptEncoder:
         """The prompt as text, rendered by the chat template up to the start of the response (images as placeholders).
 
         Raises:
-            DataError: the template refuses it.
+            DataError: the template refuses it, or it has a video, and the processor takes none.
         """
+        check_taken(self.processor, example)
         if example.prompt not in self._texts:
             self._texts[example.prompt] = self.template.prompt(example)
         return self._texts[example.prompt]
@@ -135,12 +145,13 @@ class PromptEncoder:
         """Encode the prompt; the result is cached, because several stages use it.
 
         Images are not decoded, except on a few rows (see :mod:`cwdpo.data.encode.expand`), and except files that do
-        not end as their format does. The others are decoded when :attr:`EncodedPrompt.images` is read.
+        not end as their format does. The others are decoded when :attr:`EncodedPrompt.images` is read. Videos are
+        decoded here, too.
 
         Raises:
-            DataError: an image cannot be decoded, or the processor refuses the prompt.
+            DataError: an image or video cannot be decoded, or the processor refuses the prompt.
         """
-        key = (example.images, example.prompt)
+        key = _key(example)
         if key not in self._prompts:
             self._prompts[key] = self._encoded_prompt(example)
         return self._prompts[key]
@@ -151,24 +162,32 @@ class PromptEncoder:
             contents = [image_content(image) for image in example.images]
         sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
         ids, per_token, images = self._sized(example, sizes) or self._process(example)
-        key = (example.images, example.prompt)
         if images:
-            self._keep(key, images)
+            self._keep(_key(example), images)
         if not (images or contents):
             return EncodedPrompt(ids, per_token)
-        # What else an image reference says (all but its place) changes the pixels, so it is part of the digest.
-        said = (repr(replace(image, path=None, data=None)) for image in example.images)
-        digest = _digest(self._image_settings, *(c.digest.hex() for c in contents), *said)
+        files = [c.digest.hex() for c in contents]
+        if example.videos:
+            files += [
+                video_settings(self.processor),
+                *(video_digest(video).hex() for video in example.videos),
+            ]
+        # What else a reference says (all but its place) changes the pixels, so it is part of the digest.
+        said = [repr(replace(image, path=None, data=None)) for image in example.images]
+        said += [repr(replace(video, path=None, data=None)) for video in example.videos]
+        digest = _digest(self._image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
-        return EncodedPrompt(ids, per_token, _Source(self, example, ids, per_token), digest)
+        return EncodedPrompt(
+            ids, per_token, _Source(self, example, ids, per_token), digest, len(example.videos)
+        )
 
     def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
         """The prompt from the sizes of its images; ``None`` if they are not enough.
 
         The last result has the images, if they were decoded to compare.
         """
-        if not self._from_sizes or not sizes or len(sizes) != len(example.images):
+        if not self._from_sizes or not sizes or len(sizes) != len(example.images) or example.videos:
             return None
         written = self._expansions.of(sizes)
         if written is None:
@@ -207,7 +226,7 @@ class PromptEncoder:
         self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Tensor]:
         """The images of a prompt, from the cache or decoded now; see :meth:`read`."""
-        key = (example.images, example.prompt)
+        key = _key(example)
         if key not in self._images:
             images = self.read(Job(example, self.text(example), ids, per_token))
             self._keep(key, images)
@@ -218,7 +237,7 @@ class PromptEncoder:
         self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
     ) -> Coming | None:
         """Let a worker read the images of a prompt; ``None`` if there is no worker, or they are in the cache."""
-        key = (example.images, example.prompt)
+        key = _key(example)
         if self._workers is None or key in self._images:
             return None
         small = replace(example, rejected=(), gentle=(), extra={})
@@ -246,9 +265,8 @@ class PromptEncoder:
     def _image_settings(self) -> str:
         """Everything that the inputs of the vision tower depend on besides the image files."""
         made: Any = getattr(self.processor, "image_processor", None)
-        settings = made.to_json_string() if hasattr(made, "to_json_string") else repr(made)
-        packages = (f"{name} {_version(name)}" for name in ("transformers", "pillow", "torchvision"))
-        return "\n".join([type(self.processor).__name__, type(made).__name__, settings, *packages])
+        packages = (f"{name} {version_of(name)}" for name in ("transformers", "pillow", "torchvision"))
+        return "\n".join([type(self.processor).__name__, *settings_of(made), *packages])
 
     def _process(self, example: Example) -> _Result:
         return self._run(example, _opened(example), self.processor)
@@ -260,6 +278,7 @@ class PromptEncoder:
         """
         # Nested: some processors (LLaVA-OneVision) take a flat list as one image for each text.
         kwargs: dict[str, Any] = {"images": [list(opened)]} if opened else {}
+        kwargs |= video_inputs(self.processor, example)
         text = (text or self.text(example)).rstrip(" ")
         try:
             outputs = self._processed(processor, text, kwargs)
@@ -274,6 +293,7 @@ class PromptEncoder:
             if k.endswith("token_type_ids") and tuple(v.shape) == (1, ids.shape[0])
         }
         images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
+        check_apart(self.processor, example, ids.tolist(), images)
         check_embedded(self.template, example, ids.tolist(), self.template.checkpoint.placeholders)
         return tuple(ids.tolist()), per_token, images
 
@@ -328,15 +348,13 @@ def check_embedded(
         )
 
 
+def _key(example: Example) -> tuple[Any, ...]:
+    """What an encoded prompt depends on."""
+    return example.images, example.videos, example.prompt
+
+
 def _digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def _blank(size: tuple[int, int]) -> Image:

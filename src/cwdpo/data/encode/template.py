@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cwdpo.data.encode.render import Renderer
 from cwdpo.errors import DataError, ModelError
-from cwdpo.records import Example, Message, without_tools
+from cwdpo.records import VIDEO, Example, Message, Place, without_tools
 
 PROBE = 'it\'s "so"\nand so'
 """If a template prints it as part of a list or as JSON, its quotes or its line break are escaped."""
@@ -220,7 +220,7 @@ class ChatTemplate:
         prompt = [
             (f"prompt[{i}]", part)
             for i, turn in enumerate(example.prompt)
-            for part in (*turn.parts, turn.more)
+            for part in (*turn.texts, turn.more)
             if part
         ]
         bare = ((key, _without_ends(text, self._end_texts)) for key, text in texts)
@@ -314,8 +314,9 @@ class ChatTemplate:
         return turn.as_chat()
 
     def _joined(self, turn: Message) -> str:
-        token = getattr(self.processor, "image_token", "<image>")
-        return "".join(token if part is None else part for part in turn.parts)
+        marks: dict[Place | None, str] = {None: "image", VIDEO: "video"}
+        tokens = {p: getattr(self.processor, f"{name}_token", f"<{name}>") for p, name in marks.items()}
+        return "".join(part if isinstance(part, str) else tokens[part] for part in turn.parts)
 
     def _style(self, role: str) -> Style | str:
         """How the contents of a role are passed to the template, or why it does not take this role."""

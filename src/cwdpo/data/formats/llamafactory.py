@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from cwdpo.data.columns import present
+from cwdpo.data.columns import VIDEO_KEYS, present
 from cwdpo.data.formats.base import Format
 from cwdpo.data.problems import RowError
 from cwdpo.data.rowparts import Row
 from cwdpo.data.texts import plain_text, split_tags, wrong_type
-from cwdpo.data.turns import Turn, answer, place_images, reply_of, sharegpt, with_system
+from cwdpo.data.turns import Text, Turn, answer, checked, place_media, reply_of, sharegpt, with_system
 from cwdpo.records import Completion, Example
 
 _TURNS = "a list of {from, value} or of {role, content}"
@@ -22,7 +22,7 @@ class LlamaFactory(Format):
     Sharegpt: ``conversations[{from, value}]`` (or ``messages[{role, content}]``); an answer is one such turn. Without
     ``chosen`` the last turn is chosen (LLaVA's SFT data). Alpaca: the pairs of ``history``, then ``instruction`` and
     ``input`` joined by a line break; answers are strings. Without ``chosen``, ``output`` is chosen. ``<image>`` in the
-    text marks the place of each image of ``images``.
+    text marks the place of each image of ``images``, ``<video>`` that of each video of ``videos``.
     """
 
     columns = (
@@ -33,7 +33,7 @@ class LlamaFactory(Format):
         "instruction !prompt",
         "instruction chosen rejected !prompt",
     )
-    reads = frozenset({"system", "history"})
+    reads = frozenset({"system", "history", *VIDEO_KEYS})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {
             "images": ["a.png"],
@@ -45,7 +45,7 @@ class LlamaFactory(Format):
 
     def parse(self, row: Row) -> list[Example]:
         """One example a row."""
-        images = row.images()
+        media = row.images(), row.videos()
         row.used.add("rejected")
         given = [key for key in ("instruction", "conversations", "messages") if row.has(key)]
         if len(given) > 1:
@@ -74,18 +74,17 @@ class LlamaFactory(Format):
         if row.has("chosen") or row.has("rejected"):
             text = answer(row, row.take("rejected", "a string or one turn"), "rejected")
             rejected = [("rejected", Completion(text))]
-        prompt, placed = place_images(turns, images, key, in_front=False)
-        return [row.example(prompt, placed, chosen, rejected)]
+        prompt, (images, videos) = place_media(turns, media, key, in_front=False)
+        return [row.example(prompt, images, chosen, rejected, videos=videos)]
 
 
-def _instruction(row: Row) -> tuple[str | None, ...]:
+def _instruction(row: Row) -> tuple[Text, ...]:
     row.used.add("input")
     texts = [row.take("instruction", "a string"), row.values["input"] if row.has("input") else ""]
     for key, text in zip(("instruction", "input"), texts, strict=True):
         if not isinstance(text, str):
             raise wrong_type(key, text, "a string")
-    parts = split_tags("\n".join(text for text in texts if text))
-    return tuple(part if part is None else plain_text(part, "instruction") for part in parts)
+    return checked(split_tags("\n".join(text for text in texts if text)), "instruction")
 
 
 def _refuse_history(row: Row) -> None:
@@ -109,6 +108,6 @@ def _history(row: Row) -> list[Turn]:
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
             raise wrong_type(f"history[{i}]", pair, "[question, answer], two strings")
-        parts = [p if p is None else plain_text(p, f"history[{i}]") for p in split_tags(pair[0])]
-        turns += [Turn("user", tuple(parts)), Turn("assistant", (plain_text(pair[1], f"history[{i}]"),))]
+        parts = checked(split_tags(pair[0]), f"history[{i}]")
+        turns += [Turn("user", parts), Turn("assistant", (plain_text(pair[1], f"history[{i}]"),))]
     return turns

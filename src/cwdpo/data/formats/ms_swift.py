@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from cwdpo.data.columns import VIDEO_KEYS
 from cwdpo.data.formats.base import Format
 from cwdpo.data.rowparts import Row
 from cwdpo.data.texts import plain_text
-from cwdpo.data.turns import TAGGED_CHAT, place_images, reply_of, turns_of, with_system
+from cwdpo.data.turns import TAGGED_CHAT, place_media, reply_of, turns_of, with_system
 from cwdpo.records import Completion, Example
 
 
@@ -16,11 +17,12 @@ class MsSwift(Format):
     """``messages`` ending in chosen, with ``rejected_response``, ``rejected_messages`` or ``rejected_images``.
 
     With ``rejected_images`` the rejected side responds to these images; without a text of its own, it is chosen's text.
-    Images without an ``<image>`` in the text are put before the first user turn, as in ms-swift.
+    Images without an ``<image>`` in the text are put before the first user turn, as in ms-swift; also videos without a
+    ``<video>``.
     """
 
     columns = ("messages rejected_response", "messages rejected_messages", "messages rejected_images")
-    reads = frozenset({"system", "rejected_images"})
+    reads = frozenset({"system", "rejected_images", *VIDEO_KEYS})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {
             "images": ["a.png"],
@@ -34,7 +36,7 @@ class MsSwift(Format):
 
     def parse(self, row: Row) -> list[Example]:
         """One example a row."""
-        images = row.images()
+        media = row.images(), row.videos()
         key = "messages"
         turns = turns_of(row, row.take(key, "a conversation"), key, TAGGED_CHAT)
         prompt, chosen = turns[:-1], reply_of(turns, key, turns[:-1])
@@ -54,5 +56,5 @@ class MsSwift(Format):
                 for i, v in enumerate(values)
             ]
         rejected = [(where, Completion(text)) for where, text in texts]
-        messages, placed = place_images(with_system(row, prompt), images, "messages")
-        return [row.example(messages, placed, chosen, rejected)]
+        messages, (images, videos) = place_media(with_system(row, prompt), media, "messages")
+        return [row.example(messages, images, chosen, rejected, videos=videos)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from cwdpo.data.columns import VIDEO_KEYS
 from cwdpo.data.formats.base import Format
 from cwdpo.data.problems import RowError
 from cwdpo.data.rowparts import Row
@@ -16,7 +17,7 @@ from cwdpo.data.turns import (
     Style,
     Turn,
     answer,
-    place_images,
+    place_media,
     reply_of,
     tags_agree,
     turns_of,
@@ -29,9 +30,10 @@ _REPLIES = "a string, a list of messages, or a list of several of these"
 class Trl(Format):
     """``images``/``image`` with ``prompt``, ``chosen``, ``rejected`` as strings or message lists.
 
-    Without ``prompt``, chosen and rejected are whole conversations that are equal except for the last turn. Rows with
-    ``messages``, or with ``prompt`` and ``completion``, give an example without negatives. With ``rejected_images``
-    the rejected responses are to these images; ``rejected`` may then be missing, and stands for chosen's text.
+    Videos are in ``videos``/``video``. Without ``prompt``, chosen and rejected are whole conversations that are equal
+    except for the last turn. Rows with ``messages``, or with ``prompt`` and ``completion``, give an example without
+    negatives. With ``rejected_images`` the rejected responses are to these images; ``rejected`` may then be missing,
+    and stands for chosen's text.
     """
 
     columns = ("chosen rejected", "prompt chosen", "prompt completion", "messages")
@@ -44,24 +46,24 @@ class Trl(Format):
         },
     )
 
-    reads = frozenset({"tools", "rejected_images"})
+    reads = frozenset({"tools", "rejected_images", *VIDEO_KEYS})
 
     def parse(self, row: Row) -> list[Example]:
         """One example a row."""
-        images = row.images()
+        media = row.images(), row.videos()
         reply = next((key for key in ("chosen", "completion", "messages") if row.has(key)), "chosen")
         said = row.take(reply, "'chosen', 'completion' or 'messages'")
         key = "prompt" if reply == "completion" or (reply == "chosen" and row.has("prompt")) else reply
         asked = row.take("prompt", "a question") if key == "prompt" else said
-        style = TAGGED_CHAT if tags_agree(asked, len(images), key) else CHAT
+        style = TAGGED_CHAT if tags_agree(asked, key, *map(len, media)) else CHAT
         if key == "prompt":
             turns = turns_of(row, asked, key, style)
             chosen = answer(row, said, reply, turns)
         else:
             turns, chosen = _split_conversation(row, said, reply, style)
         rejected = [(where, Completion(text)) for where, text in _rejected(row, turns)]
-        prompt, placed = place_images(turns, images, key)
-        return [row.example((*tools_of(row), *prompt), placed, chosen, rejected)]
+        prompt, (images, videos) = place_media(turns, media, key)
+        return [row.example((*tools_of(row), *prompt), images, chosen, rejected, videos=videos)]
 
 
 def _split_conversation(row: Row, value: Any, key: str, style: Style) -> tuple[list[Turn], str]:

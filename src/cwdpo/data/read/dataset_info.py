@@ -14,15 +14,15 @@ from cwdpo.errors import DataError, nearest
 NAME = "dataset_info.json"
 _COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history",
-    "messages": "conversations", "system": "system", "images": "images", "chosen": "chosen", "rejected": "rejected",
+    "messages": "conversations", "system": "system", "images": "images", "videos": "videos",
+    "chosen": "chosen", "rejected": "rejected",
 }  # fmt: skip
 _NEEDED = ("prompt", "messages", "chosen", "rejected")
 _ROLES = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
 _TAGS = ("role_tag", "content_tag", *_ROLES, "observation_tag", "function_tag")
 # What the parser of LLaMA-Factory's rows reads, so that a column of that name which is not listed is hidden from it.
-_OURS = {*_COLUMNS.values(), "messages", "image", "img_path"}
+_OURS = {*_COLUMNS.values(), "messages", "image", "img_path", "video"}
 _UNREAD_COLUMNS = {
-    "videos": "films are not read; leave such rows out",
     "audios": "sound is not read; leave such rows out",
     "tools": "tool calls are not read; leave such rows out",
     "kto_tag": "KTO's labels are not read: make pairs of the rows, or keep those that are labelled true",
@@ -81,8 +81,9 @@ class Entry:
             listed = set(self._columns.values())
             found = {key: value for key, value in row.items() if key not in listed and key not in _OURS}
             found |= {_COLUMNS[key]: row[own] for key, own in self._columns.items() if own in row}
-            if found.get("images") is not None and not isinstance(found["images"], list):
-                found["images"] = [found["images"]]  # LLaMA-Factory treats one image as a list of one
+            for key in ("images", "videos"):
+                if found.get(key) is not None and not isinstance(found[key], list):
+                    found[key] = [found[key]]  # LLaMA-Factory treats one image as a list of one
         try:
             for key in ("messages", "chosen", "rejected") if self._tags else ():
                 ours = _COLUMNS[key]

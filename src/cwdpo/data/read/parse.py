@@ -15,7 +15,7 @@ from cwdpo.data.problems import Problem, RowError, explain_problems, shown
 from cwdpo.data.read.source import RawRow, Source
 from cwdpo.data.rowparts import ReadOptions, Row
 from cwdpo.errors import DataError
-from cwdpo.records import Example, ImageRef
+from cwdpo.records import Example, ImageRef, VideoRef
 
 _PEEKED_ROWS = 16  # rows used to find the format; the first row may lack optional columns
 
@@ -25,7 +25,7 @@ class ParsedRow:
     """The result of one row; if a negative was left out, the row has both examples and problems.
 
     ``columns`` are the columns that are not null, ``unread`` those with a value that were not read. ``pictures`` are
-    the row's images by key (``images[0]``).
+    the row's images and videos by key (``images[0]``).
     """
 
     raw: RawRow
@@ -33,7 +33,7 @@ class ParsedRow:
     examples: list[Example]
     problems: list[Problem] = field(default_factory=list)
     unread: frozenset[str] = frozenset()
-    pictures: Mapping[str, ImageRef] = field(default_factory=dict)
+    pictures: Mapping[str, ImageRef | VideoRef] = field(default_factory=dict)
 
 
 class ParsedRows:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cwdpo.data.facts import ImageStats
+from cwdpo.data.facts import ImageStats, VideoStats
 from cwdpo.data.formats.base import Spec
 from cwdpo.data.images import CheckImages, ImageFolder
 from cwdpo.data.problems import Problem, explain_problems, printable
@@ -15,7 +15,7 @@ from cwdpo.data.read.rows import open_source
 from cwdpo.data.read.source import Source
 from cwdpo.data.rowparts import ReadOptions
 from cwdpo.errors import DataError
-from cwdpo.records import Example
+from cwdpo.records import SAMPLING, Example, VideoSampling
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def read_examples(
     captions_per_image: int = 1,
     check_images: CheckImages = "identify",
     ignore_columns: Collection[str] = (),
+    video: VideoSampling = SAMPLING,
 ) -> ReadResult:
     """Read a data set into Examples, in stored order; for ``path`` see :func:`cwdpo.data.read.rows.iter_rows`.
 
@@ -56,15 +57,17 @@ def read_examples(
         format: ``auto``, a name of :data:`cwdpo.data.formats.base.FORMATS`, ``file.py:ClassName``, or a mapping
             with ``name`` and the format's settings.
         max_bad_fraction: share of rows, 0 to 1, that may have a problem.
-        image_root: folder that image paths are relative to and must not leave; ``None``: the folder of the data file.
+        image_root: folder of images and videos, which paths must not leave; ``None``: the folder of the data file.
         default_prompt: the question for rows without one (format ``captions``).
         limit: stop after this many examples.
         captions_per_image: number of examples from one image with captions (format ``captions``).
         check_images: ``none``, ``exists``, ``identify`` (reads headers) or ``decode`` (reads all pixels).
         ignore_columns: columns to ignore.
+        video: which frames of videos are kept.
 
     Raises:
         DataError: there are no rows, no format has these columns, too many rows are bad, or none is usable.
+        MissingPackageError: a row has a video, and PyAV is not installed.
         UnknownComponentError: the format, file or class is unknown.
     """
     if not 0 <= max_bad_fraction <= 1:
@@ -72,9 +75,9 @@ def read_examples(
     if limit is not None and limit < 1:
         raise DataError(f"data.limit = {limit}; allowed: 1 or more, or null for all")
     source = path if isinstance(path, Source) else open_source(path)
-    stats = ImageStats()
-    folder = ImageFolder(image_root or source.folder, check_images, stats.add)
-    options = ReadOptions(default_prompt, captions_per_image, frozenset(ignore_columns))
+    stats, videos = ImageStats(), VideoStats()
+    folder = ImageFolder(image_root or source.folder, check_images, stats.add, videos.add)
+    options = ReadOptions(default_prompt, captions_per_image, frozenset(ignore_columns), video)
     parsed = ParsedRows(source, format, folder, options)
     result = _usable(parsed, limit)
     examples, rows, bad_rows = result.examples, result.rows, result.bad_rows
@@ -89,7 +92,7 @@ def read_examples(
         raise DataError(
             f"{source.name}: none of {rows} rows is usable; use a data set with at least one{detail}"
         )
-    notes = [*parsed.notes(), *stats.notes()]
+    notes = [*parsed.notes(), *stats.notes(), *videos.notes()]
     return replace(result, notes=tuple(printable(f"{source.name}: {note}") for note in notes))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from cwdpo.data.columns import IMAGE_KEYS, present
+from cwdpo.data.columns import IMAGE_KEYS, VIDEO_KEYS, present
 from cwdpo.data.problems import RowError, shown
 from cwdpo.data.read.packed import open_bytes
 from cwdpo.data.read.source import RawRow, as_row
@@ -26,8 +26,8 @@ def tar_rows(path: Path) -> Iterator[RawRow]:
 
     As in WebDataset, a member's file name up to its first dot is the key of the sample, the rest is the kind of the
     member, and the members of a sample follow each other. Images become ``image`` (one) or ``images`` (several, sorted
-    by name); if the JSON names images, the names are replaced by the members. A ``.txt`` without a JSON becomes
-    ``captions``. Videos and audio become ``videos`` and ``audios``; other members become columns with the name of their
+    by name), videos ``video`` or ``videos``; if the JSON names them, the names are replaced by the members. A ``.txt``
+    without a JSON becomes ``captions``. Audio becomes ``audios``; other members become columns with the name of their
     kind.
 
     Raises:
@@ -102,13 +102,14 @@ def _row(path: Path, number: int, key: str, members: Mapping[str, bytes]) -> Raw
     name = key.rpartition("/")[2]
     try:
         row = _described(members)
-        pictures = {
-            f"{name}.{kind}": {"bytes": data, "path": f"{name}.{kind}"}
-            for kind, data in sorted(members.items())
-            if kind.rpartition(".")[2] in _PICTURES
-        }
-        if pictures:
-            _place(row, pictures)
+        for endings, keys, medium in ((_PICTURES, IMAGE_KEYS, "image"), (_VIDEOS, VIDEO_KEYS, "video")):
+            files = {
+                f"{name}.{kind}": {"bytes": data, "path": f"{name}.{kind}"}
+                for kind, data in sorted(members.items())
+                if kind.rpartition(".")[2] in endings
+            }
+            if files:
+                _place(row, files, keys, medium)
     except RowError as error:
         return RawRow(str(path), number, error)
     row.setdefault("id", key.removeprefix("/"))
@@ -116,7 +117,7 @@ def _row(path: Path, number: int, key: str, members: Mapping[str, bytes]) -> Raw
 
 
 def _described(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The columns of a sample without its images."""
+    """The columns of a sample without its images and videos."""
     row: dict[str, Any] = {}
     if "json" in members:
         try:
@@ -131,12 +132,10 @@ def _described(members: Mapping[str, bytes]) -> dict[str, Any]:
             )
     for kind, data in members.items():
         ending = kind.rpartition(".")[2]
-        if kind == "json" or ending in _PICTURES:
+        if kind == "json" or ending in _PICTURES | _VIDEOS:
             continue
-        if ending in _VIDEOS | _AUDIOS:
-            row.setdefault("videos" if ending in _VIDEOS else "audios", []).append(
-                f"{len(data)} bytes of {kind}"
-            )
+        if ending in _AUDIOS:
+            row.setdefault("audios", []).append(f"{len(data)} bytes of {kind}")
         elif ending in _TEXTS:
             text = _text(kind, data)
             row |= {kind: text} if "json" in members else {"captions": [*row.get("captions", ()), text]}
@@ -154,20 +153,22 @@ def _text(kind: str, data: bytes) -> str:
         return f"{len(data)} bytes"
 
 
-def _place(row: dict[str, Any], pictures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the images into the row: in place of their names in the JSON, or else all of them, sorted by name."""
-    key = next((k for k in IMAGE_KEYS if present(row.get(k))), None)
+def _place(
+    row: dict[str, Any], files: Mapping[str, Mapping[str, Any]], keys: Sequence[str], medium: str
+) -> None:
+    """Put the images or videos into the row: in place of their names in the JSON, or else all, sorted by name."""
+    key = next((k for k in keys if present(row.get(k))), None)
     if key is None:
-        every = list(pictures.values())
-        row |= {"image": every[0]} if len(every) == 1 else {"images": every}
+        every = list(files.values())
+        row |= {medium: every[0]} if len(every) == 1 else {f"{medium}s": every}
         return
     values = row[key] if isinstance(row[key], list) else [row[key]]
-    if not all(isinstance(value, str) and Path(value).name in pictures for value in values):
+    if not all(isinstance(value, str) and Path(value).name in files for value in values):
         raise RowError(
-            "image-missing",
+            f"{medium}-missing",
             key,
-            f"the sample's .json names {shown(row[key], 60)}, its pictures are {', '.join(pictures)[:200]}",
-            "name the members, or leave the column out: then all pictures of the sample are taken",
+            f"the sample's .json names {shown(row[key], 60)}, its {medium}s are {', '.join(files)[:200]}",
+            f"name the members, or leave the column out: then all {medium}s of the sample are taken",
         )
-    taken = [pictures[Path(value).name] for value in values]
+    taken = [files[Path(value).name] for value in values]
     row[key] = taken if isinstance(row[key], list) else taken[0]

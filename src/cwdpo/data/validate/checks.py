@@ -10,9 +10,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from cwdpo.data.contents import video_digest
 from cwdpo.data.digests import DigestMap, FirstPlaces, digest8
 from cwdpo.data.encode.template import RefusedRowError
-from cwdpo.data.facts import ImageStats
+from cwdpo.data.facts import ImageStats, VideoStats
 from cwdpo.data.formats.base import Spec
 from cwdpo.data.images import CheckImages, ImageFolder
 from cwdpo.data.problems import SHOWN_ROWS, Problem, ProblemLog, RowError
@@ -24,7 +25,7 @@ from cwdpo.data.validate.fix import good_rows
 from cwdpo.data.validate.lengths import LengthCounter, word_counter
 from cwdpo.data.validate.report import LengthStats, ValidationReport
 from cwdpo.errors import CwdpoError, DataError
-from cwdpo.records import Completion, Example, ImageRef
+from cwdpo.records import SAMPLING, Completion, Example, ImageRef, Place, VideoRef, VideoSampling
 
 __all__ = ["ValidationReport", "validate"]
 
@@ -44,6 +45,7 @@ def validate(
     lengths: LengthCounter | None = None,
     max_length: int | None = None,
     fix: Path | None = None,
+    video: VideoSampling = SAMPLING,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> ValidationReport:
     """Read every row, decode every image once, and report all problems.
@@ -58,6 +60,7 @@ def validate(
         lengths: counts lengths; by default in words.
         max_length: a row with more tokens of prompt plus longest response is bad.
         fix: a new ``.jsonl`` file for the rows without problems.
+        video: which frames of videos are kept; these are decoded, too.
         progress: called with the number of rows read, from time to time and at the end.
 
     Raises:
@@ -69,14 +72,15 @@ def validate(
     source = path if isinstance(path, Source) else open_source(path)
     others = [*held_out_beside(source), *map(open_source, against)]
     counter = lengths or word_counter()
-    stats = ImageStats()
-    folder = ImageFolder(image_root or source.folder, check_images, stats.add)
-    options = ReadOptions(default_prompt, captions_per_image, frozenset(ignore_columns))
+    stats, videos = ImageStats(), VideoStats()
+    folder = ImageFolder(image_root or source.folder, check_images, stats.add, videos.add)
+    options = ReadOptions(default_prompt, captions_per_image, frozenset(ignore_columns), video)
     parsed = ParsedRows(source, format, folder, options)
     report = ValidationReport(
         source.name,
         parsed.format.name,
         images=stats,
+        videos=videos,
         lengths=LengthStats(counter.unit, max_length=max_length),
     )
     by_content = check_images in ("identify", "decode")
@@ -146,6 +150,7 @@ def _count_row(report: ValidationReport, row: ParsedRow, problems: Sequence[Prob
         before = report.examples
         report.examples += 1
         report.images_per_row[len(example.images)] += 1
+        report.videos_per_row[len(example.videos)] += 1
         report.gentle_per_prompt[len(example.gentle)] += 1
         kinds = Counter(negative.kind or "unnamed" for negative in example.rejected)
         kinds["all"] = len(example.rejected)
@@ -181,23 +186,25 @@ def _measure(stats: LengthStats, counter: LengthCounter, example: Example) -> Ro
 
 
 class _Pictures:
-    """8-byte digests of images; each file is read once."""
+    """8-byte digests of images and videos; each file is read once."""
 
     def __init__(self, *, by_content: bool) -> None:
         self._by_content = by_content
         self._of_path = DigestMap()
 
-    def of(self, image: ImageRef) -> int:
+    def of(self, image: ImageRef | VideoRef) -> int:
         """Digest of the encoded bytes; if files are not opened (they may be missing), digest of the path.
 
         Raises:
             DataError: the file cannot be read.
         """
+        if image.path is not None and not self._by_content:
+            return digest8(bytes(image.path))
+        if isinstance(image, VideoRef):
+            return digest8(video_digest(image))
         if image.path is None:
             return digest8(image.stored())
         name = digest8(bytes(image.path))
-        if not self._by_content:
-            return name
         known = self._of_path.get(name)
         if known is None:
             try:
@@ -221,9 +228,13 @@ class _Repeats:
         """Add an example; returns the problem if an earlier row is equal, including negatives."""
         place = row.raw.file, row.raw.number
         digest = blake2b(digest_size=8)
-        for image in example.images:
-            digest.update(self._pictures.of(image).to_bytes(8, "little"))
-        said = [[m.role, *m.parts, m.more] for m in example.prompt]
+        media: tuple[ImageRef | VideoRef, ...] = (*example.images, *example.videos)
+        for one in media:
+            digest.update(self._pictures.of(one).to_bytes(8, "little"))
+        said = [
+            [m.role, *(p.value if isinstance(p, Place) else p for p in m.parts), m.more]
+            for m in example.prompt
+        ]
         digest.update(json.dumps([said, example.chosen.text]).encode())
         first = self._said.add(digest8(digest.digest()), *place)
         negatives = [[self._content(n) for n in side] for side in (example.rejected, example.gentle)]
@@ -238,7 +249,7 @@ class _Repeats:
         return RowError(
             "duplicate-row",
             "",
-            f"the same images, prompt, chosen and negatives as {same}",
+            f"the same images, videos, prompt, chosen and negatives as {same}",
             "keep one of them; a repeated row is trained on twice",
         )
 
@@ -257,8 +268,8 @@ class _Others:
         self.sources, self._format = sources, format
         self._image_root, self._options = image_root, options
 
-    def images(self, source: Source) -> Iterator[tuple[ImageRef, str, int]]:
-        """All images of a data set that exist, with file and row; problems of its rows are not reported here."""
+    def images(self, source: Source) -> Iterator[tuple[ImageRef | VideoRef, str, int]]:
+        """All images and videos of a data set that exist, with file and row; its problems are not reported here."""
         folder = ImageFolder(self._image_root or source.folder, "exists")
         try:
             rows = iter(ParsedRows(source, self._format, folder, self._options))
@@ -268,6 +279,7 @@ class _Others:
                     row = Row(raw.value, raw.file, raw.number, folder, self._options)
                     with suppress(RowError):
                         row.images()
+                        row.videos()
                     yield from ((image, raw.file, raw.number) for image in row.pictures.values())
             return
         for parsed in rows:
@@ -289,13 +301,16 @@ class _Leaks:
 
     def find(self, example: Example) -> RowError | None:
         """The problem if an image of the example is in another data set."""
-        for i, image in enumerate(example.images):
-            other = self._elsewhere.find(self._pictures.of(image))
-            if other is not None:
-                return RowError(
-                    "leak",
-                    f"images[{i}]",
-                    f"the same image, byte for byte, is in {other}",
-                    "remove it from one of the sets, or leave out data.validation_path: then the split is by image",
-                )
+        media: dict[str, tuple[ImageRef | VideoRef, ...]] = {"image": example.images, "video": example.videos}
+        for medium, own in media.items():
+            for i, one in enumerate(own):
+                other = self._elsewhere.find(self._pictures.of(one))
+                if other is not None:
+                    return RowError(
+                        "leak",
+                        f"{medium}s[{i}]",
+                        f"the same {medium}, byte for byte, is in {other}",
+                        "remove it from one of the sets, or leave out data.validation_path: then the split is by "
+                        "image and video",
+                    )
         return None

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 
 from cwdpo.data.read.files import LINES
 from cwdpo.data.read.source import RawRow
+from cwdpo.data.video_store import linked, store_video
 from cwdpo.errors import DataError
 from cwdpo.files.writing import clear_unfinished, temporary_name
-from cwdpo.records import ImageRef
+from cwdpo.records import ImageRef, VideoRef
 
 _SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)
 
@@ -25,7 +26,7 @@ _SUFFIX = re.compile(r"\.\w{1,8}", re.ASCII)
 def good_rows(out: Path) -> Iterator[GoodRows]:
     """A writer of rows to ``out``; the file is created if the block ends without an error and wrote a row.
 
-    Paths of images below the folder of ``out`` become relative to it. Other images, and images given as bytes, are
+    Paths of images and videos below the folder of ``out`` become relative to it. Others, and those given as bytes, are
     linked or copied into ``<stem>_images`` next to it, because paths must not leave a data folder. Values that JSON
     does not support (for example dates) become text.
 
@@ -69,8 +70,8 @@ class GoodRows:
         self._file, self._folder, self._images = file, folder, images
         self.count = 0
 
-    def write(self, raw: RawRow, pictures: Mapping[str, ImageRef]) -> None:
-        """Write one row; ``pictures`` are its images by key (``images[0]``).
+    def write(self, raw: RawRow, pictures: Mapping[str, ImageRef | VideoRef]) -> None:
+        """Write one row; ``pictures`` are its images and videos by key (``images[0]``).
 
         Raises:
             OSError: the row cannot be written.
@@ -82,7 +83,7 @@ class GoodRows:
         self._file.write(line + b"\n")
         self.count += 1
 
-    def _placed(self, value: Any, key: str, pictures: Mapping[str, ImageRef]) -> Any:
+    def _placed(self, value: Any, key: str, pictures: Mapping[str, ImageRef | VideoRef]) -> Any:
         """The value with image paths for the new file; the same object if no path changes."""
         if key in pictures:
             named = self._named(value, pictures[key])
@@ -96,7 +97,7 @@ class GoodRows:
             return value if all(made[name] is one for name, one in value.items()) else made
         return value
 
-    def _named(self, value: Any, image: ImageRef) -> Any:
+    def _named(self, value: Any, image: ImageRef | VideoRef) -> Any:
         named = value.get("path") if isinstance(value, Mapping) else value
         text = named if isinstance(named, str) else ""
         if image.path is None:
@@ -108,24 +109,18 @@ class GoodRows:
             return image.path.relative_to(self._folder).as_posix()
         return self._stored(image, image.path.suffix)
 
-    def _stored(self, image: ImageRef, suffix: str) -> str:
-        """Store an image in the image folder, named by its digest; returns the path for the row."""
+    def _stored(self, image: ImageRef | VideoRef, suffix: str) -> str:
+        """Store an image or a video in the image folder, named by its digest; returns the path for the row."""
+        if isinstance(image, VideoRef):
+            return f"{self._images.name}/{store_video(image, self._images, suffix)}"
         data = image.stored()
         name = blake2b(data, digest_size=16).hexdigest() + (suffix if _SUFFIX.fullmatch(suffix) else "")
         path = self._images / name
         if not path.exists():
             self._images.mkdir(exist_ok=True)
-            if image.path is None or not _linked(image.path, path):
+            if image.path is None or not linked(image.path, path):
                 path.write_bytes(data)
         return f"{self._images.name}/{name}"
-
-
-def _linked(old: Path, new: Path) -> bool:
-    try:
-        os.link(old, new)
-    except OSError:  # another file system, or a file system without links
-        return False
-    return True
 
 
 def _as_json(row: dict[str, Any]) -> bytes:

@@ -39,7 +39,7 @@ def word_counter() -> LengthCounter:
     """Counts words (separated by white space)."""
 
     def of(example: Example) -> Lengths:
-        said = sum(len(part.split()) for turn in example.prompt for part in turn.parts if part)
+        said = sum(len(part.split()) for turn in example.prompt for part in turn.texts)
         chosen, *negatives = (
             len(c.text.split()) for c in (example.chosen, *example.rejected, *example.gentle)
         )
@@ -49,7 +49,7 @@ def word_counter() -> LengthCounter:
 
 
 def token_counter(processor: Any, checkpoint: CheckpointTokens | None = None) -> LengthCounter:
-    """Counts tokens exactly as in training; every image is decoded and processed.
+    """Counts tokens exactly as in training; every image and video is decoded and processed.
 
     Raises:
         ModelError: the checkpoint has no token that ends a response.

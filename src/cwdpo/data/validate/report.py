@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from cwdpo.data.facts import ImageStats, counted, ordered
+from cwdpo.data.facts import ImageStats, VideoStats, counted, ordered
 from cwdpo.data.problems import ProblemGroup, join_groups, printable
 
 _EDGES = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # lower edges, in words or tokens
@@ -95,6 +95,8 @@ class ValidationReport:
     gentle_per_prompt: Counter[int] = field(default_factory=Counter)
     images_per_row: Counter[int] = field(default_factory=Counter)
     images: ImageStats = field(default_factory=ImageStats)
+    videos_per_row: Counter[int] = field(default_factory=Counter)
+    videos: VideoStats = field(default_factory=VideoStats)
     lengths: LengthStats = field(default_factory=LengthStats)
     duplicates: int = 0
     first_duplicates: list[tuple[str, str]] = field(default_factory=list)
@@ -124,6 +126,8 @@ class ValidationReport:
             "gentle_per_prompt": ordered(self.gentle_per_prompt),
             "images_per_row": ordered(self.images_per_row),
             "images": self.images.to_dict(),
+            "videos_per_row": ordered(self.videos_per_row),
+            "videos": self.videos.to_dict(),
             "lengths": self.lengths.to_dict(),
             "duplicates": self.duplicates,
             "first_duplicates": self.first_duplicates,
@@ -146,6 +150,8 @@ class ValidationReport:
             *self.notes,
             f"images per example: {counted(self.images_per_row)}",
             *self.images.lines(),
+            *([f"videos per example: {counted(self.videos_per_row)}"] if any(self.videos_per_row) else []),
+            *self.videos.lines(),
         ]
         for kind, counts in sorted(self.negatives_per_prompt.items()):
             lines.append(f"negatives per example, {kind}: {counted(counts)}")

@@ -10,6 +10,7 @@ from typing import Any
 from cwdpo.data.encode.encoder import EncodedCompletion, Encoder
 from cwdpo.errors import DataError
 from cwdpo.records import Example
+from cwdpo.videos import decoded
 
 LONG_RUN = 4
 """At least this many equal tokens in sequence (image tokens) are printed once, with their number."""
@@ -33,6 +34,8 @@ class ShownResponse:
 class ShownRow:
     """One row. ``prompt``: text of the prompt's tokens, which are not trained. ``images``: (width, height) in pixels.
 
+    ``videos``: (frames that are kept, width, height) of each video.
+
     ``problem``: why the row cannot be encoded; then the other fields are empty.
     """
 
@@ -40,6 +43,7 @@ class ShownRow:
     prompt: str = ""
     prompt_tokens: int = 0
     images: tuple[tuple[int, int], ...] = ()
+    videos: tuple[tuple[int, int, int], ...] = ()
     responses: tuple[ShownResponse, ...] = ()
     problem: str = ""
 
@@ -55,6 +59,7 @@ def shown_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ShownR
         try:
             sets = [encoder.encode(example, negatives) for negatives in ("rejected", "gentle")]
             sizes = tuple(image.open().size for image in example.images)
+            shapes = [decoded(video).frames.shape for video in example.videos]
         except DataError as error:
             yield ShownRow(where, problem=str(error))
             continue
@@ -65,6 +70,7 @@ def shown_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ShownR
             _prompt_text(encoder.tokenizer, row.prompt.input_ids),
             len(row.prompt.input_ids),
             sizes,
+            tuple((n, width, height) for n, height, width, _ in shapes),
             (
                 ShownResponse("chosen", token_texts(encoder.tokenizer, row.chosen.ids)),
                 *(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from cwdpo.errors import optional_package
+from cwdpo.errors import ServerError, optional_package
 from cwdpo.files.writing import write_text
 from cwdpo.judging.base import WORTH, Judge, Verdict
 from cwdpo.records import Example, Message
@@ -161,6 +161,11 @@ class VlmJudge(Judge):
         ]
 
     def _ask(self, example: Example, text: str) -> Ask:
+        if example.videos:
+            raise ServerError(
+                f"{example.where or example.id}: a prompt with a video is not sent to a judge: leave such rows out, or "
+                "use another judge"
+            )
         parts = (*[None] * len(example.images), text)
         return Ask((Message("user", parts),), example.images, max_tokens=self.max_tokens)
 

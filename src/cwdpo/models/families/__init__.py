@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from cwdpo.models.families.base import Family
 from cwdpo.models.families.blocks import Gemma3, Gemma4, PaliGemma
+from cwdpo.models.families.llava_onevision import LlavaOnevision
 from cwdpo.models.families.mllama import Mllama
-from cwdpo.models.families.mrope import MRope
+from cwdpo.models.families.mrope import Glm4v, MRope
 
 FAMILIES: dict[str, Family] = {
     "gemma3": Gemma3(),
     "gemma4": Gemma4(),
-    "glm4v": MRope(),
+    "glm4v": Glm4v(),
     "idefics3": Family(),
     "internvl": Family(),
     "lfm2_vl": Family(),
     "llava": Family(),  # also with Pixtral's vision tower
     "llava_next": Family(),
-    "llava_onevision": Family(),
+    "llava_onevision": LlavaOnevision(),
     "mistral3": Family(),
     "mllama": Mllama(),
     "paligemma": PaliGemma(),

@@ -127,9 +127,11 @@ class Family:
     def positions(self, model: Any, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
         """Position ids, [..., B, P + M]: each completion continues after the prompt, as if it were the only one."""
         prompt = self.prompt_positions(model, rows, images)
-        inside = torch.arange(rows.prompt_width, device=rows.ids.device) < rows.lengths[:, None]
-        last = torch.where(inside, prompt, -1).amax(-1)  # [..., B]
-        last = last.amax(0) if last.ndim == 2 else last  # the last position may differ between the axes
+        last = prompt.gather(-1, (rows.lengths - 1).expand(*prompt.shape[:-2], -1)[..., None])[
+            ..., 0
+        ]  # [..., B]
+        # Text continues after the last token's height and width; a long video's times may lie behind.
+        last = last[1:].amax(0) if last.ndim == 2 else last
         completion = last[:, None] + 1 + rows.offset
         return torch.cat([prompt, completion.expand(*prompt.shape[:-1], -1)], dim=-1)
 

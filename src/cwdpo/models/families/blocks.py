@@ -30,8 +30,10 @@ def _itself(rows: Rows) -> Tensor:
 
 
 def _within_images(model: Any, rows: Rows) -> Tensor:
-    """[B, L, L], True between tokens of the same image."""
-    image = (rows.ids == model.config.image_token_id) & _inside(rows)
+    """[B, L, L], True between tokens of the same image, or of the same frame of a video."""
+    names = ("image_token_id", "video_token_id")
+    tokens = [token for name in names if (token := getattr(model.config, name, None)) is not None]
+    image = torch.isin(rows.ids, torch.tensor(tokens, device=rows.ids.device)) & _inside(rows)
     begins = image & ~pad(image, (1, 0))[:, :-1]
     number = torch.where(image, begins.cumsum(1), 0)  # which image a token belongs to; 0: none
     return (number[:, :, None] == number[:, None, :]) & image[:, None, :]
@@ -59,7 +61,7 @@ class Gemma3(Family):
 
 
 class Gemma4(Family):
-    """Image tokens attend to their whole image in sliding-window layers, in the larger models; logits are capped."""
+    """Tokens attend to their whole image or frame in sliding-window layers of larger models; logits are capped."""
 
     needs = ("mm_token_type_ids",)
     windowed = True

@@ -30,8 +30,8 @@ class OtherPromptNegatives(NegativeSource):
 def _usable(example: Example, other: Example, true: frozenset[str]) -> bool:
     if other.id == example.id or normalised(other.chosen.text) in true:
         return False
-    if example.images or other.images:
-        return not set(example.images) & set(other.images)
+    if example.pictured or other.pictured:
+        return not {*example.images, *example.videos} & {*other.images, *other.videos}
     return example.prompt != other.prompt
 
 

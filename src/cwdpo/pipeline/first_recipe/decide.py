@@ -42,8 +42,15 @@ class Asked:
 
 
 def held_out(rows: Rows) -> float:
-    """The share of the images for validation."""
+    """The share of the images for validation; none if a held-out set lies beside the data."""
+    if rows.validation is not None:
+        return 0.0
     return 0.2 if rows.rows < FEW else 0.1
+
+
+def held_rows(rows: Rows) -> int:
+    """Roughly the rows for validation."""
+    return max(1, round(rows.rows * held_out(rows))) if rows.validation is None else rows.validation[1]
 
 
 def stage_rows_of(rows: Rows) -> tuple[int, int]:
@@ -93,17 +100,14 @@ def before_fitting(asked: Asked, rows: Rows, options: Mapping[str, Any] | None, 
     if options is not None:
         why = f"Pixels of an image: at most {IMAGE_TOKENS} tokens. Raise it if small print matters."
         found.append(Decision("model.processor_options", dict(options), why))
-    fraction = held_out(rows)
-    found += [
-        Decision("data.path", asked.data, _said_of(rows)),
-        Decision(
-            "data.validation_fraction",
-            fraction,
-            f"By image, about {round(rows.rows * fraction)} rows: for probes and evaluation.",
-        ),
-        *_stage2(asked, rows),
-    ]
-    return found
+    held = held_rows(rows)
+    if rows.validation is not None:
+        why = f"It lies beside the data, {held} rows: for probes and evaluation."
+        validation = Decision("data.validation_path", rows.validation[0], why)
+    else:
+        why = f"By image, about {held} rows: for probes and evaluation."
+        validation = Decision("data.validation_fraction", held_out(rows), why)
+    return [*found, Decision("data.path", asked.data, _said_of(rows)), validation, *_stage2(asked, rows)]
 
 
 def _said_of(rows: Rows) -> str:
@@ -154,7 +158,7 @@ def after_fitting(rows: Rows, hardware: Hardware, found: Fitted, sizes: tuple[in
     max_length, new_tokens = sizes
     train, gpus = found.recipe.train, hardware.gpus
     step = train.batch_size * train.gradient_accumulation_steps * gpus
-    held = max(1, round(rows.rows * held_out(rows)))
+    held = held_rows(rows)
     at_once = train.batch_size if train.gradient_checkpointing else 4 * train.batch_size
     stage1, epochs1 = _length(stage_rows_of(rows)[0], step)
     stage2, epochs2 = _length(stage_rows_of(rows)[1], step)

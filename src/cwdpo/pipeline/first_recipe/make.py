@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.config import parse_recipe
+from cwdpo.data.read.rows import open_source
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.models.checkpoint import check_folder, check_reachable
 from cwdpo.models.load import EMBEDDED, load_processor
@@ -110,6 +111,13 @@ def first_recipe(
             "--model init makes a model of random weights: name a folder or a hub id (owner/name); for a model of your "
             "own captions see `cwdpo recipe show photos`"
         )
+    settings = ModelSettings(path=asked.model)
+    if asked.model != "embedded":
+        check_folder(asked.model, weights=False)
+        check_reachable(asked.model)
+        check_packages(settings, weights=False)
+    if open_source(asked.data).folder is None:  # a hub id
+        check_reachable(asked.data, "datasets")
     say(f"reading {asked.data}")
     rows = look_at_rows(asked.data)
     if rows.rows < LEAST_ROWS:
@@ -117,11 +125,6 @@ def first_recipe(
             f"{asked.data}: {rows.rows} usable rows are too few for two stages and a held-out part: take at least "
             f"{LEAST_ROWS}, with pictures of their own"
         )
-    settings = ModelSettings(path=asked.model)
-    if asked.model != "embedded":
-        check_folder(asked.model, weights=False)
-        check_reachable(asked.model)
-        check_packages(settings, weights=False)
     source = str(EMBEDDED) if asked.model == "embedded" else asked.model
     options = image_limit(load_processor(source, settings))
     begun = before_fitting(asked, rows, options, hardware.gpus)

@@ -10,7 +10,8 @@ from typing import Literal
 
 from cwdpo.data.problems import explain_problems
 from cwdpo.data.read.reader import read_examples
-from cwdpo.data.read.rows import count_rows, open_source
+from cwdpo.data.read.rows import count_rows, held_out_beside, open_source
+from cwdpo.data.read.source import Source
 from cwdpo.records import Example
 
 READ = 512
@@ -36,6 +37,7 @@ class Rows:
             there are ``none``.
         alike: median share of words, in order, that rejected has in common with chosen; 0 without rejected.
         problems: what is wrong with the bad rows, for the user; empty if nothing is.
+        validation: the held-out set that lies beside the data, and its number of rows; ``None`` if there is none.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Rows:
     rejected: Rejected
     alike: float
     problems: str
+    validation: tuple[str, int] | None = None
 
     @property
     def whole(self) -> bool:
@@ -59,8 +62,9 @@ def look_at_rows(path: str, limit: int = READ) -> Rows:
     Raises:
         DataError: there are no rows, no format has these columns, or none is usable: in the words of a run.
     """
-    found = read_examples(path, max_bad_fraction=1.0, limit=limit)
-    counted = count_rows(open_source(path)) if len(found.examples) >= limit else None
+    source = open_source(path)
+    found = read_examples(source, max_bad_fraction=1.0, limit=limit)
+    counted = count_rows(source) if len(found.examples) >= limit else None
     share = len(found.examples) / found.rows
     alike = words_in_common(found.examples)
     return Rows(
@@ -72,7 +76,17 @@ def look_at_rows(path: str, limit: int = READ) -> Rows:
         "none" if alike is None else "edits" if alike >= EDIT else "others",
         alike or 0.0,
         explain_problems(found.problems) if found.problems else "",
+        validation_beside(source),
     )
+
+
+def validation_beside(source: Source) -> tuple[str, int] | None:
+    """The file of held-out rows beside a file ``train``, by its name; a test set is none."""
+    for own in held_out_beside(source):
+        name, rows = own.files[0].name.lower(), count_rows(own)
+        if len(own.files) == 1 and rows and name.startswith(("val", "dev")):
+            return str(own.files[0]), rows
+    return None
 
 
 def words_in_common(examples: Sequence[Example]) -> float | None:

@@ -21,9 +21,7 @@ from cwdpo.objectives.base import Objective
 from cwdpo.pipeline.planning.rows import StageRows
 from cwdpo.scoring.score import row_tokens
 from cwdpo.trainer.batching import row_lengths
-from cwdpo.trainer.dry_step import GRADIENTS, OF_THE_BATCH, DryRun, HowToStep, StepCost
-
-OPTIMIZER, BUCKETS = "optimizer state", "gradient buckets"
+from cwdpo.trainer.dry_step import OF_THE_BATCH, DryRun, HowToStep, StepCost
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,6 @@ class PeakMemory:
         moving = sum(size for name, size in self.parts.items() if name in OF_THE_BATCH)
         return max(0.0, (usable - self.total + moving) / max(moving, 1))
 
-    def sharded(self, gpus: int) -> PeakMemory:
-        """At most what FSDP2 takes on each of ``gpus`` GPUs.
-
-        Gradients and optimizer state are spread. The weights count whole: they lie so on each GPU before training, and
-        while training FSDP2 gathers a layer's when it runs.
-        """
-        parts = {k: v for k, v in self.parts.items() if k != BUCKETS}
-        spread = {k: -(-parts[k] // gpus) for k in (OPTIMIZER, GRADIENTS) if k in parts}
-        return PeakMemory({**parts, **spread}, self.prompts, self.tokens)
-
 
 class HollowRun:
     """A recipe's model without numbers; built when it is first needed, and again if its settings change.
@@ -66,7 +54,9 @@ class HollowRun:
     Args:
         config: transformers' configuration of the checkpoint.
         gpus: number of GPUs that the run is on, each with the whole model.
-        sharded: under FSDP2, see :meth:`PeakMemory.sharded`.
+        sharded: under FSDP2, which spreads optimizer state and gradients over the GPUs. Weights count whole: they lie
+            so on each GPU before training, and while training FSDP2 gathers those of a layer when it runs. So the
+            memory is an upper bound.
     """
 
     def __init__(self, config: Any, gpus: int, *, sharded: bool = False) -> None:
@@ -105,6 +95,7 @@ class HollowRun:
             train.gradient_checkpointing,
             train.gradient_accumulation_steps > 1,
             objective.token_stats,
+            self.gpus if self.sharded else 1,
         )
         return self._of(recipe)[0].step(batch, how)
 
@@ -119,14 +110,13 @@ class HollowRun:
             "weights": memory.weights,
             "quantized weights": memory.quantized,
             "adapters": memory.adapters,
-            OPTIMIZER: memory.optimizer,
-            BUCKETS: memory.gradients if self.gpus > 1 else 0,
+            "optimizer state": memory.optimizer // (self.gpus if self.sharded else 1),
+            "gradient buckets": memory.gradients if self.gpus > 1 and not self.sharded else 0,
             **cost.parts,
         }
-        peak = PeakMemory(
+        return PeakMemory(
             {k: v for k, v in parts.items() if v}, len(batch.example_ids), row_tokens(batch, shared=shared)[1]
         )
-        return peak.sharded(self.gpus) if self.sharded else peak
 
 
 @contextmanager

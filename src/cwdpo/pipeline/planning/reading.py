@@ -33,7 +33,7 @@ class RunData:
         named = {stage.name for stage in self.stages}
         examples = (self.splits.stage1, self.splits.stage2)
         used = [own for name, own in zip(("stage1", "stage2"), examples, strict=True) if name in named]
-        return len({e.images for own in used for e in own if e.images})
+        return len({(e.images, e.videos) for own in used for e in own if e.pictured})
 
 
 def read_run(recipe: Recipe, rows: int, folder: Path) -> tuple[Recipe, Any, RunData]:
