@@ -131,7 +131,7 @@ BAD_RECIPES: dict[str, tuple[str | bytes | None, tuple[str, ...], tuple[str, ...
         ("negatives={mix: {datset: 1}}",),
         ("unknown negative source 'datset'", "'dataset'"),
     ),
-    "two-sources": ("data: {path: x, world: {}}", (), ("data: ", "exactly one of 'path' and 'world'")),
+    "two-sources": ("data: {path: x, world: {}}", (), ("data: ", "exactly one of 'path', 'sources' and 'world'")),
     "name-that-leads-out": (RECIPE, ("name=../../other",), ("name: ", "without slashes", "'../../other'")),
     "unknown-schedule": (
         RECIPE,
@@ -282,7 +282,7 @@ BAD_ROWS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "duplicate-row": (
         {**GOOD, "chosen": "a cat 0"},
         "",
-        ("the same images, prompt, chosen and negatives", "keep one"),
+        ("the same images, videos, prompt, chosen and negatives", "keep one"),
     ),
     "too-long": ({**GOOD, "chosen": "w " * 60}, "", ("max_length = 50", "data.max_length")),
     "unknown-key": ({**GOOD, "negatives": [{"txt": "C"}]}, "negatives[0].txt", ("did you mean 'text'?",)),
