@@ -131,7 +131,11 @@ BAD_RECIPES: dict[str, tuple[str | bytes | None, tuple[str, ...], tuple[str, ...
         ("negatives={mix: {datset: 1}}",),
         ("unknown negative source 'datset'", "'dataset'"),
     ),
-    "two-sources": ("data: {path: x, world: {}}", (), ("data: ", "exactly one of 'path', 'sources' and 'world'")),
+    "two-sources": (
+        "data: {path: x, world: {}}",
+        (),
+        ("data: ", "exactly one of 'path', 'sources' and 'world'"),
+    ),
     "name-that-leads-out": (RECIPE, ("name=../../other",), ("name: ", "without slashes", "'../../other'")),
     "unknown-schedule": (
         RECIPE,
