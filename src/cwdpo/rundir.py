@@ -41,7 +41,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +50,7 @@ from cwdpo.files.checksums import Running, difference
 from cwdpo.files.reading import ends_whole, read_jsonl, read_object
 from cwdpo.files.writing import clear_pieces, open_to_append, refuse_links, sync, write_json, write_text
 from cwdpo.records import Reading
+from cwdpo.versions import versions
 
 try:
     import fcntl
@@ -87,18 +87,6 @@ _HOLDER = "process {} on {}"
 """What a lock file says."""
 _PATIENCE = 5.0
 """Seconds that a lock of a process that has ended is waited for."""
-PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that affect a run."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 class RunDir:
