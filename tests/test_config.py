@@ -83,14 +83,6 @@ def test_shipped_recipes_parse(path: Path) -> None:
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
-def test_the_readme_shows_the_shipped_recipe() -> None:
-    root = paths.ROOT
-    assert (
-        f"```yaml\n{(root / 'recipes' / 'qwen2_5_vl_3b_lora.yaml').read_text()}```"
-        in (root / "README.md").read_text()
-    )
-
-
 def test_there_are_shipped_recipes() -> None:
     assert RECIPES
 

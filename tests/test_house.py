@@ -20,7 +20,7 @@ from paths import ROOT
 PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"clock", "errors", "files", "records", "registry"}
+BASE = {"clock", "versions", "errors", "files", "records", "registry"}
 MODELLING = {
     *BASE,
     "worlds",
@@ -38,6 +38,7 @@ RUNNING = {*MODELLING, *DYNAMICS, "probes", "judging", "stage", "trainer"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "clock": set(),
+    "versions": set(),
     "registry": {"errors", "files"},
     "files": {"errors"},
     "hints": set(),
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"errors"},
     "worlds": BASE,
     "objectives": BASE,
-    "rundir": {"errors", "files", "records"},
+    "rundir": {"errors", "files", "records", "versions"},
     "shipped": {"errors"},
     "connection": set(),
     "remote": {*BASE, "connection"},

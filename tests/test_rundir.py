@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cwdpo import rundir
+from cwdpo import versions
 from cwdpo.errors import CwdpoError, FileError, RunDirError
 from cwdpo.files import writing
 from cwdpo.files.reading import read_jsonl
@@ -126,7 +126,7 @@ def test_json_is_read_back_and_an_absent_file_is_empty(tmp_path: Path) -> None:
 def test_the_environment_names_versions(tmp_path: Path) -> None:
     RunDir(tmp_path).write_environment()
     environment = RunDir(tmp_path).json("environment.json")
-    assert set(environment["packages"]) == set(rundir.PACKAGES)
+    assert set(environment["packages"]) == set(versions.PACKAGES)
     assert environment["packages"]["numpy"][0].isdigit()
     assert set(environment) == {"packages", "python", "platform", "command"}
 

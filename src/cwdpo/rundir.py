@@ -41,7 +41,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +50,7 @@ from cwdpo.files.checksums import Running, difference
 from cwdpo.files.reading import ends_whole, read_jsonl, read_object
 from cwdpo.files.writing import clear_pieces, open_to_append, refuse_links, sync, write_json, write_text
 from cwdpo.records import Reading
+from cwdpo.versions import versions
 
 try:
     import fcntl
@@ -68,8 +68,10 @@ RECORDED = (
     "stopped-*.json", "inputs.json", "calibration*.json", "probes-*.jsonl", "samples.jsonl",
 )  # fmt: skip
 """Files that a resumed run continues from: their checksums are stored."""
-_MADE_AGAIN = ("calibration.json", "probes-*.jsonl", "samples.jsonl", "inputs.json")
+_MADE_AGAIN = ("samples.jsonl", "inputs.json")
 """Files of these that may be missing: a resumed run makes the same file again."""
+_MADE_BY_STAGE = ("calibration.json", "probes-*.jsonl")
+"""The same, as long as the stage that makes them is not finished."""
 _SUFFIXES = {".json", ".jsonl", ".yaml", ".html", ".md", ".tmp", ".old"}
 _REMEDIES = (
     ("calibration.json", "delete it, and --resume calibrates again"),
@@ -85,18 +87,6 @@ _HOLDER = "process {} on {}"
 """What a lock file says."""
 _PATIENCE = 5.0
 """Seconds that a lock of a process that has ended is waited for."""
-PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that affect a run."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 class RunDir:
@@ -263,9 +253,15 @@ class RunDir:
         return [
             text
             for name, entry in self.json(CHECKSUMS).items()
-            if not (_matches(name, _MADE_AGAIN) and not (self.path / name).exists())
+            if not (self._made_again(name) and not (self.path / name).exists())
             and (text := difference(self.path, name, entry, grows=name.endswith(".jsonl")))
         ]
+
+    def _made_again(self, name: str) -> bool:
+        if not _matches(name, _MADE_BY_STAGE):
+            return _matches(name, _MADE_AGAIN)
+        ends = ("model", "stage1/model") if "stage1" in name else ("model",)
+        return not any((self.path / end).exists() for end in ends)
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSONL file of the run."""

@@ -277,6 +277,17 @@ def test_a_missing_file_is_named_unless_it_is_made_again(place: Path, name: str,
     assert RunDir(place / "run").changes() == ([f"{name} is missing"] if missing else [])
 
 
+@pytest.mark.parametrize(("stage", "end"), [("stage1", "stage1/model"), ("stage2", "model")])
+def test_a_finished_stage_makes_no_probe_set_again(place: Path, stage: str, end: str) -> None:
+    run, name = RunDir(place / "run"), f"probes-{stage}.jsonl"
+    shutil.copy(run.path / "metrics.jsonl", run.path / name)
+    run.record()
+    (run.path / name).unlink()
+    assert run.changes() == []
+    (run.path / end).mkdir(parents=True)
+    assert run.changes() == [f"{name} is missing"]
+
+
 def test_damaged_checksums_are_named(place: Path) -> None:
     (place / "run" / CHECKSUMS).write_text("{")
     with pytest.raises(

@@ -43,8 +43,8 @@ def env(as_json: AsJson = False) -> None:
 
 def environment() -> dict[str, dict[str, Any]]:
     """Versions of packages, system, devices and environment variables, by name."""
-    from cwdpo.rundir import versions
     from cwdpo.stage.environment import devices
+    from cwdpo.versions import versions
 
     optional = {name: version for name in OPTIONAL if (version := _version(name))}
     return {

@@ -24,7 +24,8 @@ from cwdpo.metrics.base import METRICS, Answer, Measured, Metric, difference, re
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.records import SAMPLING, Example, VideoSampling
-from cwdpo.rundir import RunDir, versions
+from cwdpo.rundir import RunDir
+from cwdpo.versions import versions
 from cwdpo.worlds.judged import all_judgeable
 
 FILE = "evaluation.json"

@@ -25,11 +25,12 @@ from cwdpo.pipeline.run_stage import run_stage
 from cwdpo.pipeline.timings import store_timings
 from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
-from cwdpo.rundir import RunDir, versions
+from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import encoder_of, load_model, save_model
 from cwdpo.stage.splits import Splits, prepare_data
 from cwdpo.stage.stage import Stage, StageName
+from cwdpo.versions import versions
 from cwdpo.worlds.judged import all_judgeable
 
 TEST_PROBES = 96

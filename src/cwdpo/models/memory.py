@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cwdpo.arguments import Optimizer
 from cwdpo.models.adapter import add_lora
 from cwdpo.models.load import freeze
-from cwdpo.models.parts import patterns_of
-from cwdpo.models.quantization import HEAD
+from cwdpo.models.quantization import left_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,7 +112,7 @@ def quantized_by(model: Any, settings: ModelSettings) -> list[Any]:
 
     if settings.quantization is None:
         return []
-    skipped = "|".join([HEAD, *patterns_of(settings.quantization_options.skip).values()])
+    skipped = "|".join(left_out(settings))
     return [
         module
         for name, module in model.named_modules()

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     from cwdpo.models.settings import ModelSettings
 
-HEAD = "lm_head"
-"""The output head: its rounding errors would reach the log-probabilities directly, so it is never quantized."""
+NEVER = ("lm_head", "patch_embed")
+"""Parts of names of layers that are never quantized. Rounding errors of the output head would reach the
+log-probabilities directly. A vision tower whose first layer is linear (SigLIP 2 in LFM2-VL) casts the picture to the
+dtype of that layer's weight: to bytes, if it is quantized."""
 _WEIGHTS = ("Params4bit", "Int8Params")
 """bitsandbytes' types of weights, by name: it need not be installed."""
 
@@ -68,7 +70,7 @@ def load_options(settings: ModelSettings, config: Mapping[str, Any], device: Any
 
     options = settings.quantization_options
     # transformers matches from the start of a module's name.
-    skip = [HEAD, *(f".*(?:{pattern}).*" for pattern in patterns_of(options.skip).values())]
+    skip = [f".*(?:{pattern}).*" for pattern in left_out(settings)]
     if settings.quantization == "int8":
         asked = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     else:
@@ -79,6 +81,11 @@ def load_options(settings: ModelSettings, config: Mapping[str, Any], device: Any
             llm_int8_skip_modules=skip,
         )
     return {"quantization_config": asked, "device_map": {"": device}}
+
+
+def left_out(settings: ModelSettings) -> list[str]:
+    """Patterns of the names of linear layers that are not quantized."""
+    return [*NEVER, *patterns_of(settings.quantization_options.skip).values()]
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
