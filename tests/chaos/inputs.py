@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,12 @@ from cwdpo.lab.spec import load_chosen, load_study
 from cwdpo.models.checkpoint import adapter_base, check_folder
 from cwdpo.monitor.responses import read_probe_file, stored_responses
 from cwdpo.negatives.lexicon import load_lexicon
+from cwdpo.records import SAMPLING
 from cwdpo.remote import Client, ServerSettings, read_reply
 from cwdpo.report.render import render_report
 from cwdpo.rundir import RunDir
 from paths import RECIPES
+from videos import grey, write_video
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,18 @@ def image(path: Path) -> None:
         ref = ImageFolder(path.parent, "decode").take(path.name, "image")
         ref.open()
         ref.is_altered()
+
+
+def video(path: Path) -> None:
+    """A video of a row, decoded as ``validate`` does."""
+    with contextlib.suppress(RowError):
+        ImageFolder(path.parent, "decode").videos.take(path.name, "video", SAMPLING)
+
+
+def encoded(name: str, codec: str) -> bytes:
+    """A small video; the name's ending says the container."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_video(Path(folder) / name, grey(8, (64, 48)), codec=codec).read_bytes()
 
 
 def run_folder(path: Path) -> None:
@@ -226,6 +241,8 @@ def formats() -> dict[str, Format]:
         **{f"validate {name}": Format("t.jsonl", lines(row), checked, beside) for name, row in ROWS.items()},
         **{f"picture {kind}": Format("a.img", picture(kind), image)
            for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")},
+        **{f"video {name}": Format(name, encoded(name, codec), video)
+           for name, codec in (("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4"), ("a.ts", "libx264"))},
         **{f"model {name}": Format(name, good, checkpoint, tuple(f for f in MODEL if f[0] != name))
            for name, good in MODEL if name.endswith(".json")},
     }  # fmt: skip
