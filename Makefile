@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-for-development
 MINUTES ?= 4
 SEED ?= 0
 
-.PHONY: demo test test-slow test-families test-trackers test-lowest chaos soak lint base sweep clean
+.PHONY: demo test test-slow test-families test-trackers test-lowest docs chaos soak lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -45,6 +45,13 @@ test-lowest: pyproject.toml
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/lowest.txt -e ".[dev]"
 	OMP_NUM_THREADS=1 nice -n 19 $(LOWEST)/bin/pytest -n 2 -m "not slow"
 
+# The site, into site/: every link and every page is checked.
+DOCS := .venv-docs
+docs:
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
@@ -71,4 +78,4 @@ $(STAMP): $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs build dist src/*.egg-info
+	rm -rf $(VENV) $(LOWEST) $(DOCS) site runs build dist src/*.egg-info
