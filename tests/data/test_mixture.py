@@ -16,6 +16,7 @@ from cwdpo.data.mixture import Amount, in_turn, mixed, sizes
 from cwdpo.errors import RecipeError
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.records import Completion, Example, Message
+from cwdpo.report.model_card import model_card
 from cwdpo.rundir import RunDir
 from cwdpo.stage.splits import prepare_data
 
@@ -143,6 +144,14 @@ def test_a_run_counts_and_measures_each_source(recipe_tree: dict[str, Any], tmp_
     page = (run.path / "report.html").read_text()
     assert "mixture of pairs, turns" in page
     assert "Margin by source, held out" in page
+
+
+def test_the_card_names_the_sets_of_the_hub(tmp_path: Path) -> None:
+    sources = [{"path": "openbmb/RLAIF-V-Dataset"}, {"path": "/home/me/mine.jsonl"}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"data": {"sources": sources}}))
+    card = model_card(tmp_path, "full")
+    assert "datasets:\n- openbmb/RLAIF-V-Dataset\n" in card
+    assert "/home/me" not in card
 
 
 def test_no_image_is_in_two_parts_and_ids_differ(recipe_tree: dict[str, Any], tmp_path: Path) -> None:

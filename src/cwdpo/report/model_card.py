@@ -11,7 +11,7 @@ import yaml
 
 from cwdpo.dynamics.diagnose import diagnose_rows
 from cwdpo.files.writing import write_text
-from cwdpo.report._page import Folder, mapping
+from cwdpo.report._page import Folder, mapping, records
 from cwdpo.report._text import finite, number, plain, visible
 
 Form = Literal["full", "adapter", "merged"]
@@ -110,13 +110,14 @@ def model_card(run: Path, form: Form) -> str:
 
 def _front_matter(recipe: Mapping[str, Any], form: Form) -> str:
     objectives = {_line(mapping(mapping(recipe.get(s)).get("objective")).get("name") or "") for s in STAGES}
-    data = _hub_id(mapping(recipe.get("data")).get("path"))
+    data = mapping(recipe.get("data"))
+    found = (_hub_id(mapping(one).get("path")) for one in (data, *records(data.get("sources"))))
     head: dict[str, Any] = {
         "library_name": "peft" if form == "adapter" else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": sorted({"cwdpo", "preference-optimization", *objectives} - {""}),
         "base_model": _hub_id(_base(recipe)),
-        "datasets": [data] if data else None,
+        "datasets": [name for name in found if name],
     }
     return yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False).strip()
 
