@@ -56,6 +56,7 @@ def every_trouble(handler: Any, number: int) -> bool:
     return kind in (1, 2, 3, 4)
 
 
+@pytest.mark.slow
 def test_a_server_that_stalls_drops_and_refuses_loses_and_doubles_nothing(
     serve: Callable[..., Fake], tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def recipe(**train: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_plan(tmp_path) -> None:
     from safetensors.torch import load_file
 

@@ -121,6 +121,7 @@ def test_bleu_of_random_sets_equals_pycocoevalcaps() -> None:
         assert values("cider", answers)["cider"] == pytest.approx(100 * cider, rel=1e-9)
 
 
+@pytest.mark.slow
 @java
 def test_meteor_is_pycocoevalcaps() -> None:
     from pycocoevalcap.meteor.meteor import Meteor

@@ -158,6 +158,7 @@ def test_a_violation_ends_the_stage_with_the_weights_of_the_measurement_before(t
     assert run.json("summary.json")["stages"]["stage2"]["readings"]["kl"]["value"] == to_the_end[2]
 
 
+@pytest.mark.slow
 def test_a_resumed_stage_goes_back_as_far_as_an_uninterrupted_one(to_the_end, tmp_path, monkeypatch) -> None:
     """Killed after a checkpoint that lies behind the last healthy measurement."""
     rule = f"kl > {(to_the_end[2] + to_the_end[4]) / 2:.8f}"

@@ -183,9 +183,20 @@ def killer(where: str, at: tuple[int, int]) -> Listener:
 
 @pytest.mark.parametrize(
     ("where", "at"),
-    [("sampling", (0, 24)), ("sampling", (1, 48)), ("sampling", (2, 24)), ("step", (2, 3)),
-     ("step", (2, 8)), ("step", (2, 10))],
-)  # fmt: skip
+    [
+        ("sampling", (1, 48)),
+        ("step", (2, 8)),
+        *(
+            pytest.param(where, at, marks=pytest.mark.slow)
+            for where, at in [
+                ("sampling", (0, 24)),
+                ("sampling", (2, 24)),
+                ("step", (2, 3)),
+                ("step", (2, 10)),
+            ]
+        ),
+    ],
+)
 def test_a_kill_in_sampling_or_in_a_round_changes_nothing(
     where: str, at: tuple[int, int], whole: Path, tmp_path: Path
 ) -> None:
@@ -201,6 +212,7 @@ def test_a_kill_in_sampling_or_in_a_round_changes_nothing(
         assert ours.replace(str(folder).encode(), b"") == theirs.replace(str(whole).encode(), b""), name
 
 
+@pytest.mark.slow
 def test_a_curriculum_freshens_the_next_round_and_a_kill_changes_nothing(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "curriculum": {"name": "by_readings", "cooled_above": 0.0, "drift_below": -100.0, "fresh_notch": 0.5},

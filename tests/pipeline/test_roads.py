@@ -51,7 +51,8 @@ def recipe(world: Path, objective: Any, road: str, **changes: Any) -> Any:
     return parse_recipe({**tree, **changes})
 
 
-@pytest.mark.parametrize("road", ROADS)
+# Rounds go the longer way.
+@pytest.mark.parametrize("road", [pytest.param("once", marks=pytest.mark.slow), "rounds"])
 @pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_every_objective_with_every_probe_on_both_roads(
     world: Path, tmp_path: Path, name: str, road: str

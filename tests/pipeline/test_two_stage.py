@@ -116,7 +116,7 @@ def test_a_second_start_refuses_and_harms_nothing(finished, world_folder, model_
     assert before == {p: p.read_bytes() for p in finished.path.glob("*.json*")}
 
 
-@pytest.mark.parametrize("interrupted", ["stage1", "stage2"])
+@pytest.mark.parametrize("interrupted", [pytest.param("stage1", marks=pytest.mark.slow), "stage2"])
 def test_resume_ends_where_the_uninterrupted_run_ends(
     finished, interrupted, world_folder, model_folder, tmp_path
 ) -> None:

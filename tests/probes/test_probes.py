@@ -144,6 +144,7 @@ def test_every_probe_reads_and_names_its_unit(held) -> None:
         ("chosen", "hard"), torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.ones(2), torch.ones(1)
     )
     held = replace(held, sum_p=held.n_tokens * 0.5, sampled={"on_policy": [("a b", True)]}, one_step=step)
+    held = replace(held, sources=("a",) * (int(held.prompt.max()) + 1))
     for name in PROBES.names():
         readings = PROBES.build(name)(held)
         assert readings, name

@@ -79,6 +79,7 @@ def test_a_run_says_whether_its_updates_are_lost(tmp_path: Path, optimizer: str,
     assert ("lost_updates" in {f.name for f in diagnose_rows(run.readings(), run.metrics())}) == lost
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_left_out(tmp_path: Path) -> None:
     """Kahan's remainders and moments are in the checkpoints: the weights end bit for bit as without a stop."""
 
