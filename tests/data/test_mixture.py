@@ -172,3 +172,23 @@ def test_validate_shows_each_source(recipe_tree: dict[str, Any], tmp_path: Path,
     assert "format llamafactory" in done.out
     assert "Which? 0" in done.out
     assert run("validate", path, "--fix", tmp_path / "fixed.jsonl").code == 2
+
+
+def test_a_dry_run_validates_each_source(recipe_tree: dict[str, Any], tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe_tree))
+    done = run("train", path, "--dry-run", "--gpu", "4090")
+    assert done.code == 0, done.out + done.err
+    assert "format trl" in done.out
+    assert "format llamafactory" in done.out
+
+
+def test_pairs_of_a_file_take_the_place_of_a_mixture(
+    recipe_tree: dict[str, Any], tmp_path: Path, run: Run
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe_tree))
+    pairs = recipe_tree["data"]["sources"][0]["path"]
+    done = run("train", path, "--from", pairs, "--dry-run", "--gpu", "4090")
+    assert done.code == 0, done.out + done.err
+    assert "format llamafactory" not in done.out

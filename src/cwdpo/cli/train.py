@@ -99,7 +99,9 @@ def _validate_and_plan(parsed: Settings, gpu: str | None, gpus: int) -> None:
         RecipeError: --gpu is missing or unknown, or stage 2 has no negatives.
     """
     chosen = gpu_of(gpu)
-    good = parsed.data.path is None or validate_recipe(parsed)  # a world is generated: nothing to validate
+    good = parsed.data.world is not None or validate_recipe(
+        parsed
+    )  # a world is generated: nothing to validate
     from cwdpo.pipeline.planning.run import Hardware, plan_run
 
     found = plan_run(parsed, Hardware(chosen, gpus))
@@ -189,6 +191,7 @@ def _pairs_of(file: Path | None) -> list[str]:
         return []
     return [
         f"data.path={json.dumps(str(file))}",
+        "data.sources=[]",
         "data.format=trl",
         "data.image_root=null",
         "negatives={mix: {dataset: 1.0}}",
