@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -109,6 +110,23 @@ class DataSettings(Settings):
         if self.world is not None and not (self.world.train and self.world.validation):
             raise ValueError("world.train and world.validation must be at least 1")
         return self
+
+    @property
+    def where(self) -> str:
+        """Where the rows come from, for messages."""
+        return self.path or ("data.sources" if self.sources else "data.world")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the rows are read: arguments of ``read_examples`` and of ``validate`` that do not depend on the file."""
+        return {
+            "format": self.format,
+            "image_root": Path(self.image_root) if self.image_root else None,
+            "default_prompt": self.default_prompt,
+            "captions_per_image": self.captions_per_image,
+            "ignore_columns": self.ignore_columns,
+            "video": self.video.sampling,
+        }
 
     def each(self) -> tuple[DataSettings, ...]:
         """The settings of each data set of a mixture, as if it were the only one; without a mixture, these."""

@@ -9,10 +9,12 @@ PACKAGES = ("cwdpo", "torch", "transformers", "accelerate", "peft", "datasets", 
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that affect a run."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: version_of(name) or "not installed" for name in PACKAGES}
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package; ``None`` if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -97,7 +97,7 @@ def validate(
 
 
 def validate_recipe(recipe: Recipe) -> bool:
-    """Print what `cwdpo validate` says of a recipe with ``data.path``, and say whether the rows are without problems.
+    """Print what `cwdpo validate` says of a recipe without ``data.world``; whether the rows have no problems.
 
     Raises:
         RecipeError: stage 2 has no negatives.
@@ -133,13 +133,7 @@ def _with_data(path: Path, overrides: Sequence[str]) -> Recipe:
 
 def _how(data: DataSettings, given: Mapping[str, Any]) -> dict[str, Any]:
     """How a recipe's data are read; options override it."""
-    return {
-        "format": data.format, "default_prompt": data.default_prompt, "captions_per_image": data.captions_per_image,
-        "max_length": data.max_length, "ignore_columns": data.ignore_columns,
-        "video": data.video.sampling,
-        "image_root": None if data.image_root is None else Path(data.image_root),
-        **given,
-    }  # fmt: skip
+    return {**data.reading, "max_length": data.max_length, **given}
 
 
 def _of_recipe(

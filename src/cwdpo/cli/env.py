@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-from importlib import metadata
 from typing import Any
 
 import typer
@@ -44,9 +43,9 @@ def env(as_json: AsJson = False) -> None:
 def environment() -> dict[str, dict[str, Any]]:
     """Versions of packages, system, devices and environment variables, by name."""
     from cwdpo.stage.environment import devices
-    from cwdpo.versions import versions
+    from cwdpo.versions import version_of, versions
 
-    optional = {name: version for name in OPTIONAL if (version := _version(name))}
+    optional = {name: version for name in OPTIONAL if (version := version_of(name))}
     return {
         "packages": {**versions(), **optional},
         "system": {
@@ -57,10 +56,3 @@ def environment() -> dict[str, dict[str, Any]]:
         "devices": devices(),
         "settings": {name: os.environ[name] for name in SHOWN if name in os.environ},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -242,12 +242,7 @@ def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
         )
     world = run.path / "data" / "validation.jsonl"
     source = str(world) if settings.world is not None else settings.validation_path or settings.path
-    return str(source), {
-        "format": settings.format, "default_prompt": settings.default_prompt,
-        "image_root": Path(settings.image_root) if settings.image_root else None,
-        "captions_per_image": settings.captions_per_image, "ignore_columns": settings.ignore_columns,
-        "video": settings.video.sampling,
-    }  # fmt: skip
+    return str(source), settings.reading
 
 
 def _log_probabilities(policy: Policy, rows: Sequence[EncodedExample]) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cwdpo.config import Recipe
 from cwdpo.data.mixture import Amount, in_turn, mixed
@@ -49,17 +48,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     notes: list[str] = []
 
     def read(source: str, how: DataSettings) -> list[Example]:
-        result = read_examples(
-            source,
-            format=how.format,
-            max_bad_fraction=how.max_bad_fraction,
-            image_root=Path(how.image_root) if how.image_root else None,
-            default_prompt=how.default_prompt,
-            captions_per_image=how.captions_per_image,
-            limit=how.limit,
-            ignore_columns=how.ignore_columns,
-            video=how.video.sampling,
-        )
+        result = read_examples(source, **how.reading, max_bad_fraction=how.max_bad_fraction, limit=how.limit)
         if result.problems:
             rows = ({"stage": "read", "problem": printable(str(p))} for p in result.problems)
             run.append("problems.jsonl", rows)
@@ -118,9 +107,8 @@ def _mixture(stage: str, amounts: Mapping[str, Amount], examples: Sequence[Examp
 
 def _without_validation(recipe: Recipe) -> str:
     data = recipe.data
-    name = data.path or "data.sources"
     return (
-        f"{name}: data.validation_fraction = {data.validation_fraction:g} leaves no image for validation: there "
+        f"{data.where}: data.validation_fraction = {data.validation_fraction:g} leaves no image for validation: there "
         "are no probes, no stop rules and no evaluation; set data.validation_path, or raise the fraction"
     )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from importlib import metadata
 from typing import Any
 
 from cwdpo.data.encode.template import RefusedRowError
 from cwdpo.errors import DataError
 from cwdpo.records import Example
+from cwdpo.versions import version_of
 from cwdpo.videos import decoded
 
 _PIXELS = "pixel_values_videos"
@@ -80,20 +80,12 @@ def video_inputs(processor: Any, example: Example) -> dict[str, Any]:
 def video_settings(processor: Any) -> str:
     """What the inputs of the vision tower depend on besides the videos."""
     made = getattr(processor, "video_processor", None)
-    return "\n".join([*settings_of(made), f"av {version_of('av')}"])
+    return "\n".join([*settings_of(made), f"av {version_of('av') or 'none'}"])
 
 
 def settings_of(made: Any) -> tuple[str, str]:
     """Class and settings of an image or video processor."""
     return type(made).__name__, made.to_json_string() if hasattr(made, "to_json_string") else repr(made)
-
-
-def version_of(package: str) -> str:
-    """Its version, or ``none``."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def _not_both(example: Example, reason: str) -> RefusedRowError:

@@ -15,7 +15,6 @@ from cwdpo.data.encode.clips import (
     check_apart,
     check_taken,
     settings_of,
-    version_of,
     video_inputs,
     video_settings,
 )
@@ -24,6 +23,7 @@ from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
 from cwdpo.errors import DataError
 from cwdpo.records import Example
+from cwdpo.versions import version_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -265,7 +265,9 @@ class PromptEncoder:
     def _image_settings(self) -> str:
         """Everything that the inputs of the vision tower depend on besides the image files."""
         made: Any = getattr(self.processor, "image_processor", None)
-        packages = (f"{name} {version_of(name)}" for name in ("transformers", "pillow", "torchvision"))
+        packages = (
+            f"{name} {version_of(name) or 'none'}" for name in ("transformers", "pillow", "torchvision")
+        )
         return "\n".join([type(self.processor).__name__, *settings_of(made), *packages])
 
     def _process(self, example: Example) -> _Result:

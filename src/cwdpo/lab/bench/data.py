@@ -55,7 +55,7 @@ def data_report(
         splits = prepare_data(recipe, run)
         examples = [e for e in (*splits.stage1, *splits.stage2) if e.images]
         if not examples:
-            raise DataError(f"{recipe.data.path or 'data.world'}: no training row has an image to read")
+            raise DataError(f"{recipe.data.where}: no training row has an image to read")
         examples = [examples[i % len(examples)] for i in range(rows)]
         if recipe.model.path == "init":
             processor, tokens = load_model(recipe, splits, run).processor, None
