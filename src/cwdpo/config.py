@@ -120,7 +120,15 @@ class Recipe(Settings):
     def _rules(cls, stop: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         """Check that the readings of the rules exist: a rule over an unknown reading would never be true."""
         probes = info.data.get("probes")
-        return tuple(parse_rule(text, probes.extra if probes else ()).text for text in stop)
+        rules = [parse_rule(text, probes.extra if probes else ()) for text in stop]
+        data: DataSettings | None = info.data.get("data")
+        sources = [source.title for source in data.sources] if data else []
+        for rule in rules if data else ():
+            kind, _, rest = rule.reading.partition("/")
+            if kind == "source" and (name := rest.partition("/")[0]) not in sources:
+                known = f"data.sources has {', '.join(sources)}" if sources else "there are no data.sources"
+                raise ValueError(f"{rule.text!r}: no source is called {name!r}; {known}")
+        return tuple(rule.text for rule in rules)
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cwdpo.config import parse_recipe
 from cwdpo.data.mixture import Amount, in_turn, mixed, sizes
-from cwdpo.errors import RecipeError
+from cwdpo.errors import DataError, RecipeError
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.records import Completion, Example, Message
 from cwdpo.report.model_card import model_card
@@ -172,6 +172,22 @@ def test_validate_shows_each_source(recipe_tree: dict[str, Any], tmp_path: Path,
     assert "format llamafactory" in done.out
     assert "Which? 0" in done.out
     assert run("validate", path, "--fix", tmp_path / "fixed.jsonl").code == 2
+
+
+def test_a_stop_rule_names_a_source_that_is_there(recipe_tree: dict[str, Any]) -> None:
+    parse_recipe({**recipe_tree, "stop": ["source/turns/margin < 0"]})
+    with pytest.raises(RecipeError, match=r"no source is called 'tunrs'; data.sources has pairs, turns"):
+        parse_recipe({**recipe_tree, "stop": ["source/tunrs/margin < 0"]})
+    with pytest.raises(RecipeError, match=r"no source is called 'turns'; there are no data.sources"):
+        parse_recipe({"data": {"path": "x"}, "stop": ["source/turns/margin < 0"]})
+
+
+def test_a_mixture_of_no_row_is_named(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
+    sources = [{"path": s["path"], "repeat": 0.001} for s in recipe_tree["data"]["sources"]]
+    sources = [{**s, "name": f"n{i}"} for i, s in enumerate(sources)]
+    tree = {**recipe_tree, "data": {**recipe_tree["data"], "sources": sources}}
+    with pytest.raises(DataError, match=r"data\.sources: repeat leaves no row of 24 to train on"):
+        prepare_data(parse_recipe(tree), RunDir(tmp_path))
 
 
 def test_a_dry_run_validates_each_source(recipe_tree: dict[str, Any], tmp_path: Path, run: Run) -> None:

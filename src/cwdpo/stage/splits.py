@@ -73,6 +73,8 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     if data.sources:
         amounts = {s.title: Amount(1.0 if s.repeat is None else s.repeat, s.weight) for s in data.sources}
         parts = {name: mixed(examples, amounts, recipe.seed) for name, examples in parts.items()}
+        if not any(parts.values()):
+            raise DataError(f"data.sources: repeat leaves no row of {len(train)} to train on: raise it")
         notes += [_mixture(name, amounts, examples) for name, examples in parts.items() if examples]
     if notes:
         run.append("notes.jsonl", ({"stage": "read", "note": note} for note in notes))
