@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ def written(format: str, orientation: int = 1, mode: str = "RGB") -> bytes:
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.effect_noise((30, 20), 40).convert(mode).save(file, format, exif=exif)
+    noise = Image.frombytes("RGB", (30, 20), random.Random(0).randbytes(30 * 20 * 3))
+    noise.convert(mode).save(file, format, exif=exif)
     return file.getvalue()
 
 
@@ -38,7 +40,8 @@ def test_the_size_is_that_of_the_opened_image(format: str, orientation: int) -> 
 def test_a_file_that_was_cut_off_is_not_complete(format: str) -> None:
     data = written(format, mode="L")
     assert image_content(ImageRef(data=data)).complete
-    assert not image_content(ImageRef(data=data[:-80])).complete
+    for cut in range(80, 240):  # any byte may stand at the cut
+        assert not image_content(ImageRef(data=data[:-cut])).complete
     assert image_content(ImageRef(data=data + b"\0" * 8)).complete, "a few bytes may follow"
 
 

@@ -135,7 +135,7 @@ def _complete(data: bytes) -> bool:
     if data.startswith(b"\x89PNG"):
         return b"IEND" in tail
     if data.startswith(b"GIF8"):
-        return b";" in tail
+        return tail.rstrip(b"\0").endswith(b"\0;")  # a lone ";" is also among compressed bytes
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return len(data) >= int.from_bytes(data[4:8], "little") + 8
     return False
