@@ -84,7 +84,8 @@ def data_report(
 
 def _parts(encoder: Encoder, examples: Sequence[Example], cache: ImageCache) -> dict[str, float]:
     """Median milliseconds of decoding, of the processor and of a read from the cache; bytes of the tensors."""
-    decode, process, stored, sizes = [], [], [], []
+    decode, process, stored = [], [], []
+    sizes: list[int] = []
     for example in examples:
         began = time.perf_counter()
         for image in example.images:
