@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cwdpo.data.encode.embedded import check_embedded
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.prompts import EncodedPrompt as EncodedPrompt
-from cwdpo.data.encode.prompts import PromptEncoder, check_embedded
+from cwdpo.data.encode.prompts import PromptEncoder
 from cwdpo.data.encode.span import differing_span
 from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
 from cwdpo.errors import DataError

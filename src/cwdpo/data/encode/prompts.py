@@ -18,10 +18,11 @@ from cwdpo.data.encode.clips import (
     video_inputs,
     video_settings,
 )
+from cwdpo.data.encode.embedded import check_embedded
 from cwdpo.data.encode.expand import Expansions, Sizes, Written
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.reading import Coming, Job, Workers
-from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
+from cwdpo.data.encode.template import ChatTemplate
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 from cwdpo.versions import version_of
@@ -349,27 +350,6 @@ class PromptEncoder:
             self.tokenizer.bos_token_id,
             *self.tokenizer("a", add_special_tokens=False)["input_ids"],
         ]
-
-
-def check_embedded(
-    template: ChatTemplate, example: Example, ids: Sequence[int], allowed: frozenset[int]
-) -> None:
-    """Refuse ids that the model's embedding does not have: tokenizer and weights are of different checkpoints.
-
-    Raises:
-        RefusedRowError: naming the first such token.
-    """
-    rows = template.checkpoint.embedded
-    beyond = [] if rows is None else [i for i in ids if i >= rows and i not in allowed]
-    if beyond:
-        raise RefusedRowError(
-            example.where or example.id,
-            "token-without-embedding",
-            "",
-            f"token {template.tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, and the model "
-            f"embeds {rows} tokens",
-            "fetch tokenizer and weights from the same place, or resize the embedding",
-        )
 
 
 def _key(example: Example) -> tuple[Any, ...]:
