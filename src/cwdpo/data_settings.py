@@ -93,6 +93,10 @@ class DataSettings(Settings):
     )
     video: VideoSettings = VideoSettings()
     cache_gb: float = Field(1.0, ge=0, description="memory for decoded image tensors")
+    image_cache: str | None = Field(
+        None, description="folder for processed images, shared between epochs, runs and processes"
+    )
+    image_cache_gb: float = Field(50.0, gt=0, description="largest size of data.image_cache, GiB")
     limit: int | None = Field(None, gt=0, description="read only this many examples")
 
     @model_validator(mode="after")

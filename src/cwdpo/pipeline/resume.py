@@ -21,7 +21,7 @@ ABSENT = "(absent)"
 # These keys are used after training only: if they change, the trained model stays valid.
 _AFTER_TRAINING = ("name", "evaluation.")
 # A run gives the same with any value.
-_WITHOUT_EFFECT = ("train.dataloader_workers",)
+_WITHOUT_EFFECT = ("train.dataloader_workers", "data.image_cache", "data.image_cache_gb")
 
 
 def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_changes: bool = False) -> None:
