@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.arguments import TrainSettings
+from cwdpo.clock import spent_on
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.files.checksums import refuse_damage, write_checksums
@@ -71,6 +72,7 @@ def load_saved(policy: Policy, folder: Path) -> None:
     load_weights(policy.model, folder)
 
 
+@spent_on("saving")
 def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     """Write the model (or its adapter) and the processor; the folder gets its name only when it is complete."""
     if not run.writes:
