@@ -20,7 +20,7 @@ from paths import ROOT
 PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"clock", "versions", "errors", "files", "records", "registry"}
+BASE = {"clock", "versions", "errors", "files", "hub", "records", "registry"}
 MODELLING = {
     *BASE,
     "worlds",
@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "waiting": {"errors"},
     "registry": {"errors", "files"},
     "files": {"errors"},
+    "hub": {"errors"},
     "hints": set(),
     "arguments": {"errors", "files", "registry"},
     "data_settings": {"records", "registry", "worlds"},
@@ -84,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     "stage": {*MODELLING, "arguments", "data_settings", "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
-    "report": {"rundir", "errors", "files", "records", "videos", "dynamics"},
+    "report": {"rundir", "errors", "files", "hub", "records", "videos", "dynamics"},
     "pipeline": {
         *RUNNING,
         "arguments",
