@@ -350,6 +350,11 @@ def test_whole_runs_are_equal_and_a_killed_worker_costs_nothing(
         assert run("train", path, "--out", out, f"train.dataloader_workers={workers}").code == 0
         found[workers] = results(out)
     assert found[2] == found[0]
+    for start in ("fills the cache", "reads it"):
+        out, kept = tmp_path / start, f"data.image_cache={tmp_path / 'cache'}"
+        assert run("train", path, "--out", out, "train.dataloader_workers=1", kept).code == 0
+        assert results(out) == found[0], start
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
     assert json.loads((tmp_path / "0" / "calibration.json").read_text()) == json.loads(
         (tmp_path / "2" / "calibration.json").read_text()
     )

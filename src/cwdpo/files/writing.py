@@ -33,17 +33,18 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A new empty file with a temporary name; it is renamed to ``path`` when the block ends without an error.
 
-    The file is synced to disk before it is renamed. After an error it is removed.
+    The file is synced to disk before it is renamed, unless it need not be ``durable``. After an error it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BYTES, 0o666))
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.template import CheckpointTokens
 from cwdpo.errors import ModelError
 from cwdpo.models.adapter import (
@@ -68,18 +69,27 @@ class Policy:
         *,
         from_sizes: bool = True,
         workers: int = 0,
+        on_disk: ImageCache | None = None,
     ) -> Encoder:
         """An encoder with this model's end tokens and its number of embedded tokens.
 
         Args:
-            max_length, cache_gb, from_sizes, workers: see :class:`Encoder`.
+            max_length, cache_gb, from_sizes, workers, on_disk: see :class:`Encoder`.
         """
         inner: Any = unwrapped(self.model)
         embeddings = inner.get_input_embeddings()
         # The weight itself may be sharded, or wrapped by an adapter.
         embedded = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
         tokens = checkpoint_tokens(getattr(inner, "generation_config", None), inner.config, embedded)
-        return Encoder(self.processor, max_length, cache_gb, tokens, from_sizes=from_sizes, workers=workers)
+        return Encoder(
+            self.processor,
+            max_length,
+            cache_gb,
+            tokens,
+            from_sizes=from_sizes,
+            workers=workers,
+            on_disk=on_disk,
+        )
 
 
 def load_policy(
@@ -101,7 +111,7 @@ def load_policy(
     """
     settings = with_adapter_settings(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
-    check_folder(source)
+    check_folder(source, revision=settings.revision)
     base = adapter_base(source, settings.revision)
     processor = load_processor(source, settings)
     model = _load_model(base or source, settings)

@@ -99,6 +99,7 @@ class Words:
         ends = [end for _, end in self.spans[:-1]]
         gaps = (text[end:start] for end, (start, _) in zip(ends, self.spans[1:], strict=True))
         self._joined = [gap.isspace() for gap in gaps] + [False] if found else []
+        self._found: dict[frozenset[Phrase], bool] = {}
 
     def run(self, first: int) -> int:
         """How many words, starting with ``first``, follow each other with only white space in between."""
@@ -110,19 +111,21 @@ class Words:
     def contains(self, phrases: frozenset[Phrase], first: int = 0, last: int | None = None) -> bool:
         """Whether any of ``phrases`` occurs among the words ``[first, last)``."""
         words = self.lower[first:last]
-        seen = set(words)
+        starts = _by_first_word(phrases)
         return any(
             phrase == words[i : i + len(phrase)]
-            for phrase in phrases
-            if seen.issuperset(phrase)
-            for i in range(len(words) - len(phrase) + 1)
+            for i, word in enumerate(words)
+            if word in starts
+            for phrase in starts[word]
         )
 
     def fits(self, context: Context, first: int, last: int) -> bool:
         """Whether the words ``[first, last)`` are in a place that ``context`` allows."""
-        if context.alone not in (None, (first, last) == (0, len(self.lower))) or self.contains(
-            context.without
-        ):
+        if context.alone not in (None, (first, last) == (0, len(self.lower))):
+            return False
+        if context.without not in self._found:  # many swaps share a context
+            self._found[context.without] = self.contains(context.without)
+        if self._found[context.without]:
             return False
         # `left` and `right` are the words before and after, up to the nearest punctuation.
         begin = first
@@ -130,13 +133,33 @@ class Words:
             begin -= 1
         left = self.lower[begin:first]
         right = self.lower[last : last + self.run(last - 1) - 1]
-        if context.before is not None and not any(right[: len(p)] == p for p in context.before):
+        if context.before is not None and not _in(context.before, right, from_left=True):
             return False
-        if context.after is not None and not any(left[-len(p) :] == p for p in context.after):
+        if context.after is not None and not _in(context.after, left, from_left=False):
             return False
-        if any(right[: len(p)] == p for p in context.not_before):
+        if _in(context.not_before, right, from_left=True):
             return False
-        return not any(left[-len(p) :] == p for p in context.not_after)
+        return not _in(context.not_after, left, from_left=False)
+
+
+def _in(phrases: frozenset[Phrase], words: Phrase, *, from_left: bool) -> bool:
+    """Whether the first (``from_left``) or the last of ``words`` are one of ``phrases``."""
+    return any((words[:n] if from_left else words[-n:]) in phrases for n in _lengths(phrases))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _lengths(phrases: frozenset[Phrase]) -> frozenset[int]:
+    """Lengths of phrases: there are few, while a condition may list thousands of phrases."""
+    return frozenset(map(len, phrases))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _by_first_word(phrases: frozenset[Phrase]) -> dict[str, list[Phrase]]:
+    """Phrases by their first word: a text has fewer words than a lexicon has phrases."""
+    found: dict[str, list[Phrase]] = {}
+    for phrase in phrases:
+        found.setdefault(phrase[0], []).append(phrase)
+    return found
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ from cwdpo.arguments import TrainSettings
 from cwdpo.clock import spent_on
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder
 from cwdpo.models.load import Policy, load_policy, load_weights
@@ -55,6 +56,7 @@ def encoder_of(policy: Policy, recipe: Recipe) -> Encoder:
         data.cache_gb,
         from_sizes=data.image_tokens == "sizes",
         workers=data_workers(recipe.train),
+        on_disk=ImageCache(Path(data.image_cache), data.image_cache_gb) if data.image_cache else None,
     )
 
 

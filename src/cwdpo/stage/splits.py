@@ -14,7 +14,7 @@ from cwdpo.data.split import split_by_image
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError
 from cwdpo.negatives.image_side import with_image_negatives
-from cwdpo.negatives.mix import attach_negatives
+from cwdpo.negatives.mix import Gentle, attach_negatives
 from cwdpo.negatives.settings import WITHOUT_NEGATIVES
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
@@ -80,7 +80,9 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         run.append("notes.jsonl", ({"stage": "read", "note": note} for note in notes))
     stage2 = parts["stage2"]
     if recipe.negatives.on_policy_fraction is None:  # else each round makes its own
-        stage2 = with_negatives(stage2, recipe, run, need=recipe.stage2.build().needs_negatives)
+        stage2 = with_negatives(
+            stage2, recipe, run, need=recipe.stage2.build().needs_negatives, gentle="none"
+        )
     return Splits(
         with_negatives(parts["stage1"], recipe, run, need=False),
         stage2,
@@ -122,8 +124,13 @@ def stage1_share(recipe: Recipe) -> float:
     return recipe.data.stage1_fraction if recipe.stage1.enabled else 0.0
 
 
-def with_negatives(examples: Sequence[Example], recipe: Recipe, run: RunDir, *, need: bool) -> list[Example]:
-    """Attach negatives with the recipe's mix; unless ``need``, examples without a negative are kept."""
+def with_negatives(
+    examples: Sequence[Example], recipe: Recipe, run: RunDir, *, need: bool, gentle: Gentle | None = None
+) -> list[Example]:
+    """Attach negatives with the recipe's mix; unless ``need``, examples without a negative are kept.
+
+    ``gentle`` is used in place of the recipe's setting: stage 2 has no use for gentle negatives.
+    """
     settings = recipe.negatives
     per_prompt = settings.per_prompt or (None if set(settings.mix) == {"dataset"} else 1)
     attached, _ = attach_negatives(
@@ -131,7 +138,7 @@ def with_negatives(examples: Sequence[Example], recipe: Recipe, run: RunDir, *, 
         settings.mix,
         per_prompt,
         recipe.seed,
-        gentle=settings.gentle,
+        gentle=gentle or settings.gentle,
         sources=settings.build_sources(),
     )
     if len(attached) < len(examples):

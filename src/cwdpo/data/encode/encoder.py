@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cwdpo.data.encode.embedded import check_embedded
+from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.prompts import EncodedPrompt as EncodedPrompt
-from cwdpo.data.encode.prompts import PromptEncoder, check_embedded
+from cwdpo.data.encode.prompts import PromptEncoder
 from cwdpo.data.encode.span import differing_span
 from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
 from cwdpo.errors import DataError
@@ -107,7 +109,7 @@ class Encoder:
             a longer example raises :class:`DataError`, and the caller leaves it out.
         cache_gb: memory for image tensors, in GiB; images that do not fit are decoded again at every use.
         checkpoint: token ids from generation_config and weights; :meth:`cwdpo.models.load.Policy.encoder` passes them.
-        from_sizes, workers: see :class:`PromptEncoder`.
+        from_sizes, workers, on_disk: see :class:`PromptEncoder`.
 
     Attributes:
         prompt: encodes the prompt of an example.
@@ -122,12 +124,15 @@ class Encoder:
         *,
         from_sizes: bool = True,
         workers: int = 0,
+        on_disk: ImageCache | None = None,
     ) -> None:
         self.processor = processor
         self.template = ChatTemplate(processor, checkpoint)
         self.tokenizer = self.template.tokenizer
         self.max_length = max_length
-        self.prompt = PromptEncoder(self.template, cache_gb, from_sizes=from_sizes, workers=workers)
+        self.prompt = PromptEncoder(
+            self.template, cache_gb, from_sizes=from_sizes, workers=workers, on_disk=on_disk
+        )
 
     def forget(self) -> None:
         """Empty the caches of prompts and images."""

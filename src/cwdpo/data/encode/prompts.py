@@ -18,9 +18,11 @@ from cwdpo.data.encode.clips import (
     video_inputs,
     video_settings,
 )
+from cwdpo.data.encode.embedded import check_embedded
 from cwdpo.data.encode.expand import Expansions, Sizes, Written
+from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.reading import Coming, Job, Workers
-from cwdpo.data.encode.template import ChatTemplate, RefusedRowError
+from cwdpo.data.encode.template import ChatTemplate
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 from cwdpo.versions import version_of
@@ -88,12 +90,17 @@ class _Source:
     example: Example
     ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]]
+    stored_as: str
+    """The name in :class:`ImageCache`; empty if the files could not be read when the prompt was encoded."""
 
     def __call__(self) -> Mapping[str, Tensor]:
-        return self.encoder.load(self.example, self.ids, self.per_token)
+        return self.encoder.load(self)
 
     def begin(self) -> Coming | None:
-        return self.encoder.begin(self.example, self.ids, self.per_token)
+        return self.encoder.begin(self)
+
+    def job(self, example: Example) -> Job:
+        return Job(example, self.encoder.text(example), self.ids, self.per_token, self.stored_as)
 
 
 class PromptEncoder:
@@ -105,10 +112,17 @@ class PromptEncoder:
         from_sizes: compute the number of image tokens from the sizes of the images, as far as the processor's results
             on rows of the run agree; else every image is processed when its prompt is encoded.
         workers: processes that read the images of prompts for which :meth:`EncodedPrompt.ahead` was called.
+        on_disk: where images are stored that were processed once.
     """
 
     def __init__(
-        self, template: ChatTemplate, cache_gb: float, *, from_sizes: bool = True, workers: int = 0
+        self,
+        template: ChatTemplate,
+        cache_gb: float,
+        *,
+        from_sizes: bool = True,
+        workers: int = 0,
+        on_disk: ImageCache | None = None,
     ) -> None:
         self.template, self.processor, self.tokenizer = template, template.processor, template.tokenizer
         self._prompts: dict[tuple[Any, ...], EncodedPrompt] = {}
@@ -117,10 +131,11 @@ class PromptEncoder:
         self._texts: dict[tuple[Any, ...], str] = {}
         self._from_sizes, self._expansions = from_sizes, Expansions(self.processor)
         self._workers = Workers(self, workers) if workers else None
+        self._on_disk = on_disk
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The copy of a worker: caches are empty, and nothing is kept in them."""
-        return PromptEncoder, (self.template, 0.0)
+        """The copy of a worker: nothing is kept in memory."""
+        return partial(PromptEncoder, on_disk=self._on_disk), (self.template, 0.0)
 
     def forget(self) -> None:
         """Empty the caches."""
@@ -162,8 +177,6 @@ class PromptEncoder:
             contents = [image_content(image) for image in example.images]
         sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
         ids, per_token, images = self._sized(example, sizes) or self._process(example)
-        if images:
-            self._keep(_key(example), images)
         if not (images or contents):
             return EncodedPrompt(ids, per_token)
         files = [c.digest.hex() for c in contents]
@@ -178,8 +191,14 @@ class PromptEncoder:
         digest = _digest(self._image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
+        known = len(contents) == len(example.images)
+        key = ImageCache.key(digest, ids, per_token) if known else ""
+        if images:
+            self._keep(_key(example), images)
+            if self._on_disk is not None and known:
+                self._on_disk.put(key, images)
         return EncodedPrompt(
-            ids, per_token, _Source(self, example, ids, per_token), digest, len(example.videos)
+            ids, per_token, _Source(self, example, ids, per_token, key), digest, len(example.videos)
         )
 
     def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
@@ -222,34 +241,38 @@ class PromptEncoder:
             self._images[key] = images
             self._free_bytes -= size
 
-    def load(
-        self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
-    ) -> Mapping[str, Tensor]:
-        """The images of a prompt, from the cache or decoded now; see :meth:`read`."""
-        key = _key(example)
+    def load(self, source: _Source) -> Mapping[str, Tensor]:
+        """The images of a prompt, from the cache or read now; see :meth:`read`."""
+        key = _key(source.example)
         if key not in self._images:
-            images = self.read(Job(example, self.text(example), ids, per_token))
+            images = self.read(source.job(source.example))
             self._keep(key, images)
             return images
         return self._images[key]
 
-    def begin(
-        self, example: Example, ids: tuple[int, ...], per_token: Mapping[str, tuple[int, ...]]
-    ) -> Coming | None:
+    def begin(self, source: _Source) -> Coming | None:
         """Let a worker read the images of a prompt; ``None`` if there is no worker, or they are in the cache."""
-        key = _key(example)
+        key = _key(source.example)
         if self._workers is None or key in self._images:
             return None
-        small = replace(example, rejected=(), gentle=(), extra={})
-        arrived = self._workers.submit(Job(small, self.text(example), ids, per_token))
+        arrived = self._workers.submit(source.job(replace(source.example, rejected=(), gentle=(), extra={})))
         return None if arrived is None else Coming(arrived, partial(self._keep, key))
 
     def read(self, job: Job) -> Mapping[str, Tensor]:
-        """Decode and process the images of a prompt.
+        """The images of a prompt, from the disk's cache, or decoded and processed.
 
         Raises:
             DataError: an image cannot be read, or the processor gives other token ids than when the row was encoded.
         """
+        if self._on_disk is None or not job.stored_as:
+            return self._decoded(job)
+        images = self._on_disk.get(job.stored_as)
+        if images is None:
+            images = dict(self._decoded(job))
+            self._on_disk.put(job.stored_as, images)
+        return images
+
+    def _decoded(self, job: Job) -> Mapping[str, Tensor]:
         example, ids = job.example, job.ids
         found, found_per_token, images = self._run(example, _opened(example), self.processor, job.text)
         if (found, found_per_token) != (ids, job.per_token):
@@ -327,27 +350,6 @@ class PromptEncoder:
             self.tokenizer.bos_token_id,
             *self.tokenizer("a", add_special_tokens=False)["input_ids"],
         ]
-
-
-def check_embedded(
-    template: ChatTemplate, example: Example, ids: Sequence[int], allowed: frozenset[int]
-) -> None:
-    """Refuse ids that the model's embedding does not have: tokenizer and weights are of different checkpoints.
-
-    Raises:
-        RefusedRowError: naming the first such token.
-    """
-    rows = template.checkpoint.embedded
-    beyond = [] if rows is None else [i for i in ids if i >= rows and i not in allowed]
-    if beyond:
-        raise RefusedRowError(
-            example.where or example.id,
-            "token-without-embedding",
-            "",
-            f"token {template.tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, and the model "
-            f"embeds {rows} tokens",
-            "fetch tokenizer and weights from the same place, or resize the embedding",
-        )
 
 
 def _key(example: Example) -> tuple[Any, ...]:

@@ -74,12 +74,14 @@ def read_ahead(
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to read: its row and text, and the token ids and per-token values that it was encoded to."""
+    """One prompt to read: its row and text, the token ids and per-token values that it was encoded to, and the name
+    of its images in the cache on disk."""
 
     example: Example
     text: str
     ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]]
+    stored_as: str
 
 
 class Coming:

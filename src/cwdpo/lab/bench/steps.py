@@ -168,17 +168,10 @@ def trl_steps(
     except ImportError:
         raise MissingPackageError("cwdpo bench compares with TRL: pip install 'trl>=1.16,<1.17'") from None
     args = DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="cwdpo-bench-"),
-        per_device_train_batch_size=setting.negatives,
-        beta=BETA,
-        max_length=None,
-        report_to="none",
-        use_cpu=setting.device == "cpu",
-        gradient_checkpointing=setting.grad_checkpointing,
-        bf16=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+        output_dir=tempfile.mkdtemp(prefix="cwdpo-bench-"), per_device_train_batch_size=setting.negatives, beta=BETA,
+        max_length=None, report_to="none", use_cpu=setting.device == "cpu", bf16=False, disable_tqdm=True,
+        gradient_checkpointing=setting.grad_checkpointing, dataloader_pin_memory=False,
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = DPOTrainer(

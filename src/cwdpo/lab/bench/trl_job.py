@@ -25,6 +25,26 @@ def mark(name: str, since: tuple[float, float]) -> tuple[float, float]:
     return now
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows, with the paths of their images from here."""
+    data: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in data:
+        row.pop("id")
+        row["images"] = [str(path.parent / image) for image in row["images"]]
+    return data
+
+
+def settings_of(job: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of TRL's DPOConfig."""
+    return {
+        "output_dir": job["out"], "per_device_train_batch_size": job["batch_size"], "max_steps": job["steps"],
+        "learning_rate": job["learning_rate"], "dataloader_num_workers": job["workers"], "use_cpu": True,
+        "max_length": None,  # TRL's 1024 would cut image tokens
+        "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False, "report_to": "none",
+        "disable_tqdm": True,
+    }  # fmt: skip
+
+
 def main(job: dict[str, Any]) -> None:
     """Train, save, and write the phases.
 
@@ -47,12 +67,7 @@ def main(job: dict[str, Any]) -> None:
         trl_utils._use_triton = lambda device: True
     at = mark("imports", at)
 
-    rows = Path(job["rows"])
-    data = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    for row in data:
-        row.pop("id")
-        row["images"] = [str(rows.parent / path) for path in row["images"]]
-    dataset = Dataset.from_list(data).cast_column("images", List(Image()))
+    dataset = Dataset.from_list(rows_of(Path(job["rows"]))).cast_column("images", List(Image()))
     at = mark("data", at)
 
     model = AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32)
@@ -62,20 +77,7 @@ def main(job: dict[str, Any]) -> None:
         model=model,
         processing_class=AutoProcessor.from_pretrained(job["model"]),
         train_dataset=dataset,
-        args=DPOConfig(
-            output_dir=job["out"],
-            per_device_train_batch_size=job["batch_size"],
-            max_steps=job["steps"],
-            learning_rate=job["learning_rate"],
-            max_length=None,  # TRL's 1024 would cut image tokens
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            dataloader_num_workers=job["workers"],
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        args=DPOConfig(**settings_of(job)),
         peft_config=lora if job["tune"] == "lora" else None,
     )
     at = mark("the trainer", at)
