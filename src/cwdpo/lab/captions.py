@@ -76,12 +76,13 @@ def captions(
             this entropy. The names of these figures end in ``@entropy``; ``temperature@entropy`` is the temperature.
 
     Returns:
-        Shares and mean scores; ``scores`` [P][samples] at temperature 1; ``greedy``: the greedy captions;
-        ``pictures``: for each figure, its value for each image.
+        Shares and mean scores; ``scores`` [P][samples] at temperature 1; ``greedy``: the greedy captions; ``sampled``:
+        the first sampled ones; ``pictures``: for each figure, its value for each image.
     """
     texts = draw(model, encoder, test, temperature=0.0)
     greedy = _written([judge_captions(test, texts)])
-    plain = [judge_captions(test, draw(model, encoder, test, seed=SEED + k)) for k in range(SAMPLES)]
+    drawn = [draw(model, encoder, test, seed=SEED + k) for k in range(SAMPLES)]
+    plain = [judge_captions(test, one) for one in drawn]
     sampled = _written(plain)
     figures: dict[str, Any] = {
         "greedy_correct": greedy.correct,
@@ -90,6 +91,7 @@ def captions(
         "judge_score": sampled.score,
         "scores": [[round(one[i].score, 4) for one in plain] for i in range(len(test))],
         "greedy": texts,
+        "sampled": drawn[0],
         "pictures": {
             "greedy_correct": greedy.correct_by_picture,
             "sampled_correct": sampled.correct_by_picture,
