@@ -11,6 +11,7 @@ import yaml
 
 from cwdpo.dynamics.diagnose import diagnose_rows
 from cwdpo.files.writing import write_text
+from cwdpo.hub import hub_data
 from cwdpo.report._page import Folder, mapping, records
 from cwdpo.report._text import finite, number, plain, visible
 
@@ -111,13 +112,13 @@ def model_card(run: Path, form: Form) -> str:
 def _front_matter(recipe: Mapping[str, Any], form: Form) -> str:
     objectives = {_line(mapping(mapping(recipe.get(s)).get("objective")).get("name") or "") for s in STAGES}
     data = mapping(recipe.get("data"))
-    found = (_hub_id(mapping(one).get("path")) for one in (data, *records(data.get("sources"))))
+    found = (_hub_data(mapping(one).get("path")) for one in (data, *records(data.get("sources"))))
     head: dict[str, Any] = {
         "library_name": "peft" if form == "adapter" else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": sorted({"cwdpo", "preference-optimization", *objectives} - {""}),
         "base_model": _hub_id(_base(recipe)),
-        "datasets": [name for name in found if name],
+        "datasets": list(dict.fromkeys(name for name in found if name)),
     }
     return yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False).strip()
 
@@ -129,6 +130,12 @@ def _base(recipe: Mapping[str, Any]) -> Any:
 def _hub_id(value: Any) -> str | None:
     """The text if it is an id of the hub, ``OWNER/NAME``, and not a place on this machine."""
     return value if isinstance(value, str) and _HUB_ID.fullmatch(value) and not Path(value).exists() else None
+
+
+def _hub_data(value: Any) -> str | None:
+    """The id of a data set of the hub, without revision, configuration and split."""
+    place = hub_data(value) if isinstance(value, str) and not Path(value).exists() else None
+    return None if place is None else _hub_id(place.id)
 
 
 def _without_places(value: Any) -> Any:
