@@ -13,7 +13,7 @@ from cwdpo.lab.cell import CellJob, run_cell
 from cwdpo.lab.plan import asked, checked_tree, plan
 from cwdpo.lab.spec import RECIPE
 from cwdpo.rundir import RunDir
-from small_study import study
+from small_study import TINY, study
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,7 @@ def test_the_value_that_was_used_longest_ago_makes_room(monkeypatch: pytest.Monk
 
 def jobs_of(out: Path) -> list[CellJob]:
     spec = study(
+        common=(*TINY, "stage1.steps=2", "stage2.steps=3", "train.warmup_steps=0"),
         variants={
             "sft": {"set": ["stage2.objective={name: sft}"]},
             "dpo": {"set": ["stage2.objective={name: dpo}"]},

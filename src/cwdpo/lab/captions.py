@@ -76,14 +76,13 @@ def captions(
             this entropy. The names of these figures end in ``@entropy``; ``temperature@entropy`` is the temperature.
 
     Returns:
-        Shares and mean scores; ``scores`` [P][samples] at temperature 1; ``greedy``: the greedy captions; ``sampled``:
-        the first sampled ones; ``pictures``: for each figure, its value for each image.
+        Shares and mean scores; ``scores`` [P][samples] at temperature 1; ``greedy``, ``sampled``: the greedy and the
+        first sampled captions; ``pictures``: for each figure, its value for each image.
     """
     texts = draw(model, encoder, test, temperature=0.0)
     greedy = _written([judge_captions(test, texts)])
     drawn = [draw(model, encoder, test, seed=SEED + k) for k in range(SAMPLES)]
-    plain = [judge_captions(test, one) for one in drawn]
-    sampled = _written(plain)
+    sampled = _written(plain := [judge_captions(test, one) for one in drawn])
     figures: dict[str, Any] = {
         "greedy_correct": greedy.correct,
         "sampled_correct": sampled.correct,
@@ -100,7 +99,7 @@ def captions(
     }
     if decodings is None:
         return figures
-    figures |= {"greedy_score": greedy.score}
+    figures["greedy_score"] = greedy.score
     figures["pictures"] |= {"greedy_score": greedy.score_by_picture}
     further = {f"{t:g}": t for t in decodings.temperatures}
     if entropy is not None:
@@ -110,11 +109,8 @@ def captions(
         one = _written(
             [judge_captions(test, draw(model, encoder, test, temperature, SEED + k)) for k in range(SAMPLES)]
         )
-        figures |= {
-            f"judge_score@{name}": one.score,
-            f"sampled_correct@{name}": one.correct,
-            f"ill_formed@{name}": one.ill_formed,
-        }
+        figures |= {f"judge_score@{name}": one.score, f"sampled_correct@{name}": one.correct}
+        figures[f"ill_formed@{name}"] = one.ill_formed
         figures["pictures"] |= {
             f"judge_score@{name}": one.score_by_picture,
             f"sampled_correct@{name}": one.correct_by_picture,

@@ -113,11 +113,7 @@ def outcome(
         variants=compared(rows, figures) if running else compared(rows, figures, read.pictures),
         panel=panel_of(study, rows),
         shared={key: error for key, error in failed.items() if key not in asked},
-        base={
-            f.key: _mean([base[f.key]])
-            for f in figures
-            if base.get(f.key) is not None and not f.key.startswith(CHANGES)
-        },
+        base=_of_base(base, figures),
         shown=study.shown,
         gallery=pictured.pictures,
         head=study.head or tuple(study.score),
@@ -132,6 +128,12 @@ def outcome(
             "probes": _probe_cost(out, results),
         },
     )
+
+
+def _of_base(measured: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Mean]:
+    """The figures of the starting model, which has none that compare with it."""
+    known = (f for f in figures if measured.get(f.key) is not None and not f.key.startswith(CHANGES))
+    return {f.key: _mean([measured[f.key]]) for f in known}
 
 
 def figures_of(study: Study, cells: Cells) -> tuple[Figure, ...]:
