@@ -497,11 +497,11 @@ class FakeWorker:
     begun: ClassVar[list[str]] = []
 
     def __init__(self, ticks: Any) -> None:
-        self.read: set[str] = set()
+        self.read: list[str] = []
 
     def begin(self, job: CellJob) -> Future[CellResult]:
         FakeWorker.begun.append(job.key)
-        self.read.add(grid.data_of(job))
+        self.read.append(grid.data_of(job))
         future: Future[CellResult] = Future()
         if job.key == "v1-seed0" and FakeWorker.begun.count(job.key) <= FakeWorker.kills:
             future.set_exception(BrokenProcessPool())
@@ -510,7 +510,7 @@ class FakeWorker:
         return future
 
     def end(self) -> None:
-        self.read = set()
+        self.read = []
 
 
 @pytest.mark.parametrize(("kills", "status"), [(1, "done"), (2, "failed")])
@@ -543,10 +543,11 @@ def test_a_process_gets_cells_of_the_data_that_it_has_read(tmp_path: Path) -> No
     data = [grid.data_of(next(j for j in jobs if j.key == f"dpo-seed{i}")) for i in range(3)]
 
     def chosen(read: list[int], busy: list[int]) -> str:
-        return grid.next_cell(jobs, {data[i] for i in read}, {data[i] for i in busy}).key
+        return grid.next_cell(jobs, [data[i] for i in read], [data[i] for i in busy]).key
 
     assert chosen([], []) == "cw_dpo-seed0", "the first"
-    assert chosen([1, 2], [0]) == "cw_dpo-seed1", "read, and nobody is at it"
+    assert chosen([1, 2], [0]) == "cw_dpo-seed2", "read last, and nobody is at it"
+    assert chosen([1], [0]) == "cw_dpo-seed1", "read, and nobody is at it"
     assert chosen([0], [0]) == "cw_dpo-seed1", "better none that another process is at"
     assert chosen([2], [0, 1, 2]) == "cw_dpo-seed2", "all are in use: one that it has read"
     assert chosen([], [0, 1, 2]) == "cw_dpo-seed0"

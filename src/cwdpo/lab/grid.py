@@ -121,27 +121,27 @@ class Worker:
     """One process that runs one cell at a time; after it died, the next cell gets a new one.
 
     Attributes:
-        read: the data of the cells that the process has run.
+        read: the data of the cells that the process has run, the last one's at the end.
     """
 
     def __init__(self, ticks: Any) -> None:
         self._ticks = ticks
         self._pool: ProcessPoolExecutor | None = None
-        self.read: set[str] = set()
+        self.read: list[str] = []
 
     def begin(self, job: CellJob) -> Future[CellResult]:
         """Let the process run a cell."""
         if self._pool is None:
             context = mp.get_context(server.METHOD)
             self._pool = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(self._ticks,))
-        self.read.add(data_of(job))
+        self.read = [*(data for data in self.read if data != data_of(job)), data_of(job)]
         return self._pool.submit(_work, job)
 
     def end(self) -> None:
         """End the process."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        self._pool, self.read = None, set()
+        self._pool, self.read = None, []
 
 
 def data_of(job: CellJob) -> str:
@@ -149,18 +149,23 @@ def data_of(job: CellJob) -> str:
     return str(job.recipe.data.path)
 
 
-def next_cell(waiting: Sequence[CellJob], read: Collection[str], busy: Collection[str]) -> CellJob:
+def next_cell(waiting: Sequence[CellJob], read: Sequence[str], busy: Collection[str]) -> CellJob:
     """The cell that a free process runs next.
 
-    Its data are those that the process has read and no other is at, else those that no other is at, else those that
-    it has read, else any; of several cells, the first.
+    Its data are those that no other process is at, if there are any, and of these the ones that this process has read
+    last; of several cells, the first.
 
     Args:
         waiting: at least one cell.
-        read: the data that the process has read.
+        read: the data that the process has read, the last ones at the end.
         busy: the data of the cells that run in other processes.
     """
-    return min(waiting, key=lambda job: (data_of(job) in busy, data_of(job) not in read))
+
+    def preferred(job: CellJob) -> tuple[bool, int]:
+        data = data_of(job)
+        return data in busy, -read.index(data) if data in read else 1
+
+    return min(waiting, key=preferred)
 
 
 def _run(wave: Sequence[CellJob], pool: Sequence[Worker], ticks: Any, on_event: OnEvent) -> list[CellJob]:

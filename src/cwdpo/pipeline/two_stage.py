@@ -122,8 +122,10 @@ def _train(
     if run.writes:
         run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
         store_timings(run, "end")
-        write_model_card(run.path)
-        write_report(run.path)
+        with spent_on("report"):
+            write_model_card(run.path)
+            write_report(run.path)
+        store_timings(run, "end")  # the report cannot show its own time
         if trackers:
             trackers.result(result_of(run, findings(run.path)))
     wait_for_all("evaluation and report")
