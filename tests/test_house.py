@@ -32,6 +32,7 @@ MODELLING = {
     "config",
     "rundir",
     "remote",
+    "waiting",
 }
 DYNAMICS = {"dynamics", "curriculum"}
 RUNNING = {*MODELLING, *DYNAMICS, "probes", "judging", "stage", "trainer"}
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "clock": set(),
     "versions": set(),
+    "waiting": {"errors"},
     "registry": {"errors", "files"},
     "files": {"errors"},
     "hub": {"errors"},
@@ -56,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "negatives": {*BASE, "remote", "judging.base"},
     "videos": {"errors", "records"},
     "data": {*BASE, "videos"},
-    "models": {*BASE, "arguments", "data"},
+    "models": {*BASE, "arguments", "data", "waiting"},
     "scoring": {*BASE, "data", "objectives", "models"},
     "curriculum": BASE,
     "probes": {*BASE, "objectives"},
@@ -79,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"config", "judging.base", "objectives", "registry"},
     "metrics": {*BASE, "worlds"},
     "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
-    "trainer": {*BASE, "arguments", "data", "models", "scoring", "objectives", "rundir"},
+    "trainer": {*BASE, "arguments", "data", "models", "scoring", "objectives", "rundir", "waiting"},
     "stage": {*MODELLING, "arguments", "data_settings", "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
