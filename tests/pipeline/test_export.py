@@ -66,6 +66,12 @@ def tied(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return folders
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tied: dict[str, Path]) -> None:
+    """safetensors gives its files to their owner alone; a server often is another user."""
+    modes = {file.name: file.stat().st_mode for file in tied["float32"].iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def trained(base: Path, kind: str, world: Path, run: Path) -> tuple[Policy, Any]:
     """A run folder whose adapter was moved at random, and the policy that it was saved from."""
     from peft import LoraConfig

@@ -27,6 +27,9 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         # An adapter on embeddings is saved with the embeddings; this is intended.
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
         plain.save_pretrained(folder, **more)
+    # safetensors lets only the owner read its files: a server of another user could not load the folder.
+    for file in folder.glob("*.safetensors"):
+        file.chmod(next(folder.glob("*config.json")).stat().st_mode)
 
 
 def _is_resized(wrapped: Any) -> bool:
