@@ -57,6 +57,8 @@ def test_a_page_is_read_as_files_and_commands() -> None:
 def test_what_is_shown_must_be_printed_in_its_order(tmp_path: Path) -> None:
     assert same("loss  -0.5 at step 3", "loss +1e-3 at step 12")
     assert not same("loss 0.5", "losses 0.5")
+    assert same("greedy -0.2  ...", "greedy -0.31  a red ring")
+    assert not same("greedy -0.2  a ...", "greedy -0.31  the ring")
     assert missing(Command("x", ["a 1", "...", "c"]), "a 2\nb\nc\n") is None
     assert missing(Command("x", ["c", "a"]), "a\nb\nc\n") == "a"
     assert updated(EXAMPLE, Command("cat a.yaml", ["x: 2"]), "x: 7\n") == EXAMPLE.replace("x: 2", "x: 7")

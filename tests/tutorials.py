@@ -4,9 +4,9 @@
                                                           numbers of the shown lines up to date
 
 A block with ``title="NAME"`` is a file. In a ``console`` block a line ``$ COMMAND`` is run, and the lines below it must
-be among its output, in this order; numbers may differ, and ``...`` stands for any lines. ``# exit code N`` behind a
-command is the code that it must end with (0 if it is not said). A command that ends with ``&`` runs until the page
-ends; it is waited for until its last shown line is there.
+be among its output, in this order; numbers may differ, and ``...`` stands for any lines, or for the rest of a line.
+``# exit code N`` behind a command is the code that it must end with (0 if it is not said). A command that ends with
+``&`` runs until the page ends; it is waited for until its last shown line is there.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def steps(page: str) -> list[tuple[str, str] | Command]:
 
 
 def same(shown: str, printed: str) -> bool:
-    """Whether two lines are equal but for numbers and spaces."""
+    """Whether two lines are equal but for numbers and spaces; a shown line may end early, with `` ...``."""
+    if shown.endswith(" ..."):
+        return _plain(printed).startswith(_plain(shown[:-3]))
     return _plain(shown) == _plain(printed)
 
 
@@ -128,7 +130,7 @@ def updated(page: str, command: Command, output: str) -> str:
     lines = iter(output.splitlines())
     for shown in command.shown:
         new = next((line for line in lines if same(shown, line)), None) if shown.strip(". ") else None
-        if new is not None:
+        if new is not None and not shown.endswith(" ..."):
             page = page.replace(f"\n{shown}\n", f"\n{new.rstrip()}\n", 1)
     return page
 
