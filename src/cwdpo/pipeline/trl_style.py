@@ -35,7 +35,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.model import encoder_of
 from cwdpo.stage.prepare import encode, prepare, with_reference_values
-from cwdpo.stage.scoring_check import check_scoring
+from cwdpo.stage.scoring_check import check_scoring, spread
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
@@ -205,7 +205,7 @@ class CWDPOTrainer(PreferenceTrainer):
                 recipe.model.model_copy(update={"tune": "full"}),
             ).model
         with stage.autocast():
-            check_scoring(policy.model, stage.encoder, stage.examples, args.scoring)
+            check_scoring(policy.model, stage.encoder, spread(stage.examples), args.scoring)
         train = prepare(stage)
         self._stage, self._compute_metrics = stage, more.get("compute_metrics")
         evaluated = {name: self._encoded(one, name) for name, one in held_out.items()}

@@ -23,6 +23,7 @@ from cwdpo.data.encode.expand import Expansions, Sizes, Written
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate
+from cwdpo.data.inside import remember
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 from cwdpo.versions import version_of
@@ -153,7 +154,7 @@ class PromptEncoder:
         """
         check_taken(self.processor, example)
         if example.prompt not in self._texts:
-            self._texts[example.prompt] = self.template.prompt(example)
+            return remember(self._texts, example.prompt, self.template.prompt(example))
         return self._texts[example.prompt]
 
     def __call__(self, example: Example) -> EncodedPrompt:
@@ -168,7 +169,7 @@ class PromptEncoder:
         """
         key = _key(example)
         if key not in self._prompts:
-            self._prompts[key] = self._encoded_prompt(example)
+            return remember(self._prompts, key, self._encoded_prompt(example))
         return self._prompts[key]
 
     def _encoded_prompt(self, example: Example) -> EncodedPrompt:
