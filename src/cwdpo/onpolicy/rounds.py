@@ -178,7 +178,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 "negatives.recalibrate: the objective sets its floor by the negatives of the first round "
                 "(target_weight): leave out one of the two"
             )
-        own = [row for row in self.dataset_rows if row.negatives]
+        own = self.dataset_rows.select([i for i, row in enumerate(self.dataset_rows) if row.negatives])
         self._mean_logps = calibrate(
             self.stage,
             examples,

@@ -225,7 +225,7 @@ class CWDPOTrainer(PreferenceTrainer):
         )
         stage.trainer = self
 
-    def _encoded(self, rows: Rows, name: str) -> list[EncodedExample]:
+    def _encoded(self, rows: Rows, name: str) -> Sequence[EncodedExample]:
         """Encode rows to evaluate on, with reference values."""
         stage, args = self._stage, self._stage.recipe.data
         where = f"eval_dataset[{name!r}]" if name else "eval_dataset"

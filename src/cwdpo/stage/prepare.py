@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from cwdpo.clock import spent_on
+from cwdpo.data.encode.encoded_rows import EncodedRows, encode_rows
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.data.stored import select
 from cwdpo.errors import DataError
 from cwdpo.models.sample import sample
 from cwdpo.objectives.base import Objective
@@ -28,21 +29,20 @@ NEGATIVES = 1000
 """How many values stand for the negatives of a stage, where its objective calibrates on them."""
 
 
-def prepare(stage: Stage) -> list[EncodedExample]:
+def prepare(stage: Stage) -> EncodedRows:
     """Encode the examples of a stage with fixed negatives, and calibrate its objective.
 
     Raises:
         DataError: too many examples cannot be used, or none is left.
     """
     rows = keep_negatives(stage.objective, with_reference_values(stage, encode(stage, stage.examples)))
-    kept = {row.id for row in rows}
-    calibrate(stage, [e for e in stage.examples if e.id in kept], lambda: rows)
+    calibrate(stage, select(stage.examples, rows.numbers), lambda: rows)
     return rows
 
 
 def encode(
     stage: Stage, examples: Sequence[Example], part: str = "", *, need_negative: bool | None = None
-) -> list[EncodedExample]:
+) -> EncodedRows:
     """Encode examples; those that cannot be used are listed in ``problems.jsonl``.
 
     Args:
@@ -61,7 +61,7 @@ def encode(
             f"{'a negative' if needed else 'a response'}; check data.stage1_fraction and negatives"
         )
     with spent_on("encoding"):
-        encoded, problems = stage.encoder.encode_all(examples, stage.negatives, require_negative=needed)
+        encoded, problems = encode_rows(stage.encoder, examples, stage.negatives, require_negative=needed)
     fraction = stage.recipe.data.max_bad_fraction
     if len(problems) > fraction * len(examples) or not encoded:
         shown = "\n  ".join(problems[:5])
@@ -73,9 +73,7 @@ def encode(
     return encoded
 
 
-def with_reference_values(
-    stage: Stage, encoded: Sequence[EncodedExample], model: nn.Module | None = None
-) -> list[EncodedExample]:
+def with_reference_values(stage: Stage, encoded: EncodedRows, model: nn.Module | None = None) -> EncodedRows:
     """Add the reference model's log-likelihoods; if the objective uses no reference, the examples are unchanged.
 
     Args:
@@ -84,7 +82,7 @@ def with_reference_values(
         model: the reference model; default: the stage's, which is the policy before training.
     """
     if not stage.objective.needs_reference:
-        return list(encoded)
+        return encoded
     stage.listener.phase(f"{stage.name}: reference pass over {len(encoded)} prompts")
     reference = model or stage.reference_model or stage.policy.model
     train = stage.recipe.train
@@ -95,21 +93,13 @@ def with_reference_values(
         )
 
 
-def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+def keep_negatives(objective: Objective, rows: EncodedRows) -> EncodedRows:
     """Leave out the negatives that the objective filters, and the prompts that lose all their negatives.
 
     Raises:
         DataError: no pair is left.
     """
-    kept = []
-    for example in examples:
-        negatives = tuple(
-            c
-            for c in example.negatives
-            if c.reference_mean_logp is None or objective.keeps(c.reference_mean_logp)
-        )
-        if negatives or not objective.needs_negatives:
-            kept.append(replace(example, negatives=negatives))
+    kept = rows.filtered(objective.keeps, need=objective.needs_negatives)
     if not kept:
         raise DataError("the negative filter leaves no pair: lower the objective's filter_below")
     return kept

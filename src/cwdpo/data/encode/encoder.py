@@ -7,7 +7,7 @@ completion together are the ids of the joined text, and generation starts from e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -237,9 +237,20 @@ class Encoder:
         self, examples: Iterable[Example], negatives: NegativeSet, *, require_negative: bool
     ) -> tuple[list[EncodedExample], list[str]]:
         """Encode all examples that can be encoded; the second list has one message for each example left out."""
-        good: list[EncodedExample] = []
         problems: list[str] = []
-        for example in examples:
+        found = self.encodings(examples, negatives, problems, require_negative=require_negative)
+        return [encoded for _, _, encoded in found], problems
+
+    def encodings(
+        self,
+        examples: Iterable[Example],
+        negatives: NegativeSet,
+        problems: list[str],
+        *,
+        require_negative: bool,
+    ) -> Iterator[tuple[int, Example, EncodedExample]]:
+        """The place, the example and its encoding, of all that can be encoded; the others add to ``problems``."""
+        for number, example in enumerate(examples):
             try:
                 encoded = self.encode(example, negatives)
             except DataError as error:
@@ -248,8 +259,7 @@ class Encoder:
             if require_negative and not encoded.negatives:
                 problems.append(f"{example.where or example.id}: no negative for this stage")
                 continue
-            good.append(encoded)
-        return good, problems
+            yield number, example, encoded
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -84,7 +84,7 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
-class _Source:
+class ImageSource:
     """Loads the images of an encoded prompt, now or in a worker."""
 
     encoder: PromptEncoder
@@ -95,12 +95,15 @@ class _Source:
     """The name in :class:`ImageCache`; empty if the files could not be read when the prompt was encoded."""
 
     def __call__(self) -> Mapping[str, Tensor]:
+        """The inputs of the vision tower."""
         return self.encoder.load(self)
 
     def begin(self) -> Coming | None:
+        """Let a worker read them."""
         return self.encoder.begin(self)
 
     def job(self, example: Example) -> Job:
+        """What reading them takes."""
         return Job(example, self.encoder.text(example), self.ids, self.per_token, self.stored_as)
 
 
@@ -199,7 +202,7 @@ class PromptEncoder:
             if self._on_disk is not None and known:
                 self._on_disk.put(key, images)
         return EncodedPrompt(
-            ids, per_token, _Source(self, example, ids, per_token, key), digest, len(example.videos)
+            ids, per_token, ImageSource(self, example, ids, per_token, key), digest, len(example.videos)
         )
 
     def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
@@ -242,7 +245,7 @@ class PromptEncoder:
             self._images[key] = images
             self._free_bytes -= size
 
-    def load(self, source: _Source) -> Mapping[str, Tensor]:
+    def load(self, source: ImageSource) -> Mapping[str, Tensor]:
         """The images of a prompt, from the cache or read now; see :meth:`read`."""
         key = _key(source.example)
         if key not in self._images:
@@ -251,7 +254,7 @@ class PromptEncoder:
             return images
         return self._images[key]
 
-    def begin(self, source: _Source) -> Coming | None:
+    def begin(self, source: ImageSource) -> Coming | None:
         """Let a worker read the images of a prompt; ``None`` if there is no worker, or they are in the cache."""
         key = _key(source.example)
         if self._workers is None or key in self._images:
