@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -21,10 +22,12 @@ from cwdpo.errors import DataError
 from cwdpo.models.sample import sample
 from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
+from cwdpo.stage.encoded import stored_rows
 from cwdpo.stage.reference import stored_reference_pass
 from cwdpo.stage.stage import Stage
 
 logger = logging.getLogger("cwdpo")
+_Encoded = tuple[EncodedRows, list[str]]
 NEGATIVES = 1000
 """How many values stand for the negatives of a stage, where its objective calibrates on them."""
 
@@ -35,7 +38,8 @@ def prepare(stage: Stage) -> EncodedRows:
     Raises:
         DataError: too many examples cannot be used, or none is left.
     """
-    rows = keep_negatives(stage.objective, with_reference_values(stage, encode(stage, stage.examples)))
+    encoded = _usable(stage, stage.examples, partial(stored_rows, stage), "", stage.objective.needs_negatives)
+    rows = keep_negatives(stage.objective, with_reference_values(stage, encoded))
     calibrate(stage, select(stage.examples, rows.numbers), lambda: rows)
     return rows
 
@@ -55,13 +59,21 @@ def encode(
         DataError: more than ``data.max_bad_fraction`` of them cannot be used, or none is left.
     """
     needed = stage.objective.needs_negatives if need_negative is None else need_negative
+    encode_now = partial(encode_rows, stage.encoder, examples, stage.negatives)
+    return _usable(stage, examples, encode_now, part, needed)
+
+
+def _usable(
+    stage: Stage, examples: Sequence[Example], rows: Callable[..., _Encoded], part: str, needed: bool
+) -> EncodedRows:
+    """The result of ``rows``, if enough of the examples are in it."""
     if not examples:
         raise DataError(
             "no example is left to train on: the data has no row for this stage with "
             f"{'a negative' if needed else 'a response'}; check data.stage1_fraction and negatives"
         )
     with spent_on("encoding"):
-        encoded, problems = encode_rows(stage.encoder, examples, stage.negatives, require_negative=needed)
+        encoded, problems = rows(require_negative=needed)
     fraction = stage.recipe.data.max_bad_fraction
     if len(problems) > fraction * len(examples) or not encoded:
         shown = "\n  ".join(problems[:5])

@@ -192,7 +192,7 @@ class PromptEncoder:
         # What else a reference says (all but its place) changes the pixels, so it is part of the digest.
         said = [repr(replace(image, path=None, data=None)) for image in example.images]
         said += [repr(replace(video, path=None, data=None)) for video in example.videos]
-        digest = _digest(self._image_settings, *files, *said)
+        digest = _digest(self.image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
         known = len(contents) == len(example.images)
@@ -289,7 +289,7 @@ class PromptEncoder:
         return images
 
     @cached_property
-    def _image_settings(self) -> str:
+    def image_settings(self) -> str:
         """Everything that the inputs of the vision tower depend on besides the image files."""
         made: Any = getattr(self.processor, "image_processor", None)
         packages = (
