@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder, NegativeSet
+from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder, NegativeSet, offered
 from cwdpo.data.encode.prompts import EncodedPrompt, ImageSource
 from cwdpo.errors import DataError
 from cwdpo.records import Example
@@ -217,11 +217,6 @@ class EncodedRows(Sequence[EncodedExample]):
             return EncodedPrompt(ids, per_token)
         images = _Images(self, number, prompt)
         return EncodedPrompt(ids, per_token, images, prompt["image_digest"], prompt["n_videos"])
-
-
-def offered(example: Example, negatives: NegativeSet) -> tuple[Any, ...]:
-    """The negatives of an example that a stage uses."""
-    return {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
 
 
 def _tokens(prompt: Mapping[str, Any]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
