@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cwdpo.data.split import _named, _text_key, split_by_image
-from cwdpo.data.stored import Stored
 from cwdpo.errors import DataError
+from cwdpo.files.stored import Stored
 from cwdpo.records import Completion, Example, ImageRef, Message
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from cwdpo.data.stored import Stored, select
+from cwdpo.files.stored import Stored, select
 from cwdpo.records import Example
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from cwdpo.data.contents import image_content, video_digest
-from cwdpo.data.stored import select
 from cwdpo.errors import DataError
+from cwdpo.files.stored import select
 from cwdpo.records import Example
 
 

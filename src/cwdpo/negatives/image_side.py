@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cwdpo.data.stored import Stored, select
+from cwdpo.files.stored import Stored, select
 from cwdpo.negatives.base import NEGATIVES
 from cwdpo.negatives.mix import draw_negatives
 from cwdpo.negatives.settings import NegativeSettings

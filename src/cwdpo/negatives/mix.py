@@ -14,8 +14,8 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from cwdpo.data.stored import Stored, select
 from cwdpo.errors import RecipeError, nearest
+from cwdpo.files.stored import Stored, select
 from cwdpo.negatives.base import NEGATIVES, NegativeSource, identity
 from cwdpo.records import Completion, Example
 

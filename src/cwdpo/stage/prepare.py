@@ -17,8 +17,8 @@ from torch import nn
 from cwdpo.clock import spent_on
 from cwdpo.data.encode.encoded_rows import EncodedRows, encode_rows
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.data.stored import select
 from cwdpo.errors import DataError
+from cwdpo.files.stored import select
 from cwdpo.models.sample import sample
 from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
@@ -100,9 +100,11 @@ def with_reference_values(stage: Stage, encoded: EncodedRows, model: nn.Module |
     train = stage.recipe.train
     folder = Path(train.reference_cache) if train.reference_cache else None
     with spent_on("reference pass"), stage.autocast(reference):
-        return stored_reference_pass(
+        scored = stored_reference_pass(
             reference, encoded, stage.run, batch_size=train.batch_size, bf16=train.bf16, folder=folder
         )
+    assert isinstance(scored, EncodedRows)
+    return scored
 
 
 def keep_negatives(objective: Objective, rows: EncodedRows) -> EncodedRows:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -29,28 +29,6 @@ CANARIES = 4
 """Number of examples whose stored values are checked against the reference model before the cache is used."""
 
 
-@overload
-def stored_reference_pass(
-    model: nn.Module,
-    examples: EncodedRows,
-    run: RunDir,
-    *,
-    batch_size: int,
-    bf16: bool = ...,
-    folder: Path | None = ...,
-    progress: Callable[[int], None] = ...,
-) -> EncodedRows: ...
-@overload
-def stored_reference_pass(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    run: RunDir,
-    *,
-    batch_size: int,
-    bf16: bool = ...,
-    folder: Path | None = ...,
-    progress: Callable[[int], None] = ...,
-) -> Sequence[EncodedExample]: ...
 def stored_reference_pass(
     model: nn.Module,
     examples: Sequence[EncodedExample],
@@ -106,6 +84,12 @@ def stored_reference_pass(
         for batch in group:
             progress(len(batch))
     cache.close()
+    return _with_values(examples, keys, cache)
+
+
+def _with_values(
+    examples: Sequence[EncodedExample], keys: Sequence[Sequence[bytes]], cache: ReferenceCache
+) -> Sequence[EncodedExample]:
     if isinstance(examples, EncodedRows):
         return examples.with_reference(_array(examples, keys, cache))
     return [

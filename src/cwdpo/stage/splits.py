@@ -12,9 +12,9 @@ from cwdpo.data.mixture import Amount, in_turn, mixed
 from cwdpo.data.problems import printable
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.split import split_by_image
-from cwdpo.data.stored import Stored, select
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError
+from cwdpo.files.stored import Stored, select
 from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import Gentle, attach_negatives
 from cwdpo.negatives.settings import WITHOUT_NEGATIVES

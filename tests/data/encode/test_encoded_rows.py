@@ -13,7 +13,7 @@ import torch
 from cwdpo.data.encode import encoded_rows
 from cwdpo.data.encode.encoded_rows import EncodedRows, encode_rows
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.data.stored import Stored
+from cwdpo.files.stored import Stored
 from cwdpo.records import Completion, Example, ImageEdit
 from cwdpo.scoring.pairs import with_reference
 

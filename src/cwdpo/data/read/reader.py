@@ -14,8 +14,8 @@ from cwdpo.data.read.parse import ParsedRows
 from cwdpo.data.read.rows import open_source
 from cwdpo.data.read.source import Source
 from cwdpo.data.rowparts import ReadOptions
-from cwdpo.data.stored import Stored
 from cwdpo.errors import DataError
+from cwdpo.files.stored import Stored
 from cwdpo.records import SAMPLING, Example, VideoSampling
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cwdpo.data import stored
-from cwdpo.data.stored import Stored, select
 from cwdpo.errors import DataError
+from cwdpo.files import stored
+from cwdpo.files.stored import Stored, select
 from cwdpo.records import Completion, Example, ImageRef, Message
 
 
