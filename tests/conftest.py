@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 
+from fake_hub import hub  # noqa: F401 - a fixture of every test
 from fake_server import serve  # noqa: F401 - a fixture of every test
 from server import served  # noqa: F401 - a fixture of every test
 

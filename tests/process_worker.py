@@ -10,7 +10,9 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +26,14 @@ from accelerate.utils import DistributedType
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
+from cwdpo import waiting
 from cwdpo.config import load_recipe
 from cwdpo.data.encode.encoder import EncodedExample, EncodedPrompt, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError
 from cwdpo.models.shared_attention import use_scoring
 from cwdpo.objectives.base import OBJECTIVES
+from cwdpo.pipeline import two_stage
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.records import ImageRef
 from cwdpo.scoring.pairs import reference_pass
@@ -221,6 +225,34 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = told
 
 
+def slow_first_process(out: Path, recipe: str, settings: tuple[str, ...]) -> None:
+    """A run whose first process judges, writes its report and reads its data ten times as long as the timeout.
+
+    At the end, the same wait in the training's own group, which fails: so the timeout is in force.
+    """
+    state = PartialState(cpu=True, timeout=timedelta(seconds=2))
+
+    def slowly(work: Any) -> Any:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            if state.is_main_process:
+                time.sleep(20)
+            return work(*args, **kwargs)
+
+        return slow
+
+    for name in ("prepare_data", "write_report"):
+        setattr(two_stage, name, slowly(getattr(two_stage, name)))
+    waiting.EVERY = 5.0
+    train_two_stage(load_recipe(recipe, settings), out)
+    if state.is_main_process:
+        time.sleep(8)
+        os._exit(0)
+    try:
+        state.wait_for_everyone()
+    except RuntimeError as error:
+        print("the training's own group:", str(error).splitlines()[0])
+
+
 def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
     """Run the named scenarios on this process and write its results."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -228,6 +260,19 @@ def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
         shard_on_cpu()
     if names[:1] == ("recipe",):
         train_two_stage(load_recipe(names[1], names[2:]), out)
+        return
+    if names[:1] == ("dies",):
+        PartialState(cpu=True)
+        waiting.prepare()
+        if rank == 0:
+            os._exit(9)
+        try:
+            waiting.wait_for_all("a test")
+        except CwdpoError as error:
+            print(f"{type(error).__name__}: {error}")
+        os._exit(0)
+    if names[:1] == ("slow",):
+        slow_first_process(Path(out), names[1], names[2:])
         return
     found = {}
     for name in names:

@@ -20,7 +20,7 @@ from paths import ROOT
 PACKAGE = Path(cwdpo.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"clock", "versions", "errors", "files", "records", "registry"}
+BASE = {"clock", "versions", "errors", "files", "hub", "records", "registry"}
 MODELLING = {
     *BASE,
     "worlds",
@@ -32,6 +32,7 @@ MODELLING = {
     "config",
     "rundir",
     "remote",
+    "waiting",
 }
 DYNAMICS = {"dynamics", "curriculum"}
 RUNNING = {*MODELLING, *DYNAMICS, "probes", "judging", "stage", "trainer"}
@@ -39,8 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "clock": set(),
     "versions": set(),
+    "waiting": {"errors"},
     "registry": {"errors", "files"},
     "files": {"errors"},
+    "hub": {"errors"},
     "hints": set(),
     "arguments": {"errors", "files", "registry"},
     "data_settings": {"records", "registry", "worlds"},
@@ -55,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "negatives": {*BASE, "remote", "judging.base"},
     "videos": {"errors", "records"},
     "data": {*BASE, "videos"},
-    "models": {*BASE, "arguments", "data"},
+    "models": {*BASE, "arguments", "data", "waiting"},
     "scoring": {*BASE, "data", "objectives", "models"},
     "curriculum": BASE,
     "probes": {*BASE, "objectives"},
@@ -78,11 +81,11 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"config", "judging.base", "objectives", "registry"},
     "metrics": {*BASE, "worlds"},
     "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
-    "trainer": {*BASE, "arguments", "data", "models", "scoring", "objectives", "rundir"},
+    "trainer": {*BASE, "arguments", "data", "models", "scoring", "objectives", "rundir", "waiting"},
     "stage": {*MODELLING, "arguments", "data_settings", "trainer"},
     "monitor": RUNNING,
     "onpolicy": {*RUNNING, "monitor"},
-    "report": {"rundir", "errors", "files", "records", "videos", "dynamics"},
+    "report": {"rundir", "errors", "files", "hub", "records", "videos", "dynamics"},
     "pipeline": {
         *RUNNING,
         "arguments",

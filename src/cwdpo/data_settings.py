@@ -66,7 +66,10 @@ class DataSource(Settings):
 class DataSettings(Settings):
     """The source of the examples, and their split."""
 
-    path: str | None = Field(None, description="a .jsonl/.json/.parquet file, a folder, or a hub id")
+    path: str | None = Field(
+        None,
+        description="a file, a folder, or owner/name[@revision][:configuration][#split] of the hub",
+    )
     sources: tuple[DataSource, ...] = Field((), description="a mixture of data sets, instead of path")
     world: ShapesSettings | None = Field(None, description="embedded world to generate in the run folder")
     format: str | Spec = Field(
@@ -77,7 +80,7 @@ class DataSettings(Settings):
     image_root: str | None = Field(
         None, description="folder of relative image paths; images must be in it; default: the data's folder"
     )
-    validation_path: str | None = None
+    validation_path: str | None = Field(None, description="held-out data; as path")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="by image, when no validation_path")
     stage1_fraction: float = Field(0.75, ge=0, le=1, description="share of training images in stage 1")
     captions_per_image: int = Field(1, gt=0, description="number of examples from one image with captions")

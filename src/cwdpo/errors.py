@@ -26,6 +26,10 @@ class WorkerError(DataError):
     """A process that reads images and died; like an image that cannot be read, it stops all processes of a run."""
 
 
+class ProcessError(CwdpoError, RuntimeError):
+    """Another process of a distributed run ended while this one waited for it."""
+
+
 class ModelError(CwdpoError, ValueError):
     """A model folder, adapter or processor that cannot be used."""
 

@@ -24,9 +24,8 @@ from cwdpo.cli import main as cli
 
 if len(sys.argv) > 1:
     cwdpo.lab.spec.SHIPPED = Path(sys.argv[1])
-# Workers of a study are forked, too; they die with their parent as spawned ones do.
-fork = multiprocessing.get_context("fork")
-cwdpo.lab.grid.mp.get_context = lambda method: fork
+# Workers of a study are forked, too, from this process, which has imported everything; they die with their parent.
+cwdpo.lab.server.METHOD = "fork"
 print("ready", flush=True)
 for line in sys.stdin:
     out, err, limits, *arguments = json.loads(line)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cwdpo.config import load_recipe
+from fake_hub import Hub
 
 Run = Callable[..., Any]  # the fixture `run`: arguments -> code, out, err
 
@@ -145,31 +146,21 @@ def test_what_is_wrong_is_named(run: Run, place: Path, options: tuple[str, ...],
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, place: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    asked: list[float] = []
-    urls: list[str] = []
-
-    class Dead:
-        def head(self, url: str, timeout: float) -> None:
-            asked.append(timeout)
-            urls.append(url)
-            raise OSError("no route")
-
-    monkeypatch.setattr(huggingface_hub, "get_session", Dead)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    done = run(*INIT, "--model", "owner/name")
-    assert done.code == 1
-    said = "'owner/name': there is no such folder here, and https://huggingface.co does not answer (OSError)"
-    assert said in done.err
-    assert "name its folder" in done.err
-    assert asked == [5.0]
-    done = run("init", "--model", "embedded", "--gpu", "4090", "--data", "owner/name")
-    assert said in done.err
-    assert urls[0].endswith("/api/models/owner/name")
-    assert urls[1].endswith("/api/datasets/owner/name")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for words in (
+        (*INIT, "--model", "owner/name"),
+        ("init", "--model", "embedded", "--gpu", "4090", "--data", "owner/name"),
+    ):
+        done = run(*words)
+        assert done.code == 1
+        assert (
+            "'owner/name': there is no such folder here, and http://127.0.0.1:9 does not answer" in done.err
+        )
+        assert "name its folder" in done.err
 
 
 def test_held_out_rows_beside_the_data_are_used(run: Run, world_folder: Path, tmp_path: Path) -> None:

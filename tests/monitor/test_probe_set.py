@@ -33,12 +33,13 @@ from cwdpo.monitor.probe_set import (
 from cwdpo.monitor.responses import read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import normalised
 from cwdpo.objectives.base import Scale
+from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.probes.base import PROBES
 from cwdpo.probes.repetition import repeated
 from cwdpo.records import Completion, Example, Message
 from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
-from cwdpo.stage.prepare import reference_mean_logps
+from cwdpo.stage.calibration import draw as draw_for_calibration
 from cwdpo.stage.stage import Stage
 from cwdpo.worlds.shapes import Scene, judge, paraphrases, parse
 from random_models import distributions
@@ -318,7 +319,7 @@ def test_a_pass_without_gradient_takes_no_more_prompts_than_evaluation(
 ) -> None:
     recipe = parse_recipe(
         {"data": {"path": "x"}, "probes": {"prompts": 6, "types": ["on_policy"], "max_new_tokens": 4},
-         "calibration": {"samples": 5, "max_new_tokens": 4}, "stage2": {"objective": "sft"},
+         "calibration": {"samples": 5, "per_prompt": 1, "max_new_tokens": 4}, "stage2": {"objective": "sft"},
          "evaluation": {"batch_size": 2}}
     )  # fmt: skip
     encoded = encode_rows(encoder, examples[6:20], "rejected", require_negative=False)[0]
@@ -332,7 +333,7 @@ def test_a_pass_without_gradient_takes_no_more_prompts_than_evaluation(
         return made
 
     monkeypatch.setattr("cwdpo.models.sample.by_length", seen)
-    reference_mean_logps(stage, examples[6:20])
+    draw_for_calibration(stage, examples[6:20], CwDpo().calibrated)
     assert sizes == [2, 2, 1]
     found = instruments(stage, encoded)
     assert found is not None

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import re
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,81 +10,7 @@ from huggingface_hub import constants
 
 from cwdpo.errors import ServerError
 from cwdpo.pipeline.hub import make_repository, push_folder
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories with the files of their commits; those of ``other`` are not for this token."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.private: dict[str, bool] = {}
-        self.files: dict[str, dict[str, bytes]] = {}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path == "/api/validate-yaml":
-            return self.reply(200, {"errors": [], "warnings": []})
-        if self.headers.get("Authorization") != "Bearer hf_right":
-            return self.reply(401, {"error": "Invalid username or password."})
-        if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            owner = asked.get("organization") or "me"
-            if owner == "other":
-                return self.reply(403, {"error": "You don't have the rights to create a model under other"})
-            name = f"{owner}/{asked['name']}"
-            self.server.private.setdefault(name, asked.get("visibility") == "private")
-            return self.reply(200, {"url": f"{self.server.url}/{name}", "name": name, "id": "1"})
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path.split("?")[0])
-        if match is None:
-            return self.reply(404, {"error": f"no {self.path}"})
-        name, what = match.groups()
-        if what == "preupload":
-            each = {"uploadMode": "regular", "shouldIgnore": False}
-            return self.reply(
-                200, {"files": [{"path": f["path"], **each} for f in json.loads(body)["files"]]}
-            )
-        for line in body.splitlines():
-            entry = json.loads(line)
-            if entry["key"] == "file":
-                content = base64.b64decode(entry["value"]["content"])
-                self.server.files.setdefault(name, {})[entry["value"]["path"]] = content
-        commit = {"commitUrl": f"{self.server.url}/{name}/commit/1", "commitOid": "1", "success": True}
-        return self.reply(200, commit)
-
-    def do_GET(self) -> None:
-        self.reply(404, {"error": f"no {self.path}"})
-
-    def reply(self, status: int, found: Any) -> None:
-        data = json.dumps(found).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+from fake_hub import Hub
 
 
 @pytest.fixture

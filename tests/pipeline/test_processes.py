@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ SCENARIOS = worker().SCENARIOS
 EQUAL = sorted(set(SCENARIOS) - {"nan", "unreadable", "unreadable_by_workers"})
 
 
-def launch(*arguments: str) -> list[str]:
+def launch(*arguments: str, codes: Sequence[int] = (0, 0)) -> list[str]:
     """Start two processes as a launcher would; their outputs. None outlives ten minutes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,7 +69,7 @@ def launch(*arguments: str) -> list[str]:
     finally:
         for process in started:
             process.kill()
-    assert [p.returncode for p in started] == [0, 0], "\n".join(text[-3000:] for text in outputs)
+    assert [p.returncode for p in started] == list(codes), "\n".join(text[-3000:] for text in outputs)
     return outputs
 
 
@@ -194,6 +195,38 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
     assert fine[1] == pytest.approx(fine[0], abs=1e-4, rel=1e-4)
     assert known[1] == pytest.approx(known[0], abs=0.02)
     load_policy(_settings(tmp_path / "two" / "model"))
+    texts = [[[r["text"] for r in row["responses"]] for row in run.samples()] for run in (one, two)]
+    assert texts[1] == texts[0]
+
+
+@pytest.mark.slow
+def test_nobody_gives_up_on_a_first_process_that_works_alone(tmp_path) -> None:
+    small = [
+        "stage1.enabled=false", "stage2.steps=2", "data.world.train=24", "data.world.validation=8",
+        "calibration.samples=10", "evaluation.prompts=4", "evaluation.batch_size=2", "train.save_steps=1",
+        "probes.every=2",
+    ]  # fmt: skip
+    first, second = launch(
+        "ddp", "-", "-", str(tmp_path / "run"), "slow", str(ROOT / "recipes" / "tiny.yaml"), *small
+    )
+    assert "the training's own group: " in second, (
+        "with a timeout of two seconds, a wait of eight must fail there"
+    )
+    for what in ("reading data", "evaluation and report"):
+        assert f"process 1 waits for another since 0 min ({what}" in second
+    assert "waits for another" not in first
+    assert len(RunDir.open(tmp_path / "run").samples()) == 4
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_alone_ends_the_others(tmp_path) -> None:
+    first, second = launch("ddp", "-", "-", str(tmp_path), "dies", codes=[9, 0])
+    assert (
+        "ProcessError: process 1: another process of the run ended while this one waited (a test)" in second
+    )
+    assert "continue with --resume" in second
+    assert first == ""
 
 
 @pytest.mark.slow

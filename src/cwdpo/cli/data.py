@@ -226,7 +226,7 @@ def _processor(settings: ModelSettings) -> tuple[Any, CheckpointTokens]:
     from cwdpo.models.load import EMBEDDED, load_processor, read_checkpoint_tokens
 
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
-    check_folder(source)
+    check_folder(source, revision=settings.revision)
     return load_processor(source, settings), read_checkpoint_tokens(source, settings)
 
 

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cwdpo.errors import FileError, ModelError
 from cwdpo.files.reading import read_object
+from cwdpo.hub import check_hub
 from cwdpo.models.merge import merge, tied_layers_handled
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ _SETTINGS = (
 )  # fmt: skip
 """Files that transformers reads besides config.json; the tokenizer's file is too large to be read twice."""
 MOST_IMAGE_TOKENS = 2**16
-ANSWERS_WITHIN = 5.0
-"""Seconds for the hub's first answer."""
 _DIGITS = re.compile(r"\d+")
 _EMBEDDING = re.compile(r"\b(embed_tokens|lm_head)(\.base_layer|\.modules_to_save)?\.weight$")
 
@@ -47,15 +46,17 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def check_folder(source: str, *, weights: bool = True) -> None:
+def check_folder(source: str, *, weights: bool = True, revision: str | None = None) -> None:
     """Refuse a local folder without a checkpoint, or with pickled weights only. Other names are hub ids.
 
     Args:
         source: a folder or a hub id.
         weights: whether weights are needed, too.
+        revision: of a hub id.
 
     Raises:
-        ModelError: the folder does not exist, has no config, or its weights are pickles.
+        ModelError: the folder does not exist, has no config, or its weights are pickles; or the hub has no such model,
+            or does not answer within seconds.
     """
     folder = Path(source)
     try:
@@ -68,6 +69,7 @@ def check_folder(source: str, *, weights: bool = True) -> None:
             "or a hub id (owner/name)"
         )
     if not is_folder:
+        check_hub(source, "models", revision, ModelError)
         return
     kind, config = "model", folder / "config.json"
     if (folder / "adapter_config.json").is_file():
@@ -93,32 +95,6 @@ def check_folder(source: str, *, weights: bool = True) -> None:
     raise ModelError(
         f"model.path {source!r}: there is no {kind}*.safetensors; fetch the checkpoint again, it is incomplete"
     )
-
-
-def check_reachable(source: str, kind: Literal["models", "datasets"] = "models") -> None:
-    """Refuse a hub id while the hub does not answer, within seconds: the clients would try for most of a minute.
-
-    Nothing is asked of the hub under ``HF_HUB_OFFLINE``.
-
-    Args:
-        source: a hub id; a folder, or a name without an owner, is passed.
-        kind: what it is the id of.
-
-    Raises:
-        ModelError: no answer within :data:`ANSWERS_WITHIN`; the message says what to do.
-    """
-    from huggingface_hub import constants, get_session
-
-    if os.path.isdir(source) or "/" not in source or constants.HF_HUB_OFFLINE:
-        return
-    try:
-        get_session().head(f"{constants.ENDPOINT}/api/{kind}/{source}", timeout=ANSWERS_WITHIN)
-    except Exception as error:  # the client of the installed version has its own types
-        raise ModelError(
-            f"{source!r}: there is no such folder here, and {constants.ENDPOINT} does not answer "
-            f"({type(error).__name__}): correct the network; or use the copy that was fetched before, with "
-            "HF_HUB_OFFLINE=1; or fetch it elsewhere (hf download) and name its folder"
-        ) from None
 
 
 def check_processor(processor: Any, source: str) -> None:

@@ -111,7 +111,7 @@ def load_policy(
     """
     settings = with_adapter_settings(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
-    check_folder(source)
+    check_folder(source, revision=settings.revision)
     base = adapter_base(source, settings.revision)
     processor = load_processor(source, settings)
     model = _load_model(base or source, settings)

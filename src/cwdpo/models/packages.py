@@ -70,7 +70,7 @@ def check_packages(settings: ModelSettings, *, weights: bool = True) -> None:
         _need("bitsandbytes", f"model.quantization: {settings.quantization}")
     if settings.path in ("init", "embedded"):
         return
-    check_folder(settings.path, weights=weights)
+    check_folder(settings.path, weights=weights, revision=settings.revision)
     source = adapter_base(settings.path, settings.revision) or settings.path
     config = checkpoint_config(source, settings)
     check_quantization(settings, config, source)

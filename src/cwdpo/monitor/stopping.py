@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -14,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from cwdpo.dynamics.rules import Rule, Violation, first_violation, parse_rule
 from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.trainer.weights import Weights
+from cwdpo.waiting import from_first
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.probes.last_step != state.global_step:
             return
         # All processes follow the first one: their readings may differ in the last bits, but none may stop alone.
-        found = broadcast_object_list([first_violation(self.rules, self.probes.last)])[0]
+        found = from_first(first_violation(self.rules, self.probes.last), "the rules to stop")
         if found is not None:
             self._stop(found, model, control)
         elif self.healthy is not None:

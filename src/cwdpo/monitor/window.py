@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -16,6 +15,7 @@ from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.objectives.base import Objective
 from cwdpo.objectives.cw_dpo import calibrate
 from cwdpo.rundir import RunDir
+from cwdpo.waiting import from_first
 
 FILE = "curriculum.jsonl"
 
@@ -61,8 +61,7 @@ def added_share(run: RunDir, step: int) -> float:
     It is read from the run folder, so that a resumed run prepares its round exactly as before.
     """
     known = [row for row in run.rows(FILE) if row["stage"] == "stage2" and row["step"] <= step]
-    added: float = broadcast_object_list([known[-1].get("fresh", 0.0) if known else 0.0])[0]
-    return added
+    return from_first(float(known[-1].get("fresh", 0.0)) if known else 0.0, "reading the curriculum")
 
 
 class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -109,7 +108,7 @@ class CurriculumCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         readings = {name: reading.value for name, reading in self.probes.last.items()}
         hardness = self.hardness()
         # All processes use the plan of the first one: their readings may differ in the last bits.
-        plan: Plan = broadcast_object_list([next_round(self.curriculum, self.plan, readings, hardness)])[0]
+        plan = from_first(next_round(self.curriculum, self.plan, readings, hardness), "the curriculum")
         if plan != self.plan:
             self.plan = plan
             self._note(state.global_step, hardness)

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
@@ -23,6 +22,7 @@ from cwdpo.onpolicy.sampler import Sampler
 from cwdpo.onpolicy.samples import PromptSamples, texts_to_judge
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
+from cwdpo.waiting import from_first, of_all
 
 FILE = "pool.jsonl"
 _NOT_SAMPLING = ("name", "evaluation", "probes")
@@ -49,7 +49,7 @@ class Pool:
         self._mark = yaml.safe_dump(tree)
         # The first process reads the file and sends its rows to the others, which must not read while it writes.
         stored = {row["key"]: row for row in run.rows(FILE)} if run.writes else {}
-        self._stored: dict[str, dict[str, Any]] = broadcast_object_list([stored])[0]
+        self._stored: dict[str, dict[str, Any]] = from_first(stored, "reading stored samples")
 
     def fill(
         self,
@@ -92,11 +92,10 @@ class Pool:
                 for batch in islice(coming, len(these[mine : mine + 1]))
                 for row in self._drawn(batch, keys, sampler, round_, step)
             ]
-            if state.num_processes > 1:
-                drawn = gather_object(drawn)
+            drawn = of_all(drawn, "sampling")
             if state.is_main_process:
                 drawn = self._store(these, drawn, keys)
-            rows: list[PromptSamples] = broadcast_object_list([drawn])[0]
+            rows = from_first(drawn, "judging samples")
             found |= {row.id: row for row in rows}
             progress(len(found) * n, len(examples) * n)
         return found

@@ -31,14 +31,8 @@ from cwdpo.onpolicy.record import FILE, negatives_by_origin, shown_pairs
 from cwdpo.onpolicy.sampler import ANSWERS, Sampler, build_sampler
 from cwdpo.onpolicy.samples import PromptSamples, outside, sort_samples
 from cwdpo.records import Example
-from cwdpo.stage.prepare import (
-    calibrate,
-    calibration_row,
-    encode,
-    keep_negatives,
-    negative_mean_logps,
-    with_reference_values,
-)
+from cwdpo.stage.calibration import calibrate, calibration_row, negative_mean_logps
+from cwdpo.stage.prepare import encode, keep_negatives, with_reference_values
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.weights import Weights
 
@@ -194,7 +188,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         run, name = self.stage.run, "calibration-round0.json"
         negatives = run.json(name)["negatives"] if round_ else negative_mean_logps(rows)
         objective = self.stage.settings.build().calibrated(self._mean_logps, negatives)
-        self.stage.in_force.objective = objective
+        self.stage.in_force.objective, self.stage.in_force.known = objective, {}
         if not round_:
             run.write_json(name, {**calibration_row(objective, self._mean_logps), "negatives": negatives})
 
@@ -205,7 +199,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         mean_logps = [s.mean_logp for row in drawn.values() for s in row.samples if s.mean_logp is not None]
         if len(mean_logps) > 1:
             objective = self.stage.settings.build().calibrated(mean_logps)
-            self.stage.in_force.objective = objective
+            self.stage.in_force.objective, self.stage.in_force.known = objective, {}
             row = calibration_row(objective, mean_logps)
             self.stage.run.write_json(f"calibration-round{round_}.json", row)
 

@@ -13,6 +13,7 @@ from cwdpo.models.sample import sample
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 from cwdpo.stage.tracker_kinds import Result
+from cwdpo.waiting import from_first
 
 
 def evaluate_policy(
@@ -25,6 +26,8 @@ def evaluate_policy(
     resume: bool = False,
 ) -> dict[str, Any]:
     """Generate responses to held-out prompts, write samples.jsonl, and return the run's summary.
+
+    All processes call this together: each generates a part of the responses, and the first one writes.
 
     Args:
         policy: the trained policy.
@@ -52,7 +55,7 @@ def evaluate_policy(
     ]
     temperatures = [0.0, *[1.0] * settings.samples] if chosen else []
     if resume:
-        rows = _with_stored(rows, run.samples())
+        rows = from_first(_with_stored(rows, run.samples()) if run.writes else rows, "reading stored samples")
     have = len(rows[0]["responses"]) if rows else 0
     for draw, temperature in list(enumerate(temperatures))[have:]:
         samples = sample(
@@ -63,6 +66,7 @@ def evaluate_policy(
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             seed=recipe.seed + draw,
+            together=True,
         )
         for row, s in zip(rows, samples, strict=True):
             row["responses"].append({"temperature": temperature, "text": s.text, "ended": s.ended})
@@ -86,6 +90,8 @@ def result_of(run: RunDir, findings: Sequence[str]) -> Result:
 
 
 def _write_samples(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
+    if not run.writes:
+        return
     run.write_text("samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 

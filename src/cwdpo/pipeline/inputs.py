@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 
 from cwdpo.data.contents import image_content, video_digest
 from cwdpo.errors import CwdpoError, DataError, RecipeError
@@ -22,6 +21,7 @@ from cwdpo.records import Completion, Example, ImageRef, VideoRef
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.reference_cache import weights_digest
 from cwdpo.stage.splits import Splits
+from cwdpo.waiting import from_first
 
 FILE = "inputs.json"
 
@@ -53,7 +53,7 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
                 run.write_json(FILE, now)
         except (CwdpoError, OSError) as error:  # the other processes would wait for ever
             trouble = [error]
-    found_trouble = broadcast_object_list(trouble)[0]
+    found_trouble = from_first(trouble[0], "checking the inputs")
     if found_trouble is not None:
         raise found_trouble
 

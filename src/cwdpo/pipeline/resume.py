@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from cwdpo.config import Recipe, code_names, parse_recipe, read_tree
 from cwdpo.errors import CwdpoError, FileError, RecipeError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.writing import write_text
 from cwdpo.overrides import flat
 from cwdpo.rundir import RunDir
+from cwdpo.waiting import from_first
 
 ABSENT = "(absent)"
 # These keys are used after training only: if they change, the trained model stays valid.
@@ -47,7 +46,7 @@ def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_chang
             run.unlock()
             trouble = [error]
     # All processes must raise the error; else the others would wait for the first process without end.
-    found = broadcast_object_list(trouble)[0]
+    found = from_first(trouble[0], "opening the run folder")
     if found is not None:
         raise found
 

@@ -30,6 +30,7 @@ from cwdpo.stage.scoring_check import check_scoring, spread
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
 from cwdpo.stage.trackers import Trackers, started_trackers
+from cwdpo.waiting import first_alone, prepare, wait_for_all
 
 
 def train_two_stage(
@@ -63,11 +64,12 @@ def train_two_stage(
     recipe = recipe.model_copy(update={"model": with_adapter_settings(recipe.model)})
     listener = listener or Listener()
     state = PartialState(cpu=recipe.model.device == "cpu")
+    prepare()
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
     start_run(run, recipe, resume=resume, accept_changes=accept_changes)
     try:
         with running(Clock()), started_trackers(recipe, run, listener.note) as trackers:
-            _train(recipe, run, state, listener, trackers, resume=resume, accept_changes=accept_changes)
+            _train(recipe, run, listener, trackers, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
     return run
@@ -76,7 +78,6 @@ def train_two_stage(
 def _train(
     recipe: Recipe,
     run: RunDir,
-    state: PartialState,
     listener: Listener,
     trackers: Trackers,
     *,
@@ -85,7 +86,7 @@ def _train(
 ) -> None:
     listener.phase("reading data")
     # The main process writes the embedded world and the small model, which the others read.
-    with state.main_process_first():
+    with first_alone("reading data, loading the model"):
         with spent_on("data"):
             splits = prepare_data(recipe, run)
         for note in (*_notes(recipe), *splits.notes):
@@ -117,17 +118,19 @@ def _train(
         load_saved(policy, run.path / "model")
     else:
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))
+    listener.phase("evaluation")
+    with spent_on("evaluation"), autocast(policy.model, recipe.train.bf16):
+        summary = evaluate_policy(policy, encoder, splits.validation, recipe, run, resume=trained)
     if run.writes:
-        listener.phase("evaluation")
-        with spent_on("evaluation"), autocast(policy.model, recipe.train.bf16):
-            summary = evaluate_policy(policy, encoder, splits.validation, recipe, run, resume=trained)
         run.write_json("summary.json", {"name": recipe.name, "seed": recipe.seed, **summary})
         store_timings(run, "end")
-        write_model_card(run.path)
-        write_report(run.path)
+        with spent_on("report"):
+            write_model_card(run.path)
+            write_report(run.path)
+        store_timings(run, "end")  # the report cannot show its own time
         if trackers:
             trackers.result(result_of(run, findings(run.path)))
-    state.wait_for_everyone()
+    wait_for_all("evaluation and report")
 
 
 def _notes(recipe: Recipe) -> list[str]:

@@ -11,8 +11,9 @@ import yaml
 
 from cwdpo.dynamics.diagnose import diagnose_rows
 from cwdpo.files.writing import write_text
+from cwdpo.hub import hub_data
 from cwdpo.report._page import Folder, mapping, records
-from cwdpo.report._text import finite, number, plain, visible
+from cwdpo.report._text import finite, interval_text, number, plain, visible
 
 Form = Literal["full", "adapter", "merged"]
 """The model next to the card: a whole model, a peft adapter, or a base model with its adapter merged."""
@@ -111,13 +112,13 @@ def model_card(run: Path, form: Form) -> str:
 def _front_matter(recipe: Mapping[str, Any], form: Form) -> str:
     objectives = {_line(mapping(mapping(recipe.get(s)).get("objective")).get("name") or "") for s in STAGES}
     data = mapping(recipe.get("data"))
-    found = (_hub_id(mapping(one).get("path")) for one in (data, *records(data.get("sources"))))
+    found = (_hub_data(mapping(one).get("path")) for one in (data, *records(data.get("sources"))))
     head: dict[str, Any] = {
         "library_name": "peft" if form == "adapter" else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": sorted({"cwdpo", "preference-optimization", *objectives} - {""}),
         "base_model": _hub_id(_base(recipe)),
-        "datasets": [name for name in found if name],
+        "datasets": list(dict.fromkeys(name for name in found if name)),
     }
     return yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False).strip()
 
@@ -129,6 +130,12 @@ def _base(recipe: Mapping[str, Any]) -> Any:
 def _hub_id(value: Any) -> str | None:
     """The text if it is an id of the hub, ``OWNER/NAME``, and not a place on this machine."""
     return value if isinstance(value, str) and _HUB_ID.fullmatch(value) and not Path(value).exists() else None
+
+
+def _hub_data(value: Any) -> str | None:
+    """The id of a data set of the hub, without revision, configuration and split."""
+    place = hub_data(value) if isinstance(value, str) and not Path(value).exists() else None
+    return None if place is None else _hub_id(place.id)
 
 
 def _without_places(value: Any) -> Any:
@@ -165,9 +172,12 @@ def findings(run: Path) -> list[str]:
         if stopped:
             lines.append(_line(stopped.get("reason")))
     calibration = {k: finite(v) for k, v in source.json("calibration.json").items() if k != "n"}
-    values = ", ".join(f"{_line(k)} {v:.3f}" for k, v in calibration.items() if v is not None)
+    stored = source.json("calibration.json")
+    values = "; ".join(
+        f"{_line(k)} {v:.3f}{interval_text(stored, k)}" for k, v in calibration.items() if v is not None
+    )
     if values:
-        n = plain(source.json("calibration.json").get("n"))
+        n = plain(stored.get("n"))
         lines.append(f"Calibrated on {n} samples of the reference: {values}.")
     left_out = len(source.rows("problems.jsonl"))
     if left_out:

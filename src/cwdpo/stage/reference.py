@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from cwdpo.data.encode.encoded_rows import EncodedRows
@@ -23,6 +23,7 @@ from cwdpo.models.vision_cache import needs_images
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass, with_reference
 from cwdpo.scoring.reference_cache import ReferenceCache, Value, differs, reference_digest, row_keys
+from cwdpo.waiting import from_first
 
 FOLDER = "reference"
 CANARIES = 4
@@ -126,8 +127,7 @@ def _opened(
             _check_canaries(model, examples, keys, cache, rounded=rounded)
         except (ReferenceCacheError, NonFiniteError) as problem:
             error = str(problem)
-    if state.num_processes > 1:
-        found, error = broadcast_object_list([found, error])
+    found, error = from_first((found, error), "reading stored reference values")
     if error:
         raise ReferenceCacheError(error)
     cache.add(found)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from cwdpo.config import Recipe
 from cwdpo.errors import RecipeError
 from cwdpo.rundir import RunDir
 from cwdpo.stage.tracker_kinds import KINDS, Result, Tracked, as_parameters
+from cwdpo.waiting import from_first
 
 FILE = "trackers.json"
 """In the run folder: the id of the run, and the ids that trackers gave it."""
@@ -111,7 +110,7 @@ def started_trackers(recipe: Recipe, run: RunDir, note: Callable[[str], None]) -
         except RecipeError as error:
             trouble = [error]
     # Every process raises the error; else the others would wait for the one that writes without end.
-    found = broadcast_object_list(trouble)[0] if recipe.train.report_to else None
+    found = from_first(trouble[0], "starting trackers") if recipe.train.report_to else None
     if found is not None:
         raise found
     try:

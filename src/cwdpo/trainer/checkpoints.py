@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,6 +20,7 @@ from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import damage, refuse, write_checksums
 from cwdpo.files.reading import read_object
 from cwdpo.files.writing import discard, replace_folder, sync_tree, temporary_name
+from cwdpo.waiting import from_first, wait_for_all
 
 UNREADABLE = (
     "remove the checkpoint's folder, and --resume continues from the one before, or starts the stage again"
@@ -73,7 +73,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         # All processes write to the same temporary folder.
-        aside = Path(broadcast_object_list([str(temporary_name(folder / name))])[0])
+        aside = from_first(temporary_name(folder / name), "beginning a checkpoint")
         self._writing = aside
         try:
             super()._save_checkpoint(model, trial)
@@ -84,7 +84,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             raise
         finally:
             self._writing = None
-        self.accelerator.wait_for_everyone()  # every process has written its part
+        wait_for_all("writing a checkpoint")  # every process has written its part
         if self.args.should_save:
             self.before_checkpoint()
             write_checksums(aside / name)
@@ -94,7 +94,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             self._delete_old(folder / name)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder / name))
-        self.accelerator.wait_for_everyone()
+        wait_for_all("finishing a checkpoint")
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         with readable(checkpoint, "the state of the optimizer or of the learning rate schedule"):
@@ -149,14 +149,14 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
     Raises:
         FileError: it is damaged. The message says what is wrong, and names the newest undamaged checkpoint.
     """
-    error: list[str] = [""]
+    error = ""
     newest = last_checkpoint(folder)
     if newest is not None and PartialState().is_main_process:
         try:
             _refuse_damaged(newest)
         except FileError as problem:
-            error = [str(problem)]
-    (said,) = broadcast_object_list(error)
+            error = str(problem)
+    said = from_first(error, "checking a checkpoint")
     if said:
         raise FileError(said)
     return newest

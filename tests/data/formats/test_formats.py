@@ -466,7 +466,7 @@ def test_a_registry_decides_what_is_read(folder: Path) -> None:
     assert only(read_examples(entry(hf_hub_url=None, ms_hub_url=None))).chosen.text == "a dog"
     for changes, said in (
         ({"ms_hub_url": "x/y"}, "ModelScope is not read"),
-        ({"revision": "v1"}, "the newest revision is read"),
+        ({"revision": "v1"}, "revision = 'v1': it belongs to 'hf_hub_url'"),
         ({"num_samples": 2}, "remove it here and set data.limit"),
         ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'?"),
         ({"columns": {**columns, "mesages": "q"}}, "unknown key columns.mesages; did you mean 'messages'?"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from cwdpo.data.problems import RowError
 from cwdpo.errors import DataError, nearest
+from cwdpo.hub import ADDRESS, HubData, hub_data
 
 NAME = "dataset_info.json"
 _COLUMNS = {
@@ -31,12 +32,11 @@ _UNREAD = {
     "ms_hub_url": "ModelScope is not read; download the data and name it by 'file_name'",
     "script_url": "loading scripts are not run; save what the script loads and name it by 'file_name'",
     "cloud_file_name": "cloud storage is not read; download the file and name it by 'file_name'",
-    "subset": "subsets are not read; save the one that you want and name it by 'file_name'",
     "folder": "folders of a hub data set are not read; download it and name it by 'file_name'",
-    "revision": "the newest revision is read; download the one that you want and name it by 'file_name'",
     "num_samples": "all rows are read; remove it here and set data.limit in the recipe",
 }
-_KNOWN = ("file_name", "hf_hub_url", "formatting", "ranking", "split", "columns", "tags", *_UNREAD)
+_OF_HUB = ("subset", "revision", "split")
+_KNOWN = ("file_name", "hf_hub_url", *_OF_HUB, "formatting", "ranking", "columns", "tags", *_UNREAD)
 
 
 class Entry:
@@ -60,7 +60,7 @@ class Entry:
                 raise DataError(f"{where}: {key} = {value!r}; allowed: a name")
         if hub is None and file is None:
             raise DataError(f"{where}: neither 'file_name' nor 'hf_hub_url'; add one of them")
-        self.place = hub if hub is not None else str(folder / str(file))
+        self.place = str(folder / str(file)) if hub is None else _of_hub(where, hub, described)
         self.folder = None if hub is not None else folder
         if hub is None and not os.path.exists(self.place):
             raise DataError(f"{where}: file_name = {file!r}: there is no {self.place}; correct it")
@@ -136,6 +136,15 @@ def registry_entry(path: str) -> Entry | None:
     return Entry(f"{file}: {name}", file.parent, registry[name])
 
 
+def _of_hub(where: str, hub: str, described: Mapping[str, Any]) -> str:
+    """The address of a data set of the hub (:mod:`cwdpo.hub`); LLaMA-Factory reads ``train`` if no split is named."""
+    subset, revision, split = (described.get(key) for key in _OF_HUB)
+    address = str(HubData(hub, revision, subset, split or "train"))
+    if hub_data(address) is None:
+        raise DataError(f"{where}: {address!r} is no data set of the hub; allowed: {ADDRESS}")
+    return address
+
+
 def _refuse_unknown(where: str, described: Mapping[str, Any]) -> None:
     for key in described:
         if key not in _KNOWN:
@@ -144,8 +153,9 @@ def _refuse_unknown(where: str, described: Mapping[str, Any]) -> None:
         beside = key in ("ms_hub_url", "script_url", "cloud_file_name") and described.get("hf_hub_url")
         if described.get(key) is not None and not beside:  # LLaMA-Factory ignores those beside a hub id too
             raise DataError(f"{where}: {key} = {described[key]!r}: {remedy}")
-    if described.get("split") not in (None, "train"):
-        raise DataError(f"{where}: split = {described['split']!r}: only 'train' is read; name a file")
+    for key in _OF_HUB if described.get("hf_hub_url") is None else ():
+        if described.get(key) not in (None, "train"):
+            raise DataError(f"{where}: {key} = {described[key]!r}: it belongs to 'hf_hub_url'; remove it")
     if described.get("formatting") not in (None, "alpaca", "sharegpt"):
         raise DataError(f"{where}: formatting = {described['formatting']!r}; allowed: alpaca, sharegpt")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cwdpo.data.read.source import RawRow, as_row
 from cwdpo.errors import DataError
+from cwdpo.hub import ADDRESS, HubData, check_hub
 
 _BATCH = 64  # rows; they may contain images
 
@@ -27,22 +28,48 @@ def saved_rows(folder: Path) -> Iterator[RawRow]:
     yield from dataset_rows(str(folder), loaded)
 
 
-def hub_rows(name: str) -> Iterator[RawRow]:
-    """Rows of a data set on the hub; splits as for :func:`saved_rows`.
+def hub_rows(place: HubData) -> Iterator[RawRow]:
+    """Rows of a data set on the hub: of the split that is named, else of ``train``.
 
     Raises:
-        DataError: the hub does not answer or has no such data set.
+        DataError: the hub has no such data set, revision, configuration or split, or does not answer within seconds.
     """
     import datasets
 
+    check_hub(place.id, "datasets", place.revision, DataError)
     try:
-        loaded = datasets.load_dataset(name)
-    except Exception as error:  # network, permissions, several configurations, ...
-        raise DataError(
-            f"there is no file or folder {name!r}, and the hub has no such data set or did not answer "
-            f"({type(error).__name__}: {str(error)[:300]})"
-        ) from None
-    yield from dataset_rows(name, loaded)
+        loaded = datasets.load_dataset(place.id, place.config, revision=place.revision, split=place.split)
+    except Exception as error:  # network, no such configuration or split, ...
+        raise DataError(f"{place}: {_lacking(place, error)}") from None
+    if isinstance(loaded, dict) and len(loaded) > 1 and "train" not in loaded:
+        raise DataError(f"{place}: {_one_of('splits', loaded, '#')}")
+    yield from dataset_rows(str(place), loaded)
+
+
+def _lacking(place: HubData, error: Exception) -> str:
+    """Which configuration or split there is instead; else what ``datasets`` said."""
+    import datasets
+
+    try:
+        configs = datasets.get_dataset_config_names(place.id, revision=place.revision)
+        if place.config not in configs and (place.config is not None or len(configs) > 1):
+            return _one_of("configurations", configs, ":")
+        splits = datasets.get_dataset_split_names(place.id, place.config, revision=place.revision)
+        if place.split is not None and place.split.partition("[")[0] not in splits:
+            return _one_of("splits", splits, "#")
+    except Exception as further:  # as above
+        error = further
+    said = " ".join(str(error).split())[:300]
+    return (
+        f"datasets cannot load it ({type(error).__name__}: {said}); with HF_HUB_OFFLINE=1 only what was fetched before "
+        "is there"
+    )
+
+
+def _one_of(what: str, names: Iterable[str], mark: str) -> str:
+    listed = list(names)
+    shown = ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "")
+    return f"it has the {what} {shown}: name one, as in {ADDRESS} (here {mark}{listed[0]})"
 
 
 def dataset_rows(name: str, loaded: Any, *, embed: bool = False) -> Iterator[RawRow]:

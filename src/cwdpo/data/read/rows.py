@@ -17,9 +17,9 @@ from cwdpo.data.read.internvl import registry_source
 from cwdpo.data.read.packed import GZIP, bare_name, kind_of
 from cwdpo.data.read.source import RawRow, Source
 from cwdpo.errors import DataError
+from cwdpo.hub import ADDRESS, hub_data
 
 _IN_FOLDERS = LINES + TABLE + SHARD
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SHARD = re.compile(r"(?P<stem>.+?)-(?P<index>\d{5})-of-(?P<total>\d{5})")
 _TAR_SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<index>\d+)")
 HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")
@@ -32,7 +32,8 @@ def iter_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     ``.gz``; a folder with such a file (``train`` or ``captions`` is preferred), with shards, or written by
     ``save_to_disk`` of ``datasets``; shards as ``FOLDER/*.tar``; an entry of LLaMA-Factory's registry,
     ``FOLDER/dataset_info.json:NAME``; InternVL's registry, ``META.json`` or ``META.json:NAME``; or, if there is no such
-    path, a hub id ``owner/name``. If there are several splits, ``train`` is read. Each shard counts from 1.
+    path, a data set of the hub, ``owner/name[@revision][:configuration][#split]``. If there are several splits and none
+    is named, ``train`` is read. Each shard counts from 1.
 
     Raises:
         DataError: there is no such data, there are several candidates, or a row is not a JSON object.
@@ -68,11 +69,12 @@ def open_source(path: str | Path) -> Source:
         return file_source(place)
     if is_folder:
         return _folder_source(place)
-    if _HUB_ID.fullmatch(str(path)) and place.suffix.lower() not in SUFFIXES:
-        return Source(str(path), None, lambda: hub_rows(str(path)))
+    hub = hub_data(str(path))
+    if hub is not None and Path(hub.id).suffix.lower() not in SUFFIXES:
+        return Source(str(path), None, lambda: hub_rows(hub))
     raise DataError(
         f"there is no file or folder {str(path)!r}; allowed: a {', '.join(SUFFIXES)} file, "
-        "a folder with one, or the hub id of a data set (owner/name)"
+        f"a folder with one, or a data set of the hub ({ADDRESS})"
     )
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.config import parse_recipe
-from cwdpo.data.read.rows import open_source
 from cwdpo.errors import DataError, RecipeError
-from cwdpo.models.checkpoint import check_folder, check_reachable
+from cwdpo.models.checkpoint import check_folder
 from cwdpo.models.load import EMBEDDED, load_processor
 from cwdpo.models.packages import check_packages
 from cwdpo.models.settings import ModelSettings
@@ -114,10 +113,7 @@ def first_recipe(
     settings = ModelSettings(path=asked.model)
     if asked.model != "embedded":
         check_folder(asked.model, weights=False)
-        check_reachable(asked.model)
         check_packages(settings, weights=False)
-    if open_source(asked.data).folder is None:  # a hub id
-        check_reachable(asked.data, "datasets")
     say(f"reading {asked.data}")
     rows = look_at_rows(asked.data)
     if rows.rows < LEAST_ROWS:

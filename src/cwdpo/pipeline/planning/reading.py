@@ -80,7 +80,7 @@ def _source(recipe: Recipe) -> str | None:
         return None
     if path == "embedded":
         return str(EMBEDDED)
-    check_folder(path, weights=False)
+    check_folder(path, weights=False, revision=recipe.model.revision)
     return path
 
 
