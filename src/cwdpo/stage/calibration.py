@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from cwdpo.clock import spent_on
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.models.sample import sample_several
 from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
 from cwdpo.stage.stage import Stage
+from cwdpo.waiting import from_first
 
 NEGATIVES = 1000
 """How many values stand for the negatives of a stage, where its objective calibrates on them."""
@@ -165,8 +164,8 @@ def draw(stage: Stage, prompts: Sequence[Example], found: Callable[[Sequence[flo
             values += kept
         # Once every prompt was asked, the prompts are no sample any more: only the responses are.
         clusters = list(groups.values()) if turn < len(order) else [[v] for v in values]
-        known: tuple[Intervals, bool] = _known(found, values, clusters, settings.error, seed)
-        intervals, enough = broadcast_object_list([known])[0]
+        known = _known(found, values, clusters, settings.error, seed)
+        intervals, enough = from_first(known, "the intervals of the calibration")
         if enough or len(values) >= settings.samples:
             return Drawn(values, len(groups), intervals)
 
@@ -226,4 +225,4 @@ def _mean_logps(stage: Stage, prompts: Sequence[Example], asked: Counter[str]) -
             batch_size=stage.recipe.evaluation.batch_size, seed=stage.recipe.seed, repeats=repeats,
         )  # fmt: skip
     found = [[round(s.mean_logp, 6) for s in own if s.mean_logp is not None] for own in drawn]
-    return list(broadcast_object_list([found])[0])
+    return from_first(found, "the samples of the calibration")
