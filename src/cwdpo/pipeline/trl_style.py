@@ -36,7 +36,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.model import encoder_of
 from cwdpo.stage.prepare import encode, prepare, with_reference_values
-from cwdpo.stage.scoring_check import check_scoring
+from cwdpo.stage.scoring_check import check_scoring, spread
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
@@ -210,7 +210,7 @@ class CWDPOTrainer(PreferenceTrainer):
                 recipe.model.model_copy(update={"tune": "full"}),
             ).model
         with stage.autocast():
-            check_scoring(policy.model, stage.encoder, stage.examples, args.scoring)
+            check_scoring(policy.model, stage.encoder, spread(stage.examples), args.scoring)
         self._stage, self._compute_metrics = stage, more.get("compute_metrics")
         with idle_adapters_off(policy.model):
             train = prepare(stage)
@@ -231,7 +231,7 @@ class CWDPOTrainer(PreferenceTrainer):
         )
         stage.trainer = self
 
-    def _encoded(self, rows: Rows, name: str) -> list[EncodedExample]:
+    def _encoded(self, rows: Rows, name: str) -> Sequence[EncodedExample]:
         """Encode rows to evaluate on, with reference values."""
         stage, args = self._stage, self._stage.recipe.data
         where = f"eval_dataset[{name!r}]" if name else "eval_dataset"
