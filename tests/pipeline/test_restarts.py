@@ -54,9 +54,14 @@ def launched(recipe: Path, out: Path) -> subprocess.Popen[str]:
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "3",
         "-m", "cwdpo", "train", str(recipe), "--out", str(out), "--auto-resume",
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Without the last one, accelerate's processes on CPUs meet the addresses of the attempt before, and wait for ever.
+    more = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(
-        [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, text=True, env=env
+        [sys.executable, *command],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **more},
     )
 
 
