@@ -32,10 +32,10 @@ test-families:
 	python=$$($(PYTHON) tests/environments.py families) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
 	$$python -m pytest -n 2 --dist loadgroup -p no:cacheprovider tests/families
 
-# Every experiment tracker, read back from its own store, in an environment of its own.
+# Every experiment tracker, read back from its own store, and the page of `cwdpo chat`, in an environment of its own.
 test-trackers:
 	python=$$($(PYTHON) tests/environments.py trackers) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
-	$$python -m pytest -p no:cacheprovider tests/trackers
+	$$python -m pytest -p no:cacheprovider tests/trackers tests/evaluation/test_chat.py
 
 # By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 LOWEST := .venv-lowest

@@ -8,7 +8,7 @@ built once a machine: `$CWDPO_ENVS`, by default `~/.cache/cwdpo/envs`. Its versi
 families: torch and torchvision as users have them, PyPI's own builds (for CUDA; they run on a CPU): next to a CPU build
 of torch, PyPI's torchvision cannot be imported.
 
-trackers: experiment trackers, which do not allow the newest pyarrow and pillow.
+trackers: experiment trackers, and gradio for `cwdpo chat`; they do not allow the newest pyarrow and pillow.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ ENVIRONMENTS = {
     ),
     "trackers": Environment(
         torch=("torch",),
-        extras=("trackers",),
+        extras=("trackers", "chat"),
         packages=OF_TESTS,
         built_for_cuda=False,
         cost="about 3 minutes, 2 GB",

@@ -49,6 +49,18 @@ def test_every_second_counts_once_for_the_innermost_part(hands: Hands) -> None:
     assert clock.take() == {"other": 3}
 
 
+def test_cpu_seconds_are_counted_beside_the_others(hands: Hands) -> None:
+    cpu = Hands()
+    clock = Clock(hands, cpu)
+    with running(clock), spent_on("work"):
+        hands.at += 10
+        cpu.at += 3
+    cpu.at += 1
+    assert clock.take_both() == ({"other": 0, "work": 10}, {"other": 1, "work": 3})
+    hands.at += 2
+    assert clock.take_both() == ({"other": 2}, {"other": 0})
+
+
 def test_a_part_ends_with_an_error_too(hands: Hands) -> None:
     clock = Clock(hands)
 

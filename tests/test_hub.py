@@ -15,9 +15,10 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
+from cwdpo.config import load_recipe
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError, ModelError
-from cwdpo.hub import check_hub, hub_data
+from cwdpo.hub import HubData, check_hub, hub_data
 from cwdpo.models.packages import check_packages
 from cwdpo.models.settings import ModelSettings
 from fake_hub import Hub
@@ -128,6 +129,12 @@ def test_a_hub_that_does_not_answer_is_said_at_once(hub: Hub, monkeypatch: pytes
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check_hub("a/b", "models", None, ModelError)
     assert not hub.asked
+
+
+def test_the_recipe_on_a_set_of_the_hub_names_both_splits() -> None:
+    data = load_recipe("qwen2_5_vl_3b_rlaifv").data
+    places = [hub_data(str(path)) for path in (data.path, data.validation_path)]
+    assert places == [HubData("HuggingFaceH4/rlaif-v_formatted", split=split) for split in ("train", "test")]
 
 
 @pytest.mark.parametrize("text", ["a", "a/b/c", "./a/b", "a/b#", "a/b:", "a/b@", "a b/c"])

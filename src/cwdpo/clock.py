@@ -19,16 +19,21 @@ class Clock:
 
     Args:
         now: the time in seconds.
+        cpu: the CPU time of this process and its threads, in seconds. Other work on the machine does not count in it.
 
     Attributes:
         began: when the clock was started.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time
+    ) -> None:
+        self._now, self._cpu = now, cpu
         self.began = self._since = now()
+        self._cpu_since = cpu()
         self._open: list[str] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._cpu_seconds: defaultdict[str, float] = defaultdict(float)
 
     def begin(self, name: str) -> None:
         """Begin a part."""
@@ -42,8 +47,13 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Seconds by part since the last call."""
+        return self.take_both()[0]
+
+    def take_both(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds by part since the last call, and CPU seconds by part."""
         self._count()
-        taken, self._seconds = dict(self._seconds), defaultdict(float)
+        taken = dict(self._seconds), dict(self._cpu_seconds)
+        self._seconds, self._cpu_seconds = defaultdict(float), defaultdict(float)
         return taken
 
     @property
@@ -52,10 +62,12 @@ class Clock:
         return self._now() - self.began
 
     def _count(self) -> None:
-        now = self._now()
+        now, cpu = self._now(), self._cpu()
         inner = self._open[-1] if self._open else OTHER
-        self._seconds[inner if len(self._open) < 2 else f"{self._open[0]}: {inner}"] += now - self._since
-        self._since = now
+        name = inner if len(self._open) < 2 else f"{self._open[0]}: {inner}"
+        self._seconds[name] += now - self._since
+        self._cpu_seconds[name] += cpu - self._cpu_since
+        self._since, self._cpu_since = now, cpu
 
 
 _running: ContextVar[Clock | None] = ContextVar("clock", default=None)

@@ -67,7 +67,17 @@ class EvaluationSettings(Settings):
 class CalibrationSettings(Settings):
     """How floor and tau are estimated if they are ``auto``."""
 
-    samples: int = Field(200, ge=2, description="samples of the reference model")
+    samples: int = Field(200, ge=2, description="largest number of samples of the reference model")
+    error: float | None = Field(
+        0.5,
+        gt=0,
+        description="draw no more when the 95% intervals of floor and tau reach at most this far, in units of tau; "
+        "null: always draw all samples",
+    )
+    round: int = Field(64, ge=2, description="samples to draw before the intervals are looked at again")
+    per_prompt: int = Field(
+        4, gt=0, description="samples of a prompt, which is processed once for all of them"
+    )
     max_new_tokens: int = Field(NEW_TOKENS, gt=0)
 
 

@@ -24,9 +24,8 @@ from cwdpo.cli import main as cli
 
 if len(sys.argv) > 1:
     cwdpo.lab.spec.SHIPPED = Path(sys.argv[1])
-# Workers of a study are forked, too; they die with their parent as spawned ones do.
-fork = multiprocessing.get_context("fork")
-cwdpo.lab.grid.mp.get_context = lambda method: fork
+# Workers of a study are forked, too, from this process, which has imported everything; they die with their parent.
+cwdpo.lab.server.METHOD = "fork"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the command begins
 print("ready", flush=True)

@@ -7,47 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from cwdpo.config import parse_recipe
 from cwdpo.data.encode.collate import collate
 from cwdpo.errors import DataError
 from cwdpo.evaluation.ask import answers, ask, asked, policies
 from cwdpo.evaluation.run import model_settings
 from cwdpo.models.load import load_policy
 from cwdpo.models.sample import Decoding
-from cwdpo.pipeline.two_stage import train_two_stage
+from cwdpo.models.settings import ModelSettings
 from cwdpo.scoring import plain
 
 GREEDY = Decoding(0.0, max_new_tokens=24)
-
-
-@pytest.fixture(scope="module")
-def trained(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("asked") / "run"
-    stage = {"steps": 2, "learning_rate": 1e-3}
-    recipe = parse_recipe(
-        {
-            "model": {
-                "path": "embedded",
-                "device": "cpu",
-                "tune": "lora",
-                "lora": {"r": 2},
-                "freeze": ["vision"],
-            },
-            "data": {"path": str(world_folder / "train.jsonl"), "validation_fraction": 0.2},
-            "stage1": {"objective": {"name": "sft"}, **stage},
-            "stage2": {"objective": {"name": "dpo"}, **stage},
-            "train": {"batch_size": 4},
-            "evaluation": {"prompts": 0},
-        }
-    )
-    train_two_stage(recipe, folder)
-    return folder
-
-
-@pytest.fixture
-def picture(world_folder: Path) -> Path:
-    return world_folder / "images" / "train-00000.png"
 
 
 def test_each_policy_answers_as_when_loaded_alone(trained: Path, picture: Path) -> None:
@@ -76,6 +47,31 @@ def test_likelihoods_are_those_of_plain_scoring(trained: Path, picture: Path) ->
     assert sum(value for _, value in given.tokens) == pytest.approx(given.sum_logp, abs=1e-4)
 
 
+def test_log_probabilities_are_those_of_a_plain_forward_pass(picture: Path) -> None:
+    """Prompt and response through transformers' own processor and model, without our encoding and scoring."""
+    policy = load_policy(ModelSettings(path="embedded", device="cpu"))
+    example = asked("describe the picture .", [picture])
+    (greedy,) = answers(policy, example, [GREEDY])
+    content = [
+        {"type": "image", "image": Image.open(picture)},
+        {"type": "text", "text": "describe the picture ."},
+    ]
+    prompt = policy.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    tokenizer = policy.processor.tokenizer
+    said = [*tokenizer(greedy.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert len(said) == len(greedy.tokens)
+    ids = torch.cat([prompt["input_ids"], torch.tensor([said])], dim=1)
+    with torch.no_grad():
+        found = policy.model(input_ids=ids, pixel_values=prompt["pixel_values"]).logits[0].log_softmax(-1)
+    start = prompt["input_ids"].shape[1]
+    plainly = [float(found[start + i - 1, token]) for i, token in enumerate(said)]
+    assert [value for _, value in greedy.tokens] == pytest.approx(plainly, abs=1e-4)
+    assert len({round(value, 4) for value in plainly}) > 3
+
+
 def test_a_model_that_is_no_run_answers_alone() -> None:
     assert list(policies("embedded")) == ["embedded"]
 
@@ -91,7 +87,7 @@ def test_what_cannot_be_asked(tmp_path: Path) -> None:
 
 
 def test_the_command(run, trained: Path, picture: Path, tmp_path: Path) -> None:
-    done = run("ask", trained, "describe the picture .", "--image", picture, "--samples", 1, "--tokens")
+    done = run("ask", trained, "describe the picture .", "--image", picture, "--samples", 1, "--logprobs")
     assert done.code == 0
     assert [line for line in done.out.splitlines() if not line.startswith(" ")][:3] == [
         "base",

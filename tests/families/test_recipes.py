@@ -18,6 +18,7 @@ from cwdpo.models.memory import empty_model
 
 TWINS = {
     "qwen2_5_vl_3b_lora": "qwen2_5_vl",
+    "qwen2_5_vl_3b_rlaifv": "qwen2_5_vl",
     "qwen2_5_vl_7b_lora": "qwen2_5_vl",
     "qwen2_5_vl_7b_nf4": "qwen2_5_vl",
     "qwen2_5_vl_7b_full_fsdp": "qwen2_5_vl",
@@ -58,11 +59,14 @@ def test_a_recipe_runs_on_the_twin_of_its_model(
     monkeypatch.chdir(tmp_path)
     checkpoint, asked = write(TWINS[name], tmp_path / "checkpoint", 12), load_recipe(name)
     overrides = [
-        f"model.path={checkpoint}", "model.device=cpu", f"data.path={data}", "data.validation_fraction=0.25",
+        f"model.path={checkpoint}", "model.device=cpu", f"data.path={data}", "data.validation_path=null",
+        "data.validation_fraction=0.25",
         "stage1.steps=1", "stage2.steps=2", "train.gradient_accumulation_steps=1", "calibration.samples=4",
         "calibration.max_new_tokens=4", "evaluation.max_new_tokens=4",
     ]  # fmt: skip
-    checked = run("validate", name, f"model.path={checkpoint}", f"data.path={data}")
+    checked = run(
+        "validate", name, f"model.path={checkpoint}", f"data.path={data}", "data.validation_path=null"
+    )
     assert checked.code == 0, checked.out + checked.err
     done = run("train", name, *overrides, "--out", "out")
     assert done.code == 0, done.err[-3000:]

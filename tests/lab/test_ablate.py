@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -18,12 +20,14 @@ import yaml
 from cwdpo.config import parse_recipe
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import DataError, RecipeError
-from cwdpo.lab import grid
+from cwdpo.lab import grid, server
 from cwdpo.lab.ablate import ablate, at_edge, sweep
+from cwdpo.lab.cell import CellJob
 from cwdpo.lab.flipped import write_flipped
 from cwdpo.lab.grid import CellResult, run_grid
 from cwdpo.lab.outcome import figures_of
 from cwdpo.lab.plan import asked, checked_tree, plan
+from cwdpo.lab.progress import Progress
 from cwdpo.lab.spec import (
     RECIPE,
     Study,
@@ -486,30 +490,82 @@ def test_the_page_of_a_study(tmp_path: Path) -> None:
 # --- the grid -------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeWorker:
+    """Runs cells at once; ``v1-seed0`` kills its process as often as ``kills`` says."""
+
+    kills = 2
+    begun: ClassVar[list[str]] = []
+
+    def __init__(self, ticks: Any) -> None:
+        self.read: list[str] = []
+
+    def begin(self, job: CellJob) -> Future[CellResult]:
+        FakeWorker.begun.append(job.key)
+        self.read.append(grid.data_of(job))
+        future: Future[CellResult] = Future()
+        if job.key == "v1-seed0" and FakeWorker.begun.count(job.key) <= FakeWorker.kills:
+            future.set_exception(BrokenProcessPool())
+        else:
+            future.set_result(CellResult(job.key, "done", {"x": 1}, None, 0.0))
+        return future
+
+    def end(self) -> None:
+        self.read = []
+
+
+@pytest.mark.parametrize(("kills", "status"), [(1, "done"), (2, "failed")])
+def test_a_worker_that_dies_takes_one_cell_with_it(
+    kills: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cell runs once more when nothing runs beside it; the others are not touched."""
     spec = study(
         variants={f"v{i}": {"set": [f"stage2.learning_rate={1 + i}.0e-5"]} for i in range(3)}, full="v0"
     )
     jobs = list(planned(spec, tmp_path).cells.values())
-    calls = []
-
-    def broken(wave: Any, workers: int, hear: Any) -> bool:
-        calls.append([j.key for j in wave])
-        for job in wave:
-            if job.key == "v1-seed0":
-                return False
-            hear(CellResult(job.key, "done", {"x": 1}, None, 0.0))
-        return True
-
-    monkeypatch.setattr(grid, "_in_pool", broken)
+    monkeypatch.setattr(grid, "Worker", FakeWorker)
+    monkeypatch.setattr(server, "start", lambda: None)
+    monkeypatch.setattr(FakeWorker, "kills", kills)
+    monkeypatch.setattr(FakeWorker, "begun", [])
     results = run_grid([jobs], 2, lambda event: None)
-    assert calls == [["v0-seed0", "v1-seed0", "v2-seed0"], ["v1-seed0"], ["v2-seed0"]]
+    assert sorted(FakeWorker.begun[:3]) == ["v0-seed0", "v1-seed0", "v2-seed0"]
+    assert FakeWorker.begun[3:] == ["v1-seed0"]
     assert {k: r.status for k, r in results.items()} == {
         "v0-seed0": "done",
-        "v1-seed0": "failed",
+        "v1-seed0": status,
         "v2-seed0": "done",
     }
-    assert "killed" in str(results["v1-seed0"].error)
+    assert ("killed" in str(results["v1-seed0"].error)) == (status == "failed")
+
+
+def test_a_process_gets_cells_of_the_data_that_it_has_read(tmp_path: Path) -> None:
+    spec = study()
+    jobs = list(planned(spec, tmp_path, seeds=3).cells.values())
+    data = [grid.data_of(next(j for j in jobs if j.key == f"dpo-seed{i}")) for i in range(3)]
+
+    def chosen(read: list[int], busy: list[int]) -> str:
+        return grid.next_cell(jobs, [data[i] for i in read], [data[i] for i in busy]).key
+
+    assert chosen([], []) == "cw_dpo-seed0", "the first"
+    assert chosen([1, 2], [0]) == "cw_dpo-seed2", "read last, and nobody is at it"
+    assert chosen([1], [0]) == "cw_dpo-seed1", "read, and nobody is at it"
+    assert chosen([0], [0]) == "cw_dpo-seed1", "better none that another process is at"
+    assert chosen([2], [0, 1, 2]) == "cw_dpo-seed2", "all are in use: one that it has read"
+    assert chosen([], [0, 1, 2]) == "cw_dpo-seed0"
+
+
+def test_the_time_left_counts_only_steps_that_were_taken() -> None:
+    now = 0.0
+    progress = Progress({"a": 100, "b": 100, "c": 0}, now=lambda: now)
+    assert (progress.total, progress.cells, progress.left) == (200, 3, "")
+    progress.end("a")  # finished in an earlier start
+    for _ in range(50):
+        progress.step("b")
+    now = 100.0
+    assert (progress.done, progress.finished) == (150, 1)
+    assert progress.seconds_left == pytest.approx(100.0)
+    assert progress.left == "about 2 min left"
+    progress.end("b")
+    assert (progress.done, progress.seconds_left) == (200, 0.0)
 
 
 @pytest.mark.slow

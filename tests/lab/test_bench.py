@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from cwdpo.cli.bench import data_text, recipe_text, scale_text, step_text
+from cwdpo.cli.bench import data_text, end_to_end_text, recipe_text, scale_text, step_text
 from cwdpo.errors import RecipeError
 from cwdpo.lab.bench.setting import Setting, processor, rows
 from cwdpo.models.load import EMBEDDED
@@ -167,3 +167,89 @@ def test_the_report_on_data_says_what_it_is_given() -> None:
         ["0", "5.00", "60.0%", "120"],
         ["2", "12.50", "4.0%", "6"],
     ]
+
+
+def test_the_phases_of_a_run_are_sums_of_its_parts() -> None:
+    from cwdpo.lab.bench.end_to_end import own_phases
+
+    rows = [
+        {"parts": {"data": 1.0, "other": 0.5}, "cpu": {"data": 0.75}},
+        {"probe_prompts": 4},
+        {
+            "parts": {
+                "reference pass": 2.0,
+                "reference pass: images": 0.5,
+                "step: forward": 3.0,
+                "encoding": 0.25,
+            },
+            "cpu": {"reference pass": 1.0, "reference pass: images": 0.25, "step: backward": 4.0},
+        },
+    ]
+    assert own_phases(rows) == {
+        "reading rows": (1.25, 0.75), "steps": (3.5, 4.0), "reference pass": (2.5, 1.25),
+    }  # fmt: skip
+
+
+def test_a_longer_job_is_extrapolated_from_the_parts() -> None:
+    """By hand: 18 held-out rows become 222, of which 64 are probed and evaluated."""
+    from cwdpo.lab.bench.end_to_end import REST, extrapolated
+    from cwdpo.lab.bench.job import Job
+
+    def both(**seconds: float) -> dict[str, tuple[float, float]]:
+        return {name.replace("_", " "): (2 * value, value) for name, value in seconds.items()}
+
+    ours = both(reading_rows=1, reference_pass=8, calibration=5, probes=3, steps=20, evaluation=9, report=2)
+    theirs = both(imports=7, first_step=4, further_steps=57, saving=1)
+    runs = {
+        "cwdpo": [{"phases": {**ours, REST: (16.0, 8.0)}, "probe_prompts": 16}],
+        "trl": [{"phases": {**theirs, REST: (4.0, 2.0)}}],
+    }
+    found = extrapolated(Job(steps=20, batch_size=8, rows=160), runs, 1600, 2)
+    assert found["steps"] == 400
+    # 10 times the rows, 64 of 18 prompts; probes: (400 / 25 + 3) / 3 passes over 64 of 16 prompts, 76 s, but no more
+    # than a tenth of 400 steps of a second, 40 s
+    cpu = found["cpu"]
+    assert cpu["phases"]["probes"] == pytest.approx(40)
+    assert cpu["cwdpo"] == pytest.approx(10 + 80 + 5 + 40 + 400 + 9 * 64 / 18 + 2 + 8)
+    assert cpu["trl"] == pytest.approx(7 + 1 + 2 + 3 * 400)
+    assert found["wall"]["ratio"] == pytest.approx(cpu["ratio"]) == cpu["trl"] / cpu["cwdpo"]
+
+
+def test_both_jobs_get_the_same_rows_and_settings(tmp_path) -> None:
+    from transformers import AutoProcessor
+
+    from cwdpo.data.read.reader import read_examples
+    from cwdpo.lab.bench.job import MODEL, TRAIN, Job, recipe_of, write_inputs
+
+    job = Job(prompt_tokens=64, completion_tokens=16, steps=2, batch_size=4, rows=8)
+    write_inputs(job, tmp_path)
+    recipe = recipe_of(job, tmp_path)
+    assert (recipe.stage1.enabled, recipe.stage2.steps, recipe.train.batch_size) == (False, 2, 4)
+    assert recipe.calibration == type(recipe.calibration)(), "our defaults"
+    examples = read_examples(tmp_path / TRAIN).examples
+    assert len({e.images[0].path for e in examples}) == len(examples) == 8
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / MODEL).tokenizer
+    prompts = [len(tokenizer(e.prompt_text)["input_ids"]) + job.side**2 for e in examples]
+    assert all(0.8 * 64 <= n <= 1.2 * 64 for n in prompts)
+    lengths = [len(tokenizer(e.chosen.text)["input_ids"]) for e in examples]
+    assert 12 <= sum(lengths) / len(lengths) <= 22
+
+
+@pytest.mark.slow
+def test_whole_jobs_are_compared(run) -> None:
+    code, out, err = run(
+        "bench", "end-to-end", "--prompt-tokens", 64, "--completion-tokens", 16, "--steps", 3, "--batch-size", 4,
+        "--rows", 16, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["gradient"]["largest"] > 1e-3
+    assert found["gradient"]["largest_difference"] < 1e-5
+    for side, phase in (("cwdpo", "calibration"), ("trl", "further steps")):
+        (one,) = found["runs"][side]
+        for i, key in enumerate(("wall", "cpu")):
+            assert sum(p[i] for p in one["phases"].values()) == pytest.approx(one[key], rel=1e-6)
+        assert one["phases"][phase][1] > 0
+    assert found["ratio"]["cpu"]["median"] > 0
+    text = end_to_end_text(found)
+    assert f"TRL / cwdpo, CPU time: {found['ratio']['cpu']['median']:.2f}" in text

@@ -103,8 +103,13 @@ def small(*names: str, **changes: Any) -> Study:
 
 @pytest.mark.slow
 def test_a_small_demo_from_data_to_report(tmp_path: Path) -> None:
+    begun: list[str] = []
+
     def run() -> Summary:
-        return engine.ablate(RECIPE, small(), tmp_path / "demo", seeds=2, jobs=2, chosen=chosen())
+        return engine.ablate(
+            RECIPE, small(), tmp_path / "demo", seeds=2, jobs=2, chosen=chosen(),
+            on_page=lambda page: begun.append(page.read_text()),
+        )  # fmt: skip
 
     summary = run()
     stored = read_summary(tmp_path / "demo")
@@ -130,11 +135,14 @@ def test_a_small_demo_from_data_to_report(tmp_path: Path) -> None:
     }
     assert len(stored.gallery) == 6
     assert [c.label for c in stored.gallery[0].captions] == [
-        "starting model", "CW-DPO", "DPO", "continued SFT", "DPO + SFT term",
+        "before training", "DPO, 4x rate", "CW-DPO, 4x rate", "DPO + SFT term, 4x rate", "continued SFT, 4x rate",
     ]  # fmt: skip
     assert len(stored.compared) == 7
     page = (tmp_path / "demo" / "report.html").read_text()
     assert len(page) > 50_000
+    assert ("Running: begins" in begun[0], "Running" in page) == (True, False)
+    assert ('http-equiv="refresh"' in begun[0], 'http-equiv="refresh"' in page) == (True, False)
+    assert "<svg viewBox" not in begun[0], "charts are drawn once, at the end"
     assert page.count("data:image/") == 6
     assert "corrected (Holm) for the 7 comparisons of a column" in page
     again = run()

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import ModelError
+from cwdpo.models.adapter import idle_adapters_off
 from cwdpo.models.load import load_policy
+from cwdpo.models.sample import sample
 from cwdpo.models.settings import LoraSettings, ModelSettings
 from cwdpo.scoring import plain
 from cwdpo.scoring.score import score
@@ -86,3 +89,36 @@ def test_a_module_that_is_frozen_cannot_be_saved(model_folder: Path) -> None:
     both = settings(model_folder, target_modules=ATTENTION, modules_to_save=("multi_modal_projector",))
     with pytest.raises(ModelError, match=r"model\.lora\.modules_to_save: multi_modal_projector is frozen"):
         load_policy(both.model_copy(update={"freeze": ("projector",)}))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "frozen vision"])
+def test_adapters_that_add_nothing_are_skipped_without_a_trace(
+    model_folder: Path, examples: Any, kind: str
+) -> None:
+    asked = settings(model_folder, **KINDS.get(kind, {}))
+    if kind == "frozen vision":
+        asked = asked.model_copy(update={"freeze": ("vision", "projector")})
+    model = load_policy(asked).model.eval()
+    encoder = Encoder(load_policy(asked).processor)
+    batch = collate(encoder.encode_all(examples[:3], "rejected", require_negative=True)[0])
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+
+    def skipped() -> set[bool]:
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+        return {layer.disable_adapters for layer in layers}
+
+    with torch.no_grad():
+        wanted = score(model, batch).logp
+        with idle_adapters_off(model):
+            assert skipped() == {kind != "dora"}
+            assert torch.equal(score(model, batch).logp, wanted)
+            sampled = sample(model, encoder, examples[:2], max_new_tokens=5)
+        assert skipped() == {False}
+        assert sample(model, encoder, examples[:2], max_new_tokens=5) == sampled
+        layers[-1].lora_B["default"].weight[0, 0] = 0.5
+        moved = score(model, batch).logp
+        with idle_adapters_off(model):
+            assert skipped() == {False}, "one that changes something keeps all"
+            assert torch.equal(score(model, batch).logp, moved)
+        assert not torch.equal(moved, wanted)

@@ -12,7 +12,11 @@ from cwdpo.data.encode.collate import collate
 from cwdpo.models import vision_cache
 from cwdpo.models.load import freeze
 from cwdpo.models.shared_attention import use_scoring
-from cwdpo.models.vision_cache import forget_vision_features, keep_vision_features
+from cwdpo.models.vision_cache import (
+    forget_vision_features,
+    keep_vision_features,
+    share_vision_features,
+)
 from cwdpo.scoring.score import score
 from random_models import FAMILIES, build, ragged
 
@@ -93,3 +97,30 @@ def test_it_can_be_switched_off_for_sharded_models(monkeypatch) -> None:
         score(model, collate(ragged("llava", model)))
     assert not seen
     assert model not in vision_cache._CACHES
+
+
+def test_models_with_the_same_tower_share_features_and_others_do_not(monkeypatch) -> None:
+    one, same, other = (frozen("llava") for _ in range(3))
+    same.load_state_dict(one.state_dict())
+    batch = collate(ragged("llava", one, 2))
+    shared: dict[str, object] = {}
+    share_vision_features(one, shared)
+    assert not shared, "it keeps no features"
+    for model in (one, same, other):
+        assert keep_vision_features(model, 1.0)
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if "vision" in n).add_(1.0)
+        for name, parameter in same.named_parameters():
+            if "language_model" in name:
+                parameter.add_(0.01)  # a policy that was trained further
+    wanted = score(same, batch).logp
+    assert keep_vision_features(same, 1.0)
+    share_vision_features(one, shared)
+    seen = {id(model): calls_of(model, monkeypatch) for model in (one, same, other)}
+    score(one, batch)
+    share_vision_features(same, shared)
+    assert torch.equal(score(same, batch).logp, wanted)
+    assert (len(seen[id(one)]), len(seen[id(same)])) == (2, 0)
+    share_vision_features(other, shared)
+    score(other, batch)
+    assert len(seen[id(other)]) == 2, "another tower, so others' features are not its own"

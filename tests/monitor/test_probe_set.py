@@ -12,6 +12,7 @@ import torch
 
 from cwdpo.config import parse_recipe
 from cwdpo.data.encode.collate import collate
+from cwdpo.data.encode.encoded_rows import encode_rows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.dynamics.settings import TYPES, ProbeSettings
 from cwdpo.errors import DataError
@@ -32,12 +33,13 @@ from cwdpo.monitor.probe_set import (
 from cwdpo.monitor.responses import read_probe_file, stored_responses, to_jsonl
 from cwdpo.negatives.base import normalised
 from cwdpo.objectives.base import Scale
+from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.probes.base import PROBES
 from cwdpo.probes.repetition import repeated
 from cwdpo.records import Completion, Example, Message
 from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
-from cwdpo.stage.prepare import reference_mean_logps
+from cwdpo.stage.calibration import draw as draw_for_calibration
 from cwdpo.stage.stage import Stage
 from cwdpo.worlds.shapes import Scene, judge, paraphrases, parse
 from random_models import distributions
@@ -317,10 +319,10 @@ def test_a_pass_without_gradient_takes_no_more_prompts_than_evaluation(
 ) -> None:
     recipe = parse_recipe(
         {"data": {"path": "x"}, "probes": {"prompts": 6, "types": ["on_policy"], "max_new_tokens": 4},
-         "calibration": {"samples": 5, "max_new_tokens": 4}, "stage2": {"objective": "sft"},
+         "calibration": {"samples": 5, "per_prompt": 1, "max_new_tokens": 4}, "stage2": {"objective": "sft"},
          "evaluation": {"batch_size": 2}}
     )  # fmt: skip
-    encoded = encoder.encode_all(examples[6:20], "rejected", require_negative=False)[0]
+    encoded = encode_rows(encoder, examples[6:20], "rejected", require_negative=False)[0]
     policy = Policy(model, encoder.processor, "")
     stage = Stage("stage2", recipe, policy, encoder, RunDir(tmp_path), examples[6:20], examples[:6])
     sizes: list[int] = []
@@ -331,7 +333,7 @@ def test_a_pass_without_gradient_takes_no_more_prompts_than_evaluation(
         return made
 
     monkeypatch.setattr("cwdpo.models.sample.by_length", seen)
-    reference_mean_logps(stage, examples[6:20])
+    draw_for_calibration(stage, examples[6:20], CwDpo().calibrated)
     assert sizes == [2, 2, 1]
     found = instruments(stage, encoded)
     assert found is not None
@@ -348,7 +350,7 @@ def test_fresh_samples_are_measured_against_the_starting_weights(model, encoder,
         {"data": {"path": "x"}, "probes": {"prompts": 6, "types": ["on_policy", "shuffled"], "influence": 2,
          "max_new_tokens": 6}, "stage2": {"objective": "sft"}}
     )  # fmt: skip
-    encoded = encoder.encode_all(examples[6:20], "rejected", require_negative=False)[0]
+    encoded = encode_rows(encoder, examples[6:20], "rejected", require_negative=False)[0]
     policy = Policy(model, encoder.processor, "")
     stage = Stage("stage2", recipe, policy, encoder, RunDir(tmp_path), examples[6:20], examples[:6])
     found = instruments(stage, encoded)

@@ -138,6 +138,42 @@ def recipe(
     typer.echo(json.dumps(report, indent=1) if as_json else recipe_text(report))
 
 
+@app.command("end-to-end")
+def end_to_end(
+    prompt_tokens: Annotated[int, typer.Option(min=32, help="about; nine tenths are image tokens")] = 256,
+    completion_tokens: Annotated[int, typer.Option(min=2, help="about, of each response")] = 64,
+    tune: Annotated[Tune, typer.Option(help="LoRA on the language model, or all weights")] = Tune.lora,
+    steps: Annotated[int, typer.Option(min=2, help="optimizer steps")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows of a step")] = 8,
+    rows: Annotated[
+        int | None, typer.Option(min=16, help="training rows; default: as many as the steps take")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read images, on both sides")] = 0,
+    unchanged: Annotated[
+        bool, typer.Option("--unchanged", help="TRL as it is on a CPU: it scores every position")
+    ] = False,
+    repeats: Repeats = 1,
+    threads: Threads = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Compare whole runs of stage 2 with TRL's DPOTrainer, from process start to saved model, with our defaults."""
+    from cwdpo.lab.bench.end_to_end import end_to_end_report
+    from cwdpo.lab.bench.job import Job
+
+    job = Job(
+        prompt_tokens,
+        completion_tokens,
+        tune.value,
+        steps,
+        batch_size,
+        rows or steps * batch_size,
+        workers,
+        threads,
+    )
+    report = end_to_end_report(job, repeats, _say(), completions_only=not unchanged)
+    typer.echo(json.dumps(report, indent=1) if as_json else end_to_end_text(report))
+
+
 @app.command()
 def data(
     path: Recipe,
@@ -194,6 +230,35 @@ def step_text(report: dict[str, Any]) -> str:
         f"our step: {seconds:.3f} s, {report['peak_bytes']['cwdpo'] / 2**20:.0f} MiB; gradients differ by "
         f"{gradient['largest_difference']:.1e} at most, the largest is {gradient['largest']:.1e}"
     )
+    return "\n".join(lines)
+
+
+def end_to_end_text(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    job, gradient = report["job"], report["gradient"]
+    lines = [
+        f"P about {job['prompt_tokens']}, C about {job['completion_tokens']}, {job['tune']}, {job['steps']} steps of "
+        f"{job['batch_size']} rows, {job['rows']} rows, {job['workers']} workers, {job['threads']} thread(s)",
+        f"gradients of a DPO step differ by {gradient['largest_difference']:.1e} at most, the largest is "
+        f"{gradient['largest']:.1e}",
+    ]
+    for side, runs in report["runs"].items():
+        for run in runs:
+            lines.append(
+                f"{side:<29} {run['wall']:8.1f} s {run['cpu']:8.1f} s of CPU   {run['peak_bytes'] / 2**30:.2f} GiB"
+            )
+            parts = sorted(run["phases"].items(), key=lambda item: -item[1][1])
+            lines += [
+                f"   {name:<26} {wall:8.1f} s {cpu:8.1f} s" for name, (wall, cpu) in parts if wall >= 0.05
+            ]
+    for key, name in (("wall", "time"), ("cpu", "CPU time")):
+        r = report["ratio"][key]
+        lines.append(f"TRL / cwdpo, {name}: {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})")
+    for row in report["extrapolated"]:
+        lines.append(
+            f"extrapolated from these parts to {row['rows']} rows, {row['epochs']} epoch(s), {row['steps']} steps: "
+            f"time {row['wall']['ratio']:.2f}, CPU time {row['cpu']['ratio']:.2f}"
+        )
     return "\n".join(lines)
 
 

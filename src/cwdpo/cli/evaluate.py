@@ -1,4 +1,4 @@
-"""``cwdpo evaluate``, ``ask``, ``compare`` and ``export``: measure a model, ask it, compare runs, export a model."""
+"""``cwdpo evaluate``, ``ask``, ``chat``, ``compare`` and ``export``: measure a model, ask it, compare, export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cwdpo.data.problems import printable
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (evaluate, ask, compare, export):
+    for command in (evaluate, ask, chat, compare, export):
         app.command(rich_help_panel=EVALUATE)(command)
 
 
@@ -74,7 +74,9 @@ def ask(
         int, typer.Option(min=0, help="samples at temperature 1, after the greedy response")
     ] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    tokens: Annotated[bool, typer.Option("--tokens", help="show the log-likelihood of each token")] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="show the log-probability of each token, in nats")
+    ] = False,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -95,10 +97,32 @@ def ask(
         for one in found:
             cut = "" if one["ended"] else " [cut]"
             typer.echo(f"  {one['how']:14} {one['mean_logp']:8.3f}  {printable(one['text'])}{cut}")
-            if tokens:
+            if logprobs:
                 parts = (f"{printable(repr(text))[1:-1]} {logp:.2f}" for text, logp in one["tokens"])
                 typer.echo(f"{'':26}{' | '.join(parts)}")
     typer.echo("The numbers are mean log-likelihoods at temperature 1, in nats per token.")
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="a run folder, a model folder, 'embedded', or a hub id")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port; 0: any free port from 7860 on")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="load each policy for each question: only one is in memory")
+    ] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+    seed: Annotated[int, typer.Option(help="of the samples")] = 0,
+) -> None:
+    """Ask the policies of a run about pictures of your own, on a local page; needs `pip install 'cwdpo[chat]'`.
+
+    Other machines have no access, and nothing is sent anywhere.
+    """
+    from cwdpo.evaluation import chat as chatting
+
+    chatting.gradio()
+    answering = chatting.Answering(model, max_new_tokens=max_new_tokens, reload=reload, seed=seed)
+    page = chatting.page(Path(model).name, answering)
+    page.launch(server_name="127.0.0.1", server_port=port or None, inbrowser=open_page, share=False)
 
 
 def compare(

@@ -39,12 +39,13 @@ def mount(app: typer.Typer) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="folder for summary.json and report.html")] = Path("runs/demo"),
     jobs: Jobs = 2,
+    open_: Annotated[bool, typer.Option("--open", help="open the page in a browser while it fills")] = False,
 ) -> None:
     """Compare continued SFT, DPO, DPO + SFT and CW-DPO on the embedded world (minutes on 2 cores).
 
     This is the study `demo` with three seeds.
     """
-    ablate("demo", seeds=3, jobs=jobs, out=out)
+    _ablate("demo", None, None, out, seeds=3, jobs=jobs, opens=open_)
 
 
 def ablate(
@@ -69,16 +70,42 @@ def ablate(
 
     Finished cells in the folder are reused, so the same command continues an interrupted study.
     """
-    from cwdpo.lab.ablate import ablate as run
+    _ablate(study, recipe, tuned, out, seeds=seeds, jobs=jobs, only=only, test=test)
+
+
+def _ablate(
+    study: str,
+    recipe: Path | None,
+    tuned: Path | None,
+    out: Path | None,
+    *,
+    seeds: int,
+    jobs: int,
+    only: list[str] | None = None,
+    test: Path | None = None,
+    opens: bool = False,
+) -> None:
+    from cwdpo.lab import server
     from cwdpo.lab.spec import RECIPE, load_study, settings_for
-    from cwdpo.lab.tables import show
 
     spec = load_study(study)
     folder, chosen = out or Path("runs") / spec.name, settings_for(spec, tuned)
     spec = spec.only(only) if only else spec
+    server.start()  # it imports torch for the workers while this process does so for itself
+    from cwdpo.lab.ablate import ablate as run
+    from cwdpo.lab.tables import show
+
+    def announce(page: Path) -> None:
+        typer.echo(f"page     {page.resolve().as_uri()} (there from now on; it fills while the study runs)")
+        if opens:
+            import webbrowser
+
+            webbrowser.open(page.resolve().as_uri())
+
     summary = run(
-        recipe or RECIPE, spec, folder, seeds=seeds, jobs=jobs, chosen=chosen, test=test, bar=grid_bar
-    )
+        recipe or RECIPE, spec, folder, seeds=seeds, jobs=jobs, chosen=chosen, test=test, bar=grid_bar,
+        on_page=announce,
+    )  # fmt: skip
     show(summary)
     typer.echo(f"Settings {summary.provenance['settings']}.\n")
     if spec.analysis:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cwdpo.lab.grid import CellResult, OnEvent, Tick
+    from cwdpo.lab.progress import Progress as StudyProgress
     from cwdpo.stage.listener import Listener
 
 
@@ -99,25 +100,34 @@ def run_listener() -> Iterator[Listener]:
 
 
 @contextmanager
-def grid_bar(steps: int) -> Iterator[OnEvent]:
-    """One bar for the optimizer steps of all cells of a study; without a terminal, a line per finished cell."""
+def grid_bar(progress: StudyProgress) -> Iterator[OnEvent]:
+    """One bar for all cells of a study, with counts and the time left; without a terminal, a line per finished cell."""
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
 
     from cwdpo.lab.grid import CellResult
 
-    live, taken = Console(stderr=True).is_terminal, 0
+    console = Console(stderr=True)
+    live = console.is_terminal
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(24),
+        TextColumn("{task.fields[count]}"),
+    )
+    bar = Progress(*columns, console=console, disable=not live)
+    line = bar.add_task("", total=max(1, progress.total), count="")
 
     def note(event: Tick | CellResult) -> None:
-        nonlocal taken
-        if isinstance(event, CellResult):
-            if event.status == "failed" or not live:
-                word = "done" if event.status == "done" else f"FAILED: {event.error}"
-                shown.say(f"{event.key}: {word} ({event.seconds:.0f} s)")
-            return
-        key, stage, step, of = event
-        taken += 1
-        shown.show("steps", taken, steps, "steps")
-        shown.describe("steps", f"{key} {stage} step {step}/{of}")
+        runs = f"{progress.finished}/{progress.cells} runs"
+        left = f", {progress.left}" if progress.left else ""
+        count = f"{progress.done}/{progress.total} steps{left}"
+        bar.update(line, description=runs, completed=progress.done, count=count)
+        if isinstance(event, CellResult) and (event.status == "failed" or not live):
+            word = "done" if event.status == "done" else f"FAILED: {event.error}"
+            text = f"{event.key}: {word} ({event.seconds:.0f} s)"
+            console.print(
+                text if live else f"{runs}{left}: {text}", markup=False, highlight=False, soft_wrap=True
+            )
 
-    with bars(always=True) as shown:
+    with bar:
         yield note

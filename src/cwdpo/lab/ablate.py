@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import yaml
 from cwdpo.errors import CwdpoError, RecipeError
 from cwdpo.files.writing import write_json, write_text
 from cwdpo.lab import findings, stopping
-from cwdpo.lab.grid import Bar, CellResult, no_bar, run_grid
+from cwdpo.lab.grid import Bar, CellResult, Tick, no_bar, run_grid
+from cwdpo.lab.live import LivePage
 from cwdpo.lab.outcome import outcome
 from cwdpo.lab.plan import Asked, Plan, asked, checked_tree, plan
+from cwdpo.lab.progress import Progress
 from cwdpo.lab.spec import Study, Variant, overrides_of
 from cwdpo.lab.tables import markdown, to_csv
 from cwdpo.lab.trace import Traced
@@ -35,11 +37,13 @@ def ablate(
     chosen: Mapping[str, Sequence[str]] | None = None,
     test: Path | None = None,
     bar: Bar = no_bar,
+    on_page: Callable[[Path], None] | None = None,
 ) -> Summary:
     """Run a study and write summary.json, table.md, table.csv and report.html to ``out``.
 
     A finished cell is not run again. A killed cell starts again from the beginning. A failed cell is shown as failed,
     and run again at the next start. A study with an analysis also writes ``<analysis>.md`` and ``<analysis>.json``.
+    The page is there from the start, shows what is known, and reloads itself until the study ends.
 
     Args:
         recipe: the recipe file that the variants change.
@@ -50,6 +54,7 @@ def ablate(
         chosen: overrides by variant that a sweep chose.
         test: test set, for data that is not from the embedded world.
         bar: shows the progress.
+        on_page: called once with the page, as soon as it is there.
 
     Raises:
         RecipeError: recipe, study or overrides are invalid.
@@ -65,7 +70,11 @@ def ablate(
         planned = plan(
             out, checked_tree(recipe), study, asked(study, numbers, chosen), split="test", test=test
         )
-        results = _run(planned, jobs, bar)
+        page = LivePage(out, study, numbers, planned, chosen)
+        page.write(None)
+        if on_page is not None:
+            on_page(page.path)
+        results = _run(planned, jobs, bar, page)
         summary = outcome(out, study, numbers, planned, results, chosen)
         summary.provenance["settings"] = settings
         summary.write(out)
@@ -242,9 +251,20 @@ def sweep_table(study: Study, tried: Mapping[str, Sequence[_Tried]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(planned: Plan, jobs: int, bar: Bar) -> dict[str, CellResult]:
+def _run(planned: Plan, jobs: int, bar: Bar, page: LivePage | None = None) -> dict[str, CellResult]:
     waves = planned.waves
-    with bar(max(1, sum(job.steps for wave in waves for job in wave))) as on_event:
+    progress = Progress({job.key: job.steps for wave in waves for job in wave})
+    with bar(progress) as shown:
+
+        def on_event(event: Tick | CellResult) -> None:
+            if isinstance(event, CellResult):
+                progress.end(event.key)
+                if page is not None:
+                    page.add(event, progress)
+            else:
+                progress.step(event[0])
+            shown(event)
+
         results = run_grid(waves, jobs, on_event)
     if not any(r.status == "done" for r in results.values()):
         raise CwdpoError(f"all cells failed; the first: {next(iter(results.values())).error}")

@@ -76,13 +76,13 @@ def captions(
             this entropy. The names of these figures end in ``@entropy``; ``temperature@entropy`` is the temperature.
 
     Returns:
-        Shares and mean scores; ``scores`` [P][samples] at temperature 1; ``greedy``: the greedy captions;
-        ``pictures``: for each figure, its value for each image.
+        Shares and mean scores; ``scores`` [P][samples] at temperature 1; ``greedy``, ``sampled``: the greedy and the
+        first sampled captions; ``pictures``: for each figure, its value for each image.
     """
     texts = draw(model, encoder, test, temperature=0.0)
     greedy = _written([judge_captions(test, texts)])
-    plain = [judge_captions(test, draw(model, encoder, test, seed=SEED + k)) for k in range(SAMPLES)]
-    sampled = _written(plain)
+    drawn = [draw(model, encoder, test, seed=SEED + k) for k in range(SAMPLES)]
+    sampled = _written(plain := [judge_captions(test, one) for one in drawn])
     figures: dict[str, Any] = {
         "greedy_correct": greedy.correct,
         "sampled_correct": sampled.correct,
@@ -90,6 +90,7 @@ def captions(
         "judge_score": sampled.score,
         "scores": [[round(one[i].score, 4) for one in plain] for i in range(len(test))],
         "greedy": texts,
+        "sampled": drawn[0],
         "pictures": {
             "greedy_correct": greedy.correct_by_picture,
             "sampled_correct": sampled.correct_by_picture,
@@ -98,7 +99,7 @@ def captions(
     }
     if decodings is None:
         return figures
-    figures |= {"greedy_score": greedy.score}
+    figures["greedy_score"] = greedy.score
     figures["pictures"] |= {"greedy_score": greedy.score_by_picture}
     further = {f"{t:g}": t for t in decodings.temperatures}
     if entropy is not None:
@@ -108,11 +109,8 @@ def captions(
         one = _written(
             [judge_captions(test, draw(model, encoder, test, temperature, SEED + k)) for k in range(SAMPLES)]
         )
-        figures |= {
-            f"judge_score@{name}": one.score,
-            f"sampled_correct@{name}": one.correct,
-            f"ill_formed@{name}": one.ill_formed,
-        }
+        figures |= {f"judge_score@{name}": one.score, f"sampled_correct@{name}": one.correct}
+        figures[f"ill_formed@{name}"] = one.ill_formed
         figures["pictures"] |= {
             f"judge_score@{name}": one.score_by_picture,
             f"sampled_correct@{name}": one.correct_by_picture,

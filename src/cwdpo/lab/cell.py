@@ -13,10 +13,18 @@ from typing import Any, Literal
 from cwdpo.clock import Clock, running, spent_on
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
-from cwdpo.data.read.reader import read_examples
 from cwdpo.files.writing import write_json, write_text
 from cwdpo.lab.captions import captions, draw, judged, sampled_entropy
 from cwdpo.lab.spec import BestOf, Decodings
+from cwdpo.lab.warm import (
+    encoder_for,
+    first_measured,
+    held_rows,
+    share_features,
+    splits_of,
+    start_of,
+    with_shared_reference,
+)
 from cwdpo.metrics.base import METRICS, Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
@@ -27,8 +35,8 @@ from cwdpo.probes.base import PROBES, HeldOut
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.model import encoder_of, load_model, save_model
-from cwdpo.stage.splits import Splits, prepare_data
+from cwdpo.stage.model import load_model, save_model
+from cwdpo.stage.splits import Splits
 from cwdpo.stage.stage import Stage, StageName
 from cwdpo.versions import versions
 from cwdpo.worlds.judged import all_judgeable
@@ -108,25 +116,22 @@ def run_cell(job: CellJob, on_step: OnStep) -> dict[str, Any]:
 
 def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, Any]:
     """Train one stage (not for ``base``), then compute the figures on the test set (not for ``stage1``)."""
+    recipe = job.recipe
     with spent_on("data"):
-        splits = None if job.stage == "base" else prepare_data(job.recipe, run)
+        splits = None if job.stage == "base" else splits_of(recipe, run)
     with spent_on("loading the model"):
-        policy = load_policy(job.recipe.model) if splits is None else load_model(job.recipe, splits, run)
-    encoder = encoder_of(policy, job.recipe)
+        policy = load_policy(recipe.model) if splits is None else load_model(recipe, splits, run)
+        share_features(policy, recipe)
+    encoder = encoder_for(policy, recipe)
     listener = Listener(step=on_step)
     if job.stage == "stage1":
         assert splits is not None
         train(job, policy, encoder, splits, run, listener)
         save_model(policy, job.folder / "model", run)
         return {}
-    data = job.recipe.data
-    test = read_examples(
-        job.test, default_prompt=data.default_prompt, format=data.format, ignore_columns=data.ignore_columns
-    ).examples
-    held = encoder.encode_all(test[:TEST_PROBES], "rejected", require_negative=False)[0]
-    probes = ProbeSet(
-        held, policy.model
-    )  # keeps the scores at the start of stage 2, that is of the reference
+    test = held_rows(job.test, recipe)
+    # Scored with the model at the start of stage 2, that is with the reference.
+    probes = first_measured(policy, encoder, start_of(recipe, job.test), test[:TEST_PROBES])
     trace: list[dict[str, Any]] = []
     if job.options.get("trace"):
         listener.measured = lambda stage, step, model: trace.append(
@@ -154,7 +159,8 @@ def train(
     """Train the cell's stage; all training of the laboratory goes through this function."""
     stage: StageName = "stage1" if job.stage == "stage1" else "stage2"
     examples = splits.stage1 if stage == "stage1" else splits.stage2
-    run_stage(Stage(stage, job.recipe, policy, encoder, run, examples, splits.validation, listener))
+    recipe = with_shared_reference(job.recipe, job.first)
+    run_stage(Stage(stage, recipe, policy, encoder, run, examples, splits.validation, listener))
 
 
 def sample_best(job: CellJob) -> dict[str, Any]:

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cwdpo.data.read.reader import read_examples
 from cwdpo.evaluation.intervals import mean_interval
 from cwdpo.evaluation.paired import conclusion, holm, paired_difference, two_way_interval
 from cwdpo.files.reading import read_jsonl
 from cwdpo.judging.win_rate import win_rate
 from cwdpo.lab.captions import SAMPLES
+from cwdpo.lab.gallery import gallery
 from cwdpo.lab.grid import CellResult
 from cwdpo.lab.panel import panel_of
 from cwdpo.lab.plan import BASE, Plan
 from cwdpo.lab.spec import Decodings, Study, overrides_of
 from cwdpo.report.summary import (
     Bin,
-    Caption,
     CellState,
     Difference,
     Figure,
     Mean,
-    Picture,
     Point,
     Row,
     Summary,
 )
 from cwdpo.rundir import RunDir
-from cwdpo.worlds.judged import all_judgeable, judge_captions
 
 WORLD_FIGURES = (
     Figure("sampled_correct", "all correct, T=1", "higher", 3, "captions that are right in every fact", True),
@@ -68,8 +64,6 @@ CURVES = (
 """Beginnings of the names of held-out readings whose curves are shown on the page."""
 CHANGES = ("tv", "js", "kl", "delta_logp/")
 """Beginnings of the names of figures that compare with the start of stage 2; the starting model has none of them."""
-GALLERY = 6
-"""Number of test images whose captions are shown."""
 BINS = 15
 Cells = Mapping[str, Sequence[CellResult | None]]
 """For each variant, its cells by seed; ``None`` for a seed that the variant does not run."""
@@ -84,20 +78,29 @@ def outcome(
     planned: Plan,
     results: Mapping[str, CellResult],
     chosen: Mapping[str, Sequence[str]],
+    *,
+    running: bool = False,
 ) -> Summary:
     """The study's summary.
 
     Figures are compared by seed, because all variants see the same images in the same order. p-values are corrected
     (Holm) within a figure, for the number of comparisons.
+
+    Args:
+        out, study, seeds, planned, results: the folder, the study, its seeds, its plan and the finished cells.
+        chosen: overrides by variant that a sweep chose.
+        running: whether cells without a result are still to come; then what takes long to compute is left out: win
+            rates, intervals over images, curves and reliability diagrams.
     """
     every = max((study.seeds(name, seeds) for name in study.variants), key=len)
     asked = {f"{name}-seed{seed}" for name in study.variants for seed in study.seeds(name, seeds)}
     cells: Cells = {
-        name: [_scored(study, _result(results, key)) if key in asked else None for key in keys]
+        name: [_scored(study, _result(results, key, running)) if key in asked else None for key in keys]
         for name, keys in ((name, [f"{name}-seed{seed}" for seed in every]) for name in study.variants)
     }
     figures = figures_of(study, cells)
-    read = _Results(out, study, every, cells)
+    read = _Results(out, study, every, cells, running)
+    pictured = gallery(out, study, planned, results, every[0])
     rows = [read.row(name, figures, chosen) for name in study.variants]
     base = _scored(study, results[BASE]).figures if BASE in results else {}
     failed = {key: str(r.error) for key, r in sorted(results.items()) if r.status == "failed"}
@@ -107,16 +110,14 @@ def outcome(
         full=study.full,
         seeds=tuple(every),
         figures=figures,
-        variants=compared(rows, figures, read.pictures),
+        variants=compared(rows, figures) if running else compared(rows, figures, read.pictures),
         panel=panel_of(study, rows),
         shared={key: error for key, error in failed.items() if key not in asked},
-        base={
-            f.key: _mean([base[f.key]])
-            for f in figures
-            if base.get(f.key) is not None and not f.key.startswith(CHANGES)
-        },
+        base=_of_base(base, figures),
         shown=study.shown,
-        gallery=_gallery(out, study, planned, results, f"seed{every[0]}") if study.shown else (),
+        gallery=pictured.pictures,
+        head=study.head or tuple(study.score),
+        pictures=pictured.note,
         provenance={
             "study": study.name,
             "cells": f"{len(results)} cells, {_hours(out, results):.2f} hours of one process each",
@@ -127,6 +128,12 @@ def outcome(
             "probes": _probe_cost(out, results),
         },
     )
+
+
+def _of_base(measured: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Mean]:
+    """The figures of the starting model, which has none that compare with it."""
+    known = (f for f in figures if measured.get(f.key) is not None and not f.key.startswith(CHANGES))
+    return {f.key: _mean([measured[f.key]]) for f in known}
 
 
 def figures_of(study: Study, cells: Cells) -> tuple[Figure, ...]:
@@ -222,12 +229,13 @@ class _Results:
     study: Study
     seeds: Sequence[int]
     cells: Cells
+    running: bool = False
 
     def row(self, name: str, figures: Sequence[Figure], chosen: Mapping[str, Sequence[str]]) -> Row:
         """A variant's row, without comparisons."""
         asked = [(s, c) for s, c in zip(self.seeds, self.cells[name], strict=True) if c is not None]
         done = [c for _, c in asked if c.status == "done"]
-        shown = name in self.study.shown
+        shown = name in self.study.shown and not self.running
         return Row(
             name=name,
             label=self.study.label(name),
@@ -236,18 +244,15 @@ class _Results:
             rival=self.study.rival(name),
             against={},
             calibration=_calibration(self.out, done),
-            cells=tuple(
-                CellState(
-                    seed, "done" if c.status == "done" else "failed", c.error, _seconds(self.out, c.key)
-                )
-                for seed, c in asked
-            ),
+            cells=tuple(CellState(seed, c.status, c.error, _seconds(self.out, c.key)) for seed, c in asked),
             curves=curves(self.out, done) if shown else {},
             reliability=pooled([c.figures["reliability"] for c in done]) if shown else (),
         )
 
     def figure(self, name: str, key: str) -> Mean:
         """Mean and interval of a figure over seeds."""
+        if key == "win_rate" and self.running:
+            return _mean([])
         if key == "win_rate":
             return win_over_seeds(self.values(name, "scores"), self.values(self.study.reference, "scores"))
         return _mean(self.values(name, key))
@@ -271,8 +276,12 @@ def _scored(study: Study, cell: CellResult) -> CellResult:
     return cell if score is None else replace(cell, figures={**cell.figures, "score": score})
 
 
-def _result(results: Mapping[str, CellResult], key: str) -> CellResult:
-    return results.get(key) or CellResult(key, "failed", {}, "not run: a cell that it needs failed", 0.0)
+def _result(results: Mapping[str, CellResult], key: str, running: bool) -> CellResult:
+    if key in results:
+        return results[key]
+    if running:
+        return CellResult(key, "waiting", {}, None, 0.0)
+    return CellResult(key, "failed", {}, "not run: a cell that it needs failed", 0.0)
 
 
 def _calibration(out: Path, cells: Sequence[CellResult]) -> dict[str, tuple[float, ...]]:
@@ -333,24 +342,3 @@ def pooled(diagrams: Sequence[Sequence[Mapping[str, float]]]) -> tuple[Bin, ...]
         confidence, accuracy = (sum(r[k] * r["n"] for r in rows) / n for k in ("confidence", "accuracy"))
         diagram.append(Bin(confidence, accuracy, n))
     return tuple(diagram)
-
-
-def _gallery(
-    out: Path, study: Study, planned: Plan, results: Mapping[str, CellResult], seed: str
-) -> tuple[Picture, ...]:
-    """The first test images with the greedy captions of the starting model and of the shown variants."""
-    cells = {study.label(name): f"{name}-{seed}" for name in study.shown}
-    cells = {"starting model": BASE, **cells} if BASE in results else cells
-    test = read_examples(planned.job(f"{study.shown[0]}-{seed}").test).examples[:GALLERY]
-    if not all_judgeable(test):
-        return ()
-    captions: list[list[Caption]] = [[] for _ in test]
-    for label, key in cells.items():
-        texts = _result(results, key).figures.get("greedy", [])[: len(test)]  # a failed cell has none
-        for written, text, j in zip(captions, texts, judge_captions(test[: len(texts)], texts), strict=False):
-            marks = (j.all_correct, j.wrong, j.hallucinated, j.omitted, j.ill_formed)
-            written.append(Caption(label, text, *marks))
-    return tuple(
-        Picture(os.path.relpath(str(e.images[0].path), out), e.chosen.text, tuple(written))
-        for e, written in zip(test, captions, strict=True)
-    )

@@ -104,7 +104,9 @@ class Study(Settings):
         swept: if no tuned settings are given, use those that were chosen for the demo (``lab/swept.yaml``).
         panel: make a variant, named ``<variant>-<values>``, of every point of every grid.
         base: also measure the starting model.
-        shown: variants whose curves, reliability diagrams and captions are shown on the page, in this order.
+        shown: variants whose curves and reliability diagrams are shown on the page, in this order.
+        pictured: variants whose captions are shown on the page, beside those of the starting model; default: ``shown``.
+        head: figures that the top of the page compares (default: those of ``score``).
         data: use a preference set of sampled responses that a noisy judge compared.
         validation: the held-out images for the probes: ``shared`` by all seeds, or each seed's ``own``.
         test: test set for data that is not from the embedded world.
@@ -127,6 +129,8 @@ class Study(Settings):
     panel: bool = False
     base: bool = False
     shown: tuple[str, ...] = ()
+    pictured: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
     data: BestOf | None = None
     validation: Validation = "shared"
     test: str | None = None
@@ -155,7 +159,7 @@ class Study(Settings):
     @model_validator(mode="after")
     def _known_names(self) -> Study:
         named = [n for v in self.variants.values() for n in (v.margins_from, v.against) if n]
-        named += [] if self.panel else [self.full, self.reference, *self.shown]
+        named += [] if self.panel else [self.full, self.reference, *self.shown, *self.pictured]
         for name in named:
             if name not in self.variants:
                 raise ValueError(
@@ -220,8 +224,8 @@ class Study(Settings):
         while more := {n for v in needed for n in self._read_by(v)} - needed:
             needed |= more
         kept = {name: v for name, v in self.variants.items() if name in needed}
-        shown = tuple(n for n in self.shown if n in kept)
-        return self.model_copy(update={"variants": kept, "shown": shown})
+        lists = {key: tuple(n for n in getattr(self, key) if n in kept) for key in ("shown", "pictured")}
+        return self.model_copy(update={"variants": kept, **lists})
 
     def _read_by(self, name: str) -> set[str]:
         own = self.variants[name]

@@ -76,21 +76,51 @@ def sample(
             process must have the whole model.
         progress: called with the number of finished prompts.
     """
-    decoding = Decoding(temperature, 1.0, max_new_tokens)
     seen: Counter[str] = Counter()
-    keys = []
+    repeats = []
     for example in examples:
-        keys.append(f"{example.id}\0{seen[example.id]}")
+        repeats.append(seen[example.id])
         seen[example.id] += 1
-    results: dict[int, Sample] = {}
-    batches = by_length(encoder, examples, batch_size)
+    drawn = sample_several(
+        model, encoder, examples, 1, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        seed=seed, repeats=repeats, together=together, progress=progress,
+    )  # fmt: skip
+    return [own[0] for own in drawn]
+
+
+def sample_several(
+    model: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    n: int,
+    *,
+    repeats: Sequence[int],
+    temperature: float = 1.0,
+    max_new_tokens: int = NEW_TOKENS,
+    batch_size: int = 64,
+    seed: int = 0,
+    together: bool = False,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[list[Sample]]:
+    """``n`` responses per example behind one prefill, in order.
+
+    Args:
+        model, encoder, examples, temperature, max_new_tokens, seed, together, progress: see :func:`sample`.
+        n: responses per example.
+        repeats: for each example, how often it was asked before with this seed; another number gives other samples.
+        batch_size: responses per forward pass; at least those of one example.
+    """
+    decoding = Decoding(temperature, 1.0, max_new_tokens)
+    keys = [f"{example.id}\0{number}" for example, number in zip(examples, repeats, strict=True)]
+    results: dict[int, list[Sample]] = {}
+    batches = by_length(encoder, examples, max(1, batch_size // n))
     if together:
         state = PartialState()
         batches = batches[state.process_index :: state.num_processes]
     prompts = ([encoder.prompt(examples[i]) for i in index] for index in batches)
     for index, begun in zip(batches, read_ahead(prompts, begun_prompts, len), strict=True):
-        drawn = sample_batch(model, encoder, begun, 1, decoding, seed, [keys[i] for i in index])
-        results |= {i: own[0] for i, own in zip(index, drawn, strict=True)}
+        drawn = sample_batch(model, encoder, begun, n, decoding, seed, [keys[i] for i in index])
+        results |= zip(index, drawn, strict=True)
         progress(len(index))
     if together:
         results = dict(of_all(list(results.items()), "sampling"))

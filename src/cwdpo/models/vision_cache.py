@@ -6,6 +6,7 @@ same values to the last bit.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import re
@@ -66,6 +67,34 @@ def keep_vision_features(model: nn.Module, gigabytes: float) -> bool:
         return False
     _CACHES[inner] = _Cache(gigabytes * 2**30)
     return True
+
+
+def share_vision_features(model: nn.Module, shared: dict[str, Any]) -> None:
+    """Let a model use, and add to, the features of other models with the same vision tower and projector.
+
+    Nothing happens if the model caches no features. Of models with different towers, the last one's features are kept.
+
+    Args:
+        model: bare or wrapped; its vision tower and projector are frozen.
+        shared: the same mapping for all models; its content is of this module only.
+    """
+    inner: Any = unwrapped(model)
+    if inner not in _CACHES:
+        return
+    digest = hashlib.blake2b(digest_size=16)
+    config = inner.config.to_dict()
+    digest.update(repr(sorted((k, v) for k, v in config.items() if k != "_name_or_path")).encode())
+    text = re.compile(PARTS["text"])
+    for name, value in inner.state_dict().items():
+        if not text.search(name):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} {value.device.type}".encode())
+            digest.update(raw)
+    key = digest.hexdigest()
+    if key not in shared:
+        shared.clear()
+        shared[key] = _CACHES[inner]
+    _CACHES[inner] = shared[key]
 
 
 def forget_vision_features(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from cwdpo.registry import Component, Registry
@@ -237,6 +238,20 @@ class Objective(Component):
         del mean_logps, negatives
         return self
 
+    def uncertainty(self, intervals: Mapping[str, tuple[float, float]]) -> float:
+        """How far the calibrated settings may be off: drawing samples ends when this is at most ``calibration.error``.
+
+        By default the largest distance of a setting from an end of its interval, relative to the setting.
+
+        Args:
+            intervals: (low, high) of each setting, which lies between them or near.
+        """
+        found = [0.0]
+        for name, ends in intervals.items():
+            value = float(getattr(self, name))
+            found.append(max(abs(end - value) for end in ends) / abs(value) if value else inf)
+        return max(found)
+
     def probe_scale(self) -> Scale:
         """The :class:`Scale` of the calibrated objective."""
         return Scale(beta=getattr(self, "beta", None))
@@ -272,9 +287,14 @@ class InForce:
     """The objective that a stage trains with now.
 
     Trainer, probes, rounds and curriculum share one instance, so that all of them see a new calibration.
+
+    Attributes:
+        objective: the objective.
+        known: how well its calibrated settings are known, to log with every row of training metrics.
     """
 
     objective: Objective
+    known: Mapping[str, float] = field(default_factory=dict)
 
 
 def negative_log_sigmoid(x: Tensor) -> Tensor:

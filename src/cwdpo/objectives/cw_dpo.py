@@ -171,6 +171,17 @@ class CwDpo(Objective):
             values["floor"] = floor_for_weight(self.target_weight, negatives, tau)
         return self.model_copy(update={k: v for k, v in values.items() if getattr(self, k) == "auto"})
 
+    def uncertainty(self, intervals: Mapping[str, tuple[float, float]]) -> float:
+        """The largest distance of floor or tau from an end of its interval, in units of tau.
+
+        The weight is a sigmoid of ``(mean_logp - floor) / tau``, so an error of floor of e tau moves the argument by e,
+        and the weight by e / 4 at most, whatever the model's spread of log-likelihoods is.
+        """
+        _, tau = self._floor_and_tau()
+        return max(
+            (abs(end - getattr(self, n)) / tau for n, ends in intervals.items() for end in ends), default=0.0
+        )
+
     def probe_scale(self) -> Scale:
         """Floor and tau, or the constant weight, and beta."""
         if self.cooling == "constant":

@@ -31,14 +31,8 @@ from cwdpo.onpolicy.record import FILE, negatives_by_origin, shown_pairs
 from cwdpo.onpolicy.sampler import ANSWERS, Sampler, build_sampler
 from cwdpo.onpolicy.samples import PromptSamples, outside, sort_samples
 from cwdpo.records import Example
-from cwdpo.stage.prepare import (
-    calibrate,
-    calibration_row,
-    encode,
-    keep_negatives,
-    negative_mean_logps,
-    with_reference_values,
-)
+from cwdpo.stage.calibration import calibrate, calibration_row, negative_mean_logps
+from cwdpo.stage.prepare import encode, keep_negatives, with_reference_values
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.weights import Weights
 
@@ -120,14 +114,14 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         drawn = self._sample(examples, settings, round_, step)
         sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in examples if e.id in drawn}
         need = self.stage.objective.needs_negatives
-        blended, counts = blend(examples, sampled, settings, seed, round_, need=need)
-        if not blended:
+        mixed, counts = blend(examples, sampled, settings, seed, round_, need=need)
+        if not mixed:
             raise DataError(
                 f"round {round_} of stage 2: none of {len(examples)} prompts has a negative; samples were dropped as "
                 f"{dict(counts.dropped)}: raise negatives.sampler.max_new_tokens or samples, or set a lower "
                 "negatives.on_policy_fraction with another source in negatives.mix"
             )
-        blended = with_image_negatives(blended, settings, seeded(seed, "images", round_).getrandbits(62))
+        blended = with_image_negatives(mixed, settings, seeded(seed, "images", round_).getrandbits(62))
         self._calibrate_again(drawn, round_)
         by_id = {row.id: row for row in self._prepared(blended, round_)}
         self._calibrate_on_negatives(list(by_id.values()), round_)
@@ -178,7 +172,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 "negatives.recalibrate: the objective sets its floor by the negatives of the first round "
                 "(target_weight): leave out one of the two"
             )
-        own = [row for row in self.dataset_rows if row.negatives]
+        own = self.dataset_rows.select([i for i, row in enumerate(self.dataset_rows) if row.negatives])
         self._mean_logps = calibrate(
             self.stage,
             examples,
@@ -194,7 +188,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         run, name = self.stage.run, "calibration-round0.json"
         negatives = run.json(name)["negatives"] if round_ else negative_mean_logps(rows)
         objective = self.stage.settings.build().calibrated(self._mean_logps, negatives)
-        self.stage.in_force.objective = objective
+        self.stage.in_force.objective, self.stage.in_force.known = objective, {}
         if not round_:
             run.write_json(name, {**calibration_row(objective, self._mean_logps), "negatives": negatives})
 
@@ -205,7 +199,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         mean_logps = [s.mean_logp for row in drawn.values() for s in row.samples if s.mean_logp is not None]
         if len(mean_logps) > 1:
             objective = self.stage.settings.build().calibrated(mean_logps)
-            self.stage.in_force.objective = objective
+            self.stage.in_force.objective, self.stage.in_force.known = objective, {}
             row = calibration_row(objective, mean_logps)
             self.stage.run.write_json(f"calibration-round{round_}.json", row)
 

@@ -11,8 +11,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cwdpo.arguments import TrainSettings
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
+from cwdpo.models.adapter import idle_adapters_off
 from cwdpo.models.load import load_weights
 from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.signals import Signals
@@ -94,15 +96,10 @@ def run_stage(stage: Stage) -> None:
         DataError: too many examples cannot be used.
         NonFiniteError: the loss is not finite any more; nothing was updated.
     """
-    rounds = Rounds(stage) if stage.in_rounds else None
-    if rounds is None:
-        rows = prepare(stage)
-    else:
-        rows = rounds.dataset_rows
-        if stage.recipe.probes.influence or stage.recipe.curriculum["name"] != "steady":
-            rows = with_reference_values(stage, rows)  # the rounds' negatives are scored later
-    with stage.autocast():
-        signals = Signals.of(instruments(stage, rows), rows)
+    with idle_adapters_off(stage.policy.model):
+        rounds, rows = _prepared(stage)
+        with stage.autocast():
+            signals = Signals.of(instruments(stage, rows), rows)
     stage.listener.phase(f"{stage.name}: {stage.settings.objective['name']}")
     stage.trainer = make_trainer(stage, rows if rounds is None else rounds.data, signals)
     if rounds is not None:
@@ -118,6 +115,17 @@ def run_stage(stage: Stage) -> None:
     _train_from(stage, checkpoint, stage.trainer)
 
 
+def _prepared(stage: Stage) -> tuple[Rounds | None, EncodedRows]:
+    """The rounds, if the stage runs in rounds, and its rows: to train on, or only for probes and curriculum."""
+    if not stage.in_rounds:
+        return None, prepare(stage)
+    rounds = Rounds(stage)
+    rows = rounds.dataset_rows
+    if stage.recipe.probes.influence or stage.recipe.curriculum["name"] != "steady":
+        rows = with_reference_values(stage, rows)  # the rounds' negatives are scored later
+    return rounds, rows
+
+
 def make_trainer(
     stage: Stage, data: Sequence[EncodedExample] | RoundData, signals: Signals | None = None
 ) -> PreferenceTrainer:
@@ -126,7 +134,8 @@ def make_trainer(
     times = StepTimes(stage)
 
     def on_log(row: Mapping[str, Any]) -> None:
-        row = {**row, **(stage.objective.logged() if "loss" in row else {})}
+        if "loss" in row:
+            row = {**row, **stage.objective.logged(), **stage.in_force.known}
         # Sent first: a row that is sent twice after a kill does less harm than one that is missing.
         stage.trackers.numbers(stage.name, row["step"], row)
         store_row(run, {"stage": stage.name, **row})

@@ -19,7 +19,7 @@ LONG = 30.0
 
 
 def store_timings(run: RunDir, part: str, **more: Any) -> dict[str, float]:
-    """Append the seconds of each part since the last row, if a clock is running.
+    """Append the seconds of each part since the last row, and its CPU seconds, if a clock is running.
 
     Args:
         run: the run folder.
@@ -32,10 +32,21 @@ def store_timings(run: RunDir, part: str, **more: Any) -> dict[str, float]:
     clock = current()
     if clock is None:
         return {}
-    taken = clock.take()
-    shown = {name: round(seconds, 3) for name, seconds in sorted(taken.items()) if seconds >= 5e-4}
-    run.append("timings.jsonl", [{"stage": part, **more, "elapsed": round(clock.elapsed, 3), "parts": shown}])
+    taken, cpu = clock.take_both()
+    row = {
+        "stage": part,
+        **more,
+        "elapsed": round(clock.elapsed, 3),
+        "parts": _shown(taken),
+        "cpu": _shown(cpu),
+    }
+    run.append("timings.jsonl", [row])
     return taken
+
+
+def _shown(seconds: dict[str, float]) -> dict[str, float]:
+    """To a millisecond, without parts of less."""
+    return {name: round(spent, 3) for name, spent in sorted(seconds.items()) if spent >= 5e-4}
 
 
 class StepTimes:

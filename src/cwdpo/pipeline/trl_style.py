@@ -20,6 +20,7 @@ from cwdpo.config import CalibrationSettings, Recipe, StageSettings
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, RecipeError
+from cwdpo.models.adapter import idle_adapters_off
 from cwdpo.models.load import Policy, adopt, load_policy, load_processor
 from cwdpo.models.settings import ModelSettings
 from cwdpo.models.shared_attention import Scoring
@@ -35,7 +36,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.model import encoder_of
 from cwdpo.stage.prepare import encode, prepare, with_reference_values
-from cwdpo.stage.scoring_check import check_scoring
+from cwdpo.stage.scoring_check import check_scoring, spread
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
@@ -62,7 +63,8 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
         objective_settings: its further settings, e.g. ``{"floor": -0.5, "tau": 0.3, "sft_weight": 1.0}``.
         disable_dropout: as in TRL.
         max_bad_fraction: share of rows that may be unusable.
-        calibration_samples: number of samples of the reference for ``floor: auto`` and ``tau: auto``.
+        calibration_samples: largest number of samples of the reference for ``floor: auto`` and ``tau: auto``.
+        calibration_error: when to draw no more, see ``calibration.error`` of recipes; ``None``: draw all.
         calibration_max_new_tokens: largest number of tokens in these samples.
         scoring: ``auto``, ``shared_prefix`` or ``plain``, see :func:`cwdpo.models.shared_attention.use_scoring`.
         vision_cache_gb: memory for the image features of a frozen vision tower, in GB.
@@ -80,6 +82,7 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
     disable_dropout: bool = field(default=True)
     max_bad_fraction: float = field(default=0.01)
     calibration_samples: int = field(default=200)
+    calibration_error: float | None = field(default=0.5)
     calibration_max_new_tokens: int = field(default=128)
     scoring: Scoring = field(default="auto")
     vision_cache_gb: float = field(default=1.0)
@@ -129,7 +132,9 @@ class CWDPOConfig(TrainingArguments):  # type: ignore[misc]
                 max_tokens_per_batch=self.max_tokens_per_batch,
             ),
             calibration=CalibrationSettings(
-                samples=self.calibration_samples, max_new_tokens=self.calibration_max_new_tokens
+                samples=self.calibration_samples,
+                error=self.calibration_error,
+                max_new_tokens=self.calibration_max_new_tokens,
             ),
         )
 
@@ -205,10 +210,11 @@ class CWDPOTrainer(PreferenceTrainer):
                 recipe.model.model_copy(update={"tune": "full"}),
             ).model
         with stage.autocast():
-            check_scoring(policy.model, stage.encoder, stage.examples, args.scoring)
-        train = prepare(stage)
+            check_scoring(policy.model, stage.encoder, spread(stage.examples), args.scoring)
         self._stage, self._compute_metrics = stage, more.get("compute_metrics")
-        evaluated = {name: self._encoded(one, name) for name, one in held_out.items()}
+        with idle_adapters_off(policy.model):
+            train = prepare(stage)
+            evaluated = {name: self._encoded(one, name) for name, one in held_out.items()}
         super().__init__(
             policy.model,
             args,
@@ -225,7 +231,7 @@ class CWDPOTrainer(PreferenceTrainer):
         )
         stage.trainer = self
 
-    def _encoded(self, rows: Rows, name: str) -> list[EncodedExample]:
+    def _encoded(self, rows: Rows, name: str) -> Sequence[EncodedExample]:
         """Encode rows to evaluate on, with reference values."""
         stage, args = self._stage, self._stage.recipe.data
         where = f"eval_dataset[{name!r}]" if name else "eval_dataset"

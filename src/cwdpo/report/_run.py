@@ -10,7 +10,7 @@ from markupsafe import Markup
 from cwdpo.report._dynamics import dynamics
 from cwdpo.report._negatives import negatives_section
 from cwdpo.report._page import Folder, Legend, Panel, Panels, keys, mapping, points, records
-from cwdpo.report._text import MISSING, finite, number, picture_uri, plain, strip_uri
+from cwdpo.report._text import MISSING, finite, interval_text, number, picture_uri, plain, strip_uri
 from cwdpo.report._times import times
 from cwdpo.report.figures import histogram
 
@@ -99,10 +99,8 @@ def _cooling(recipe: dict[str, Any], calibration: dict[str, Any]) -> dict[str, t
         if given is not None:
             out[name] = (given, "given in the recipe")
         else:
-            out[name] = (
-                found,
-                f"from n = {plain(calibration.get('n'))} samples" if found is not None else "",
-            )
+            source = f"from n = {plain(calibration.get('n'))} samples" if found is not None else ""
+            out[name] = (found, source + interval_text(calibration, name))
     return out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cwdpo.report._answers import head_table, study_levels
 from cwdpo.report._page import Folder, Legend, Panel, Panels, keys
 from cwdpo.report._tables import Charts, Entry, Page, Table, difference_entry, mean_entry
 from cwdpo.report._text import number, picture_uri, plain
@@ -22,29 +23,39 @@ CURVES = (
     ("grad_norm", "Gradient norm", "training, before clipping"),
 )
 DELTA, WEIGHT = "delta_logp/", "cooling/weight/"
+LOOK = 2
+"""Number of images whose captions are at the top of the page."""
 SLOPES = ("sampled_correct", "greedy_correct", "ill_formed")
 """Figures with a chart that connects the first and the second column of a panel."""
 
 
-def study_page(folder: Folder, summary: Summary) -> Page:
-    """The values for the template."""
+def study_page(folder: Folder, summary: Summary, status: str = "") -> Page:
+    """The values for the template; with a status, of a study that runs: charts are drawn at its end."""
     names = keys()
     legend = [_entry(summary.row(name), place) for place, name in enumerate(summary.shown)]
     charts = [
         *_slopes(summary, names),
         *_curves(summary, legend, names),
         *_reliability(summary, legend, names),
-    ]
+    ] if not status else []  # fmt: skip
+    cards = _gallery(folder, summary)
+    n = len(summary.seeds)
     return Page(
         kind="study",
         title=summary.title,
         notes=[summary.question] if summary.question else [],
+        status=status,
+        levels=study_levels(summary),
+        head=head_table(summary),
+        against=f"against {summary.row(summary.full).label}, paired over {n} seed{'s' * (n != 1)}",
+        look=cards[:LOOK],
+        looked=summary.pictures,
         tables=_tables(summary),
         settings=[(v.label, _settings(v)) for v in summary.variants],
         provenance=summary.provenance,
         failures=summary.failures,
         charts=charts,
-        gallery=_gallery(folder, summary, legend),
+        gallery=cards[LOOK:],
     )
 
 
@@ -134,6 +145,8 @@ def _cell(variant: Row, seed: int) -> Entry:
     def shown(cell: CellState) -> Entry:
         if cell.status == "failed":
             return Entry("failed", (cell.reason,), "bad")
+        if cell.status == "waiting":
+            return Entry("…")
         return Entry("done", (f"{cell.seconds:.0f} s",))
 
     return next((shown(c) for c in variant.cells if c.seed == seed), Entry("–"))
@@ -268,16 +281,28 @@ def _reliability(summary: Summary, legend: Sequence[Legend], names: Iterator[str
 # --- captions -------------------------------------------------------------------------------------------
 
 
-def _gallery(folder: Folder, summary: Summary, legend: Sequence[Legend]) -> list[dict[str, Any]]:
-    entries = {entry.label: entry for entry in legend}
+def _gallery(folder: Folder, summary: Summary) -> list[dict[str, Any]]:
+    slots = _slots(summary)
     return [
         {
             "picture": picture_uri(picture.image, folder.path),
             "truth": picture.truth,
-            "captions": [(entries.get(c.label), c, mark(c)) for c in picture.captions],
+            "captions": [
+                (Legend(c.label, slots[c.name]) if c.name in slots else None, c, mark(c))
+                for c in picture.captions
+            ],
         }
         for picture in summary.gallery
     ]
+
+
+def _slots(summary: Summary) -> dict[str, int]:
+    """The colours of variants: of the shown ones, and of others in the same row of the panel."""
+    slots = {name: place for place, name in enumerate(summary.shown)}
+    for names in summary.panel.rows.values() if summary.panel else ():
+        own = next((slots[n] for n in names if n in slots), None)
+        slots |= {n: own for n in names if n is not None and n not in slots and own is not None}
+    return slots
 
 
 def mark(caption: Caption) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import unicodedata
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,15 @@ def number(value: Any, digits: int | None = 3) -> str:
     if text.startswith("-") and not text.strip("-0."):
         text = text[1:]  # no minus zero
     return text.replace("-", "−")
+
+
+def interval_text(calibration: Mapping[str, Any], name: str) -> str:
+    """The 95% interval of a calibrated setting, to append to its value; empty if none is stored."""
+    stored = calibration.get("interval")
+    ends = stored.get(name) if isinstance(stored, dict) else None
+    if not isinstance(ends, list) or len(ends) != 2 or finite(ends[0]) is None or finite(ends[1]) is None:
+        return ""
+    return f" (95% interval {number(ends[0])} to {number(ends[1])})"
 
 
 def plain(value: Any) -> str:

@@ -13,7 +13,7 @@ from cwdpo.dynamics.diagnose import diagnose_rows
 from cwdpo.files.writing import write_text
 from cwdpo.hub import hub_data
 from cwdpo.report._page import Folder, mapping, records
-from cwdpo.report._text import finite, number, plain, visible
+from cwdpo.report._text import finite, interval_text, number, plain, visible
 
 Form = Literal["full", "adapter", "merged"]
 """The model next to the card: a whole model, a peft adapter, or a base model with its adapter merged."""
@@ -172,9 +172,12 @@ def findings(run: Path) -> list[str]:
         if stopped:
             lines.append(_line(stopped.get("reason")))
     calibration = {k: finite(v) for k, v in source.json("calibration.json").items() if k != "n"}
-    values = ", ".join(f"{_line(k)} {v:.3f}" for k, v in calibration.items() if v is not None)
+    stored = source.json("calibration.json")
+    values = "; ".join(
+        f"{_line(k)} {v:.3f}{interval_text(stored, k)}" for k, v in calibration.items() if v is not None
+    )
     if values:
-        n = plain(source.json("calibration.json").get("n"))
+        n = plain(stored.get("n"))
         lines.append(f"Calibrated on {n} samples of the reference: {values}.")
     left_out = len(source.rows("problems.jsonl"))
     if left_out:

@@ -1,12 +1,13 @@
 """Renders a run folder as one HTML file, without scripts or network access; all text is escaped.
 
 There are three kinds of folders: a single run (:mod:`cwdpo.rundir`), a study (:mod:`cwdpo.report.summary`, written by
-``cwdpo ablate`` and ``cwdpo demo``), and a comparison of runs (:mod:`cwdpo.report._tables`, written by
+``cwdpo ablate`` and ``cwdpo demo``), and a comparison of runs (:mod:`cwdpo.report._comparison`, written by
 ``cwdpo compare``). Does not import torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from markupsafe import Markup
 
 from cwdpo.errors import RunDirError
 from cwdpo.files.writing import write_text
+from cwdpo.report._comparison import comparison_page
 from cwdpo.report._page import Folder
 from cwdpo.report._run import run_page
 from cwdpo.report._study import study_page
-from cwdpo.report._tables import comparison_page
 from cwdpo.report._text import MISSING, shortened, visible
-from cwdpo.report.summary import read_summary
+from cwdpo.report.summary import Summary, read_summary
 
 _HERE = Path(__file__).parent
 
@@ -64,6 +65,24 @@ def render_report(folder: str | Path, *, refresh: int | None = None) -> str:
         values = vars(comparison_page(source, summary))
     else:
         template, values = "run.html.jinja", run_page(source)
+    return _rendered(template, values, source, refresh)
+
+
+def write_running(folder: Path, summary: Summary, status: str, refresh: int) -> None:
+    """Write the page of a study that runs.
+
+    Args:
+        folder: of the study.
+        summary: what is known so far.
+        status: how far it is, as a text.
+        refresh: seconds after which the page reloads itself.
+    """
+    source = Folder(folder)
+    values = vars(study_page(source, summary, status))
+    write_text(folder / "report.html", _rendered("tables.html.jinja", values, source, refresh))
+
+
+def _rendered(template: str, values: Mapping[str, Any], source: Folder, refresh: int | None) -> str:
     troubles = list(dict.fromkeys(source.troubles))
     page = _environment().get_template(template)
     return page.render(**values, troubles=troubles, missing=MISSING, refresh=refresh)

@@ -65,10 +65,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class CellState:
-    """One seed of a variant: whether it is done, and its time in seconds."""
+    """One seed of a variant: whether it is done or waits (on the page of a study that runs), and its seconds."""
 
     seed: int
-    status: Literal["done", "failed"]
+    status: Literal["done", "failed", "waiting"]
     error: str | None
     seconds: float
 
@@ -141,7 +141,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Caption:
-    """The caption of an image by one variant, and the world judge's result."""
+    """The caption of an image by one variant, and the world judge's result.
+
+    ``parts``: the text in pieces; ``True`` marks those in which it differs from the true caption that is most like it.
+    ``name``: the variant; empty for the starting model.
+    """
 
     label: str
     text: str
@@ -150,6 +154,8 @@ class Caption:
     hallucinated: int
     omitted: int
     ill_formed: bool
+    parts: tuple[tuple[str, bool], ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,9 @@ class Summary:
         full: the variant that others are compared with, unless they name another one.
         shared: failed cells that several variants need, with their errors.
         base: figures of the starting model, if the study measures it.
-        shown: variants with curves, reliability diagrams and captions; the position decides the colour.
+        shown: variants with curves and reliability diagrams; the position decides the colour.
+        head: keys of the figures that the top of the page compares; none: those that a sweep chooses by.
+        pictures: how the images and captions of ``gallery`` were chosen.
     """
 
     title: str
@@ -184,6 +192,8 @@ class Summary:
     shown: tuple[str, ...]
     gallery: tuple[Picture, ...]
     provenance: dict[str, str]
+    head: tuple[str, ...] = ()
+    pictures: str = ""
     kind: Literal["study"] = "study"
 
     def row(self, name: str) -> Row:

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from cwdpo.arguments import TrainSettings
+from cwdpo.clock import spent_on
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.encode.image_cache import ImageCache
@@ -73,6 +74,7 @@ def load_saved(policy: Policy, folder: Path) -> None:
     load_weights(policy.model, folder)
 
 
+@spent_on("saving")
 def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     """Write the model (or its adapter) and the processor; the folder gets its name only when it is complete."""
     if not run.writes:

@@ -61,21 +61,21 @@ def build(setting: Setting, *, trl: bool = True) -> Bench:
     """
     made = processor()
     model = build_model(setting, made.tokenizer)
-    reference = model if setting.tune == "lora" else _moved_copy(model)
+    reference = model if setting.tune == "lora" else moved_copy(model)
     data = rows(setting, made.tokenizer)
     encoded = _encoded(setting, made, data)
     steps: dict[str, Step] = {}
     if trl:
-        steps |= _trl_steps(setting, model, reference, made, data)
+        steps |= trl_steps(setting, model, reference, made, data)
     use_scoring(model, "shared_prefix")
     if reference is not model:
         use_scoring(reference, "shared_prefix")
     keep_vision_features(model, 64.0 if setting.vision_cache else 0.0)
-    steps["cwdpo"] = _own_step(setting, model, reference, encoded)
+    steps["cwdpo"] = own_step(setting, model, reference, [encoded])
     return Bench(setting, model, steps)
 
 
-def _moved_copy(model: Any) -> Any:
+def moved_copy(model: Any) -> Any:
     """A reference for full fine-tuning that differs from the policy, so that the gradients depend on its values."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     generator = torch.Generator(device=model.device).manual_seed(9)
@@ -114,39 +114,53 @@ def _adapter_off(setting: Setting, model: Any) -> Iterator[None]:
         yield
 
 
-def _own_step(setting: Setting, model: Any, reference: Any, example: EncodedExample) -> Step:
+def own_step(setting: Setting, model: Any, reference: Any, examples: Sequence[EncodedExample]) -> Step:
     """The step of ``cwdpo train`` for one micro-batch: counts, scoring, objective, metrics, backward pass, guard."""
     from transformers import TrainingArguments
 
     from cwdpo.trainer.trainer import PreferenceTrainer
 
-    def referenced() -> EncodedExample:
+    def referenced() -> list[EncodedExample]:
         with _adapter_off(setting, model):
-            scored: list[EncodedExample] = reference_pass(reference, [example])
-        return scored[0]
+            scored: list[EncodedExample] = reference_pass(reference, examples)
+        return scored
 
     known = referenced()
     args = TrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="cwdpo-bench-"),
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=len(examples),
         report_to="none",
         use_cpu=setting.device == "cpu",
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
     objective = OBJECTIVES.build({"name": "dpo", "beta": BETA})
-    trainer = PreferenceTrainer(model, args, objective, [known])
+    trainer = PreferenceTrainer(model, args, objective, known)
 
     def step() -> float:
         now = referenced() if setting.reference == "live" else known
-        inputs = {"batch": collate([now])}
+        inputs = {"batch": collate(now)}
         totals = trainer.prepare_step([inputs])
         return float(trainer.training_step(model, inputs, totals))
 
     return step
 
 
-def _trl_steps(setting: Setting, model: Any, reference: Any, made: Any, data: list[Any]) -> dict[str, Step]:
+def trl_steps(
+    setting: Setting, model: Any, reference: Any, made: Any, data: list[dict[str, Any]]
+) -> dict[str, Step]:
+    """TRL's steps on one batch of the rows, see :class:`Bench`.
+
+    Args:
+        setting: the benchmark setting; ``negatives`` is the number of rows.
+        model: the policy.
+        reference: the reference model with full fine-tuning; with LoRA it is not used.
+        made: the processor.
+        data: rows with TRL's columns.
+
+    Raises:
+        MissingPackageError: TRL is not installed.
+    """
     try:
         import trl.trainer.utils as trl_utils
         from datasets import Dataset
@@ -154,17 +168,10 @@ def _trl_steps(setting: Setting, model: Any, reference: Any, made: Any, data: li
     except ImportError:
         raise MissingPackageError("cwdpo bench compares with TRL: pip install 'trl>=1.16,<1.17'") from None
     args = DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="cwdpo-bench-"),
-        per_device_train_batch_size=setting.negatives,
-        beta=BETA,
-        max_length=None,
-        report_to="none",
-        use_cpu=setting.device == "cpu",
-        gradient_checkpointing=setting.grad_checkpointing,
-        bf16=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+        output_dir=tempfile.mkdtemp(prefix="cwdpo-bench-"), per_device_train_batch_size=setting.negatives, beta=BETA,
+        max_length=None, report_to="none", use_cpu=setting.device == "cpu", bf16=False, disable_tqdm=True,
+        gradient_checkpointing=setting.grad_checkpointing, dataloader_pin_memory=False,
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = DPOTrainer(

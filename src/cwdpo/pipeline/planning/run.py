@@ -286,7 +286,7 @@ def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
     sampled = [f"evaluation of {recipe.evaluation.prompts} prompts"] if recipe.evaluation.prompts else []
     stages = [s for s in (recipe.stage1, recipe.stage2) if s.enabled]
     if any(stage.build().needs_calibration for stage in stages):
-        sampled.append(f"calibration with {recipe.calibration.samples} samples")
+        sampled.append(f"calibration with at most {recipe.calibration.samples} samples")
     negatives = recipe.negatives
     if recipe.stage2.enabled and negatives.on_policy_fraction is not None:
         sampled.append(f"{negatives.sampler.samples} samples for each prompt of {negatives.rounds} rounds")
