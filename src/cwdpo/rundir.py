@@ -7,6 +7,7 @@ The files::
     problems.jsonl     rows that were left out, and why
     notes.jsonl        notes on the data: columns that are not read, images that are converted
     calibration.json   floor and tau, and the mean_logps that they were computed from
+    encoded/           the encoded rows of each stage, in Arrow
     reference/         log-probabilities of the reference model, written batch by batch
     pool.jsonl         samples of the policy by round (only with on-policy negatives)
     answers.jsonl      answers of a server
@@ -62,7 +63,7 @@ BEGUN = (
     "model", "summary.json",
 )  # fmt: skip
 """Names that exist in a folder after training has begun."""
-FOLDERS = ("data", "init", "reference", "stage1", "stage2", "model")
+FOLDERS = ("data", "init", "encoded", "reference", "stage1", "stage2", "model")
 RECORDED = (
     "metrics.jsonl", "readings.jsonl", "curriculum.jsonl", "rounds.jsonl", "pool.jsonl", "answers.jsonl",
     "stopped-*.json", "inputs.json", "calibration*.json", "probes-*.jsonl", "samples.jsonl",

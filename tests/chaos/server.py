@@ -26,6 +26,8 @@ if len(sys.argv) > 1:
     cwdpo.lab.spec.SHIPPED = Path(sys.argv[1])
 # Workers of a study are forked, too, from this process, which has imported everything; they die with their parent.
 cwdpo.lab.server.METHOD = "fork"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the command begins
 print("ready", flush=True)
 for line in sys.stdin:
     out, err, limits, *arguments = json.loads(line)
@@ -34,7 +36,6 @@ for line in sys.stdin:
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a full disk: the write itself says so
         for name, most in limits.items():
             resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
@@ -42,6 +43,7 @@ for line in sys.stdin:
             cwdpo.report.figures._drawn = lambda *_, **__: "<svg></svg>"
         sys.argv, code = ["cwdpo", *arguments], 0
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             cli.main()
         except SystemExit as end:
             code = end.code or 0

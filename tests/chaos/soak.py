@@ -5,7 +5,8 @@
 - ``sweep`` of 50 cells, with its workers.
 
 All three run at once, each in a process of its own; a part that ends begins anew until the time is up. Memory is
-that of a command and all its workers (resident, shared pages counted once each).
+that of a command and all its workers (resident, shared pages counted once each). A page takes more memory the longer
+the run is that it shows, so `watch` is compared where the watched runs are nearly finished: the second with the last.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Part:
     place: Path
     progress: Callable[[], int]
     seen: list[tuple[float, int, int, int]] = field(default_factory=list)
+    cycle: Callable[[], int] | None = None
+    """The number of the watched run if it is nearly finished, else 0."""
+    cycles: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """By this number: bytes and open files."""
     starts: int = 0
     done: int = 0
     trouble: str = ""
@@ -76,11 +81,16 @@ class Part:
                 self.trouble = f"exit code {code}: {(self.place / 'err').read_text(errors='replace')[-500:]}"
             return False
         self.done = max(self.done, self.progress())
-        self.seen.append((time.monotonic() - begun, self.progress(), *usage(self.process.pid)))
+        used = usage(self.process.pid)
+        self.seen.append((time.monotonic() - begun, self.progress(), *used))
+        if self.cycle is not None and (number := self.cycle()):
+            self.cycles.setdefault(number, []).append(used)
         return True
 
     def verdict(self) -> str:
         """Memory and files at the beginning and at the end of the longest start; ``GROWS`` where they grew."""
+        if self.cycle is not None:
+            return self._verdict_of_cycles()
         rows = max(self._starts(), key=len)
         if len(rows) < 16:
             return f"{self.name}: too short to tell ({len(rows)} looks)"
@@ -94,6 +104,19 @@ class Part:
             f"{self.name}: {self.done} {'GROWS' if grows else 'flat'}: {before / 2**20:.0f} -> {after / 2**20:.0f} "
             f"MiB, {files[0]} -> {files[1]} open files (second and last quarter of {rows[-1][0] - rows[0][0]:.0f} s, "
             f"{self.starts} starts)"
+        )
+
+    def _verdict_of_cycles(self) -> str:
+        """The same, of the second and the last watched run that was seen nearly finished."""
+        of_runs = [self.cycles[number] for number in sorted(self.cycles)]
+        if len(of_runs) < 3:
+            return f"{self.name}: too short to tell ({len(of_runs)} watched runs were nearly finished)"
+        before, after = ([max(values) for values in zip(*of_runs[i], strict=True)] for i in (1, -1))
+        grows = after[0] > before[0] * (1 + MOST_GROWTH) or after[1] > before[1] + 2
+        return (
+            f"{self.name}: {self.done} {'GROWS' if grows else 'flat'}: {before[0] / 2**20:.0f} -> "
+            f"{after[0] / 2**20:.0f} MiB, {before[1]} -> {after[1]} open files (second and last of {len(of_runs)} "
+            "watched runs, nearly finished)"
         )
 
     def _starts(self) -> list[list[tuple[float, int, int, int]]]:
@@ -189,6 +212,7 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="soak-"))
     run, page, sweep = every = parts(place)
     clients = Clients(page)
+    page.cycle = lambda: run.starts if run.progress() > 0.9 * ROUNDS else 0
     begun = time.monotonic()
     told = begun
     try:

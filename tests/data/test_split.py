@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwdpo.data.split import split_by_image
+from cwdpo.data.split import _named, _text_key, split_by_image
 from cwdpo.errors import DataError
+from cwdpo.files.stored import Stored
 from cwdpo.records import Completion, Example, ImageRef, Message
 
 
@@ -18,7 +21,7 @@ def example(name: str, *images: bytes, text: str = "Q") -> Example:
     return Example(name, refs, (Message("user", (*[None] * len(refs), text)),), Completion("A"))
 
 
-def ids(parts: dict[str, list[Example]]) -> dict[str, list[str]]:
+def ids(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[str]]:
     return {name: [e.id for e in part] for name, part in parts.items()}
 
 
@@ -94,3 +97,33 @@ def test_a_picture_that_has_gone(tmp_path: Path) -> None:
     gone = Example("x", (ImageRef(path=tmp_path / "gone.png"),), (Message("user", (None,)),), Completion("A"))
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
         split_by_image([gone], {"a": 1.0}, 0)
+
+
+def slow_split(examples: list[Example], shares: list[float], seed: int) -> list[list[str]]:
+    """Groups by hand: sets of pictures that are joined as long as two of them share one."""
+    groups: list[set[bytes]] = []
+    for e in examples:
+        own = {b"image:" + blake2b(i.encoded(), digest_size=16).digest() for i in e.images}
+        own = own or {_named(_text_key(e))}
+        own = own.union(*(g for g in groups if g & own))
+        groups = [g for g in groups if not g & own] + [own]
+    order = sorted(groups, key=lambda g: blake2b(f"{seed}:".encode() + min(g), digest_size=16).digest())
+    ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
+    found: list[list[str]] = [[] for _ in shares]
+    for e in examples:
+        key = b"image:" + blake2b(e.images[0].encoded(), digest_size=16).digest() if e.images else None
+        place = next(i for i, g in enumerate(order) if (key or _named(_text_key(e))) in g)
+        found[next(i for i, end in enumerate(ends) if place < end)].append(e.id)
+    return found
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(0, 25), max_size=3), min_size=1, max_size=40), st.integers(0, 3))
+def test_groups_are_those_of_a_plain_search(pictures: list[list[int]], seed: int) -> None:
+    examples = [
+        example(str(i), *(bytes([p]) for p in own), text=f"Q{i % 4}") for i, own in enumerate(pictures)
+    ]
+    wanted = slow_split(examples, [0.25, 0.25, 0.5], seed)
+    fractions = {"a": 0.25, "b": 0.25, "c": 0.5}
+    assert list(ids(split_by_image(examples, fractions, seed)).values()) == wanted
+    assert list(ids(split_by_image(Stored(examples), fractions, seed)).values()) == wanted

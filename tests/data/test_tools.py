@@ -218,7 +218,7 @@ def test_tools_are_part_of_what_a_row_is(tmp_path: Path, with_template: Callable
     assert len({encoder.prompt(e).input_ids for e in examples}) == 3
     report = validate(tmp_path / "rows.jsonl")
     assert (report.duplicates, report.problems) == (0, [])
-    parts = split_by_image(examples * 1, {"a": 0.5, "b": 0.5}, 0)
+    parts = split_by_image(examples, {"a": 0.5, "b": 0.5}, 0)
     assert sum(map(len, parts.values())) == 3
 
 

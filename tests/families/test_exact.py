@@ -392,9 +392,9 @@ def test_the_comparisons_notice_a_mistake(family: Any, monkeypatch: pytest.Monke
 
     assert agree(family.encoder)
     if traits.adds_bos:
-        right = PromptEncoder._adds_bos
+        right = PromptEncoder.adds_bos
         with monkeypatch.context() as patch:
-            patch.setattr(PromptEncoder, "_adds_bos", lambda self, text: not right(self, text))
+            patch.setattr(PromptEncoder, "adds_bos", lambda self, text: not right(self, text))
             assert not agree(family.encoder)
     ends_elsewhere = family.encoder
     ends_elsewhere.template.end = TurnEnd(own[-1], "", "")

@@ -23,7 +23,7 @@ def test_prompts_from_sizes_are_the_processors(family: Any) -> None:
         ours_now, wanted = ours.prompt(example), theirs.prompt(example)
         assert ours_now.input_ids == wanted.input_ids, example.id
         assert ours_now.per_token == wanted.per_token, example.id
-    kind = ours.prompt._expansions._kinds[1]
+    kind = ours.prompt.expansions._kinds[1]
     assert kind.by_rule == (family.name not in BY_SIZE)
     decoded = set(ours.prompt._images)
     late = [e for e in rows[CHECKED:] if (e.images, e.prompt) not in decoded]

@@ -21,21 +21,21 @@ def test_images_are_the_first_on_which_the_methods_do_not_do_equally_well(tmp_pa
     planned = plan(tmp_path, checked_tree(RECIPE), spec, asked(spec, [0], {}), split="test", test=None)
     test = read_examples(planned.job("dpo-seed0").test).examples
     right = [e.chosen.text for e in test]
-    broken = [right[0], "a a red", right[2], f"{right[3]} ."]
+    # The first is a sentence, of another image; the second and the fourth are not sentences.
+    broken = [right[2], "a a red", right[2], f"{right[3]} ."]
     results = {
         key: CellResult(key, "done", {"sampled": texts}, None, 1.0)
         for key, texts in ((BASE, ["a ."] * 4), ("cw_dpo-seed0", right), ("dpo-seed0", broken))
     }
     found = gallery(tmp_path, spec, planned, results, 0)
-    assert "the first 2 test pictures" in found.note
-    assert [p.truth for p in found.pictures] == [right[1], right[3]]
-    assert [p.image for p in found.pictures] == [
-        f"{Path(str(e.images[0].path)).relative_to(tmp_path)}" for e in (test[1], test[3])
-    ]
+    assert "seed 0" in found.note
+    assert [p.truth for p in found.pictures] == [right[1], right[0], right[3]]
+    shown = [tmp_path / p.image for p in found.pictures]
+    assert shown == [test[i].images[0].path for i in (1, 0, 3)]
     labels = [(c.label, c.name, c.ill_formed) for c in found.pictures[0].captions]
     assert labels == [("before training", "", True), ("DPO", "dpo", True), ("CW-DPO", "cw_dpo", False)]
     assert found.pictures[0].captions[2].parts == (), "nothing is wrong in it"
-    assert found.pictures[1].captions[1].parts == ((right[3], False), (".", True))
+    assert found.pictures[2].captions[1].parts == ((right[3], False), (".", True))
     del results["dpo-seed0"]
     alone = gallery(tmp_path, spec, planned, results, 0)
     assert [c.name for c in alone.pictures[0].captions] == ["", "cw_dpo"], "a study that runs"

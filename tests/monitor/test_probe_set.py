@@ -12,6 +12,7 @@ import torch
 
 from cwdpo.config import parse_recipe
 from cwdpo.data.encode.collate import collate
+from cwdpo.data.encode.encoded_rows import encode_rows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.dynamics.settings import TYPES, ProbeSettings
 from cwdpo.errors import DataError
@@ -321,7 +322,7 @@ def test_a_pass_without_gradient_takes_no_more_prompts_than_evaluation(
          "calibration": {"samples": 5, "per_prompt": 1, "max_new_tokens": 4}, "stage2": {"objective": "sft"},
          "evaluation": {"batch_size": 2}}
     )  # fmt: skip
-    encoded = encoder.encode_all(examples[6:20], "rejected", require_negative=False)[0]
+    encoded = encode_rows(encoder, examples[6:20], "rejected", require_negative=False)[0]
     policy = Policy(model, encoder.processor, "")
     stage = Stage("stage2", recipe, policy, encoder, RunDir(tmp_path), examples[6:20], examples[:6])
     sizes: list[int] = []
@@ -349,7 +350,7 @@ def test_fresh_samples_are_measured_against_the_starting_weights(model, encoder,
         {"data": {"path": "x"}, "probes": {"prompts": 6, "types": ["on_policy", "shuffled"], "influence": 2,
          "max_new_tokens": 6}, "stage2": {"objective": "sft"}}
     )  # fmt: skip
-    encoded = encoder.encode_all(examples[6:20], "rejected", require_negative=False)[0]
+    encoded = encode_rows(encoder, examples[6:20], "rejected", require_negative=False)[0]
     policy = Policy(model, encoder.processor, "")
     stage = Stage("stage2", recipe, policy, encoder, RunDir(tmp_path), examples[6:20], examples[:6])
     found = instruments(stage, encoded)

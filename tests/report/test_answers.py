@@ -48,9 +48,9 @@ def summary() -> Summary:
 
 def test_differences_are_told_by_their_certainty() -> None:
     certain, steady, rest = study_levels(summary())
-    assert certain.lines == ["short: B-HOT is worse than A-HOT (0.73 against 0.23, p < 0.001)"]
+    assert certain.lines == ["short: A-HOT 0.23 better than B-HOT 0.73, p < 0.001"]
     assert "all 3 seeds, but not certain" in steady.title
-    assert [line[:40] for line in steady.lines] == ["right: B-HOT is worse than A-HOT (0.46 a"]
+    assert [line[:43] for line in steady.lines] == ["right: A-HOT 0.60 better than B-HOT 0.46, p"]
     # Two figures and three pairs: `length` has no better direction, and A-HOT minus A differs in no figure clearly.
     assert rest.lines == ["4 of 6 comparisons: no difference that has the same sign in every seed."]
 
@@ -64,7 +64,7 @@ def test_the_column_in_which_methods_differ_is_the_first_of_the_table() -> None:
     assert (first, second) == ("A", "B")
     assert [e.text for e in ours] == ["0.23", "0.60", "0.20", "0.60"]
     assert [(e.text, e.below, e.tone) for e in theirs] == [
-        ("0.73", ("worse, certain",), "bad"), ("0.46", ("worse in 3 of 3 seeds",), ""),
+        ("0.73", ("worse, certain",), "bad"), ("0.46", ("worse, 3/3",), ""),
         ("0.23", (), ""), ("0.60", (), ""),
     ]  # fmt: skip
     assert head_table(replace(summary(), panel=None)) is None
@@ -117,7 +117,7 @@ def test_a_comparison_of_runs_says_first_what_is_certain() -> None:
         ],
     })  # fmt: skip
     assert [list(level.lines) for level in found] == [
-        ["right: x is better than y: +0.25 (0.10 to 0.40)"],
+        ["right: x better than y, +0.25 (0.10 to 0.40)"],
         ["1 of 2 comparisons."],
     ]
     assert comparison_levels({}) == []

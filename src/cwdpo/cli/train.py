@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,10 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/<name>")] = None,
     resume: Annotated[bool, typer.Option(help="continue the run in the folder")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option("--auto-resume", help="start the run, or continue it: for launchers that restart it"),
+    ] = False,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="with --resume: allow a changed recipe")
     ] = False,
@@ -66,11 +71,12 @@ def train(
     if gpu is not None or gpus > 1:
         raise typer.BadParameter("it is for --dry-run", param_hint="--gpu, --gpus")
     folder = out or Path("runs") / parsed.name
-    if resume and not folder.is_dir():
+    if resume and not auto_resume and not folder.is_dir():
         raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
+    resume = resume or auto_resume
     if accept_changes and not resume:
         raise typer.BadParameter("it needs --resume", param_hint="--accept-changes")
-    if not resume:
+    if not resume and os.environ.get("RANK", "0") == "0":  # the other processes may find what the first began
         RunDir(folder).refuse_begun()  # now: torch and transformers take seconds to load
     check_trackers(parsed.train.report_to)
     from cwdpo.pipeline.two_stage import train_two_stage

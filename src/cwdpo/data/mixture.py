@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+from cwdpo.files.stored import Stored, select
 from cwdpo.records import Example
 
 
@@ -46,7 +47,7 @@ def sizes(counts: Mapping[str, int], amounts: Mapping[str, Amount]) -> dict[str,
     return {name: found.get(name, 0) for name in counts}
 
 
-def mixed(examples: Sequence[Example], amounts: Mapping[str, Amount], seed: int) -> list[Example]:
+def mixed(examples: Sequence[Example], amounts: Mapping[str, Amount], seed: int) -> Sequence[Example]:
     """The examples, each as often as its source asks; copies have ids of their own (``id#2``).
 
     Which rows are there once more, or left out, is chosen by blake2b(seed, source, id): it depends neither on the order
@@ -57,26 +58,28 @@ def mixed(examples: Sequence[Example], amounts: Mapping[str, Amount], seed: int)
         amounts: by source.
         seed: another seed chooses others.
     """
-    wanted = sizes(Counter(e.source for e in examples), amounts)
-    found: list[Example] = []
+    sources = [e.source for e in examples]
+    wanted = sizes(Counter(sources), amounts)
+    found: list[tuple[int, int]] = []
     for name, size in wanted.items():
-        own = [e for e in examples if e.source == name]
+        own = [i for i, source in enumerate(sources) if source == name]
         whole, rest = divmod(size, len(own))
-        first = {e.id for e in sorted(own, key=lambda e: _place(seed, e))[:rest]}
+        first = set(sorted(own, key=lambda i: _place(seed, examples[i]))[:rest]) if rest else set()
         for copy in range(whole + (rest > 0)):
-            kept = own if copy < whole else [e for e in own if e.id in first]
-            found += kept if not copy else [replace(e, id=f"{e.id}#{copy + 1}") for e in kept]
-    return found
+            found += [(i, copy) for i in own if copy < whole or i in first]
+    return Stored(
+        replace(examples[i], id=f"{examples[i].id}#{copy + 1}") if copy else examples[i] for i, copy in found
+    )
 
 
-def in_turn(examples: Sequence[Example]) -> list[Example]:
+def in_turn(examples: Sequence[Example]) -> Sequence[Example]:
     """The examples with their sources in turn, so that the first few are of all sources."""
     number: Counter[str] = Counter()
     places = []
     for example in examples:
         places.append(number[example.source])
         number[example.source] += 1
-    return [example for _, example in sorted(zip(places, examples, strict=True), key=lambda one: one[0])]
+    return select(examples, sorted(range(len(places)), key=places.__getitem__))
 
 
 def _place(seed: int, example: Example) -> bytes:

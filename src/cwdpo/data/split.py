@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from typing import Any
+
+import numpy as np
 
 from cwdpo.data.contents import image_content, video_digest
 from cwdpo.errors import DataError
+from cwdpo.files.stored import select
 from cwdpo.records import Example
 
 
 def split_by_image(
     examples: Sequence[Example], fractions: Mapping[str, float], seed: int
-) -> dict[str, list[Example]]:
+) -> dict[str, Sequence[Example]]:
     """Split examples into named parts by their images and videos.
 
     They are compared by their encoded bytes, not by name. Those that occur together in an example, directly or through
@@ -35,46 +40,59 @@ def split_by_image(
     if not math.isclose(math.fsum(fractions.values()), 1.0, abs_tol=1e-6):
         total = math.fsum(fractions.values())
         raise DataError(f"split fractions {dict(fractions)} sum to {total:g}; allowed: 1; adjust one of them")
-    keys = _group_keys(examples)
-    salt = f"{seed}:".encode()
-    groups = sorted(set(keys), key=lambda key: blake2b(salt + key, digest_size=16).digest())
-    part_of: dict[bytes, str] = {}
     shares, names = list(fractions.values()), list(fractions)
-    start = 0
-    for i, name in enumerate(names):
-        # Cut at the cumulative sum, so that rounding errors do not add up and no group is left over.
-        end = len(groups) if i == len(names) - 1 else round(math.fsum(shares[: i + 1]) * len(groups))
-        part_of.update(dict.fromkeys(groups[start:end], name))
-        start = end
-    parts: dict[str, list[Example]] = {name: [] for name in names}
-    for example, key in zip(examples, keys, strict=True):
-        parts[part_of[key]].append(example)
-    return parts
+    if not examples:
+        return {name: [] for name in names}
+    keys, group = _groups(examples)
+    groups = np.unique(group)
+    salt = f"{seed}:".encode()
+    drawn = [blake2b(salt + _named(keys[17 * i : 17 * i + 17]), digest_size=16).digest() for i in groups]
+    rank = np.empty(len(keys) // 17, dtype=np.int64)
+    rank[groups[np.argsort(np.array(drawn, dtype="S16"))]] = np.arange(len(groups))
+    # Cut at the cumulative sum, so that rounding errors do not add up and no group is left over.
+    ends = [round(math.fsum(shares[: i + 1]) * len(groups)) for i in range(len(names) - 1)] + [len(groups)]
+    part = np.searchsorted(ends, rank[group], side="right")
+    return {name: select(examples, np.flatnonzero(part == i)) for i, name in enumerate(names)}
 
 
-def _group_keys(examples: Sequence[Example]) -> list[bytes]:
-    """For each example, the key of its group: the smallest key of all examples connected by common images."""
-    parent: dict[bytes, bytes] = {}
+_PREFIXES = {b"i": b"image:", b"t": b"text:", b"v": b"video:"}
+"""What a key is made of, by its first byte; 16 bytes of a digest follow. They have the order of their names."""
 
-    def root(key: bytes) -> bytes:
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
 
-    firsts = []
+def _groups(examples: Sequence[Example]) -> tuple[bytes, Any]:
+    """All different keys of 17 bytes, in order, and for each example the number of its group's key.
+
+    That is the smallest key of all examples connected by common images or videos.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    found, counts = bytearray(), array("q")
     for example in examples:
-        keys = [b"image:" + image_content(image).digest for image in example.all_images]
-        keys += [b"video:" + video_digest(video) for video in example.videos]
-        keys = keys or [_text_key(example)]
-        for key in keys:
-            parent.setdefault(key, key)
-            low, high = sorted((root(keys[0]), root(key)))
-            parent[high] = low
-        firsts.append(keys[0])
-    return [root(key) for key in firsts]
+        own = list(_keys(example)) or [_text_key(example)]
+        found += b"".join(own)
+        counts.append(len(own))
+    # 'S' ignores trailing zeros, which does no harm: all keys have the same length.
+    keys, number = np.unique(np.frombuffer(bytes(found), dtype="S17"), return_inverse=True)
+    n_keys = np.frombuffer(counts, dtype=np.int64)
+    first = number[np.cumsum(n_keys) - n_keys]
+    edges = coo_array((np.ones(len(number)), (np.repeat(first, n_keys), number)), (len(keys), len(keys)))
+    _, label = connected_components(edges, directed=False)
+    _, smallest = np.unique(label, return_index=True)
+    return keys.tobytes(), smallest[label][first]
+
+
+def _keys(example: Example) -> Iterator[bytes]:
+    for image in example.all_images:
+        yield b"i" + image_content(image).digest
+    for video in example.videos:
+        yield b"v" + video_digest(video)
+
+
+def _named(key: bytes) -> bytes:
+    return _PREFIXES[key[:1]] + key[1:]
 
 
 def _text_key(example: Example) -> bytes:
     said = repr([(m.role, m.parts, *([m.more] if m.more else [])) for m in example.prompt])
-    return b"text:" + blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return b"t" + blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -93,7 +93,7 @@ def read_data(data: str, options: Mapping[str, Any]) -> list[Example]:
         DataError: no example can be read, or two have the same id.
     """
     video = VideoSampling(**options["video"]) if "video" in options else SAMPLING
-    examples = read_examples(data, **{**options, "video": video}).examples
+    examples = list(read_examples(data, **{**options, "video": video}).examples)
     seen: set[str] = set()
     for e in examples:
         if e.id in seen:

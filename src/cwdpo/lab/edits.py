@@ -25,7 +25,7 @@ def read(path: Path) -> list[Example]:
         DataError: the file cannot be read.
     """
     if path.suffix != ".txt":
-        return read_examples(path, max_bad_fraction=1.0, captions_per_image=10**6).examples
+        return list(read_examples(path, max_bad_fraction=1.0, captions_per_image=10**6).examples)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

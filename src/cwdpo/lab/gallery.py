@@ -32,6 +32,8 @@ class Gallery:
 def gallery(out: Path, study: Study, planned: Plan, results: Mapping[str, CellResult], seed: int) -> Gallery:
     """The first test images whose captions the judge does not mark alike, with the captions at temperature 1.
 
+    Before them the first image for which some captions are sentences of the world and others are not.
+
     Args:
         out: the study's folder.
         study: names the variants, after the starting model.
@@ -54,10 +56,12 @@ def gallery(out: Path, study: Study, planned: Plan, results: Mapping[str, CellRe
             marks = (j.all_correct, j.wrong, j.hallucinated, j.omitted, j.ill_formed)
             captions.append(Caption(labels[name], text, *marks, name=name))
     told = [i for i, captions in enumerate(written) if len({_kind(c) for c in captions if c.name}) > 1]
-    chosen = (told or list(range(len(test))))[:IMAGES]
+    broken = [i for i in told if len({c.ill_formed for c in written[i] if c.name}) > 1][:1]
+    chosen = [*broken, *(i for i in told or range(len(test)) if i not in broken)][:IMAGES]
     note = (
-        f"Captions sampled at temperature 1, seed {seed}: the first {len(chosen)} test pictures on which these methods "
-        "do not do equally well. Marked: what differs from the nearest true caption."
+        f"Captions sampled at temperature 1, seed {seed}: the first test picture on which not all of these methods "
+        "write a sentence, then the first on which they do not do equally well. Marked: what differs from the nearest "
+        "true caption."
     )
     return Gallery(tuple(_picture(test[i], written[i], out) for i in chosen), note)
 

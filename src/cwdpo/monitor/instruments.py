@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from cwdpo.clock import spent_on
 from cwdpo.data.encode.collate import collate
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.sample import sample
@@ -100,7 +102,7 @@ def at_once(stage: Stage) -> int:
 
 
 @spent_on("probes")
-def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | None:
+def instruments(stage: Stage, rows: EncodedRows) -> Instruments | None:
     """Set up the measurements of a stage before it trains; ``None`` if there is no held-out prompt.
 
     Args:
@@ -112,15 +114,16 @@ def instruments(stage: Stage, rows: Sequence[EncodedExample]) -> Instruments | N
     """
     began = time.perf_counter()
     model, settings, objective = stage.policy.model, stage.recipe.probes, stage.objective
-    trained = rows if objective.needs_negatives else [replace(e, negatives=()) for e in rows]
-    tokens = sum(sum(e.row_tokens(shared=stage.shared)) for e in trained)
+    sizes = rows.row_sizes(shared=stage.shared, negatives=objective.needs_negatives)
+    tokens = int(sizes[2].sum())
     load = Load(stage.prompts_per_step * tokens / len(rows), stage.steps(rows), stage.shared)
     prompts = build_prompts(
         stage, load, lambda asked: [s.text for s in draw(stage, model, asked, stage.recipe.seed)]
     )
     if not prompts.encoded:
         return None
-    updates = [e for e in rows if e.negatives or not objective.needs_negatives][: settings.influence]
+    trained = (e for e in rows if e.negatives or not objective.needs_negatives)
+    updates = list(islice(trained, settings.influence))
     if settings.influence and not updates:
         raise RecipeError(
             "probes.influence: no training example has a negative before the first round; set it to 0, or use data "

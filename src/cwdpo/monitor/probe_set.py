@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from itertools import compress
+from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 
+from cwdpo.data.digests import digest8
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder
 from cwdpo.dynamics.settings import ProbeSettings
 from cwdpo.errors import DataError
@@ -180,13 +185,14 @@ def make_responses(
         seed: of all random choices.
     """
     responses: dict[str, list[Response]] = {e.id: list(given.get(e.id, ())) for e in examples}
+    others = {kind: _Others(kind, pool) for kind, pool in pools.items()}
     makers: dict[str, Callable[[Example, random.Random], Response | None]] = {
         "chosen_paraphrase": lambda e, rng: _paraphrase(
             "chosen_paraphrase", e, e.chosen.text, e.references, rng
         ),
         "rejected_paraphrase": _rejected_paraphrase,
-        "other_train": lambda e, rng: _other("other_train", e, pools["other_train"], rng),
-        "other_test": lambda e, rng: _other("other_test", e, pools["other_test"], rng),
+        "other_train": lambda e, rng: others["other_train"].response(e, rng),
+        "other_test": lambda e, rng: others["other_test"].response(e, rng),
         "unrelated": lambda e, rng: _unrelated(rng),
         "shuffled": _shuffled,
     }
@@ -233,17 +239,39 @@ def _paraphrase(
     return Response(kind, other, f"reference {index} of the same picture, by another writer")
 
 
-def _other(kind: str, example: Example, pool: Sequence[Example], rng: random.Random) -> Response | None:
-    true = {normalised(t) for t in (example.chosen.text, *example.references)}
-    others = [
-        e
-        for e in pool
-        if (e.images, e.videos) != (example.images, example.videos) and normalised(e.chosen.text) not in true
-    ]
-    if not others:
-        return None
-    other = rng.choice(others)
-    return Response(kind, other.chosen.text, f"chosen of {other.id}")
+class _Others:
+    """Chosen responses of other examples, for one response type; the pool is read once, and digests of it are kept."""
+
+    def __init__(self, kind: str, pool: Sequence[Example]) -> None:
+        self.kind, self.pool = kind, pool
+
+    @cached_property
+    def _digests(self) -> tuple[Any, Any]:
+        seen, said = array("Q"), array("Q")
+        for example in self.pool:
+            seen.append(_seen(example))
+            said.append(_said(example.chosen.text))
+        return np.asarray(seen), np.asarray(said)
+
+    def response(self, example: Example, rng: random.Random) -> Response | None:
+        """A chosen response to other images that is not known to be true of these."""
+        seen, said = self._digests
+        true = [_said(text) for text in (example.chosen.text, *example.references)]
+        usable = np.flatnonzero((seen != _seen(example)) & ~np.isin(said, np.array(true, dtype=np.uint64)))
+        if not len(usable):
+            return None
+        other = self.pool[int(rng.choice(usable))]
+        return Response(self.kind, other.chosen.text, f"chosen of {other.id}")
+
+
+def _seen(example: Example) -> int:
+    data = [one.data or b"" for media in (example.images, example.videos) for one in media]
+    said = repr((example.images, example.videos)).encode("utf-8", "surrogatepass")
+    return digest8(b"\0".join([said, *data]))
+
+
+def _said(text: str) -> int:
+    return digest8(normalised(text).encode("utf-8", "surrogatepass"))
 
 
 def _unrelated(rng: random.Random) -> Response:

@@ -51,7 +51,7 @@ def read_probe_file(path: str | Path) -> tuple[list[Example], dict[str, list[Res
     Raises:
         DataError: a row cannot be read, or a provenance or response is not text; the message names file, row and key.
     """
-    examples = read_examples(path, format="trl", max_bad_fraction=0.0).examples
+    examples = list(read_examples(path, format="trl", max_bad_fraction=0.0).examples)
     return examples, {e.id: _responses(e, str(path)) for e in examples}
 
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cwdpo.files.stored import Stored, select
 from cwdpo.negatives.base import NEGATIVES
 from cwdpo.negatives.mix import draw_negatives
 from cwdpo.negatives.settings import NegativeSettings
 from cwdpo.records import Completion, Example, ImageEdit
 
 
-def with_image_negatives(examples: Sequence[Example], settings: NegativeSettings, seed: int) -> list[Example]:
+def with_image_negatives(
+    examples: Sequence[Example], settings: NegativeSettings, seed: int
+) -> Sequence[Example]:
     """Add ``image_per_prompt`` negatives of ``image_mix`` to the ``rejected`` of each example that has images.
 
     Args:
@@ -22,13 +25,14 @@ def with_image_negatives(examples: Sequence[Example], settings: NegativeSettings
     """
     shares = {name: share for name, share in settings.image_mix.items() if share > 0}
     if not shares:
-        return list(examples)
+        return examples
     built = settings.build_sources()
     sources = {name: built.get(name) or NEGATIVES.build(name) for name in shares}
-    pool = sorted(examples, key=lambda e: e.id)
+    ids = [e.id for e in examples]
+    pool = select(examples, sorted(range(len(ids)), key=ids.__getitem__))
     for source in sources.values():
         source.prepare(pool)
-    changed = []
+    changed: Stored[Example] = Stored()
     for example in examples:
         drawn = draw_negatives(example, pool, shares, sources, settings.image_per_prompt, seed)
         changed.append(replace(example, rejected=(*example.rejected, *(c for _, c in drawn))))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from cwdpo.errors import RecipeError, nearest
+from cwdpo.files.stored import Stored, select
 from cwdpo.negatives.base import NEGATIVES, NegativeSource, identity
 from cwdpo.records import Completion, Example
 
@@ -53,7 +54,7 @@ def attach_negatives(
     gentle: str = "auto",
     *,
     sources: Mapping[str, NegativeSource] | None = None,
-) -> tuple[list[Example], MixCounts]:
+) -> tuple[Sequence[Example], MixCounts]:
     """Set ``rejected`` and ``gentle`` of the examples; returns them in the same order, with counts.
 
     Each of the ``per_prompt`` negatives is drawn from a source that is chosen at random by its share. If that source
@@ -79,12 +80,13 @@ def attach_negatives(
     for name in (*shares, "perturb"):
         if name not in built:
             built[name] = NEGATIVES.build(name)
-    pool = sorted(examples, key=lambda e: e.id)
+    ids = [e.id for e in examples]
+    pool = select(examples, sorted(range(len(ids)), key=ids.__getitem__))
     makes_gentle = gentle == "perturb" or (gentle == "auto" and any(not e.gentle for e in examples))
     for name in {**shares, **({"perturb": 1.0} if makes_gentle else {})}:
         built[name].prepare(pool)
     counts = MixCounts(examples=len(examples))
-    kept = []
+    kept: Stored[Example] = Stored()
     for example in examples:
         if per_prompt is None:
             drawn = [("dataset", completion) for completion in example.rejected]

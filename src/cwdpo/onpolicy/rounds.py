@@ -114,14 +114,14 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         drawn = self._sample(examples, settings, round_, step)
         sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in examples if e.id in drawn}
         need = self.stage.objective.needs_negatives
-        blended, counts = blend(examples, sampled, settings, seed, round_, need=need)
-        if not blended:
+        mixed, counts = blend(examples, sampled, settings, seed, round_, need=need)
+        if not mixed:
             raise DataError(
                 f"round {round_} of stage 2: none of {len(examples)} prompts has a negative; samples were dropped as "
                 f"{dict(counts.dropped)}: raise negatives.sampler.max_new_tokens or samples, or set a lower "
                 "negatives.on_policy_fraction with another source in negatives.mix"
             )
-        blended = with_image_negatives(blended, settings, seeded(seed, "images", round_).getrandbits(62))
+        blended = with_image_negatives(mixed, settings, seeded(seed, "images", round_).getrandbits(62))
         self._calibrate_again(drawn, round_)
         by_id = {row.id: row for row in self._prepared(blended, round_)}
         self._calibrate_on_negatives(list(by_id.values()), round_)
@@ -172,7 +172,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 "negatives.recalibrate: the objective sets its floor by the negatives of the first round "
                 "(target_weight): leave out one of the two"
             )
-        own = [row for row in self.dataset_rows if row.negatives]
+        own = self.dataset_rows.select([i for i, row in enumerate(self.dataset_rows) if row.negatives])
         self._mean_logps = calibrate(
             self.stage,
             examples,

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from cwdpo.data.contents import image_content, video_digest
 from cwdpo.errors import CwdpoError, DataError, RecipeError
 from cwdpo.models.load import Policy
@@ -33,7 +35,8 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
     trouble: list[Exception | None] = [None]
     if run.writes:
         try:
-            now = {**_of_splits(splits), "model": _of_model(policy, splits)}
+            now = _of_splits(splits)
+            now["model"] = _of_model(policy, videos=any(part["videos"] for part in now.values()))
             before = run.json(FILE) if resume else {}
             found = differences(before, now) if before else []
             if found and not accept_changes:
@@ -61,14 +64,19 @@ def _of_splits(splits: Splits) -> dict[str, Any]:
 
 
 def of_rows(rows: Sequence[Example]) -> dict[str, Any]:
-    """Number of rows, and digests of their texts, of their order, and of their images (in any order)."""
-    texts = [_digest([_texts(row)]) for row in rows]
-    images = [_digest([row.id, *map(_image, row.all_images), *map(_video, row.videos)]) for row in rows]
+    """Numbers of rows and videos, and digests of texts, of their order, and of images and videos (in any order)."""
+    texts, images, videos = bytearray(), bytearray(), 0
+    for row in rows:
+        texts += _digest([_texts(row)]).encode()
+        images += _digest([row.id, *map(_image, row.all_images), *map(_video, row.videos)]).encode()
+        videos += len(row.videos)
+    said, seen = (np.frombuffer(bytes(found), dtype="S32") for found in (texts, images))
     return {
         "rows": len(rows),
-        "texts": _digest(sorted(texts)),
-        "order": _digest(texts),
-        "pictures": _digest(sorted(images)),
+        "texts": _digest(one.decode() for one in np.sort(said)),
+        "order": _digest(one.decode() for one in said),
+        "pictures": _digest(one.decode() for one in np.sort(seen)),
+        "videos": videos,
     }
 
 
@@ -104,11 +112,11 @@ def _video(video: VideoRef) -> str:
         return "unreadable"
 
 
-def _of_model(policy: Policy, splits: Splits) -> dict[str, Any]:
+def _of_model(policy: Policy, *, videos: bool) -> dict[str, Any]:
     tokenizer = getattr(policy.processor, "tokenizer", policy.processor)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     seeing: list[Any] = [getattr(policy.processor, "image_processor", None)]
-    if any(row.videos for rows in (splits.stage1, splits.stage2, splits.validation) for row in rows):
+    if videos:
         seeing.append(getattr(policy.processor, "video_processor", None))
     return {
         "weights": weights_digest(policy.model),

@@ -11,6 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cwdpo.arguments import TrainSettings
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.adapter import idle_adapters_off
@@ -114,12 +115,12 @@ def run_stage(stage: Stage) -> None:
     _train_from(stage, checkpoint, stage.trainer)
 
 
-def _prepared(stage: Stage) -> tuple[Rounds | None, Sequence[EncodedExample]]:
+def _prepared(stage: Stage) -> tuple[Rounds | None, EncodedRows]:
     """The rounds, if the stage runs in rounds, and its rows: to train on, or only for probes and curriculum."""
     if not stage.in_rounds:
         return None, prepare(stage)
     rounds = Rounds(stage)
-    rows: Sequence[EncodedExample] = rounds.dataset_rows
+    rows = rounds.dataset_rows
     if stage.recipe.probes.influence or stage.recipe.curriculum["name"] != "steady":
         rows = with_reference_values(stage, rows)  # the rounds' negatives are scored later
     return rounds, rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cwdpo.data.read.hub import dataset_rows
@@ -65,7 +65,9 @@ def is_stream(rows: Rows) -> bool:
     return hasattr(rows, "with_format") and not hasattr(rows, "__len__")
 
 
-def examples_of(rows: Rows, name: str, max_bad_fraction: float, limit: int | None = None) -> list[Example]:
+def examples_of(
+    rows: Rows, name: str, max_bad_fraction: float, limit: int | None = None
+) -> Sequence[Example]:
     """The usable examples of rows, in their order; notes about the data are logged as warnings.
 
     Args:

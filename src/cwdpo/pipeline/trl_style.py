@@ -17,6 +17,7 @@ from transformers.trainer_utils import speed_metrics
 
 from cwdpo.arguments import TrainSettings
 from cwdpo.config import CalibrationSettings, Recipe, StageSettings
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, RecipeError
@@ -36,7 +37,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.model import encoder_of
 from cwdpo.stage.prepare import encode, prepare, with_reference_values
-from cwdpo.stage.scoring_check import check_scoring
+from cwdpo.stage.scoring_check import check_scoring, spread
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.held_out import held_out_loss
 from cwdpo.trainer.trainer import PreferenceTrainer, TrainerOptions
@@ -210,7 +211,7 @@ class CWDPOTrainer(PreferenceTrainer):
                 recipe.model.model_copy(update={"tune": "full"}),
             ).model
         with stage.autocast():
-            check_scoring(policy.model, stage.encoder, stage.examples, args.scoring)
+            check_scoring(policy.model, stage.encoder, spread(stage.examples), args.scoring)
         self._stage, self._compute_metrics = stage, more.get("compute_metrics")
         with idle_adapters_off(policy.model):
             train = prepare(stage)
@@ -231,7 +232,7 @@ class CWDPOTrainer(PreferenceTrainer):
         )
         stage.trainer = self
 
-    def _encoded(self, rows: Rows, name: str) -> list[EncodedExample]:
+    def _encoded(self, rows: Rows, name: str) -> Sequence[EncodedExample]:
         """Encode rows to evaluate on, with reference values."""
         stage, args = self._stage, self._stage.recipe.data
         where = f"eval_dataset[{name!r}]" if name else "eval_dataset"
@@ -273,7 +274,8 @@ class CWDPOTrainer(PreferenceTrainer):
 
     def _evaluated(self, rows: Any, prefix: str) -> dict[str, float]:
         started = time.time()
-        if not (isinstance(rows, list) and rows and isinstance(rows[0], EncodedExample)):
+        encoded = isinstance(rows, list | EncodedRows) and rows and isinstance(rows[0], EncodedExample)
+        if not encoded:
             trained = self.state.global_step > 0 and self._stage.reference_model is None
             if trained and self.objective.needs_reference:
                 raise RecipeError(

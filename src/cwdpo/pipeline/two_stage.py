@@ -26,7 +26,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import encoder_of, load_model, load_saved, save_model
-from cwdpo.stage.scoring_check import check_scoring
+from cwdpo.stage.scoring_check import check_scoring, spread
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
 from cwdpo.stage.trackers import Trackers, started_trackers
@@ -98,7 +98,9 @@ def _train(
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = encoder_of(policy, recipe)
     with autocast(policy.model, recipe.train.bf16):
-        check_scoring(policy.model, encoder, [*splits.stage2, *splits.stage1], recipe.model.scoring)
+        check_scoring(
+            policy.model, encoder, [*spread(splits.stage2), *spread(splits.stage1)], recipe.model.scoring
+        )
 
     def stage(name: StageName, examples: Sequence[Example]) -> Stage:
         return Stage(

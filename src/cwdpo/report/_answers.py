@@ -11,7 +11,7 @@ from cwdpo.report._tables import Entry, Table, interval
 from cwdpo.report._text import finite, number
 from cwdpo.report.summary import Difference, Figure, Mean, Row, Summary
 
-MOST = 5
+MOST = 3
 """Number of lines of a level; of further ones only the number is shown."""
 MOST_COLUMNS = 3
 """Largest number of columns of a panel that are compared at the top."""
@@ -28,9 +28,10 @@ class Level:
 
 @dataclass(frozen=True)
 class _Found:
-    figure: str
+    """A difference in words; ``size``: its share of the range of the figure's means."""
+
     text: str
-    p: float
+    size: float
 
 
 def study_levels(summary: Summary) -> list[Level]:
@@ -44,8 +45,7 @@ def study_levels(summary: Summary) -> list[Level]:
             if one.mean is None or one.n < 2:
                 continue
             known += 1
-            p = one.p_corrected
-            found = _Found(figure.label, _sentence(row, rival, figure, one), 1.0 if p is None else p)
+            found = _Found(_sentence(row, rival, figure, one), size(one, figure, summary))
             if one.word in ("better", "worse"):
                 certain.append(found)
             elif same_sign(row.figures[figure.key], rival.figures[figure.key]):
@@ -74,11 +74,12 @@ def comparison_levels(summary: Mapping[str, Any]) -> list[Level]:
                 continue
             known += 1
             if word in ("better", "worse"):
-                digits, p = int(figure.get("digits") or 0), finite(one.get("p_corrected"))
-                text = f"{pair.get('ours')} is {word} than {pair.get('theirs')}: {_signed(mean, digits)}"
+                digits = int(figure.get("digits") or 0)
+                text = f"{figure.get('label') or key}: {pair.get('ours')} {word} than {pair.get('theirs')}, "
+                text += _signed(mean, digits)
                 if finite(one.get("low")) is not None:
                     text += f" ({interval(one.get('low'), one.get('high'), digits)})"
-                certain.append(_Found(str(figure.get("label") or key), text, 1.0 if p is None else p))
+                certain.append(_Found(text, 0.0))
     if not known:
         return []
     return _levels(certain, [], "", f"{known - len(certain)} of {known} comparisons.")
@@ -92,18 +93,27 @@ def _levels(certain: list[_Found], steady: list[_Found], steadily: str, rest: st
 
 
 def _lines(found: Iterable[_Found]) -> list[str]:
-    """A line for each difference, the surest first."""
-    ordered = sorted(found, key=lambda one: one.p)
-    lines = [f"{one.figure}: {one.text}" for one in ordered[:MOST]]
+    """A line for each difference, the largest first."""
+    ordered = sorted(found, key=lambda one: -one.size)
+    lines = [one.text for one in ordered[:MOST]]
     return lines + ([f"and {len(ordered) - MOST} more, in the tables below"] if len(ordered) > MOST else [])
 
 
 def _sentence(row: Row, rival: Row, figure: Figure, one: Difference) -> str:
+    """The better one first, each with its mean."""
     assert one.mean is not None
     better = (one.mean > 0) == (figure.better == "higher")
-    ours, theirs = (number(r.figures[figure.key].mean, figure.digits) for r in (row, rival))
+    first, second = (row, rival) if better else (rival, row)
+    ours, theirs = (f"{r.label} {number(r.figures[figure.key].mean, figure.digits)}" for r in (first, second))
     p = "" if one.p_corrected is None else f", p {_p(one.p_corrected)}"
-    return f"{row.label} is {'better' if better else 'worse'} than {rival.label} ({ours} against {theirs}{p})"
+    return f"{figure.label}: {ours} better than {theirs}{p}"
+
+
+def size(one: Difference, figure: Figure, summary: Summary) -> float:
+    """A difference as a share of the range of the figure's means over the variants."""
+    means = [m for row in summary.variants if (m := row.figures[figure.key].mean) is not None]
+    spread = max(means) - min(means)
+    return abs(one.mean or 0.0) / spread if spread else 0.0
 
 
 def _p(value: float) -> str:
@@ -140,9 +150,15 @@ def head_table(summary: Summary) -> Table | None:
         for label, names in places.rows.items()
     }
 
-    def differing(column: int) -> tuple[int, int]:
-        entries = [entry for columns in made.values() for entry in columns[column]]
-        return sum(bool(e.tone) for e in entries), sum(bool(e.below) for e in entries)
+    def differing(column: int) -> float:
+        """The sizes of the differences of a column that are certain, or have the same sign in every seed."""
+        rows = [summary.row(name) for names in places.rows.values() if (name := names[column]) is not None]
+        known = [(row, figure, row.against.get(figure.key)) for row in rows for figure in figures]
+        return sum(
+            size(one, figure, summary)
+            for row, figure, one in known
+            if one and _entry(row, figure, summary).below
+        )
 
     order = sorted(range(len(places.columns)), key=differing, reverse=True)
     heads = [
@@ -171,4 +187,4 @@ def _entry(row: Row | None, figure: Figure, summary: Summary) -> Entry:
     if one.mean is None or one.n < 2 or not same_sign(value, rival):
         return Entry(text)
     word = "better" if (one.mean > 0) == (figure.better == "higher") else "worse"
-    return Entry(text, (f"{word} in {one.n} of {one.n} seeds",))
+    return Entry(text, (f"{word}, {one.n}/{one.n}",))

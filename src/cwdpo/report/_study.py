@@ -47,7 +47,8 @@ def study_page(folder: Folder, summary: Summary, status: str = "") -> Page:
         status=status,
         levels=study_levels(summary),
         head=head_table(summary),
-        against=f"against {summary.row(summary.full).label}, paired over {n} seed{'s' * (n != 1)}",
+        against=f"against {summary.row(summary.full).label}, paired over {n} seed{'s' * (n != 1)}"
+        + (f"; {n}/{n}: in every seed" if n > 1 else ""),
         look=cards[:LOOK],
         looked=summary.pictures,
         tables=_tables(summary),

@@ -5,37 +5,41 @@ Stages with fixed negatives, each round of a stage with sampled negatives, and `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from cwdpo.clock import spent_on
-from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.data.encode.encoded_rows import EncodedRows, encode_rows
 from cwdpo.errors import DataError
+from cwdpo.files.stored import select
 from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
 from cwdpo.stage.calibration import calibrate
+from cwdpo.stage.encoded import stored_rows
 from cwdpo.stage.reference import stored_reference_pass
 from cwdpo.stage.stage import Stage
 
+_Encoded = tuple[EncodedRows, list[str]]
 
-def prepare(stage: Stage) -> list[EncodedExample]:
+
+def prepare(stage: Stage) -> EncodedRows:
     """Encode the examples of a stage with fixed negatives, and calibrate its objective.
 
     Raises:
         DataError: too many examples cannot be used, or none is left.
     """
-    rows = keep_negatives(stage.objective, with_reference_values(stage, encode(stage, stage.examples)))
-    kept = {row.id for row in rows}
-    calibrate(stage, [e for e in stage.examples if e.id in kept], lambda: rows)
+    encoded = _usable(stage, stage.examples, partial(stored_rows, stage), "", stage.objective.needs_negatives)
+    rows = keep_negatives(stage.objective, with_reference_values(stage, encoded))
+    calibrate(stage, select(stage.examples, rows.numbers), lambda: rows)
     return rows
 
 
 def encode(
     stage: Stage, examples: Sequence[Example], part: str = "", *, need_negative: bool | None = None
-) -> list[EncodedExample]:
+) -> EncodedRows:
     """Encode examples; those that cannot be used are listed in ``problems.jsonl``.
 
     Args:
@@ -48,13 +52,21 @@ def encode(
         DataError: more than ``data.max_bad_fraction`` of them cannot be used, or none is left.
     """
     needed = stage.objective.needs_negatives if need_negative is None else need_negative
+    encode_now = partial(encode_rows, stage.encoder, examples, stage.negatives)
+    return _usable(stage, examples, encode_now, part, needed)
+
+
+def _usable(
+    stage: Stage, examples: Sequence[Example], rows: Callable[..., _Encoded], part: str, needed: bool
+) -> EncodedRows:
+    """The result of ``rows``, if enough of the examples are in it."""
     if not examples:
         raise DataError(
             "no example is left to train on: the data has no row for this stage with "
             f"{'a negative' if needed else 'a response'}; check data.stage1_fraction and negatives"
         )
     with spent_on("encoding"):
-        encoded, problems = stage.encoder.encode_all(examples, stage.negatives, require_negative=needed)
+        encoded, problems = rows(require_negative=needed)
     fraction = stage.recipe.data.max_bad_fraction
     if len(problems) > fraction * len(examples) or not encoded:
         shown = "\n  ".join(problems[:5])
@@ -66,9 +78,7 @@ def encode(
     return encoded
 
 
-def with_reference_values(
-    stage: Stage, encoded: Sequence[EncodedExample], model: nn.Module | None = None
-) -> list[EncodedExample]:
+def with_reference_values(stage: Stage, encoded: EncodedRows, model: nn.Module | None = None) -> EncodedRows:
     """Add the reference model's log-likelihoods; if the objective uses no reference, the examples are unchanged.
 
     Args:
@@ -77,32 +87,26 @@ def with_reference_values(
         model: the reference model; default: the stage's, which is the policy before training.
     """
     if not stage.objective.needs_reference:
-        return list(encoded)
+        return encoded
     stage.listener.phase(f"{stage.name}: reference pass over {len(encoded)} prompts")
     reference = model or stage.reference_model or stage.policy.model
     train = stage.recipe.train
     folder = Path(train.reference_cache) if train.reference_cache else None
     with spent_on("reference pass"), stage.autocast(reference):
-        return stored_reference_pass(
+        scored = stored_reference_pass(
             reference, encoded, stage.run, batch_size=train.batch_size, bf16=train.bf16, folder=folder
         )
+    assert isinstance(scored, EncodedRows)
+    return scored
 
 
-def keep_negatives(objective: Objective, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+def keep_negatives(objective: Objective, rows: EncodedRows) -> EncodedRows:
     """Leave out the negatives that the objective filters, and the prompts that lose all their negatives.
 
     Raises:
         DataError: no pair is left.
     """
-    kept = []
-    for example in examples:
-        negatives = tuple(
-            c
-            for c in example.negatives
-            if c.reference_mean_logp is None or objective.keeps(c.reference_mean_logp)
-        )
-        if negatives or not objective.needs_negatives:
-            kept.append(replace(example, negatives=negatives))
+    kept = rows.filtered(objective.keeps, need=objective.needs_negatives)
     if not kept:
         raise DataError("the negative filter leaves no pair: lower the objective's filter_below")
     return kept

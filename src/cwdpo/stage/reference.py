@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.encode.reading import read_ahead
 from cwdpo.errors import CwdpoError, DataError, NonFiniteError, ReferenceCacheError
@@ -36,7 +39,7 @@ def stored_reference_pass(
     bf16: bool = False,
     folder: Path | None = None,
     progress: Callable[[int], None] = lambda n: None,
-) -> list[EncodedExample]:
+) -> Sequence[EncodedExample]:
     """Like :func:`cwdpo.scoring.pairs.reference_pass`, but scores only the completions that the cache lacks.
 
     Several processes share the work; the main one reads and writes the cache. The batches do not depend on what is
@@ -82,10 +85,26 @@ def stored_reference_pass(
         for batch in group:
             progress(len(batch))
     cache.close()
+    return _with_values(examples, keys, cache)
+
+
+def _with_values(
+    examples: Sequence[EncodedExample], keys: Sequence[Sequence[bytes]], cache: ReferenceCache
+) -> Sequence[EncodedExample]:
+    if isinstance(examples, EncodedRows):
+        return examples.with_reference(_array(examples, keys, cache))
     return [
         with_reference(example, [_known(cache, key) for key in own])
         for example, own in zip(examples, keys, strict=True)
     ]
+
+
+def _array(rows: EncodedRows, keys: Sequence[Sequence[bytes]], cache: ReferenceCache) -> Any:
+    """The values of all completions of a file, [C, 2]; those of rows that are not selected are not a number."""
+    values = np.full((len(rows.lengths), 2), np.nan)
+    for row, own in zip(rows.index.tolist(), keys, strict=True):
+        values[rows.first[row] : rows.first[row + 1]] = [_known(cache, key) for key in own]
+    return values
 
 
 def _opened(

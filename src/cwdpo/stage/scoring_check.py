@@ -27,6 +27,8 @@ logger = logging.getLogger("cwdpo")
 MOST_EXACT, MOST_ROUNDED = 1e-3, 0.1
 """Largest allowed mean difference of two ways of scoring (nats per token), fp32 and bf16; known errors give >= 0.2."""
 
+LOOKED_AT = 4096
+
 
 @torch.no_grad()
 def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example], scoring: Scoring) -> None:
@@ -75,6 +77,11 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
         raise ModelError(f"model.scoring: shared_prefix is not possible: {problem}; set it to auto or plain")
     logger.warning("scoring is plain, one full sequence per completion: %s", problem)
     use_scoring(model, "plain")
+
+
+def spread(examples: Sequence[Example], n: int = LOOKED_AT) -> list[Example]:
+    """At most about ``n`` rows, evenly spaced: of a large set, it is enough to choose from these."""
+    return [examples[i] for i in range(0, len(examples), max(1, len(examples) // n))]
 
 
 def _different(examples: Sequence[Example]) -> Iterator[Example]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from cwdpo.config import Recipe
 from cwdpo.data.mixture import Amount, in_turn, mixed
@@ -13,6 +14,7 @@ from cwdpo.data.read.reader import read_examples
 from cwdpo.data.split import split_by_image
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError
+from cwdpo.files.stored import Stored, select
 from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import Gentle, attach_negatives
 from cwdpo.negatives.settings import WITHOUT_NEGATIVES
@@ -24,15 +26,15 @@ from cwdpo.rundir import RunDir
 class Splits:
     """The examples of each split; no image is in two splits. ``notes`` are lines for the user about the data."""
 
-    stage1: list[Example]
-    stage2: list[Example]
-    validation: list[Example]
+    stage1: Sequence[Example]
+    stage2: Sequence[Example]
+    validation: Sequence[Example]
     notes: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
         """All texts of the training splits, to train a tokenizer on."""
-        train = (*self.stage1, *self.stage2)
+        train = chain(self.stage1, self.stage2)
         return [t for e in train for t in (e.prompt_text, e.chosen.text, *(r.text for r in e.rejected))]
 
 
@@ -47,7 +49,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     data = _on_disk(recipe.data, run)
     notes: list[str] = []
 
-    def read(source: str, how: DataSettings) -> list[Example]:
+    def read(source: str, how: DataSettings) -> Sequence[Example]:
         result = read_examples(source, **how.reading, max_bad_fraction=how.max_bad_fraction, limit=how.limit)
         if result.problems:
             rows = ({"stage": "read", "problem": printable(str(p))} for p in result.problems)
@@ -55,11 +57,14 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         notes.extend(result.notes)
         return result.examples
 
-    train: list[Example] = []
-    for name, own in zip([s.title for s in data.sources] or [""], data.each(), strict=True):
-        assert own.path is not None
+    if data.path is not None:
+        train = read(data.path, data)
+    else:
+        named = ((s.title, str(own.path), own) for s, own in zip(data.sources, data.each(), strict=True))
         # Two sources may have the same ids.
-        train += [replace(e, source=name, id=f"{name}/{e.id}") if name else e for e in read(own.path, own)]
+        train = Stored(
+            replace(e, source=name, id=f"{name}/{e.id}") for name, path, own in named for e in read(path, own)
+        )
     if data.validation_path is None:
         share = data.validation_fraction
         parts = split_by_image(train, {"train": 1 - share, "validation": share}, recipe.seed)
@@ -126,7 +131,7 @@ def stage1_share(recipe: Recipe) -> float:
 
 def with_negatives(
     examples: Sequence[Example], recipe: Recipe, run: RunDir, *, need: bool, gentle: Gentle | None = None
-) -> list[Example]:
+) -> Sequence[Example]:
     """Attach negatives with the recipe's mix; unless ``need``, examples without a negative are kept.
 
     ``gentle`` is used in place of the recipe's setting: stage 2 has no use for gentle negatives.
@@ -142,12 +147,11 @@ def with_negatives(
         sources=settings.build_sources(),
     )
     if len(attached) < len(examples):
-        found = {e.id: e for e in attached}
-        attached = [found.get(e.id, replace(e, rejected=())) for e in examples]
+        attached = Stored(_with_the_others(examples, attached))
     every = with_image_negatives(attached, settings, recipe.seed)
     if not need:
         return every
-    paired = [e for e in every if e.rejected]
+    paired = select(every, [i for i, e in enumerate(every) if e.rejected])
     if examples and not paired:
         raise DataError(f"no example of stage 2 has a negative: {WITHOUT_NEGATIVES}")
     if len(paired) < len(examples):
@@ -155,3 +159,15 @@ def with_negatives(
         text = f"{missing} of {len(examples)} examples for stage 2 have no negative and were left out"
         run.append("problems.jsonl", [{"stage": "negatives", "problem": text}])
     return paired
+
+
+def _with_the_others(examples: Iterable[Example], attached: Iterable[Example]) -> Iterator[Example]:
+    """All examples in their order: as they are in ``attached``, or without a negative if they are not there."""
+    found = iter(attached)
+    next_ = next(found, None)
+    for example in examples:
+        if next_ is not None and next_.id == example.id:
+            yield next_
+            next_ = next(found, None)
+        else:
+            yield replace(example, rejected=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -20,7 +20,7 @@ from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.trackers import Trackers
-from cwdpo.trainer.batching import TokenBatches, optimizer_steps, row_lengths
+from cwdpo.trainer.batching import TokenBatches, all_row_lengths, optimizer_steps
 
 if TYPE_CHECKING:
     from cwdpo.trainer.trainer import PreferenceTrainer
@@ -112,7 +112,8 @@ class Stage:
         if train.max_tokens_per_batch is None:
             batches = math.ceil(len(rows) / (train.batch_size * processes))
         else:
-            lengths = [row_lengths(r, shared=self.shared) for r in rows if isinstance(r, EncodedExample)]
+            encoded: Any = rows  # rounds pass examples, and have no token batches
+            lengths = all_row_lengths(encoded, shared=self.shared)
             cut = TokenBatches(lengths, train.max_tokens_per_batch, self.recipe.seed, processes)
             batches = len(cut) // processes
         settings = self.settings

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch.utils.data import BatchSampler, Sampler
 
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError
 
@@ -18,6 +19,14 @@ def row_lengths(example: EncodedExample, *, shared: bool) -> tuple[int, int]:
     """``(number of rows, tokens of the longest row)`` that an example adds to a micro-batch."""
     rows = example.row_tokens(shared=shared)
     return len(rows), max(rows)
+
+
+def all_row_lengths(examples: Sequence[EncodedExample], *, shared: bool) -> list[tuple[int, int]]:
+    """:func:`row_lengths` of each example."""
+    if not isinstance(examples, EncodedRows):
+        return [row_lengths(example, shared=shared) for example in examples]
+    rows, longest, _ = examples.row_sizes(shared=shared)
+    return list(zip(rows.tolist(), longest.tolist(), strict=True))
 
 
 def optimizer_steps(steps: int | None, epochs: float, batches: int, accumulation: int) -> int:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from cwdpo.arguments import Optimizer
 from cwdpo.clock import current, spent_on
 from cwdpo.data.encode.collate import Collator, PromptBatch
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.encode.reading import read_ahead
 from cwdpo.errors import RecipeError
@@ -27,7 +28,7 @@ from cwdpo.models.vision_cache import forget_vision_features, needs_images
 from cwdpo.objectives.base import InForce, Objective, ScoredPairs, StepTotals
 from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.scoring.score import row_tokens, score
-from cwdpo.trainer.batching import LengthGrouped, TokenBatches, row_lengths
+from cwdpo.trainer.batching import LengthGrouped, TokenBatches, all_row_lengths, row_lengths
 from cwdpo.trainer.checkpoints import CompleteCheckpoints
 from cwdpo.trainer.guard import Guard, MicroBatch
 from cwdpo.trainer.memory import StepMemory
@@ -186,8 +187,10 @@ class PreferenceTrainer(CompleteCheckpoints):
         """Examples grouped by length within an optimizer step, so micro-batch size does not change the groups."""
         if not self.options.group_by_length:
             return super()._get_train_sampler(train_dataset)
-        step = self.get_total_train_batch_size(self.args)
-        return LengthGrouped(self._row_tokens, len(self.train_dataset), step, self._data_seed)
+        step, length = self.get_total_train_batch_size(self.args), self._row_tokens
+        if isinstance(self.train_dataset, EncodedRows):  # it never changes
+            length = self.train_dataset.row_sizes(shared=shares_prefix(self.model))[1].__getitem__
+        return LengthGrouped(length, len(self.train_dataset), step, self._data_seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a number of examples, or of a number of tokens."""
@@ -200,7 +203,7 @@ class PreferenceTrainer(CompleteCheckpoints):
                 self.args = args
             return loader
         shared = shares_prefix(self.model)
-        lengths = [row_lengths(example, shared=shared) for example in self.train_dataset]
+        lengths = all_row_lengths(self.train_dataset, shared=shared)
         processes = self.accelerator.num_processes
         batches = TokenBatches(lengths, self.options.max_tokens_per_batch, self._data_seed, processes)
         made = DataLoader(

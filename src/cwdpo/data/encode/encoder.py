@@ -7,8 +7,9 @@ completion together are the ids of the joined text, and generation starts from e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from cwdpo.data.encode.embedded import check_embedded
@@ -21,6 +22,8 @@ from cwdpo.errors import DataError
 from cwdpo.records import Completion, Example, Origin
 
 NegativeSet = Literal["rejected", "gentle", "none"]
+TOGETHER = 128
+"""Examples that are rendered and tokenized together."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,11 @@ class EncodedExample:
         )
 
 
+def offered(example: Example, negatives: NegativeSet) -> tuple[Completion, ...]:
+    """The negatives of an example that a stage uses."""
+    return {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
+
+
 class Encoder:
     """Encodes examples with a checkpoint's own processor and chat template.
 
@@ -130,6 +138,7 @@ class Encoder:
         self.template = ChatTemplate(processor, checkpoint)
         self.tokenizer = self.template.tokenizer
         self.max_length = max_length
+        self._known: dict[str, list[int]] = {}
         self.prompt = PromptEncoder(
             self.template, cache_gb, from_sizes=from_sizes, workers=workers, on_disk=on_disk
         )
@@ -170,10 +179,7 @@ class Encoder:
         Raises:
             DataError: the response has no tokens besides the end token.
         """
-        prompt, end = self.prompt_text(example), self.template.end
-        tail = self.template.continuation(example, prompt, text)
-        # Tokenizers join a final space with the next word: the space is moved from the prompt to the completion.
-        prompt, tail = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
+        (prompt, tail), end = self._parts(example, text), self.template.end
         before, joined = self._ids(prompt), self._ids(prompt + tail)
         ids = joined[len(before) :] if joined[: len(before)] == before else self._ids(tail)
         ids = ids if end.closing else [*ids, end.token]
@@ -182,19 +188,43 @@ class Encoder:
         check_embedded(self.template, example, ids, frozenset())
         return tuple(ids)
 
+    def _parts(self, example: Example, text: str) -> tuple[str, str]:
+        """The prompt, and what follows it in a conversation with the response."""
+        prompt = self.prompt_text(example)
+        tail = self.template.continuation(example, prompt, text)
+        # Tokenizers join a final space with the next word: the space is moved from the prompt to the completion.
+        return prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
+
+    def _foreseen(self, examples: Iterable[Example], negatives: NegativeSet) -> Iterator[Example]:
+        """The examples; what encoding them takes is made before, for many of them together."""
+        source = iter(examples)
+        while some := list(islice(source, TOGETHER)):
+            said = [(e, [e.chosen.text, *(c.text for c in offered(e, negatives))]) for e in some]
+            self.template.foresee(said)
+            texts: dict[str, None] = {}
+            for example, responses in said:
+                with contextlib.suppress(DataError):  # encoding the row reports the error
+                    for prompt, tail in (self._parts(example, text) for text in responses):
+                        texts |= {prompt: None, prompt + tail: None}
+            every = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+            self._known = dict(zip(texts, every, strict=True))
+            self.prompt.foresee(some)
+            yield from some
+        self._known = {}
+
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
         """Encode one example with the negatives of its stage; negatives with the same ids as chosen are left out.
 
         Raises:
             DataError: an image cannot be read, a response has no tokens, or the example is longer than ``max_length``.
         """
-        offered = {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
-        said = ((f"{negatives}[{k}]", completion.text) for k, completion in enumerate(offered))
+        own = offered(example, negatives)
+        said = ((f"{negatives}[{k}]", completion.text) for k, completion in enumerate(own))
         self.template.check_texts(example, [("chosen", example.chosen.text), *said])
         chosen_ids = self.completion_ids(example, example.chosen.text)
         chosen = _encoded(example.chosen, chosen_ids, (0, len(chosen_ids)))
         rejected = []
-        for completion in offered:
+        for completion in own:
             ids = self.completion_ids(example, completion.text)
             if completion.images is not None:
                 # All tokens count as different from chosen: each follows another image.
@@ -237,9 +267,20 @@ class Encoder:
         self, examples: Iterable[Example], negatives: NegativeSet, *, require_negative: bool
     ) -> tuple[list[EncodedExample], list[str]]:
         """Encode all examples that can be encoded; the second list has one message for each example left out."""
-        good: list[EncodedExample] = []
         problems: list[str] = []
-        for example in examples:
+        found = self.encodings(examples, negatives, problems, require_negative=require_negative)
+        return [encoded for _, _, encoded in found], problems
+
+    def encodings(
+        self,
+        examples: Iterable[Example],
+        negatives: NegativeSet,
+        problems: list[str],
+        *,
+        require_negative: bool,
+    ) -> Iterator[tuple[int, Example, EncodedExample]]:
+        """The place, the example and its encoding, of all that can be encoded; the others add to ``problems``."""
+        for number, example in enumerate(self._foreseen(examples, negatives)):
             try:
                 encoded = self.encode(example, negatives)
             except DataError as error:
@@ -248,11 +289,13 @@ class Encoder:
             if require_negative and not encoded.negatives:
                 problems.append(f"{example.where or example.id}: no negative for this stage")
                 continue
-            good.append(encoded)
-        return good, problems
+            yield number, example, encoded
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        known = self._known.get(text)
+        return (
+            known if known is not None else list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
 
 
 def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:

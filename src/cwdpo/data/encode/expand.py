@@ -13,11 +13,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger("cwdpo")
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) in pixels of each image of a row."""
+NOT_FOR_THE_MODEL = ("attention_mask", "labels")
+"""Processor outputs that are not passed on: scoring makes its own mask, and labels make the model compute a loss."""
 CHECKED = 8
 """Rows of different image sizes that are compared with the processor before its rule is used for further sizes."""
 
@@ -156,3 +161,10 @@ class Expansions:
         except Exception:  # code of model families, made for another use
             return None
         return None if counts is None or len(counts) != len(sizes) else [int(n) for n in counts]
+
+
+def blank(size: tuple[int, int]) -> Image:
+    """A black image of (height, width) pixels."""
+    from PIL import Image
+
+    return Image.new("RGB", size[::-1])

@@ -19,10 +19,12 @@ from cwdpo.data.encode.clips import (
     video_settings,
 )
 from cwdpo.data.encode.embedded import check_embedded
-from cwdpo.data.encode.expand import Expansions, Sizes, Written
+from cwdpo.data.encode.expand import NOT_FOR_THE_MODEL, Expansions, Sizes, Written, blank
 from cwdpo.data.encode.image_cache import ImageCache
+from cwdpo.data.encode.many import ManyPrompts
 from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate
+from cwdpo.data.inside import remember
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 from cwdpo.versions import version_of
@@ -31,9 +33,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-_NOT_FOR_THE_MODEL = ("attention_mask", "labels")
-"""Processor outputs that are not passed on: scoring makes its own mask, and labels make the model compute a loss."""
-_Result = tuple[tuple[int, ...], dict[str, tuple[int, ...]], "dict[str, Tensor]"]
+Result = tuple[tuple[int, ...], dict[str, tuple[int, ...]], "dict[str, Tensor]"]
 """Token ids of a prompt, per-token outputs of the processor, and the inputs of the vision tower."""
 
 
@@ -83,7 +83,7 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
-class _Source:
+class ImageSource:
     """Loads the images of an encoded prompt, now or in a worker."""
 
     encoder: PromptEncoder
@@ -94,12 +94,15 @@ class _Source:
     """The name in :class:`ImageCache`; empty if the files could not be read when the prompt was encoded."""
 
     def __call__(self) -> Mapping[str, Tensor]:
+        """The inputs of the vision tower."""
         return self.encoder.load(self)
 
     def begin(self) -> Coming | None:
+        """Let a worker read them."""
         return self.encoder.begin(self)
 
     def job(self, example: Example) -> Job:
+        """What reading them takes."""
         return Job(example, self.encoder.text(example), self.ids, self.per_token, self.stored_as)
 
 
@@ -129,8 +132,9 @@ class PromptEncoder:
         self._images: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._free_bytes = cache_gb * 2**30
         self._texts: dict[tuple[Any, ...], str] = {}
-        self._from_sizes, self._expansions = from_sizes, Expansions(self.processor)
+        self._from_sizes, self.expansions = from_sizes, Expansions(self.processor)
         self._workers = Workers(self, workers) if workers else None
+        self._many, self._foreseen = ManyPrompts(self), dict[tuple[Any, ...], Result]()
         self._on_disk = on_disk
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,7 +157,7 @@ class PromptEncoder:
         """
         check_taken(self.processor, example)
         if example.prompt not in self._texts:
-            self._texts[example.prompt] = self.template.prompt(example)
+            return remember(self._texts, example.prompt, self.template.prompt(example))
         return self._texts[example.prompt]
 
     def __call__(self, example: Example) -> EncodedPrompt:
@@ -168,7 +172,7 @@ class PromptEncoder:
         """
         key = _key(example)
         if key not in self._prompts:
-            self._prompts[key] = self._encoded_prompt(example)
+            return remember(self._prompts, key, self._encoded_prompt(example))
         return self._prompts[key]
 
     def _encoded_prompt(self, example: Example) -> EncodedPrompt:
@@ -176,7 +180,8 @@ class PromptEncoder:
         with contextlib.suppress(DataError):  # decoding the images reports it
             contents = [image_content(image) for image in example.images]
         sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
-        ids, per_token, images = self._sized(example, sizes) or self._process(example)
+        known = self._foreseen.get(_key(example))
+        ids, per_token, images = known or self._sized(example, sizes) or self._process(example)
         if not (images or contents):
             return EncodedPrompt(ids, per_token)
         files = [c.digest.hex() for c in contents]
@@ -188,49 +193,69 @@ class PromptEncoder:
         # What else a reference says (all but its place) changes the pixels, so it is part of the digest.
         said = [repr(replace(image, path=None, data=None)) for image in example.images]
         said += [repr(replace(video, path=None, data=None)) for video in example.videos]
-        digest = _digest(self._image_settings, *files, *said)
+        digest = _digest(self.image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
-        known = len(contents) == len(example.images)
-        key = ImageCache.key(digest, ids, per_token) if known else ""
+        read = len(contents) == len(example.images)
+        key = ImageCache.key(digest, ids, per_token) if read else ""
         if images:
             self._keep(_key(example), images)
-            if self._on_disk is not None and known:
+            if self._on_disk is not None and read:
                 self._on_disk.put(key, images)
         return EncodedPrompt(
-            ids, per_token, _Source(self, example, ids, per_token, key), digest, len(example.videos)
+            ids, per_token, ImageSource(self, example, ids, per_token, key), digest, len(example.videos)
         )
 
-    def _sized(self, example: Example, sizes: Sizes) -> _Result | None:
+    def foresee(self, examples: Sequence[Example]) -> None:
+        """Encode together what can be; :meth:`__call__` then takes the results, until the next examples are named."""
+        wanted = {_key(e): e for e in examples if not e.videos}
+        found = self._many(e for key, e in wanted.items() if key not in self._prompts)
+        self._foreseen = {_key(example): result for example, result in found}
+
+    def written(self, example: Example) -> Written | None:
+        """What the processor writes for the row's images, if that is known."""
+        if not example.images:
+            return Written(())
+        contents = [image_content(image) for image in example.images]
+        sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
+        known = self._from_sizes and len(sizes) == len(contents)
+        return self.expansions.of(sizes) if known else None
+
+    def alone(self, example: Example) -> Result:
+        """Ids and per-token outputs of one prompt from a call of its own."""
+        written = self.written(example) if example.images else None
+        return (written and self._stood_in(example, written)) or self._process(example)
+
+    def _sized(self, example: Example, sizes: Sizes) -> Result | None:
         """The prompt from the sizes of its images; ``None`` if they are not enough.
 
         The last result has the images, if they were decoded to compare.
         """
         if not self._from_sizes or not sizes or len(sizes) != len(example.images) or example.videos:
             return None
-        written = self._expansions.of(sizes)
+        written = self.expansions.of(sizes)
         if written is None:
-            recorder, found = self._expansions.recorder()
-            blank = self._expansions.blank_is_enough(sizes)
-            opened = [_blank(size) for size in sizes] if blank else _opened(example)
+            recorder, found = self.expansions.recorder()
+            enough = self.expansions.blank_is_enough(sizes)
+            opened = [blank(size) for size in sizes] if enough else _opened(example)
             result = self._run(example, opened, recorder)
             ways = found[0].simpler() if found and len(found[0].texts) == len(sizes) else ()
-            wanted: _Result = (result[0], result[1], {})
+            wanted: Result = (result[0], result[1], {})
             fitting = next((way for way in ways if self._stood_in(example, way) == wanted), None)
             if fitting is None:
-                self._expansions.give_up()
+                self.expansions.give_up()
             else:
-                self._expansions.learn(sizes, fitting)
-            if not blank:
+                self.expansions.learn(sizes, fitting)
+            if not enough:
                 return result
-            written = self._expansions.of(sizes)
+            written = self.expansions.of(sizes)
         return None if written is None else self._stood_in(example, written)
 
-    def _stood_in(self, example: Example, written: Written) -> _Result | None:
+    def _stood_in(self, example: Example, written: Written) -> Result | None:
         """Ids and per-token outputs of the prompt without looking at its images."""
-        stand_in = self._expansions.stand_in(written)
+        stand_in = self.expansions.stand_in(written)
         try:
-            ids, per_token, _ = self._run(example, [_blank((2, 2)) for _ in written.texts], stand_in)
+            ids, per_token, _ = self._run(example, [blank((2, 2)) for _ in written.texts], stand_in)
         except Exception:  # a processor that needs more than the texts
             return None
         return ids, per_token, {}
@@ -241,7 +266,7 @@ class PromptEncoder:
             self._images[key] = images
             self._free_bytes -= size
 
-    def load(self, source: _Source) -> Mapping[str, Tensor]:
+    def load(self, source: ImageSource) -> Mapping[str, Tensor]:
         """The images of a prompt, from the cache or read now; see :meth:`read`."""
         key = _key(source.example)
         if key not in self._images:
@@ -250,7 +275,7 @@ class PromptEncoder:
             return images
         return self._images[key]
 
-    def begin(self, source: _Source) -> Coming | None:
+    def begin(self, source: ImageSource) -> Coming | None:
         """Let a worker read the images of a prompt; ``None`` if there is no worker, or they are in the cache."""
         key = _key(source.example)
         if self._workers is None or key in self._images:
@@ -285,7 +310,7 @@ class PromptEncoder:
         return images
 
     @cached_property
-    def _image_settings(self) -> str:
+    def image_settings(self) -> str:
         """Everything that the inputs of the vision tower depend on besides the image files."""
         made: Any = getattr(self.processor, "image_processor", None)
         packages = (
@@ -293,10 +318,10 @@ class PromptEncoder:
         )
         return "\n".join([type(self.processor).__name__, *settings_of(made), *packages])
 
-    def _process(self, example: Example) -> _Result:
+    def _process(self, example: Example) -> Result:
         return self._run(example, _opened(example), self.processor)
 
-    def _run(self, example: Example, opened: Sequence[Image], processor: Any, text: str = "") -> _Result:
+    def _run(self, example: Example, opened: Sequence[Image], processor: Any, text: str = "") -> Result:
         """Ids, per-token outputs and inputs of the vision tower, from one call of the processor.
 
         ``text`` is the rendered prompt, if the caller has it.
@@ -317,7 +342,7 @@ class PromptEncoder:
             for k, v in outputs.items()
             if k.endswith("token_type_ids") and tuple(v.shape) == (1, ids.shape[0])
         }
-        images = {k: v for k, v in outputs.items() if k not in (*per_token, *_NOT_FOR_THE_MODEL)}
+        images = {k: v for k, v in outputs.items() if k not in (*per_token, *NOT_FOR_THE_MODEL)}
         check_apart(self.processor, example, ids.tolist(), images)
         check_embedded(self.template, example, ids.tolist(), self.template.checkpoint.placeholders)
         return tuple(ids.tolist()), per_token, images
@@ -335,9 +360,9 @@ class PromptEncoder:
         return self._call(processor, text, kwargs)
 
     def _call(self, processor: Any, text: str, kwargs: Mapping[str, Any]) -> Any:
-        return processor(text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **kwargs)
+        return processor(text=[text], return_tensors="pt", add_special_tokens=self.adds_bos(text), **kwargs)
 
-    def _adds_bos(self, text: str) -> bool:
+    def adds_bos(self, text: str) -> bool:
         """Whether the tokenizer must add its bos token: it does so by default, and the template did not write one."""
         bos = self.tokenizer.bos_token
         return bos is not None and not text.startswith(bos) and self._has_bos_by_default
@@ -359,12 +384,6 @@ def _key(example: Example) -> tuple[Any, ...]:
 
 def _digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _blank(size: tuple[int, int]) -> Image:
-    from PIL import Image
-
-    return Image.new("RGB", size[::-1])
 
 
 def _opened(example: Example) -> list[Image]:

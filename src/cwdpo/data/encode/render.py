@@ -32,6 +32,10 @@ MEMORY = 2**30
 MOST_CHARACTERS = 2**24
 
 
+Order = tuple[list[dict[str, Any]], bool, list[Any]]
+"""A conversation, whether it ends with the start of a response, and the tools."""
+
+
 class Renderer:
     """Calls ``processor.apply_chat_template`` within the limits.
 
@@ -45,6 +49,7 @@ class Renderer:
         self._lock = threading.Lock()
         self._child: _Child | None = None
         self._given_up = ""
+        self._together = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy starts a child of its own."""
@@ -62,27 +67,51 @@ class Renderer:
         with self._lock:
             if self._given_up:
                 raise ModelError(self._given_up)
-            if self._child is None or self._child.owner != os.getpid():
-                self._child = _Child(self._processor)
-                weakref.finalize(self, self._child.end, os.getpid())
-            text = self._child.ask(json.dumps([list(chat), generation, list(tools)]).encode(), self._seconds)
+            text = self._started().ask(
+                json.dumps([[list(chat), generation, list(tools)]]).encode(), self._seconds
+            )
             if text is None:
-                self._child.end(os.getpid())
-                self._child = None
+                self._end()
                 self._given_up = (
                     f"the chat template of {_name(self._processor)} did not end within {self._seconds:g} seconds and "
                     f"{MEMORY // 2**20} MiB, or gave more than {MOST_CHARACTERS} characters: set another chat "
                     "template, or take another checkpoint"
                 )
                 raise ModelError(self._given_up)
-        found = json.loads(text)
+        found = json.loads(text)[0]
         if "error" in found:
             raise DataError(found["error"])
         return str(found["text"])
 
+    def many(self, orders: Sequence[Order]) -> list[str | None]:
+        """Conversations as text with one message to the child; ``None`` for those that must be rendered alone.
+
+        If a limit is exceeded, all of them must be, from now on.
+        """
+        if not (hasattr(os, "fork") and self._together and orders):
+            return [None] * len(orders)
+        with self._lock:
+            text = self._started().ask(json.dumps(orders).encode(), self._seconds)
+            if text is None:
+                self._end()
+                self._together = False
+                return [None] * len(orders)
+        return [found.get("text") for found in json.loads(text)]
+
+    def _started(self) -> _Child:
+        if self._child is None or self._child.owner != os.getpid():
+            self._child = _Child(self._processor)
+            weakref.finalize(self, self._child.end, os.getpid())
+        return self._child
+
+    def _end(self) -> None:
+        if self._child is not None:
+            self._child.end(os.getpid())
+        self._child = None
+
 
 class _Child:
-    """A forked process that renders the conversations sent to it, one at a time."""
+    """A forked process that renders the conversations of a message, one at a time."""
 
     def __init__(self, processor: Any) -> None:
         self.owner = os.getpid()
@@ -179,17 +208,18 @@ def _serve(processor: Any, orders: int, answers: int) -> None:
                     return
             if not (head := _read(file, 4)):
                 return
-            chat, generation, tools = json.loads(_read(file, struct.unpack("!I", head)[0]))
-            try:
-                text = _rendered(processor, chat, generation, tools)
-                if len(text) > MOST_CHARACTERS:
+            found = []
+            for chat, generation, tools in json.loads(_read(file, struct.unpack("!I", head)[0])):
+                try:
+                    text = _rendered(processor, chat, generation, tools)
+                    if len(text) > MOST_CHARACTERS:
+                        return
+                    found.append({"text": text})
+                except MemoryError:
                     return
-                answer = {"text": text}
-            except MemoryError:
-                return
-            except Exception as error:  # templates can raise any error
-                answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-            _write(answers, json.dumps(answer).encode())
+                except Exception as error:  # templates can raise any error
+                    found.append({"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+            _write(answers, json.dumps(found).encode())
 
 
 def _read(file: Any, size: int) -> bytes:

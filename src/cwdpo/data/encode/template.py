@@ -7,13 +7,15 @@ text unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from cwdpo.data.encode.render import Renderer
+from cwdpo.data.encode.ends import TurnEnd, without_ends
+from cwdpo.data.encode.render import Order, Renderer
 from cwdpo.errors import DataError, ModelError
 from cwdpo.records import VIDEO, Example, Message, Place, without_tools
 
@@ -69,20 +71,6 @@ class CheckpointTokens:
     positions: int | None = None
 
 
-@dataclass(frozen=True)
-class TurnEnd:
-    """How a response ends.
-
-    ``token``: id of the end token, the last token that is trained. ``tail``: text that the template writes after the
-    last response. ``closing``: the part of ``tail`` that is trained, up to and with the end token; empty if the
-    template does not write the end token, whose id is then appended.
-    """
-
-    token: int
-    tail: str
-    closing: str
-
-
 class ChatTemplate:
     """Renders prompts and responses with the processor's chat template.
 
@@ -96,6 +84,7 @@ class ChatTemplate:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.checkpoint = checkpoint or CheckpointTokens()
         self._renderer = Renderer(processor)
+        self._foreseen: dict[tuple[Any, str | None], str] = {}
         self._styles: dict[str, Style | str] = {}
 
     @property
@@ -135,7 +124,7 @@ class ChatTemplate:
             and len(whole) >= len(prompt) + len(end.tail)
         ):
             body = whole[len(prompt) : len(whole) - len(end.tail)]
-        body = _without_ends(body, self._end_texts)
+        body = without_ends(body, self._end_texts)
         # If the template writes no end token, white space after the response comes from the template.
         return body + end.closing if end.closing else body.rstrip()
 
@@ -223,7 +212,7 @@ class ChatTemplate:
             for part in (*turn.texts, turn.more)
             if part
         ]
-        bare = ((key, _without_ends(text, self._end_texts)) for key, text in texts)
+        bare = ((key, without_ends(text, self._end_texts)) for key, text in texts)
         for key, text in (*prompt, *bare):
             for token in self.structural:
                 if token in text:
@@ -238,12 +227,10 @@ class ChatTemplate:
 
     # --- rendering -------------------------------------------------------------------------------------
 
-    def _render_row(self, example: Example, response: str | None) -> str:
+    def _turns_of(self, example: Example, response: str | None) -> tuple[list[Message], list[Any]]:
         where = example.where or example.id
         prompt, tools = without_tools(example.prompt)
         turns = [*prompt, *([] if response is None else [Message("assistant", (response,))])]
-        if not self.is_there:
-            return self._bare(example, response)
         self._check_tools(where, prompt, tools)
         for turn in turns:
             style = self._style(turn.role)
@@ -252,6 +239,26 @@ class ChatTemplate:
                     where, "template-refuses", "", f"the chat template takes no {turn.role} turn ({style})",
                     "leave such turns out, or set another chat template",
                 )  # fmt: skip
+        return turns, tools
+
+    def foresee(self, texts: Iterable[tuple[Example, Iterable[str]]]) -> None:
+        """Render prompts and responses together; later calls take the results, until other rows are named."""
+        orders: dict[tuple[Any, str | None], Order] = {}
+        for example, said in texts if self.is_there else ():
+            for response in (None, *said):
+                with contextlib.suppress(DataError):  # rendering it alone reports the error
+                    turns, tools = self._turns_of(example, response)
+                    orders[example.prompt, response] = [*map(self._as_chat, turns)], response is None, tools
+        found = zip(orders, self._renderer.many(list(orders.values())), strict=True)
+        self._foreseen = {key: text for key, text in found if text is not None}
+
+    def _render_row(self, example: Example, response: str | None) -> str:
+        if (known := self._foreseen.get((example.prompt, response))) is not None:
+            return known
+        if not self.is_there:
+            return self._bare(example, response)
+        turns, tools = self._turns_of(example, response)
+        where = example.where or example.id
         try:
             return self._chat(turns, generation=response is None, tools=tools)
         except DataError as error:
@@ -377,10 +384,3 @@ class ChatTemplate:
 
 def _turns(*roles: str) -> list[Message]:
     return [Message(role, ("a",)) for role in roles]
-
-
-def _without_ends(text: str, ends: Sequence[str]) -> str:
-    """The text without the end tokens that it ends with, and without white space around these."""
-    while (found := next((e for e in ends if text.rstrip().endswith(e)), None)) is not None:
-        text = text.rstrip().removesuffix(found).rstrip()
-    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,18 +15,19 @@ from cwdpo.data.read.rows import open_source
 from cwdpo.data.read.source import Source
 from cwdpo.data.rowparts import ReadOptions
 from cwdpo.errors import DataError
+from cwdpo.files.stored import Stored
 from cwdpo.records import SAMPLING, Example, VideoSampling
 
 
 @dataclass(frozen=True)
 class ReadResult:
-    """The usable examples, and all problems of the rows.
+    """The usable examples, which are kept on disk, and all problems of the rows.
 
     ``rows`` counts the rows read, ``bad_rows`` those with at least one problem. ``notes`` are lines that a user should
     see once: columns that were not read, images that were changed.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     problems: list[Problem]
     format: str
     rows: int
@@ -98,15 +99,15 @@ def read_examples(
 
 def _usable(parsed: ParsedRows, limit: int | None) -> ReadResult:
     """The examples of all rows, or the first ``limit`` of them, and all problems of the rows read."""
-    examples: list[Example] = []
+    examples: Stored[Example] = Stored()
     problems: list[Problem] = []
     rows = bad_rows = 0
     for row in parsed:
         rows += 1
         bad_rows += bool(row.problems)
-        examples += row.examples
         problems += row.problems
+        for example in row.examples[: None if limit is None else limit - len(examples)]:
+            examples.append(example)
         if limit is not None and len(examples) >= limit:
-            del examples[limit:]
             break
     return ReadResult(examples, problems, parsed.format.name, rows, bad_rows)

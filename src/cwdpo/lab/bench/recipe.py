@@ -83,8 +83,8 @@ def _walk(recipe: Recipe, folder: Path) -> Iterator[tuple[float, int, int, int]]
     if stage.objective.needs_calibration:  # the cost of a step does not depend on floor and tau
         stage.in_force.objective = stage.objective.calibrated([-3.0, -2.0, -1.0])
     encoded = encode(stage, splits.stage2)
-    encoded = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)
-    trainer = make_trainer(stage, encoded)
+    scored = reference_pass(policy.model, encoded, batch_size=recipe.train.batch_size)
+    trainer = make_trainer(stage, scored)
     policy.model.train()
     return _steps(trainer, policy.model, recipe)
 

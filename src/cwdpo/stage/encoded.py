@@ -1,0 +1,59 @@
+"""The encoded rows of a stage in the run folder: a resumed run opens them again."""
+
+from __future__ import annotations
+
+import contextlib
+from hashlib import blake2b
+from typing import Any
+
+from cwdpo.data.encode.encoded_rows import SCHEMA, EncodedRows, encode_rows, write_rows
+from cwdpo.errors import FileError
+from cwdpo.files.checksums import Running, difference
+from cwdpo.files.writing import replacing
+from cwdpo.stage.stage import Stage
+from cwdpo.versions import version_of, versions
+
+FOLDER = "encoded"
+
+
+def stored_rows(stage: Stage, *, require_negative: bool) -> tuple[EncodedRows, list[str]]:
+    """The encoded examples of a stage, and a message for each that cannot be used.
+
+    They are written to ``encoded/<stage>.arrow``. A resumed run reads that file, unless rows, images, processor,
+    settings or versions are other ones now, or the file was changed: then it encodes again. Processes that do not
+    write to the run folder, and runs without digests of their inputs, use a temporary file.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    run, encoder, negatives = stage.run, stage.encoder, stage.negatives
+    inputs = run.json("inputs.json")
+    if not (run.writes and inputs):
+        return encode_rows(encoder, stage.examples, negatives, require_negative=require_negative)
+    folder, name = run.path / FOLDER, f"{stage.name}.arrow"
+    made_of = _made_of(stage, inputs, require_negative=require_negative)
+    known: Any = {}
+    if stage.resume:
+        with contextlib.suppress(FileError):
+            known = run.json(f"{FOLDER}/{stage.name}.json")
+    if known.get("made_of") == made_of and not difference(folder, name, known.get("file")):
+        return EncodedRows(folder / name, stage.examples, negatives, encoder), known["problems"]
+    problems: list[str] = []
+    with replacing(folder / name, durable=False) as temporary:
+        encoded = encoder.encodings(stage.examples, negatives, problems, require_negative=require_negative)
+        write_rows(temporary, encoded, negatives)
+    entry = Running().entry(folder / name)
+    run.write_json(f"{FOLDER}/{stage.name}.json", {"made_of": made_of, "file": entry, "problems": problems})
+    return EncodedRows(folder / name, stage.examples, negatives, encoder), problems
+
+
+def _made_of(stage: Stage, inputs: Any, *, require_negative: bool) -> str:
+    """A digest of all that the encoded rows depend on."""
+    data, encoder = stage.recipe.data, stage.encoder
+    facts = [
+        inputs.get(stage.name), {k: v for k, v in inputs["model"].items() if k != "weights"},
+        encoder.max_length, data.image_tokens, data.image_root, encoder.template.checkpoint, stage.negatives,
+        require_negative, encoder.prompt.image_settings, str(SCHEMA), sorted(versions().items()),
+        version_of("tokenizers"),
+    ]  # fmt: skip
+    return blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

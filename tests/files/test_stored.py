@@ -1,0 +1,56 @@
+"""Records on disk are used like a list."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cwdpo.errors import DataError
+from cwdpo.files import stored
+from cwdpo.files.stored import Stored, select
+from cwdpo.records import Completion, Example, ImageRef, Message
+
+
+def example(i: int) -> Example:
+    size = (0, 10, 5000, 70_000)[i % 4]
+    return Example(
+        f"row {i}", (ImageRef(data=bytes(size)),), (Message("user", (None, "Q" * i)),), Completion("a")
+    )
+
+
+@pytest.mark.parametrize("in_memory", [0, 8000, 1 << 30])
+def test_it_is_the_list(monkeypatch: pytest.MonkeyPatch, in_memory: int) -> None:
+    monkeypatch.setattr(stored, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(stored, "_PART", 6000)
+    records = [example(i) for i in range(40)]
+    kept: Stored[Example] = Stored()
+    for i, record in enumerate(records):
+        kept.append(record)
+        assert kept[i // 2] == records[i // 2]  # between two additions
+    assert list(kept) == records
+    assert kept == records
+    assert kept != records[:-1]
+    assert kept[-1] == records[-1]
+    assert kept[3:17:2] == records[3:17:2]
+    index = random.Random(0).sample(range(40), 15)
+    view = select(kept, index)
+    assert isinstance(view, Stored)
+    assert view == select(records, index) == [records[i] for i in index]
+    del kept
+    assert list(view[:3]) == [records[i] for i in index[:3]]
+    with pytest.raises(IndexError):
+        view[15]
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: Any) -> Callable[[], None]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored, "IN_MEMORY", 100)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DataError, match=r"cannot be kept there \(No space left on device\): set TMPDIR"):
+        Stored([example(3)])
