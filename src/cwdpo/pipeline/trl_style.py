@@ -17,6 +17,7 @@ from transformers.trainer_utils import speed_metrics
 
 from cwdpo.arguments import TrainSettings
 from cwdpo.config import CalibrationSettings, Recipe, StageSettings
+from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, RecipeError
@@ -273,7 +274,8 @@ class CWDPOTrainer(PreferenceTrainer):
 
     def _evaluated(self, rows: Any, prefix: str) -> dict[str, float]:
         started = time.time()
-        if not (isinstance(rows, list) and rows and isinstance(rows[0], EncodedExample)):
+        encoded = isinstance(rows, list | EncodedRows) and rows and isinstance(rows[0], EncodedExample)
+        if not encoded:
             trained = self.state.global_step > 0 and self._stage.reference_model is None
             if trained and self.objective.needs_reference:
                 raise RecipeError(
