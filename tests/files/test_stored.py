@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -54,3 +55,21 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(DataError, match=r"cannot be kept there \(No space left on device\): set TMPDIR"):
         Stored([example(3)])
+
+
+def test_forked_processes_read_at_the_same_time(monkeypatch) -> None:
+    """They share the position in the file."""
+    monkeypatch.setattr(stored, "IN_MEMORY", 0)
+    monkeypatch.setattr(stored, "_PART", 0)
+    records = Stored([("x" * (i % 50), i) for i in range(3000)])
+
+    def wrong(k: int) -> None:
+        os._exit(any(records[i] != ("x" * (i % 50), i) for i in [*range(k, 3000, 4)] * 20))
+
+    children = []
+    for k in range(4):
+        pid = os.fork()
+        if pid == 0:
+            wrong(k)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 import weakref
@@ -104,12 +105,22 @@ class _File:
         if start >= 0:
             size = int.from_bytes(self._rest[start : start + _HEAD], "little")
             return bytes(self._rest[start + _HEAD : start + _HEAD + size])
-        self._file.seek(place)
-        data: bytes = self._file.read(_USUAL)
+        data = self._read(place, _USUAL)
         size = int.from_bytes(data[:_HEAD], "little")
         while len(data) < _HEAD + size:
-            data += self._file.read(_HEAD + size - len(data))
+            more = self._read(place + len(data), _HEAD + size - len(data))
+            if not more:
+                raise EOFError(f"the file of stored records ends at {place + len(data)}")
+            data += more
         return data[_HEAD : _HEAD + size]
+
+    def _read(self, place: int, size: int) -> bytes:
+        """Some bytes, without moving the file's position: forked processes and threads share it."""
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), size, place)
+        self._file.seek(place)  # Windows, which has no fork
+        data: bytes = self._file.read(size)
+        return data
 
     def _write(self) -> None:
         try:
