@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -161,6 +162,27 @@ cli.main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_interrupt_while_the_command_line_is_imported_shows_nothing(background: bool) -> None:
+    """Imports take long enough to be interrupted; a shell's job in the background ignores interrupts."""
+    code = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN if {background} else signal.default_int_handler)
+from cwdpo.__main__ import main
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "cwdpo.cli.common":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["cwdpo", "--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0 if background else -signal.SIGINT, "")
 
 
 def test_an_interrupt_after_the_end_is_not_shown() -> None:
