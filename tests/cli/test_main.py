@@ -135,6 +135,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(run: Run, command: str) -> Non
     assert len(done.err.strip().splitlines()) == 1
 
 
+def test_an_interrupt_that_a_compiled_module_turns_into_an_error_is_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def imported(path: Path) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("cwdpo.rundir.RunDir.open", imported)
+    done = run("report", tmp_path)
+    assert (done.code, done.err) == (130, "cwdpo: interrupted\n")
+
+
 def test_an_interrupt_that_falls_into_a_callback_is_not_lost() -> None:
     """Python prints and forgets what a callback of a weak reference raises."""
     code = """

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -108,13 +108,13 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:  # outside a command, or a second one while the first is answered
-        with contextlib.suppress(KeyboardInterrupt):
-            typer.echo("cwdpo: interrupted", err=True)
-        sys.exit(130)
+        _say_interrupted()
     except CwdpoError as error:
         typer.echo(f"cwdpo: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            _say_interrupted()  # compiled modules turn one that falls into their import into an ImportError
         trouble = _machine_trouble(error)
         if trouble is None:
             raise
@@ -122,6 +122,12 @@ def main() -> None:
         sys.exit(1)
     finally:
         sys.unraisablehook = hook if isinstance(hook, _AtTheEnd) else _AtTheEnd(hook)
+
+
+def _say_interrupted() -> NoReturn:
+    with contextlib.suppress(KeyboardInterrupt):
+        typer.echo("cwdpo: interrupted", err=True)
+    sys.exit(130)
 
 
 class _AtTheEnd:

@@ -14,7 +14,6 @@ from itertools import compress
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 
 from cwdpo.data.digests import digest8
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder
@@ -24,6 +23,7 @@ from cwdpo.monitor.responses import Response, read_probe_file, stored_responses,
 from cwdpo.negatives.base import NEGATIVES, normalised
 from cwdpo.records import Completion, Example, Origin
 from cwdpo.stage.stage import Stage
+from cwdpo.waiting import from_first
 from cwdpo.worlds.judged import is_judgeable
 from cwdpo.worlds.shapes import paraphrases
 
@@ -204,7 +204,7 @@ def make_responses(
                 responses[example.id].append(made)
     if "chosen_initial" in types:
         asked = [e for e in examples if "chosen_initial" not in {r.type for r in responses[e.id]}]
-        texts: list[str] = broadcast_object_list([sampler(asked) if asked else []])[0]
+        texts = from_first(sampler(asked) if asked else [], "sampling for the probes")
         for example, text in zip(asked, texts, strict=True):
             if text.strip():
                 source = f"sampled from the policy at the start of the stage, temperature 1, seed {seed}"
