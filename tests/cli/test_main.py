@@ -139,10 +139,7 @@ def test_an_interrupt_that_a_compiled_module_turns_into_an_error_is_one(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def imported(path: Path) -> None:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as error:
-            raise ImportError("initialization failed") from error
+        raise ImportError("initialization failed") from KeyboardInterrupt()
 
     monkeypatch.setattr("cwdpo.rundir.RunDir.open", imported)
     done = run("report", tmp_path)
