@@ -109,7 +109,7 @@ def encoded_examples(
     model: Any, world: Path, folder: Path, scenario: Scenario, out: Path
 ) -> list[EncodedExample]:
     """Examples with their reference values, the scenario's damage done."""
-    examples = read_examples(world / "train.jsonl").examples[: scenario.n]
+    examples = list(read_examples(world / "train.jsonl").examples[: scenario.n])
     own = out / f"{os.environ.get('RANK', 'alone')}.png"
     if scenario.workers and scenario.unreadable is not None:
         bad = examples[scenario.unreadable]

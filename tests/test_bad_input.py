@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -836,6 +837,7 @@ class mounted:  # noqa: N801
             pytest.skip("may not mount here")
 
     def __exit__(self, *_: object) -> None:
+        gc.collect()  # encoded rows stay mapped as long as an object of the run lives
         subprocess.run(["umount", str(self.folder)], check=True)
 
 

@@ -49,20 +49,20 @@ TIMINGS = (
 
 
 def launched(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    log = out.with_suffix(".log").open("w")
     command = [
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "3",
         "-m", "cwdpo", "train", str(recipe), "--out", str(out), "--auto-resume",
     ]  # fmt: skip
     # Without the last one, accelerate's processes on CPUs meet the addresses of the attempt before, and wait for ever.
     more = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **more},
-    )
+    with out.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **more},
+        )
 
 
 def process_of(rank: int, launcher: int) -> int | None:
