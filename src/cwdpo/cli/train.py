@@ -105,9 +105,8 @@ def _validate_and_plan(parsed: Settings, gpu: str | None, gpus: int) -> None:
         RecipeError: --gpu is missing or unknown, or stage 2 has no negatives.
     """
     chosen = gpu_of(gpu)
-    good = parsed.data.world is not None or validate_recipe(
-        parsed
-    )  # a world is generated: nothing to validate
+    # A world is generated: nothing to validate.
+    good = parsed.data.world is not None or validate_recipe(parsed)
     from cwdpo.pipeline.planning.run import Hardware, plan_run
 
     found = plan_run(parsed, Hardware(chosen, gpus))

@@ -109,9 +109,8 @@ def run_grid(waves: Sequence[Sequence[CellJob]], workers: int, on_event: OnEvent
             for job in wave:
                 job.folder.mkdir(parents=True, exist_ok=True)
             lost = _run(wave, pool, ticks, note)
-            for (
-                job
-            ) in lost:  # their processes died (killed, out of memory): once more, with nothing beside them
+            # Their processes died (killed, out of memory): once more, with nothing beside them.
+            for job in lost:
                 if _run([job], pool[:1], ticks, note):
                     note(CellResult(job.key, "failed", {}, "its process was killed; out of memory?", 0.0))
     return results

@@ -41,9 +41,8 @@ class LivePage:
     def add(self, result: CellResult, progress: Progress) -> None:
         """Note a finished cell, and write the page."""
         self._results[result.key] = result
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk: the cells say so, and the page is written again at the end
+        # A full disk: the cells say so, and the page is written again at the end.
+        with contextlib.suppress(OSError):
             self.write(progress)
 
     def write(self, progress: Progress | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cwdpo.config import Recipe
-from cwdpo.data.encode.encoder import EncodedExample, Encoder, NegativeSet
+from cwdpo.data.encode.encoder import EncodedExample, Encoder, NegativeSet, offered
 from cwdpo.data.read.reader import read_examples
 from cwdpo.models.load import EMBEDDED, Policy
 from cwdpo.models.vision_cache import share_vision_features
@@ -158,11 +158,10 @@ class SharedEncoder(Encoder):
 
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
         """See :meth:`Encoder.encode`."""
-        own = {"rejected": example.rejected, "gentle": example.gentle, "none": ()}[negatives]
         # Rows may be read from disk at each use, so they are told apart by what is in them.
         key = (
             example.id, example.source, example.where, example.images, example.videos, example.prompt,
-            repr((example.chosen, own)), negatives,
+            repr((example.chosen, offered(example, negatives))), negatives,
         )  # fmt: skip
         if key not in self._rows:
             if len(self._rows) >= MOST_ROWS:

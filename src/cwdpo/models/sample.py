@@ -76,16 +76,20 @@ def sample(
             process must have the whole model.
         progress: called with the number of finished prompts.
     """
-    seen: Counter[str] = Counter()
-    repeats = []
-    for example in examples:
-        repeats.append(seen[example.id])
-        seen[example.id] += 1
     drawn = sample_several(
         model, encoder, examples, 1, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size,
-        seed=seed, repeats=repeats, together=together, progress=progress,
+        seed=seed, repeated=repeats(examples, Counter()), together=together, progress=progress,
     )  # fmt: skip
     return [own[0] for own in drawn]
+
+
+def repeats(examples: Sequence[Example], asked: Counter[str]) -> list[int]:
+    """For each example, how often its id was asked before, ``asked`` times in earlier calls; ``asked`` is updated."""
+    found = []
+    for example in examples:
+        found.append(asked[example.id])
+        asked[example.id] += 1
+    return found
 
 
 def sample_several(
@@ -94,7 +98,7 @@ def sample_several(
     examples: Sequence[Example],
     n: int,
     *,
-    repeats: Sequence[int],
+    repeated: Sequence[int],
     temperature: float = 1.0,
     max_new_tokens: int = NEW_TOKENS,
     batch_size: int = 64,
@@ -107,11 +111,12 @@ def sample_several(
     Args:
         model, encoder, examples, temperature, max_new_tokens, seed, together, progress: see :func:`sample`.
         n: responses per example.
-        repeats: for each example, how often it was asked before with this seed; another number gives other samples.
+        repeated: for each example, how often it was asked before with this seed (:func:`repeats`); another number
+            gives other samples.
         batch_size: responses per forward pass; at least those of one example.
     """
     decoding = Decoding(temperature, 1.0, max_new_tokens)
-    keys = [f"{example.id}\0{number}" for example, number in zip(examples, repeats, strict=True)]
+    keys = [f"{example.id}\0{number}" for example, number in zip(examples, repeated, strict=True)]
     results: dict[int, list[Sample]] = {}
     batches = by_length(encoder, examples, max(1, batch_size // n))
     if together:

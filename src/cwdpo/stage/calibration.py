@@ -14,7 +14,7 @@ from typing import Any
 
 from cwdpo.clock import spent_on
 from cwdpo.data.encode.encoder import EncodedExample
-from cwdpo.models.sample import sample_several
+from cwdpo.models.sample import repeats, sample_several
 from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
 from cwdpo.stage.stage import Stage
@@ -214,15 +214,12 @@ def _mean_logps(stage: Stage, prompts: Sequence[Example], asked: Counter[str]) -
         prompts: what the reference answers.
         asked: how often each id was asked before, so that it gives other samples now; updated.
     """
-    settings, repeats = stage.recipe.calibration, []
-    for example in prompts:
-        repeats.append(asked[example.id])
-        asked[example.id] += 1
+    settings = stage.recipe.calibration
     reference = stage.reference_model or stage.policy.model
     with spent_on("calibration"), stage.autocast(reference):
         drawn = sample_several(
             reference, stage.encoder, prompts, settings.per_prompt, max_new_tokens=settings.max_new_tokens,
-            batch_size=stage.recipe.evaluation.batch_size, seed=stage.recipe.seed, repeats=repeats,
+            batch_size=stage.recipe.evaluation.batch_size, seed=stage.recipe.seed, repeated=repeats(prompts, asked),
         )  # fmt: skip
     found = [[round(s.mean_logp, 6) for s in own if s.mean_logp is not None] for own in drawn]
     return from_first(found, "the samples of the calibration")

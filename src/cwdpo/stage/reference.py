@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 
 from cwdpo.data.encode.encoded_rows import EncodedRows
@@ -23,7 +22,7 @@ from cwdpo.models.vision_cache import needs_images
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass, with_reference
 from cwdpo.scoring.reference_cache import ReferenceCache, Value, differs, reference_digest, row_keys
-from cwdpo.waiting import from_first
+from cwdpo.waiting import from_first, of_all
 
 FOLDER = "reference"
 CANARIES = 4
@@ -153,7 +152,7 @@ def _of_all(
         scored = _missing(model, rows, keys, cache)
     except (NonFiniteError, DataError) as error:
         problem = NonFiniteError if isinstance(error, NonFiniteError) else DataError, str(error)
-    parts = gather_object([(scored, problem)]) if PartialState().num_processes > 1 else [(scored, problem)]
+    parts = of_all([(scored, problem)], "the reference pass")
     for _, failed in parts:
         if failed is not None:
             raise failed[0](failed[1])

@@ -17,11 +17,9 @@ def check_embedded(
         RefusedRowError: naming the first such token.
     """
     rows = template.checkpoint.embedded
-    beyond = (
-        []
-        if rows is None or max(ids, default=0) < rows
-        else [i for i in ids if i >= rows and i not in allowed]
-    )
+    if rows is None or max(ids, default=0) < rows:
+        return
+    beyond = [i for i in ids if i >= rows and i not in allowed]
     if beyond:
         raise RefusedRowError(
             example.where or example.id,

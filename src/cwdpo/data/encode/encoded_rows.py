@@ -29,8 +29,7 @@ _BATCH = 1024
 _PROMPT = pa.struct(
     [
         ("ids", pa.binary()), ("names", pa.list_(pa.string())), ("values", pa.list_(pa.binary())),
-        ("image_digest", pa.string()), ("n_videos", pa.int32()), ("stored_as", pa.string()),
-        ("images_of", pa.int32()),
+        ("image_digest", pa.string()), ("n_videos", pa.int32()), ("images_of", pa.int32()),
     ]
 )  # fmt: skip
 """Ids and per-token outputs are 32-bit integers. ``images_of``: the negative whose images it has; -1: the example's."""
@@ -64,7 +63,7 @@ class _Images:
             assert images is not None
             example = replace(example, images=images)
         ids, per_token = _tokens(self.prompt)
-        return ImageSource(self.rows.encoder.prompt, example, ids, per_token, self.prompt["stored_as"])
+        return ImageSource(self.rows.encoder.prompt, example, ids, per_token, self.prompt["image_digest"])
 
     def __call__(self) -> Any:
         return self._source()()
@@ -282,7 +281,6 @@ def _row(number: int, example: Example, row: EncodedExample, negatives: Negative
                 "values": [_bytes(v) for v in p.per_token.values()],
                 "image_digest": p.image_digest,
                 "n_videos": p.n_videos,
-                "stored_as": getattr(p.load_images, "stored_as", ""),
                 "images_of": images.index(getattr(p.load_images, "example", example).images) if i else -1,
             }
             for i, p in enumerate(prompts)

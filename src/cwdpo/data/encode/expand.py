@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from cwdpo.data.contents import ImageContent
+
 logger = logging.getLogger("cwdpo")
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) in pixels of each image of a row."""
@@ -161,6 +163,11 @@ class Expansions:
         except Exception:  # code of model families, made for another use
             return None
         return None if counts is None or len(counts) != len(sizes) else [int(n) for n in counts]
+
+
+def sizes_of(contents: Sequence[ImageContent]) -> Sizes:
+    """The sizes of those images whose size is known and whose file is whole."""
+    return tuple(c.size for c in contents if c.size is not None and c.complete)
 
 
 def blank(size: tuple[int, int]) -> Image:

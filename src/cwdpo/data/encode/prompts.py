@@ -19,7 +19,7 @@ from cwdpo.data.encode.clips import (
     video_settings,
 )
 from cwdpo.data.encode.embedded import check_embedded
-from cwdpo.data.encode.expand import NOT_FOR_THE_MODEL, Expansions, Sizes, Written, blank
+from cwdpo.data.encode.expand import NOT_FOR_THE_MODEL, Expansions, Sizes, Written, blank, sizes_of
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.many import ManyPrompts
 from cwdpo.data.encode.reading import Coming, Job, Workers
@@ -90,8 +90,8 @@ class ImageSource:
     example: Example
     ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]]
-    stored_as: str
-    """The name in :class:`ImageCache`; empty if the files could not be read when the prompt was encoded."""
+    digest: str
+    """:attr:`EncodedPrompt.image_digest`."""
 
     def __call__(self) -> Mapping[str, Tensor]:
         """The inputs of the vision tower."""
@@ -103,7 +103,7 @@ class ImageSource:
 
     def job(self, example: Example) -> Job:
         """What reading them takes."""
-        return Job(example, self.encoder.text(example), self.ids, self.per_token, self.stored_as)
+        return Job(example, self.encoder.text(example), self.ids, self.per_token, self.digest)
 
 
 class PromptEncoder:
@@ -179,11 +179,12 @@ class PromptEncoder:
         contents: list[ImageContent] = []
         with contextlib.suppress(DataError):  # decoding the images reports it
             contents = [image_content(image) for image in example.images]
-        sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
         known = self._foreseen.get(_key(example))
-        ids, per_token, images = known or self._sized(example, sizes) or self._process(example)
+        ids, per_token, images = known or self._sized(example, sizes_of(contents)) or self._process(example)
         if not (images or contents):
             return EncodedPrompt(ids, per_token)
+        if len(contents) < len(example.images):  # the processor could read them after all
+            contents = [image_content(image) for image in example.images]
         files = [c.digest.hex() for c in contents]
         if example.videos:
             files += [
@@ -196,14 +197,12 @@ class PromptEncoder:
         digest = _digest(self.image_settings, *files, *said)
         if self._workers is not None:
             self._workers.warm_up()
-        read = len(contents) == len(example.images)
-        key = ImageCache.key(digest, ids, per_token) if read else ""
         if images:
             self._keep(_key(example), images)
-            if self._on_disk is not None and read:
-                self._on_disk.put(key, images)
+            if self._on_disk is not None:
+                self._on_disk.put(ImageCache.key(digest, ids, per_token), images)
         return EncodedPrompt(
-            ids, per_token, ImageSource(self, example, ids, per_token, key), digest, len(example.videos)
+            ids, per_token, ImageSource(self, example, ids, per_token, digest), digest, len(example.videos)
         )
 
     def foresee(self, examples: Sequence[Example]) -> None:
@@ -217,7 +216,7 @@ class PromptEncoder:
         if not example.images:
             return Written(())
         contents = [image_content(image) for image in example.images]
-        sizes = tuple(c.size for c in contents if c.size is not None and c.complete)
+        sizes = sizes_of(contents)
         known = self._from_sizes and len(sizes) == len(contents)
         return self.expansions.of(sizes) if known else None
 
@@ -289,12 +288,13 @@ class PromptEncoder:
         Raises:
             DataError: an image cannot be read, or the processor gives other token ids than when the row was encoded.
         """
-        if self._on_disk is None or not job.stored_as:
+        if self._on_disk is None:
             return self._decoded(job)
-        images = self._on_disk.get(job.stored_as)
+        key = ImageCache.key(job.digest, job.ids, job.per_token)
+        images = self._on_disk.get(key)
         if images is None:
             images = dict(self._decoded(job))
-            self._on_disk.put(job.stored_as, images)
+            self._on_disk.put(key, images)
         return images
 
     def _decoded(self, job: Job) -> Mapping[str, Tensor]:

@@ -74,14 +74,14 @@ def read_ahead(
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to read: its row and text, the token ids and per-token values that it was encoded to, and the name
-    of its images in the cache on disk."""
+    """One prompt to read: its row and text, the token ids and per-token values that it was encoded to, and the digest
+    of its images."""
 
     example: Example
     text: str
     ids: tuple[int, ...]
     per_token: Mapping[str, tuple[int, ...]]
-    stored_as: str
+    digest: str
 
 
 class Coming:
