@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,23 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from cwdpo.files.reading import read_json, read_jsonl
+from chaos.commands import RECIPE, contents, difference
 
-RECIPE = """
-name: restarted
-model:
-  {path: init, device: cpu, init: {vision_width: 32, vision_layers: 1, width: 32, layers: 2, heads: 2, vocabulary: 400}}
-data: {world: {seed: 5, train: 80, validation: 12, test: 0, negatives_per_prompt: 2}, stage1_fraction: 0.5}
-stage1: {objective: sft_constrained, learning_rate: 1.0e-3, steps: 8}
-stage2: {objective: {name: cw_dpo, beta: 0.3}, learning_rate: 1.0e-3, steps: 8}
-train: {batch_size: 4, logging_steps: 3, save_steps: 2, warmup_steps: 2}
-calibration: {samples: 16, max_new_tokens: 8}
-probes: {every: 4, prompts: 4}
-evaluation: {prompts: 8, samples: 2, max_new_tokens: 8, batch_size: 2}
-stop: []
-"""
 KILLS = int(os.environ.get("CWDPO_RESTARTS", "1"))
 """Kills of each process, at instants spread over the run."""
 BEGINS = (
@@ -37,14 +22,6 @@ BEGINS = (
     "calibration.json",
     "stage2/checkpoint-4",
     "model",
-)
-TIMINGS = (
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-    "train_loss",
-    "elapsed",
-    "remaining",
 )
 
 
@@ -89,30 +66,19 @@ def kill_when(begun: Path, rank: int, launcher: subprocess.Popen[str]) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def results(out: Path):
-    weights = {n: v.numpy().tobytes() for n, v in load_file(out / "model" / "model.safetensors").items()}
-    rows = [
-        {k: v for k, v in row.items() if k not in TIMINGS}
-        for name in ("metrics.jsonl", "readings.jsonl", "samples.jsonl")
-        for row in read_jsonl(out / name)
-    ]
-    text = re.sub(re.escape(str(out)), "RUN", repr(rows))  # samples name their images by path
-    return weights, read_json(out / "calibration.json"), text
-
-
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_ends_as_undisturbed(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert launched(recipe, tmp_path / "twin").wait(600) == 0, (tmp_path / "twin.log").read_text()[-3000:]
-    wanted = results(tmp_path / "twin")
+    wanted = contents(tmp_path / "twin")
     for number in range(2 * KILLS):
         rank, begun = number % 2, BEGINS[(2 + number + number // 2) % len(BEGINS)]
         out = tmp_path / f"{number}-{rank}"
         launcher = launched(recipe, out)
         kill_when(out / begun, rank, launcher)
         assert launcher.wait(600) == 0, out.with_suffix(".log").read_text()[-3000:]
-        assert results(out) == wanted, (rank, begun)
+        assert not difference(contents(out), wanted), (rank, begun)
 
 
 @pytest.mark.slow

@@ -224,6 +224,9 @@ class PreferenceTrainer(CompleteCheckpoints):
     ) -> Any:
         """The micro-batches of the next optimizer step; the images of the step after it are read from now on."""
         if self._stream[0] is not epoch_iterator:
+            # Of several processes, accelerate does not find the sampler behind the batches that a resumed epoch skips:
+            # they would go on in the order of the first epoch. The loader without the skipped batches finds it.
+            self.callback_handler.train_dataloader.set_epoch(int(self.state.epoch or 0))
             self._stream = epoch_iterator, self._read_ahead(epoch_iterator)
         with spent_on("step", "batches"):
             return super().get_batch_samples(self._stream[1], num_batches, device)
