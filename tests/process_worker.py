@@ -203,7 +203,7 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
             }
         except CwdpoError as problem:
             held = {"error": str(problem)}
-    whole = trainer.whole_model().state_dict()
+    whole = trainer.trained_model().state_dict()
     sums = {name: float(value.double().abs().sum()) for name, value in whole.items()}
     wrapped = type(trainer.model_wrapped).__name__
     return {

@@ -14,6 +14,7 @@ from cwdpo.models.merge import tied_layers_handled
 from cwdpo.models.parts import patterns_of
 from cwdpo.models.quantization import quantized_layers
 from cwdpo.models.settings import LoraSettings, ModelSettings
+from cwdpo.models.sharding import anything
 
 if TYPE_CHECKING:
     from torch import nn
@@ -256,8 +257,8 @@ def _idle_layers(model: nn.Module) -> list[Any]:
         layer.lora_variant or layer.lora_embedding_A or layer.merged or layer.disable_adapters
         for layer in layers
     )
-    zero = (not bool(p.any()) for layer in layers for p in layer.lora_B.parameters())
-    return layers if plain and all(zero) else []
+    changes = plain and anything(p for layer in layers for p in layer.lora_B.parameters())
+    return layers if plain and not changes else []
 
 
 def sort_targets(model: nn.Module) -> None:

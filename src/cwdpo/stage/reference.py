@@ -18,6 +18,7 @@ from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.encode.reading import read_ahead
 from cwdpo.errors import CwdpoError, DataError, NonFiniteError, ReferenceCacheError
 from cwdpo.models.quantization import is_rounded
+from cwdpo.models.turns import in_turns
 from cwdpo.models.vision_cache import needs_images
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass, with_reference
@@ -119,13 +120,14 @@ def _opened(
     cache = ReferenceCache(folder, read=False)
     found: dict[bytes, Value] = {}
     error = ""
-    if state.is_main_process:
-        try:
-            cache = ReferenceCache(folder)
-            found = {key: value for own in keys for key in own if (value := cache.get(key)) is not None}
-            _check_canaries(model, examples, keys, cache, rounded=rounded)
-        except (ReferenceCacheError, NonFiniteError) as problem:
-            error = str(problem)
+    with in_turns(model):
+        if state.is_main_process:
+            try:
+                cache = ReferenceCache(folder)
+                found = {key: value for own in keys for key in own if (value := cache.get(key)) is not None}
+                _check_canaries(model, examples, keys, cache, rounded=rounded)
+            except (ReferenceCacheError, NonFiniteError) as problem:
+                error = str(problem)
     found, error = from_first((found, error), "reading stored reference values")
     if error:
         raise ReferenceCacheError(error)
@@ -149,7 +151,8 @@ def _of_all(
     scored: dict[bytes, Value] = {}
     problem: tuple[type[CwdpoError], str] | None = None
     try:
-        scored = _missing(model, rows, keys, cache)
+        with in_turns(model):
+            scored = _missing(model, rows, keys, cache)
     except (NonFiniteError, DataError) as error:
         problem = NonFiniteError if isinstance(error, NonFiniteError) else DataError, str(error)
     parts = of_all([(scored, problem)], "the reference pass")

@@ -23,17 +23,18 @@ from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.encode.reading import read_ahead
 from cwdpo.errors import RecipeError
 from cwdpo.models.load import load_weights
+from cwdpo.models.sharding import check_sharding, is_sharded
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.models.vision_cache import forget_vision_features, needs_images
 from cwdpo.objectives.base import InForce, Objective, ScoredPairs, StepTotals
 from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.scoring.score import row_tokens, score
 from cwdpo.trainer.batching import LengthGrouped, TokenBatches, all_row_lengths, row_lengths
-from cwdpo.trainer.checkpoints import CompleteCheckpoints
+from cwdpo.trainer.checkpoints import CompleteCheckpoints, readable
 from cwdpo.trainer.guard import Guard, MicroBatch
 from cwdpo.trainer.memory import StepMemory
 from cwdpo.trainer.metrics import StepMetrics
-from cwdpo.trainer.processes import Unsharded, check_sharding, together
+from cwdpo.trainer.processes import Unsharded, together
 from cwdpo.trainer.rounding import LostUpdates, check_optimizer, optimizer_class
 
 _COLLATES_HERE = {
@@ -162,7 +163,8 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.guard.accelerator = self.accelerator
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator, model)
-        self._unsharded = Unsharded(model) if self._sharded else None
+        self._unsharded = Unsharded(model) if self._sharded and not is_sharded(model) else None
+        self._trained: list[list[Tensor]] = []
         if self._sharded:
             forget_vision_features(model)
         if self.is_deepspeed_enabled and self.guard.spike_factor is not None:
@@ -309,8 +311,31 @@ class PreferenceTrainer(CompleteCheckpoints):
             last = last.first_examples(min(max(left - rank * size, 0), size))
         return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
 
-    def whole_model(self) -> torch.nn.Module:
-        """The trained model with all its weights on every process; all processes call this together."""
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Of a model that is sharded already, remember its parameters."""
+        made = super().create_optimizer(model) if model is not None else super().create_optimizer()
+        if self.is_fsdp_enabled and self._unsharded is None:
+            self._trained = [list(group["params"]) for group in made.param_groups]
+        return made
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Called when accelerate has prepared the optimizer: give it its parameters back.
+
+        accelerate finds them by the address of their values. A process whose part of a small parameter is empty has no
+        such address, and would get the same parameter for all of them.
+        """
+        for group, own in zip(
+            self.optimizer.param_groups if self._trained else (), self._trained, strict=True
+        ):
+            group["params"] = own
+        self._trained = []
+        return super().create_scheduler(*args, **kwargs)
+
+    def trained_model(self) -> torch.nn.Module:
+        """The trained model: whole on every process, or sharded if it was so before training.
+
+        All processes call this together.
+        """
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return model if self._unsharded is None else self._unsharded.filled(model)
 
@@ -370,9 +395,18 @@ class PreferenceTrainer(CompleteCheckpoints):
         under other names: nothing would be loaded, and training would continue from the wrong weights.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not None:
+            model = self.model if model is None else model
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_weights(self.model, Path(resume_from_checkpoint))
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint into the model, without training it."""
+        if is_sharded(self.model):
+            with readable(checkpoint, "its weights"):
+                self._load_from_checkpoint(str(checkpoint))
+        else:
+            load_weights(self.model, checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint with :meth:`_load_from_checkpoint`, for the same reason."""
