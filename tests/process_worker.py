@@ -258,8 +258,8 @@ def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if mode == "fsdp2":
         shard_on_cpu()
-    if names[:1] == ("recipe",):
-        train_two_stage(load_recipe(names[1], names[2:]), out)
+    if names[:1] in (("recipe",), ("resume",)):
+        train_two_stage(load_recipe(names[1], names[2:]), out, resume=names[0] == "resume")
         return
     if names[:1] == ("dies",):
         PartialState(cpu=True)
