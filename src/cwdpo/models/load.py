@@ -31,6 +31,7 @@ from cwdpo.models.checkpoint import (
     with_adapter,
 )
 from cwdpo.models.inputs import unwrapped
+from cwdpo.models.own_code import import_code
 from cwdpo.models.packages import checkpoint_config, install_line, missing_package
 from cwdpo.models.parts import patterns_of
 from cwdpo.models.quantization import (
@@ -110,6 +111,7 @@ def load_policy(
             quantized is to be quantized again.
     """
     settings = with_adapter_settings(settings)
+    import_code(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source, revision=settings.revision)
     base = adapter_base(source, settings.revision)
@@ -186,6 +188,7 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
     """
     from transformers import AutoProcessor
 
+    import_code(settings)
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(
@@ -234,6 +237,7 @@ def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTo
     """:func:`checkpoint_tokens` from the files of a checkpoint; no weights are read."""
     from transformers import AutoConfig, GenerationConfig
 
+    import_code(settings)
     how: dict[str, Any] = {"revision": settings.revision}
     base = adapter_base(source, settings.revision) or source
     found: list[Any] = []

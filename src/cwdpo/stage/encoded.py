@@ -47,6 +47,20 @@ def stored_rows(stage: Stage, *, require_negative: bool) -> tuple[EncodedRows, l
     return EncodedRows(folder / name, stage.examples, negatives, encoder), problems
 
 
+def forget_rows(stage: Stage) -> None:
+    """Remove a stage's rows: nothing reads them once it has ended. Rows in use stay mapped.
+
+    Called before the stage's model is saved: a run killed in between encodes again; one killed after has none left.
+    """
+    if not stage.run.writes:
+        return
+    folder = stage.run.path / FOLDER
+    for end in (".json", ".arrow"):
+        (folder / f"{stage.name}{end}").unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _made_of(stage: Stage, inputs: Any, *, require_negative: bool) -> str:
     """A digest of all that the encoded rows depend on."""
     data, encoder = stage.recipe.data, stage.encoder
