@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,6 @@ def stored_reference_pass(
     batch_size: int,
     bf16: bool = False,
     folder: Path | None = None,
-    progress: Callable[[int], None] = lambda n: None,
 ) -> Sequence[EncodedExample]:
     """Like :func:`cwdpo.scoring.pairs.reference_pass`, but scores only the completions that the cache lacks.
 
@@ -59,7 +58,6 @@ def stored_reference_pass(
         batch_size: prompts per forward pass.
         bf16: whether the caller scores under bfloat16 autocast.
         folder: folder of the cache, shared between runs; default: ``reference/`` in the run folder.
-        progress: called with the number of finished prompts.
 
     Returns:
         The examples with reference values (nats), in the same order.
@@ -92,12 +90,11 @@ def stored_reference_pass(
             for i, has in zip(index.tolist(), known, strict=True)
         ]
 
-    for group, batch in zip(groups, read_ahead(map(own, groups), begun, len), strict=True):
+    for batch in read_ahead(map(own, groups), begun, len):
         scored = _of_all(model, rows, batch)
         if run.writes:
             writer.append(rows.values.by_key(scored))
         rows.values.put(scored)
-        progress(len(order[group : group + size]))
     writer.close()
     return _with_values(examples, rows)
 
