@@ -349,7 +349,8 @@ def small(world: Path, model: Path, **changes: Any) -> Any:
 
 def stored_values(folder: Path) -> dict[bytes, tuple[float, float]]:
     """The reference's values, whatever files they lie in."""
-    return {k: v for path in (folder / "reference").glob("*.arrow") for k, v in read_file(path).items()}
+    batches = [batch for path in (folder / "reference").glob("*.arrow") for batch in read_file(path)]
+    return {key: value for batch in batches for key, value in zip(*batch, strict=True)}
 
 
 def content(folder: Path) -> dict[str, bytes]:
