@@ -37,9 +37,10 @@ from cwdpo.config import load_recipe
 from cwdpo.data.encode.encoder import EncodedExample, EncodedPrompt, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError
-from cwdpo.models.load import Policy, load_policy, load_weights
+from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.load_sharded import load_sharded
 from cwdpo.models.sample import sample
+from cwdpo.models.saved import load_weights
 from cwdpo.models.settings import ModelSettings
 from cwdpo.models.shared_attention import use_scoring
 from cwdpo.models.turns import in_turns, silent_rows_from

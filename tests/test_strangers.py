@@ -107,7 +107,7 @@ def test_resume_and_export_run_nothing_of_the_folder(run: Run, stranger: Path, t
     done = run("train", own, "--out", stranger, "--resume")
     assert (done.code, "stage2.objective.name" in done.err) == (1, True)
     done = run("train", stranger / "recipe.yaml", "--out", stranger, "--resume")
-    assert (done.code, "loads no code: read that file first" in done.err) == (1, True)
+    assert (done.code, "loads no code: read that code first" in done.err) == (1, True)
     done = run("export", stranger, "--merge", "--out", tmp_path / "out")
     assert (done.code, "no final model yet" in done.err) == (1, True)
     assert not (tmp_path / "mark").exists()

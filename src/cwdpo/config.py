@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, NoReturn, TypeVar, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -198,12 +198,19 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def stored_model(path: Path) -> ModelSettings:
+def stored_model(path: Path, code: Sequence[str] = ()) -> ModelSettings:
     """The section ``model`` of a run's recipe. Other sections are not read, so no ``file.py`` is imported.
 
+    Args:
+        path: the recipe.
+        code: what the user lets run of :func:`model_code`.
+
     Raises:
-        RecipeError: see :func:`load_recipe`.
+        RecipeError: see :func:`load_recipe`; or the model needs code that the user did not name.
     """
+    for key, name in model_code({"model": read_tree(path).get("model")}).items():
+        if name not in code:
+            _refuse(path, key, name, f"name it on the command line: --code {shortened(name)}")
     return _stored(path, "model", ModelSettings)
 
 
@@ -236,15 +243,44 @@ def code_names(tree: Any, key: str = "") -> dict[str, str]:
     return {key: str(tree)} if ".py:" in str(tree) else {}
 
 
+def model_code(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The code that a recipe's section ``model`` runs: dotted key -> a file, or ``remote`` for the checkpoint's own."""
+    model = tree.get("model")
+    if not isinstance(model, Mapping):
+        return {}
+    code, remote = model.get("code"), model.get("trust_remote_code")
+    found = {} if code is None else {"model.code": str(code)}
+    return found | ({"model.trust_remote_code": "remote"} if remote not in (None, False) else {})
+
+
 def _refuse_code(tree: Any, path: Path, overrides: Sequence[str]) -> None:
-    asked = [override.partition("=")[2] for override in overrides]
+    given = [override.partition("=") for override in overrides]
     for key, name in code_names(tree).items():
-        if not any(name in text for text in asked):
-            raise RecipeError(
-                f"{path}: {key} names code, {shortened(name)}, and a recipe in a run's folder loads no code: read that "
-                "file first; if it is yours, give your own recipe instead, or name it on the command line, e.g. "
-                f"stage2.objective.name={shortened(name)}"
+        if not any(name in text for _, _, text in given):
+            _refuse(
+                path,
+                key,
+                name,
+                "give your own recipe instead, or name it on the command line, e.g. "
+                f"stage2.objective.name={shortened(name)}",
             )
+    for key, name in model_code(tree).items():
+        if not any(changed == key for changed, _, _ in given):
+            value = "true" if name == "remote" else shortened(name)
+            _refuse(
+                path,
+                key,
+                name,
+                f"give your own recipe instead, or name it on the command line: {key}={value}",
+            )
+
+
+def _refuse(path: Path, key: str, name: str, remedy: str) -> NoReturn:
+    what = "the checkpoint's own" if name == "remote" else shortened(name)
+    raise RecipeError(
+        f"{path}: {key} names code, {what}, and a recipe in a run's folder loads no code: read that code first; if you "
+        f"trust it, {remedy}"
+    )
 
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:

@@ -14,6 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -151,16 +152,9 @@ class Registry(Generic[C]):
         path, _, class_name = name.rpartition(":")
         if not Path(path).is_file():
             raise UnknownComponentError(f"{self.kind} {name!r}: there is no file {path!r}")
-        digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
-        spec = importlib.util.spec_from_file_location(f"cwdpo_user_{Path(path).stem}_{digest}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # pydantic resolves the class's annotations there
         try:
-            spec.loader.exec_module(module)
+            module = import_file(path)
         except Exception as error:
-            del sys.modules[spec.name]
             raise UnknownComponentError(
                 f"{self.kind} {name!r}: {path} cannot be imported: {type(error).__name__}: {error}"
             ) from error
@@ -170,3 +164,28 @@ class Registry(Generic[C]):
                 f"{self.kind} {name!r}: {path} has no class {class_name!r} derived from {self.base.__name__}"
             )
         return cls
+
+
+def module_name(path: str | Path) -> str:
+    """Under which name a user's Python file is imported: its own, and a digest of where it is."""
+    digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
+    return f"cwdpo_user_{Path(path).stem}_{digest}"
+
+
+def import_file(path: str | Path) -> ModuleType:
+    """Import a user's Python file under :func:`module_name`, again if it was imported before.
+
+    Raises:
+        Exception: whatever the file raises.
+    """
+    spec = importlib.util.spec_from_file_location(module_name(path), path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # pydantic resolves the class's annotations there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module

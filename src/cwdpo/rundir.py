@@ -7,7 +7,7 @@ The files::
     problems.jsonl     rows that were left out, and why
     notes.jsonl        notes on the data: columns that are not read, images that are converted
     calibration.json   floor and tau, and the mean_logps that they were computed from
-    encoded/           the encoded rows of each stage, in Arrow
+    encoded/           the encoded rows of the stage in training, in Arrow
     reference/         log-probabilities of the reference model, written batch by batch
     pool.jsonl         samples of the policy by round (only with on-policy negatives)
     answers.jsonl      answers of a server

@@ -107,6 +107,30 @@ def test_a_file_that_stands_or_has_another_ending_is_refused(tmp_path: Path) -> 
         made(tmp_path / "x.csv")
 
 
+@pytest.mark.slow
+def test_best_and_worst_by_a_judge(run, tmp_path: Path) -> None:
+    """The rows' scores are those that the judge gives to the written texts."""
+    from torchmetrics.functional.text import chrf_score
+
+    more = (*SMALL, "data.world.questions=0", "negatives.judge={name: references}")
+    done = run("sample", TINY, *more, "--chosen", "best", "--out", tmp_path / "pairs.jsonl")
+    assert done.code == 0, done.err
+    assert "no worse sample" in done.out
+    rows = read_jsonl(tmp_path / "pairs.jsonl")
+    assert len(rows) > 10
+    for row in rows:
+        known = [*row["references"]]
+        best, worst = (row[key][0]["content"][0]["text"] for key in ("chosen", "rejected"))
+        best, worst = (max(float(chrf_score([text], [[one]])) for one in known) for text in (best, worst))
+        made = row["negatives"][0]["made"]
+        assert (made["chosen_score"], made["score"]) == pytest.approx((best, worst))
+        assert best > worst
+    refused = run(
+        "sample", TINY, *SMALL, "negatives.judge=none", "--chosen", "best", "--out", tmp_path / "x.jsonl"
+    )
+    assert (refused.code, "set negatives.judge" in refused.err) == (1, True)
+
+
 def test_the_commands_go_both_ways(run, tmp_path: Path) -> None:
     sampled = run("sample", TINY, *SMALL, "--out", tmp_path / "pairs.jsonl")
     assert sampled.code == 0, sampled.err

@@ -139,7 +139,7 @@ def test_a_violation_ends_the_stage_with_the_weights_of_the_measurement_before(t
         kept[step] = Weights.of(model).values
 
     run = train_two_stage(
-        recipe([rule]), tmp_path / "run", listener=Listener(measured=keep, phase=heard.append)
+        recipe([rule]), tmp_path / "run", listener=Listener(measured=keep, note=heard.append)
     )
     stopped = run.json("stopped-stage2.json")
     assert (stopped["step"], stopped["rolled_back_to"], stopped["rule"]) == (4, 2, rule)
@@ -151,7 +151,7 @@ def test_a_violation_ends_the_stage_with_the_weights_of_the_measurement_before(t
     assert all(torch.equal(value, now[name]) for name, value in kept[2].items())
     assert any(not torch.equal(value, now[name]) for name, value in kept[4].items())
     # said in the log, the report and the model card; the summary is of the model that is left
-    assert any("ends early: kl >" in text for text in heard)
+    assert [text for text in heard if "ends early: kl >" in text] == [stopped["reason"]]
     assert "ends early: kl &gt;" in (run.path / "report.html").read_text()
     assert "ends early: kl >" in (run.path / "model" / "README.md").read_text()
     assert run.json("summary.json")["stages"]["stage2"]["step"] == 2

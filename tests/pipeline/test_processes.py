@@ -22,7 +22,8 @@ from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.errors import ModelError
 from cwdpo.files.reading import read_jsonl
-from cwdpo.models.load import load_policy, load_weights
+from cwdpo.models.load import load_policy
+from cwdpo.models.saved import load_weights
 from cwdpo.objectives.base import OBJECTIVES, StepTotals
 from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from cwdpo.files import writing
 from cwdpo.files.writing import discard, replace_folder
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline.resume import start_run
+from cwdpo.pipeline.run_stage import _train_from
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.reference_cache import read_file
@@ -288,6 +291,12 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(
     assert held[-1] == (["checkpoint-3", "checkpoint-4"], True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
     assert synced == [1, 2, 3, 4, 5]
+    # A kill between the last checkpoint and the deletion of an old one: the resumed run has no step left.
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-3")
+    resumed = trainer_of(model, encoder, examples, tmp_path)
+    _train_from(SimpleNamespace(policy=SimpleNamespace(model=model)), tmp_path / "checkpoint-5", resumed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    assert len(held) == 5
 
 
 @pytest.mark.parametrize("where", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
@@ -340,7 +349,8 @@ def small(world: Path, model: Path, **changes: Any) -> Any:
 
 def stored_values(folder: Path) -> dict[bytes, tuple[float, float]]:
     """The reference's values, whatever files they lie in."""
-    return {k: v for path in (folder / "reference").glob("*.arrow") for k, v in read_file(path).items()}
+    batches = [batch for path in (folder / "reference").glob("*.arrow") for batch in read_file(path)]
+    return {key: value for batch in batches for key, value in zip(*batch, strict=True)}
 
 
 def content(folder: Path) -> dict[str, bytes]:

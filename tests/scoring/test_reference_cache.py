@@ -15,9 +15,20 @@ from cwdpo.errors import NonFiniteError, ReferenceCacheError
 from cwdpo.models.shared_attention import use_scoring
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass
-from cwdpo.scoring.reference_cache import ReferenceCache, read_file, reference_digest, row_keys
+from cwdpo.scoring.reference_cache import (
+    CacheWriter,
+    ReferenceValues,
+    Value,
+    read_file,
+    reference_digest,
+    row_keys,
+)
 from cwdpo.stage import reference
 from cwdpo.stage.reference import stored_reference_pass
+
+
+def stored(path: Path) -> dict[bytes, Value]:
+    return {key: value for batch in read_file(path) for key, value in zip(*batch, strict=True)}
 
 
 def value(i: int) -> tuple[bytes, tuple[float, float]]:
@@ -51,17 +62,40 @@ def only_file(folder: Path) -> Path:
 
 
 def test_values_come_back(tmp_path: Path) -> None:
-    cache = ReferenceCache(tmp_path)
+    cache = CacheWriter(tmp_path)
     cache.append(dict(map(value, range(3))))
     cache.append(dict(map(value, range(3, 5))))
     cache.close()
-    assert {k: ReferenceCache(tmp_path).get(k) for k, _ in map(value, range(5))} == dict(map(value, range(5)))
-    assert ReferenceCache(tmp_path).get(b"x" * 16) is None
+    assert stored(only_file(tmp_path)) == dict(map(value, range(5)))
+
+
+def test_completions_take_over_the_values_of_their_keys(tmp_path: Path) -> None:
+    """Keys that end in zeros, keys that several completions have, and keys that are not stored."""
+    numbers = [300, 0, 256, 7, 300, 1, 65536, 9]
+    missing = {7, 9}
+    for part in ([300, 0], [256, 1, 65536, 999]):
+        cache = CacheWriter(tmp_path)
+        cache.append(dict(map(value, part)))
+        cache.close()
+    found = ReferenceValues(b"".join(value(i)[0] for i in numbers))
+    assert not found.known(found.slots).any()
+    found.fill(tmp_path)
+    assert found.known(found.slots).tolist() == [i not in missing for i in numbers]
+    wanted = [value(i)[1] for i in numbers if i not in missing]
+    assert [tuple(v) for v in found.values(found.slots)[found.known(found.slots)].tolist()] == wanted
+    assert found.slots[0] == found.slots[4]
+    assert len(set(found.slots.tolist())) == 7
+    new = {int(found.slots[3]): (-1.5, -2.5)}
+    found.put(new)
+    assert found.values(found.slots[3]).tolist() == [-1.5, -2.5]
+    assert found.by_key({int(slot): (0.0, 0.0) for slot in found.slots}).keys() == {
+        value(i)[0] for i in numbers
+    }
 
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_file_cut_at_any_byte_keeps_its_whole_batches(tmp_path: Path, closed: bool) -> None:
-    cache = ReferenceCache(tmp_path / "cache")
+    cache = CacheWriter(tmp_path / "cache")
     ends = []
     for i in range(3):
         cache.append(dict([value(2 * i), value(2 * i + 1)]))
@@ -74,11 +108,11 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_batches(tmp_path: Path, closed: 
     for size in range(len(data) + 1):
         cut.write_bytes(data[:size])
         whole = sum(end <= size for end in ends)
-        assert read_file(cut) == dict(map(value, range(2 * whole))), size
+        assert stored(cut) == dict(map(value, range(2 * whole))), size
 
 
 def test_a_changed_byte_is_refused_or_costs_values_but_never_gives_wrong_ones(tmp_path: Path) -> None:
-    cache = ReferenceCache(tmp_path)
+    cache = CacheWriter(tmp_path)
     true = dict(map(value, range(8)))
     for i in range(0, 8, 2):
         cache.append(dict(map(value, range(i, i + 2))))
@@ -89,7 +123,7 @@ def test_a_changed_byte_is_refused_or_costs_values_but_never_gives_wrong_ones(tm
     for place in range(len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
         try:
-            found = read_file(path)
+            found = stored(path)
         except ReferenceCacheError:
             refused += 1
         else:
@@ -97,26 +131,29 @@ def test_a_changed_byte_is_refused_or_costs_values_but_never_gives_wrong_ones(tm
     assert refused > len(data) / 2
     path.write_bytes(data.replace(value(3)[0], b"x" * 16))
     with pytest.raises(ReferenceCacheError, match=rf"{path}: damaged .*after the first 2 .*delete the file"):
-        ReferenceCache(tmp_path)
+        stored(path)
 
 
 @pytest.mark.parametrize("content", [b"not arrow at all, but long enough to look at", b"\0" * 64])
 def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.arrow").write_bytes(content)
     with pytest.raises(ReferenceCacheError, match=r"a\.arrow: damaged"):
-        ReferenceCache(tmp_path)
+        stored(tmp_path / "a.arrow")
 
 
 def test_a_hundred_thousand_rows(tmp_path: Path) -> None:
     """Size is a bound; seconds are printed, because machines differ (pytest -s)."""
     began = time.perf_counter()
-    cache = ReferenceCache(tmp_path)
+    cache = CacheWriter(tmp_path)
     for first in range(0, 100_000, 32):
         cache.append(dict(map(value, range(first, first + 32))))
     cache.close()
     wrote = time.perf_counter() - began
     began = time.perf_counter()
-    assert len(ReferenceCache(tmp_path)) == 100_000
+    keys = b"".join(value(i)[0] for i in range(100_000))
+    values = ReferenceValues(keys)
+    values.fill(tmp_path)
+    assert values.known(values.slots).all()
     size = only_file(tmp_path).stat().st_size
     print(f"write {wrote:.2f} s, load {time.perf_counter() - began:.2f} s, {size / 1e6:.1f} MB")
     assert size < 50e6
@@ -200,16 +237,16 @@ def test_stored_values_are_used_and_what_a_kill_cut_is_scored_again(
     plain = reference_pass(model, encoded, batch_size=4)
     ends = []
 
-    class Watching(ReferenceCache):
+    class Watching(CacheWriter):
         def append(self, values: Any) -> None:
             super().append(values)
             ends.append(only_file(self.folder).stat().st_size)
 
-    original, reference.ReferenceCache = reference.ReferenceCache, Watching
+    original, reference.CacheWriter = reference.CacheWriter, Watching
     try:
         assert stored_reference_pass(model, encoded, run, batch_size=4) == plain
     finally:
-        reference.ReferenceCache = original
+        reference.CacheWriter = original
     whole = list(scored)
     assert len(whole) == 3
     path = only_file(tmp_path / "reference")

@@ -14,7 +14,7 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.models.load import Policy
 from cwdpo.records import Completion, Example
 from cwdpo.rundir import RunDir
-from cwdpo.stage.encoded import stored_rows
+from cwdpo.stage.encoded import forget_rows, stored_rows
 from cwdpo.stage.stage import Stage
 
 
@@ -66,3 +66,7 @@ def test_a_resumed_run_opens_what_is_still_right(
     assert same == problems
     assert len(calls) == (0 if kept else 6)
     assert sorted(p.name for p in (tmp_path / "encoded").iterdir()) == ["stage2.arrow", "stage2.json"]
+    forget_rows(again)
+    assert not (tmp_path / "encoded").exists()
+    assert list(found) == first  # the file is still mapped
+    forget_rows(again)  # a second time: nothing is there

@@ -11,6 +11,13 @@ Recipe = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML), or the name of one of the package")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value; any number of them")]
+Code = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="code of the model that may run: a file that registers its classes (model.code), or 'remote' for the "
+        "checkpoint's own; of a run, only what its recipe names"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 # Groups of commands in the help, in the order in which their first commands are added.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -239,6 +239,13 @@ def sample(
     model: Annotated[
         str | None, typer.Option(help="the policy to sample; default: the recipe's model.path")
     ] = None,
+    chosen: Annotated[
+        Literal["data", "best"],
+        typer.Option(
+            help="data: the data's chosen response, against samples that the judge finds wrong; best: the sample with "
+            "the judge's highest score, against the one with its lowest"
+        ),
+    ] = "data",
 ) -> None:
     """Sample a policy for a recipe's prompts and write preference data in TRL's format.
 
@@ -250,7 +257,7 @@ def sample(
 
     parsed = load_recipe(recipe, overrides or ())
     with run_listener() as listener:
-        made = make_preferences(parsed, out, model=model, listener=listener)
+        made = make_preferences(parsed, out, model=model, chosen=chosen, listener=listener)
     counts = made.counts
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
     origins = ", ".join(f"{n} {origin}" for origin, n in sorted(counts.by_origin.items()))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cwdpo.cli.common import EVALUATE, AsJson
+from cwdpo.cli.common import EVALUATE, AsJson, Code
 from cwdpo.cli.progress import bars
 from cwdpo.data.problems import printable
 
@@ -41,6 +41,7 @@ def evaluate(
         str, typer.Option("--format", help="auto, the name of a format, or file.py:ClassName")
     ] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
+    code: Code = None,
     lmms_eval: Annotated[
         str | None, typer.Option("--lmms-eval", help="tasks for lmms-eval, separated by commas")
     ] = None,
@@ -53,7 +54,7 @@ def evaluate(
     with bars() as shown:
         measured = run.evaluate(
             model, data, folder, metrics=run.parse_specs(metrics or ()), temperature=temperature, samples=samples,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, code=code or (),
             data_options={"limit": limit, "format": data_format}, progress=shown.show,
         )  # fmt: skip
     for name, one in measured["numbers"].items():
@@ -78,6 +79,7 @@ def ask(
         bool, typer.Option("--logprobs", help="show the log-probability of each token, in nats")
     ] = False,
     seed: Annotated[int, typer.Option()] = 0,
+    code: Code = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask the policies of a run side by side: the base, after stage 1, and the final one."""
@@ -88,7 +90,9 @@ def ask(
         Decoding(0.0, max_new_tokens=max_new_tokens),
         *[Decoding(1.0, max_new_tokens=max_new_tokens)] * samples,
     ]
-    said = asking.ask(model, question, image or (), decodings=decodings, given=response or (), seed=seed)
+    said = asking.ask(
+        model, question, image or (), decodings=decodings, given=response or (), seed=seed, code=code or ()
+    )
     if as_json:
         typer.echo(json.dumps(said, indent=1, ensure_ascii=False))
         return
@@ -112,15 +116,18 @@ def chat(
     ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
     seed: Annotated[int, typer.Option(help="of the samples")] = 0,
+    code: Code = None,
 ) -> None:
-    """Ask the policies of a run about pictures of your own, on a local page; needs `pip install 'cwdpo[chat]'`.
+    """Ask the policies of a run about images of your own, on a local page; needs `pip install 'cwdpo[chat]'`.
 
     Other machines have no access, and nothing is sent anywhere.
     """
     from cwdpo.evaluation import chat as chatting
 
     chatting.gradio()
-    answering = chatting.Answering(model, max_new_tokens=max_new_tokens, reload=reload, seed=seed)
+    answering = chatting.Answering(
+        model, max_new_tokens=max_new_tokens, reload=reload, seed=seed, code=code or ()
+    )
     page = chatting.page(Path(model).name, answering)
     page.launch(server_name="127.0.0.1", server_port=port or None, inbrowser=open_page, share=False)
 
@@ -184,9 +191,10 @@ def export(
     with_report: Annotated[
         bool,
         typer.Option(
-            "--with-report", help="with --push: upload report.html too; it shows pictures of the data"
+            "--with-report", help="with --push: upload report.html too; it shows images of the data"
         ),
     ] = False,
+    code: Code = None,
 ) -> None:
     """Write the final model, with a card, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM.
 
@@ -198,7 +206,7 @@ def export(
     from cwdpo.pipeline.hub import make_repository, push_folder
 
     repository = None if push is None else make_repository(push, private=private)
-    done = write(run, out, merge=merge, dtype=dtype, data=data)
+    done = write(run, out, merge=merge, dtype=dtype, data=data, code=code or ())
     typer.echo("\n".join((str(done.path), *done.lines())))
     if repository is not None:
         typer.echo(

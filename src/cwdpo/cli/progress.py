@@ -80,7 +80,7 @@ def run_listener() -> Iterator[Listener]:
     from cwdpo.stage.listener import Listener
 
     if os.environ.get("RANK", "0") != "0":
-        yield Listener()
+        yield Listener(note=lambda text: None)
         return
     taken: dict[str, int] = {}
     with bars(always=True) as shown:

@@ -44,14 +44,18 @@ class Scored:
     tokens: tuple[tuple[str, float], ...]
 
 
-def policies(source: str) -> dict[str, ModelSettings]:
-    """How to load the policies of a run folder by name (``base``, ``stage 1``, ``final``); of a model: itself only."""
+def policies(source: str, code: Sequence[str] = ()) -> dict[str, ModelSettings]:
+    """How to load the policies of a run folder by name (``base``, ``stage 1``, ``final``); of a model: itself only.
+
+    Args:
+        source, code: see :func:`cwdpo.evaluation.run.model_settings`.
+    """
     folder = Path(source)
-    final = model_settings(source)
+    final = model_settings(source, code)
     if final.path == source:
         return {source: final}
     plain = {"freeze": (), "lora": LoraSettings()}
-    base = stored_model(folder / "recipe.yaml").model_copy(update={**plain, "tune": "full"})
+    base = stored_model(folder / "recipe.yaml", code).model_copy(update={**plain, "tune": "full"})
     found = {"base": base}
     if (folder / "stage1" / "model").is_dir():
         found["stage 1"] = final.model_copy(update={"path": str(folder / "stage1" / "model")})
@@ -129,6 +133,7 @@ def ask(
     decodings: Sequence[Decoding],
     given: Sequence[str] = (),
     seed: int = 0,
+    code: Sequence[str] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Ask all policies of a run folder, or one model; the answers (:class:`Scored` as mappings) by policy.
 
@@ -140,5 +145,5 @@ def ask(
     example = asked(question, images)
     return {
         name: [asdict(one) for one in answers(load_policy(settings), example, decodings, given, seed)]
-        for name, settings in policies(source).items()
+        for name, settings in policies(source, code).items()
     }

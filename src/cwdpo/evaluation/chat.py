@@ -28,13 +28,22 @@ class Answering:
         max_new_tokens: longest answer, tokens.
         reload: load each policy for each question, so that only one is in memory.
         seed: of the samples.
+        code: code of the model that may run, see :func:`cwdpo.evaluation.run.model_settings`.
 
     Raises:
         CwdpoError: a model cannot be loaded.
     """
 
-    def __init__(self, source: str, *, max_new_tokens: int, reload: bool = False, seed: int = 0) -> None:
-        self._settings = policies(source)
+    def __init__(
+        self,
+        source: str,
+        *,
+        max_new_tokens: int,
+        reload: bool = False,
+        seed: int = 0,
+        code: Sequence[str] = (),
+    ) -> None:
+        self._settings = policies(source, code)
         self._length, self._seed = max_new_tokens, seed
         self._loaded = {} if reload else {name: load_policy(own) for name, own in self._settings.items()}
 

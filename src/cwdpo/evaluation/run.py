@@ -32,15 +32,25 @@ FILE = "evaluation.json"
 Tell = Callable[[str], None]
 
 
-def model_settings(source: str) -> ModelSettings:
-    """How to load a model: the final model of a run folder, with the run's settings; or any folder or hub id."""
+def model_settings(source: str, code: Sequence[str] = ()) -> ModelSettings:
+    """How to load a model: the final model of a run folder, with the run's settings; or any folder or hub id.
+
+    Args:
+        source: the run folder, model folder or hub id.
+        code: code that may run: ``remote`` (the checkpoint's own), or files that register model classes. Of a run,
+            only what its recipe names (:func:`cwdpo.config.stored_model`); of a model, at most one file.
+
+    Raises:
+        RecipeError: the run's model needs code that is not named.
+    """
     folder = Path(source)
     if (folder / "recipe.yaml").is_file() and (folder / "model").is_dir():
-        stored = stored_model(folder / "recipe.yaml")
+        stored = stored_model(folder / "recipe.yaml", code)
         # The recipe's settings for freezing and LoRA are for training; a trained adapter has its own.
         changes = {"path": str(folder / "model"), "freeze": (), "lora": LoraSettings()}
         return stored.model_copy(update=changes)
-    return ModelSettings(path=source)
+    own = [name for name in code if name != "remote"]
+    return ModelSettings(path=source, code=own[0] if own else None, trust_remote_code="remote" in code)
 
 
 def parse_specs(texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -116,6 +126,7 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     seed: int = 0,
+    code: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Generate responses to a data set and measure them; writes ``responses.jsonl`` and ``evaluation.json`` to ``out``.
@@ -127,6 +138,7 @@ def evaluate(
         metrics: specs of the metrics; empty means :func:`default_metrics`.
         data_options: options of ``read_examples`` (``format``, ``limit``, ...), as JSON.
         temperature, samples: of the responses; intervals count several samples of a prompt as one prompt.
+        code: see :func:`model_settings`.
         max_new_tokens, batch_size, seed, progress: see :func:`cwdpo.evaluation.responses.collect`.
 
     Returns:
@@ -139,15 +151,12 @@ def evaluate(
     examples = read_data(data, options)
     specs = [dict(s) for s in metrics] or default_metrics(examples)
     built = [METRICS.build(s) for s in specs]
-    policy = load_policy(model_settings(model))
+    policy = load_policy(model_settings(model, code))
     encoder = policy.encoder()
     needs = frozenset().union(*(m.needs for m in built))
     decoding = {
-        "temperature": temperature,
-        "samples": samples,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
+        "temperature": temperature, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed
+    }  # fmt: skip
     answers = collect(
         policy, encoder, examples, needs, temperature=temperature, samples=samples, max_new_tokens=max_new_tokens,
         batch_size=batch_size, seed=seed, progress=progress,

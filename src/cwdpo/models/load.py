@@ -31,6 +31,7 @@ from cwdpo.models.checkpoint import (
     with_adapter,
 )
 from cwdpo.models.inputs import unwrapped
+from cwdpo.models.own_code import import_code
 from cwdpo.models.packages import checkpoint_config, install_line, missing_package
 from cwdpo.models.parts import patterns_of
 from cwdpo.models.quantization import (
@@ -40,7 +41,6 @@ from cwdpo.models.quantization import (
     quantized_layers,
     use_exact_layers,
 )
-from cwdpo.models.sharding import copy_parts, copy_whole, in_parts, is_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,6 +111,7 @@ def load_policy(
             quantized is to be quantized again.
     """
     settings = with_adapter_settings(settings)
+    import_code(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source, revision=settings.revision)
     base = adapter_base(source, settings.revision)
@@ -194,6 +195,7 @@ def load_processor(source: str, settings: ModelSettings) -> Any:
     """
     from transformers import AutoProcessor
 
+    import_code(settings)
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(
@@ -242,6 +244,7 @@ def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTo
     """:func:`checkpoint_tokens` from the files of a checkpoint; no weights are read."""
     from transformers import AutoConfig, GenerationConfig
 
+    import_code(settings)
     how: dict[str, Any] = {"revision": settings.revision}
     base = adapter_base(source, settings.revision) or source
     found: list[Any] = []
@@ -337,65 +340,3 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
             parameter.requires_grad_(False)
         frozen += len(matched)
     return frozen
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Load the weights (or the adapter) of a saved folder into a model of the same shape.
-
-    It uses ``from_pretrained``, because families rename their parameters in files: loading the file's names directly
-    would leave most of the model unchanged. Of a sharded model, all processes call this together.
-
-    Raises:
-        ModelError: the folder has no safetensors, or they do not fit the model.
-    """
-    adapter = folder / "adapter_model.safetensors"
-    if adapter.is_file():
-        _load_adapter(model, adapter)
-        return
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder}: no safetensors to continue from; remove the folder to run the stage again"
-        )
-    kind, more = type(model), dict[str, Any]()
-    if is_sharded(model):
-        kind, more = (
-            type(model).__bases__[-1],
-            in_parts(),
-        )  # FSDP2's own class has the model's as its last base
-    try:
-        with quiet():
-            saved, info = kind.from_pretrained(
-                folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True, **more
-            )
-    except Exception as error:  # as in read_model
-        raise ModelError(
-            f"{folder}: cannot be loaded ({reason(error)}); remove the folder to run the stage again"
-        ) from error
-    check_loaded(saved, info, str(folder))
-    if is_sharded(model):
-        copy_parts(saved, model)
-    else:
-        model.load_state_dict(saved.state_dict())
-
-
-def _load_adapter(model: Any, file: Path) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        values = load_file(file)
-        if is_sharded(model):
-            places = get_peft_model_state_dict(model)
-            left_over = sorted(values.keys() ^ places.keys())
-            if not left_over:
-                copy_whole(values, places)
-        else:
-            left_over = set_peft_model_state_dict(model, values).unexpected_keys
-    except (SafetensorError, RuntimeError, OSError) as error:
-        left_over = [str(error)[:300]]
-    if left_over:
-        raise ModelError(
-            f"{file}: does not fit the run's adapter ({', '.join(left_over[:3])}); remove the folder to run the "
-            "stage again"
-        )

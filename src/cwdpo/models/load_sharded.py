@@ -17,6 +17,7 @@ from torch import nn
 from cwdpo.errors import ModelError
 from cwdpo.models.checkpoint import adapter_base, check_folder, quiet
 from cwdpo.models.load import EMBEDDED, Policy, load_processor, read_model, tunable
+from cwdpo.models.own_code import import_code
 from cwdpo.models.sharding import check_sharding, from_part, in_parts, local_part
 from cwdpo.models.write import use_hub_names
 
@@ -61,6 +62,7 @@ def load_sharded(settings: ModelSettings, accelerator: Accelerator) -> Policy:
     from cwdpo.models.shared_attention import use_scoring
 
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
+    import_code(settings)
     check_folder(source, revision=settings.revision)
     adapter_base(source, settings.revision)  # refuses an adapter on the hub
     processor = load_processor(source, settings)

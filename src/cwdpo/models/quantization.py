@@ -42,6 +42,12 @@ def check_quantization(settings: ModelSettings, config: Mapping[str, Any], sourc
     if not isinstance(stored, Mapping):
         return
     method = stored.get("quant_method", "unknown method")
+    if method == "gguf":
+        raise ModelError(
+            f"model.path {source!r}: its config.json says that it was read from a GGUF file, and transformers "
+            "trains no such model: if its weights are safetensors, they are no longer quantized: remove "
+            "quantization_config from config.json"
+        )
     if settings.quantization is not None:
         raise ModelError(
             f"model.quantization: {settings.quantization}: the weights of {source!r} are quantized already ({method}): "

@@ -78,6 +78,10 @@ class ModelSettings(Settings):
     quantization_options: QuantizationOptions = QuantizationOptions()
     freeze: tuple[str, ...] = Field((), description="vision, projector, text, or parts of parameter names")
     trust_remote_code: bool = False
+    code: str | None = Field(
+        None,
+        description="a Python file of your own that registers model classes with transformers' Auto classes",
+    )
     processor_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to AutoProcessor, e.g. min_pixels, max_pixels"
     )

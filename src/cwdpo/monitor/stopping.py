@@ -82,8 +82,7 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
         control.should_save = False
         name = self.stage.name
         reason = f"{name} ends early: {found.words()}; back to the weights of step {step}"
-        _logger.warning(reason)
-        self.stage.listener.phase(reason)
+        self.stage.listener.note(reason)
         self.stage.run.write_json(
             f"stopped-{name}.json",
             {

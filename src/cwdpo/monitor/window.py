@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -10,6 +10,7 @@ from transformers.trainer_callback import ExportableState
 
 from cwdpo.curriculum.base import CURRICULA, Curriculum, Hardness, Plan, next_round
 from cwdpo.data.encode.collate import PromptBatch
+from cwdpo.data.encode.encoded_rows import reference_means
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.objectives.base import Objective
@@ -21,18 +22,16 @@ FILE = "curriculum.jsonl"
 
 
 def hardness_of(
-    objective: Objective, examples: Iterable[EncodedExample], *, in_rounds: bool = False
+    objective: Objective, examples: Sequence[EncodedExample], *, in_rounds: bool = False
 ) -> Hardness:
     """The hardness of the examples' negatives, from their reference values.
 
     If the objective has no floor and tau, they are calibrated from the chosen responses as if these were samples.
     """
-    rows = list(examples)
-    negatives = tuple(m for e in rows for c in e.negatives if (m := c.reference_mean_logp) is not None)
+    chosen, negatives = (tuple(means.tolist()) for means in reference_means(examples))
     scale = objective.probe_scale()
     if scale.floor is not None and scale.tau is not None:
         return Hardness(scale.floor, scale.tau, negatives, in_rounds)
-    chosen = [m for e in rows if (m := e.chosen.reference_mean_logp) is not None]
     floor, tau = calibrate(chosen) if len(chosen) > 1 else (0.0, 1.0)
     return Hardness(floor, tau, negatives, in_rounds)
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -20,6 +20,7 @@ from cwdpo.files.writing import clear_unfinished, replacing, write_text
 from cwdpo.judging.base import judge_for
 from cwdpo.models.load import load_policy
 from cwdpo.models.settings import LoraSettings
+from cwdpo.onpolicy.best_worst import best_and_worst
 from cwdpo.onpolicy.blend import BlendCounts, blend
 from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
@@ -31,6 +32,7 @@ from cwdpo.stage.model import encoder_of
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import autocast
 
+Chosen = Literal["data", "best"]
 FORMATS = (".jsonl", ".parquet")
 
 
@@ -67,7 +69,12 @@ def sampling_recipe(recipe: Recipe, model: str | None) -> Recipe:
 
 
 def make_preferences(
-    recipe: Recipe, out: str | Path, *, model: str | None = None, listener: Listener | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    chosen: Chosen = "data",
+    listener: Listener | None = None,
 ) -> Made:
     """Sample a policy for every training prompt of a recipe, and write pairs of chosen and rejected responses.
 
@@ -78,10 +85,12 @@ def make_preferences(
         recipe: gives data, sampler, judge, and the mix with other sources.
         out: a new ``.jsonl`` file (images are copied to a folder next to it) or ``.parquet`` file (with the images).
         model: the policy, instead of ``model.path``.
+        chosen: ``data``: the data's chosen response, against samples that are not right; ``best``: the best sample
+            against the worst, by the judge's scores (:func:`cwdpo.onpolicy.best_worst.best_and_worst`).
         listener: progress callbacks.
 
     Raises:
-        DataError: the file exists, has another ending, or no pair could be made.
+        DataError: the file exists, has another ending, no pair could be made, or ``best`` has no judge.
     """
     out, listener = Path(out), listener or Listener()
     if out.suffix not in FORMATS:
@@ -94,14 +103,14 @@ def make_preferences(
     run.lock()
     try:
         run.recover()
-        made = _make(recipe, run, out, listener)
+        made = _make(recipe, run, out, chosen, listener)
     finally:
         run.unlock()
     shutil.rmtree(run.path)
     return made
 
 
-def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
+def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: Listener) -> Made:
     listener.phase("reading data")
     splits = prepare_data(recipe, run)
     examples = splits.stage2
@@ -114,14 +123,27 @@ def _make(recipe: Recipe, run: RunDir, out: Path, listener: Listener) -> Made:
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
     judge = judge_for(settings.judge, readable)
+    if judge is None and chosen == "best":
+        raise DataError(
+            "the best and the worst sample are found by a judge's scores, and the recipe has none: set "
+            "negatives.judge, for example {name: references}, where the rows have references"
+        )
+    pool = Pool(run, recipe, encoder, judge)
+    if (
+        chosen == "best"
+    ):  # judged at the end; the recipe without a judge keeps stored samples apart from judged ones
+        unjudged = settings.model_copy(update={"judge": {"name": "none"}})
+        pool = Pool(run, recipe.model_copy(update={"negatives": unjudged}), encoder, None)
     listener.phase(f"sampling {len(readable)} prompts")
     sampler = build_sampler(settings.sampler, policy.model, encoder, run.path / ANSWERS)
     with autocast(policy.model, recipe.train.bf16):
-        drawn = Pool(run, recipe, encoder, judge).fill(
-            readable, sampler, 0, 0, lambda done, total: listener.sampled(0, done, total)
-        )
-    sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in readable}
-    pairs, counts = blend(readable, sampled, settings, recipe.seed, 0)
+        drawn = pool.fill(readable, sampler, 0, 0, lambda done, total: listener.sampled(0, done, total))
+    if judge is not None and chosen == "best":
+        listener.phase("judging")
+        pairs, counts = best_and_worst(readable, drawn, judge, settings, run.path)
+    else:
+        sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in readable}
+        pairs, counts = blend(readable, sampled, settings, recipe.seed, 0)
     if not pairs:
         raise DataError(
             f"no pair could be made: samples of {len(readable)} prompts were dropped as {dict(counts.dropped)}"

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from cwdpo.clock import spent_on
+from cwdpo.data.encode.encoded_rows import reference_means
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
@@ -190,7 +191,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             return
         self._on_negatives = False
         run, name = self.stage.run, "calibration-round0.json"
-        negatives = run.json(name)["negatives"] if round_ else negative_mean_logps(rows)
+        negatives = run.json(name)["negatives"] if round_ else negative_mean_logps(reference_means(rows)[1])
         objective = self.stage.settings.build().calibrated(self._mean_logps, negatives)
         self.stage.in_force.objective, self.stage.in_force.known = objective, {}
         if not round_:

@@ -72,7 +72,7 @@ def sort_samples(example: Example, drawn: PromptSamples, settings: NegativeSetti
     dropped: Counter[str] = Counter()
     negatives, right = [], []
     for k, sample in enumerate(drawn.samples):
-        reason = _useless(sample, settings, true, seen)
+        reason = useless(sample, settings, true, seen)
         made = {**drawn.made, "step": drawn.step, "round": drawn.round, "sample": k}
         if sample.mean_logp is not None:
             made["mean_logp"] = sample.mean_logp
@@ -89,7 +89,15 @@ def sort_samples(example: Example, drawn: PromptSamples, settings: NegativeSetti
     return Sorted(tuple(negatives), tuple(right), dropped)
 
 
-def _useless(sample: Sample, settings: NegativeSettings, true: frozenset[str], seen: set[str]) -> str | None:
+def useless(sample: Sample, settings: NegativeSettings, true: frozenset[str], seen: set[str]) -> str | None:
+    """Why a sample cannot be a response of a pair, whatever a judge says; ``None`` if it can.
+
+    Args:
+        sample: the sample.
+        settings: whether a sample may be cut.
+        true: normalised texts that are known to be right.
+        seen: normalised texts of the earlier samples.
+    """
     text = normalised(sample.text)
     if not text:
         return "empty"

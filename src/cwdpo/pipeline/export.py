@@ -97,7 +97,13 @@ class Exported:
 
 
 def export(
-    run: Path, out: Path, *, merge: bool, dtype: str | None = None, data: str | None = None
+    run: Path,
+    out: Path,
+    *,
+    merge: bool,
+    dtype: str | None = None,
+    data: str | None = None,
+    code: Sequence[str] = (),
 ) -> Exported:
     """Write the final model of ``run`` to ``out`` and compare it with the trained policy.
 
@@ -113,6 +119,7 @@ def export(
         dtype: dtype of the weights; default: as trained, and float32 for a merged adapter. For a narrower dtype, the
             result tells how much the rounding changes.
         data: rows to compare on; default: the run's held-out rows, or else its training rows.
+        code: code of the model that may run, of what the run's recipe names (:func:`cwdpo.config.stored_model`).
 
     Raises:
         RunDirError: the run is not finished, ``out`` is not empty, or no row to compare on can be read.
@@ -130,19 +137,22 @@ def export(
         form = "merged" if merge else "adapter"
         if dtype and not merge:
             raise RunDirError(f"{run}: --dtype is for full weights, but an adapter is copied: add --merge")
+    settings = stored_model(folder.path / "recipe.yaml", code)
     clear_unfinished(out)
     with new_folder(out) as temporary:
-        found = _write(folder, temporary, form, dtype, data)
+        found = _write(folder, temporary, form, dtype, data, settings)
         card = model_card(folder.path, form)
         write_text(temporary / CARD, card + "\n## Export\n\n" + " ".join(found.lines()) + "\n")
     return replace(found, path=out)
 
 
-def _write(run: RunDir, out: Path, form: Form, dtype: str | None, data: str | None) -> Exported:
+def _write(
+    run: RunDir, out: Path, form: Form, dtype: str | None, data: str | None, settings: ModelSettings
+) -> Exported:
     """Write the folder, load it again, and compare."""
     import torch
 
-    model, settings = run.path / "model", stored_model(run.path / "recipe.yaml")
+    model = run.path / "model"
     policy = _load(settings, model, tune="full" if form == "full" else "lora")
     rows = _rows(run, policy, data)
     wanted = _log_probabilities(policy, rows)

@@ -176,6 +176,8 @@ def _train_from(stage: Stage, checkpoint: Path | None, trainer: PreferenceTraine
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         # transformers would take one more step before it checks the number of steps.
         trainer.load(checkpoint)
+        if trainer.args.should_save:  # a kill after it was written may have left one more than the limit
+            trainer.delete_old(checkpoint)
         return
     if checkpoint is not None:
         with readable(checkpoint, TRAINER_STATE_NAME):

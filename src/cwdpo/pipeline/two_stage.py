@@ -28,6 +28,7 @@ from cwdpo.records import Example
 from cwdpo.report.model_card import findings, write_model_card
 from cwdpo.report.render import write_report
 from cwdpo.rundir import RunDir
+from cwdpo.stage.encoded import forget_rows
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.model import (
@@ -177,7 +178,9 @@ def _run_stages(first: Stage, second: Stage) -> None:
         load_saved(policy, smoothed)
     elif first.settings.enabled:
         run_stage(first)
+        forget_rows(first)
         save_model(policy, smoothed, run)
     if second.settings.enabled:
         run_stage(second)
+        forget_rows(second)
     save_model(policy, run.path / "model", run)

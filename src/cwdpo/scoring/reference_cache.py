@@ -13,12 +13,13 @@ import json
 import os
 import uuid
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from cwdpo.models.shared_attention import shares_prefix
 
 VERSION = 1
 KEY_BYTES = 16
+_KEY = f"S{KEY_BYTES}"
+"""Numpy's type of a key: zeros at the end do not count, which does no harm, as all have the same length."""
 Value = tuple[float, float]
 """(sum_logp, span_sum_logp) in nats."""
 SCHEMA = pa.schema(
@@ -40,39 +43,85 @@ SCHEMA = pa.schema(
 )
 
 
-class ReferenceCache:
-    """Values by key, read from all files of a folder; new values are appended to a file of this process's own.
+class ReferenceValues:
+    """The values of some completions, in arrays: about 40 bytes for each.
+
+    Completions with the same key share a value.
 
     Args:
-        folder: shared between runs; created when the first value is stored.
-        read: whether to load the stored values now.
+        keys: the keys of all completions, one after the other, :data:`KEY_BYTES` each.
 
-    Raises:
-        ReferenceCacheError: a file of the folder is damaged or is not a reference cache.
+    Attributes:
+        slots: [C] where each completion's value is.
     """
 
-    def __init__(self, folder: Path, *, read: bool = True) -> None:
+    def __init__(self, keys: bytes | bytearray) -> None:
+        self._keys, self.slots = np.unique(np.frombuffer(keys, dtype=_KEY), return_inverse=True)
+        self._values: Any = np.full((len(self._keys), 2), np.nan)
+        self._known: Any = np.zeros(len(self._keys), dtype=bool)
+
+    def fill(self, folder: Path) -> None:
+        """Take over the values that the files of a folder have.
+
+        Raises:
+            ReferenceCacheError: a file of the folder is damaged or is not a reference cache.
+        """
+        for path in sorted(folder.glob("*.arrow")):
+            for keys, values in read_file(path):
+                self._take(np.frombuffer(b"".join(keys), dtype=_KEY), np.asarray(values).reshape(-1, 2))
+
+    def _take(self, keys: Any, values: Any) -> None:
+        if not len(self._keys):
+            return
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        wanted = self._keys[places] == keys
+        self._values[places[wanted]], self._known[places[wanted]] = values[wanted], True
+
+    def known(self, slots: Any) -> Any:
+        """For each slot, whether it has a value."""
+        return self._known[slots]
+
+    def values(self, slots: Any) -> Any:
+        """[..., 2] the values; not a number where there is none."""
+        return self._values[slots]
+
+    def put(self, values: Mapping[int, Value]) -> None:
+        """Keep values by slot; nothing is written."""
+        if values:
+            slots = list(values)
+            self._values[slots], self._known[slots] = list(values.values()), True
+
+    def by_key(self, values: Mapping[int, Value]) -> dict[bytes, Value]:
+        """Values by slot, as values by key."""
+        raw = self._keys.view(np.uint8).reshape(
+            -1, KEY_BYTES
+        )  # numpy cuts zeros from the end of a single key
+        return {raw[slot].tobytes(): value for slot, value in values.items()}
+
+    @property
+    def state(self) -> tuple[Any, Any]:
+        """All values and which are known; another process with the same completions can take them over."""
+        return self._values, self._known
+
+    @state.setter
+    def state(self, state: tuple[Any, Any]) -> None:
+        self._values, self._known = state
+
+
+class CacheWriter:
+    """Appends values to a file of this process's own, in a folder that runs share.
+
+    Args:
+        folder: created, like the file, when the first value is stored.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._values: dict[bytes, Value] = {}
         self._writer: Any = None
         self._file: Any = None
-        for path in sorted(folder.glob("*.arrow")) if read else ():
-            self._values |= read_file(path)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def get(self, key: bytes) -> Value | None:
-        """The stored value, or ``None``."""
-        return self._values.get(key)
-
-    def add(self, values: Mapping[bytes, Value]) -> None:
-        """Keep values in memory; nothing is written."""
-        self._values |= values
 
     def append(self, values: Mapping[bytes, Value]) -> None:
         """Write values as one record batch. If the process is killed, the batch is on disk completely or is ignored."""
-        self._values |= values
         if not values:
             return
         if self._writer is None:
@@ -94,18 +143,18 @@ class ReferenceCache:
             self._writer = None
 
 
-def read_file(path: Path) -> dict[bytes, Value]:
-    """The values of one file; an incomplete last record batch (its writer was killed) is left out.
+def read_file(path: Path) -> Iterator[tuple[list[bytes], list[Value]]]:
+    """The keys and values of one file by record batch; an incomplete last one (its writer was killed) is left out.
 
     Raises:
         ReferenceCacheError: the file is not a reference cache, or a record batch was changed after it was written.
     """
     data = path.read_bytes()
     if HEADER.startswith(data):
-        return {}
+        return
     if not data.startswith(HEADER):
         raise ReferenceCacheError(_damage(path, "it is not a reference cache of this version"))
-    values: dict[bytes, Value] = {}
+    read = 0
     source = pa.BufferReader(data)
     reader = pa.ipc.open_stream(source)
     while True:
@@ -116,14 +165,16 @@ def read_file(path: Path) -> dict[bytes, Value]:
         except StopIteration:
             if source.tell() < len(data):
                 raise ReferenceCacheError(_damage(path, "data follow its end mark")) from None
-            return values
+            return
         except Exception as error:  # on damaged bytes Arrow raises many types of error
             if not data.endswith(END):
-                return values  # no end mark: the writer was killed while it wrote this batch
+                return  # no end mark: the writer was killed while it wrote this batch
             raise ReferenceCacheError(_damage(path, str(error).partition("\n")[0])) from None
         if told != content:
-            raise ReferenceCacheError(_damage(path, f"the rows after the first {len(values)} were changed"))
-        values |= {key: (total, span) for key, total, span in zip(*columns, strict=True)}
+            raise ReferenceCacheError(_damage(path, f"the rows after the first {read} were changed"))
+        keys, sums, spans = columns
+        read += len(keys)
+        yield keys, list(zip(sums, spans, strict=True))
 
 
 def _header() -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwdpo.clock import spent_on
+from cwdpo.data.encode.encoded_rows import reference_means
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.models.sample import repeats, sample_several
 from cwdpo.objectives.base import Objective
@@ -71,13 +72,14 @@ def calibrate(
         return []
     name = "calibration.json" if stage.name == "stage2" else f"calibration-{stage.name}.json"
     stored = stage.run.json(name) if stage.resume else {}
-    of_negatives = list(rows()) if objective.calibrates_on_negatives and not stored.get("negatives") else []
+    wanted = objective.calibrates_on_negatives and not stored.get("negatives")
+    of_data = reference_means(rows())[1] if wanted else ()
 
     def negatives(mean_logps: Sequence[float]) -> list[float]:
         kept: list[float] = stored.get("negatives", [])
         if kept or not objective.calibrates_on_negatives:
             return kept
-        return negative_mean_logps(of_negatives, mean_logps, sampled_share)
+        return negative_mean_logps(of_data, mean_logps, sampled_share)
 
     if stored.get("mean_logps"):
         drawn = Drawn(stored["mean_logps"], 0, stored.get("interval", {}))
@@ -114,17 +116,16 @@ def logged_intervals(drawn: Drawn) -> dict[str, float]:
 
 
 def negative_mean_logps(
-    rows: Sequence[EncodedExample], samples: Sequence[float] = (), sampled_share: float = 0.0
+    own: Sequence[float], samples: Sequence[float] = (), sampled_share: float = 0.0
 ) -> list[float]:
     """:data:`NEGATIVES` mean_logps (nats per token) that stand for the negatives of a stage under the reference.
 
-    They are evenly spaced quantiles of the rows' negatives and of the samples, in the proportion of the two.
+    They are evenly spaced quantiles of the data's negatives (``own``) and of the samples, in the proportion of the two.
     """
     import numpy as np
 
-    own = [c.reference_mean_logp for row in rows for c in row.negatives if c.reference_mean_logp is not None]
-    drawn = round(NEGATIVES * sampled_share) if own else NEGATIVES * bool(samples)
-    parts = ((own, (NEGATIVES - drawn) * bool(own)), (samples, drawn))
+    drawn = round(NEGATIVES * sampled_share) if len(own) else NEGATIVES * bool(samples)
+    parts = ((own, (NEGATIVES - drawn) * bool(len(own))), (samples, drawn))
     found = [np.quantile(values, (np.arange(n) + 0.5) / n) for values, n in parts if n]
     return [round(float(v), 6) for part in found for v in part]
 

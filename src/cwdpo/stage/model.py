@@ -18,8 +18,9 @@ from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.errors import DataError
 from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder
-from cwdpo.models.load import Policy, load_policy, load_weights
+from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.load_sharded import why_not_sharded
+from cwdpo.models.saved import load_weights
 from cwdpo.models.settings import ModelSettings
 from cwdpo.models.sharding import is_sharded
 from cwdpo.models.tiny import init_model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,14 @@ from cwdpo.models.turns import in_turns
 from cwdpo.models.vision_cache import needs_images
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass, with_reference
-from cwdpo.scoring.reference_cache import ReferenceCache, Value, differs, reference_digest, row_keys
+from cwdpo.scoring.reference_cache import (
+    CacheWriter,
+    ReferenceValues,
+    Value,
+    differs,
+    reference_digest,
+    row_keys,
+)
 from cwdpo.waiting import from_first, of_all
 
 FOLDER = "reference"
@@ -38,7 +46,6 @@ def stored_reference_pass(
     batch_size: int,
     bf16: bool = False,
     folder: Path | None = None,
-    progress: Callable[[int], None] = lambda n: None,
 ) -> Sequence[EncodedExample]:
     """Like :func:`cwdpo.scoring.pairs.reference_pass`, but scores only the completions that the cache lacks.
 
@@ -52,7 +59,6 @@ def stored_reference_pass(
         batch_size: prompts per forward pass.
         bf16: whether the caller scores under bfloat16 autocast.
         folder: folder of the cache, shared between runs; default: ``reference/`` in the run folder.
-        progress: called with the number of finished prompts.
 
     Returns:
         The examples with reference values (nats), in the same order.
@@ -63,125 +69,125 @@ def stored_reference_pass(
     """
     state = PartialState()
     digest = reference_digest(model, bf16=bf16)
-    keys = [row_keys(digest, e) for e in examples]
-    rounded = bf16 or is_rounded(model)
-    cache = _opened(folder or run.path / FOLDER, model, examples, keys, rounded=rounded)
-    order = sorted(range(len(examples)), key=lambda i: (examples[i].n_tokens, i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    groups = [batches[i : i + state.num_processes] for i in range(0, len(batches), state.num_processes)]
-    own = [group[state.process_index] if state.process_index < len(group) else [] for group in groups]
-
-    def begun(index: Sequence[int]) -> list[EncodedExample]:
-        """The examples of a batch; the images of those that must be scored are read from now on."""
-        lacking = {i for i in index if any(cache.get(key) is None for key in keys[i])}
-        return [examples[i].ahead(wanted) if i in lacking else examples[i] for i in index]
-
+    rows = _Keyed(examples, digest)
+    folder = folder or run.path / FOLDER
+    _read_stored(folder, model, rows, rounded=bf16 or is_rounded(model))
+    writer = CacheWriter(folder)
+    order = np.argsort(_longest(examples), kind="stable")
+    size = batch_size * state.num_processes
+    groups = range(0, len(order), size)
     wanted = partial(needs_images, model)
-    for group, index, rows in zip(groups, own, read_ahead(own, begun, len), strict=True):
-        scored = _of_all(model, rows, [keys[i] for i in index], cache)
+
+    def own(group: int) -> Any:
+        """The rows of this process in a group of batches that begins here; may be empty."""
+        first = group + state.process_index * batch_size
+        return order[first : min(first + batch_size, group + size)]
+
+    def begun(index: Any) -> list[tuple[int, EncodedExample]]:
+        """The examples of a batch; the images of those that must be scored are read from now on."""
+        known = (rows.values.known(rows.slots(i)).all() for i in index)
+        return [
+            (i, examples[i] if has else examples[i].ahead(wanted))
+            for i, has in zip(index.tolist(), known, strict=True)
+        ]
+
+    for batch in read_ahead(map(own, groups), begun, len):
+        scored = _of_all(model, rows, batch)
         if run.writes:
-            cache.append(scored)
-        cache.add(scored)
-        for batch in group:
-            progress(len(batch))
-    cache.close()
-    return _with_values(examples, keys, cache)
+            writer.append(rows.values.by_key(scored))
+        rows.values.put(scored)
+    writer.close()
+    return _with_values(examples, rows)
 
 
-def _with_values(
-    examples: Sequence[EncodedExample], keys: Sequence[Sequence[bytes]], cache: ReferenceCache
-) -> Sequence[EncodedExample]:
+class _Keyed:
+    """Examples with the keys of their completions, and the values that are known.
+
+    Args:
+        examples: the examples.
+        digest: of the reference model.
+    """
+
+    def __init__(self, examples: Sequence[EncodedExample], digest: str) -> None:
+        self.examples = examples
+        keys, counts = bytearray(), array("q")
+        for example in examples:
+            own = row_keys(digest, example)
+            keys += b"".join(own)
+            counts.append(len(own))
+        self.first: Any = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.asarray(counts))])
+        """[B + 1] number of the first completion of each example."""
+        self.values = ReferenceValues(keys)
+
+    def slots(self, row: int) -> Any:
+        """Where the values of an example's completions are."""
+        return self.values.slots[self.first[row] : self.first[row + 1]]
+
+    def stored(self, row: int) -> list[Value]:
+        """The values of an example's completions."""
+        return [(total, span) for total, span in self.values.values(self.slots(row)).tolist()]
+
+
+def _longest(examples: Sequence[EncodedExample]) -> Any:
+    """[B] tokens of the longest sequence of each example."""
     if isinstance(examples, EncodedRows):
-        return examples.with_reference(_array(examples, keys, cache))
-    return [
-        with_reference(example, [_known(cache, key) for key in own])
-        for example, own in zip(examples, keys, strict=True)
-    ]
+        return examples.row_sizes(shared=False)[1]
+    return np.fromiter((e.n_tokens for e in examples), dtype=np.int64, count=len(examples))
 
 
-def _array(rows: EncodedRows, keys: Sequence[Sequence[bytes]], cache: ReferenceCache) -> Any:
-    """The values of all completions of a file, [C, 2]; those of rows that are not selected are not a number."""
-    values = np.full((len(rows.lengths), 2), np.nan)
-    for row, own in zip(rows.index.tolist(), keys, strict=True):
-        values[rows.first[row] : rows.first[row + 1]] = [_known(cache, key) for key in own]
-    return values
+def _with_values(examples: Sequence[EncodedExample], rows: _Keyed) -> Sequence[EncodedExample]:
+    if isinstance(examples, EncodedRows):
+        return examples.with_reference(examples.of_all_completions(rows.values.values(rows.values.slots)))
+    return [with_reference(example, rows.stored(i)) for i, example in enumerate(examples)]
 
 
-def _opened(
-    folder: Path,
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    keys: Sequence[Sequence[bytes]],
-    *,
-    rounded: bool,
-) -> ReferenceCache:
-    """The cache with the stored values of ``keys``. The main process reads it; its error is raised on all processes."""
-    state = PartialState()
-    cache = ReferenceCache(folder, read=False)
-    found: dict[bytes, Value] = {}
+def _read_stored(folder: Path, model: nn.Module, rows: _Keyed, *, rounded: bool) -> None:
+    """Take over the stored values. The main process reads them; its error is raised on all processes."""
     error = ""
     with in_turns(model):
-        if state.is_main_process:
+        if PartialState().is_main_process:
             try:
-                cache = ReferenceCache(folder)
-                found = {key: value for own in keys for key in own if (value := cache.get(key)) is not None}
-                _check_canaries(model, examples, keys, cache, rounded=rounded)
+                rows.values.fill(folder)
+                _check_canaries(folder, model, rows, rounded=rounded)
             except (ReferenceCacheError, NonFiniteError) as problem:
                 error = str(problem)
-    found, error = from_first((found, error), "reading stored reference values")
+    rows.values.state, error = from_first((rows.values.state, error), "reading stored reference values")
     if error:
         raise ReferenceCacheError(error)
-    cache.add(found)
-    return cache
 
 
-def _known(cache: ReferenceCache, key: bytes) -> Value:
-    value = cache.get(key)
-    assert value is not None
-    return value
-
-
-def _of_all(
-    model: nn.Module,
-    rows: Sequence[EncodedExample],
-    keys: Sequence[Sequence[bytes]],
-    cache: ReferenceCache,
-) -> dict[bytes, Value]:
+def _of_all(model: nn.Module, rows: _Keyed, batch: Sequence[tuple[int, EncodedExample]]) -> dict[int, Value]:
     """What :func:`_missing` gives on every process, joined; what one raises is raised on all, or they would wait."""
-    scored: dict[bytes, Value] = {}
+    scored: dict[int, Value] = {}
     problem: tuple[type[CwdpoError], str] | None = None
     try:
         with in_turns(model):
-            scored = _missing(model, rows, keys, cache)
+            scored = _missing(model, rows, batch)
     except (NonFiniteError, DataError) as error:
         problem = NonFiniteError if isinstance(error, NonFiniteError) else DataError, str(error)
     parts = of_all([(scored, problem)], "the reference pass")
     for _, failed in parts:
         if failed is not None:
             raise failed[0](failed[1])
-    return {key: value for part, _ in parts for key, value in part.items()}
+    return {slot: value for part, _ in parts for slot, value in part.items()}
 
 
-def _missing(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    keys: Sequence[Sequence[bytes]],
-    cache: ReferenceCache,
-) -> dict[bytes, Value]:
-    """Score those completions of one batch that the cache lacks."""
+def _missing(model: nn.Module, rows: _Keyed, batch: Sequence[tuple[int, EncodedExample]]) -> dict[int, Value]:
+    """Score those completions of one batch that have no value, by slot."""
     wanted: list[EncodedExample] = []
-    names: list[list[bytes]] = []
-    for example, own in zip(examples, keys, strict=True):
-        lacking = [(k, c) for k, c in zip(own, example.completions, strict=True) if cache.get(k) is None]
-        if lacking:
-            first, *rest = (c for _, c in lacking)
+    places: list[list[int]] = []
+    for row, example in batch:
+        slots = rows.slots(row)
+        lacking = np.flatnonzero(~rows.values.known(slots))
+        if len(lacking):
+            first, *rest = (example.completions[k] for k in lacking)
             wanted.append(replace(example, chosen=first, negatives=tuple(rest)))
-            names.append([k for k, _ in lacking])
+            places.append(slots[lacking].tolist())
     if not wanted:
         return {}
-    found: dict[bytes, Value] = {}
+    found: dict[int, Value] = {}
     scored = reference_pass(model, wanted, batch_size=len(wanted))
-    for example, own in zip(scored, names, strict=True):
+    for example, own in zip(scored, places, strict=True):
         found |= zip(own, _finite_values(example), strict=True)
     return found
 
@@ -202,27 +208,24 @@ def _finite_values(example: EncodedExample) -> list[Value]:
     return values
 
 
-def _check_canaries(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    keys: Sequence[Sequence[bytes]],
-    cache: ReferenceCache,
-    *,
-    rounded: bool,
-) -> None:
+def _check_canaries(folder: Path, model: nn.Module, rows: _Keyed, *, rounded: bool) -> None:
     """Score a few examples again whose values are all stored, and compare.
 
     Raises:
         ReferenceCacheError: the reference model gives other values now.
     """
-    stored = [i for i, own in enumerate(keys) if all(cache.get(key) is not None for key in own)]
+    if not len(rows.examples):
+        return
+    known = rows.values.known(rows.values.slots)
+    stored = np.flatnonzero(np.logical_and.reduceat(known, rows.first[:-1])).tolist()
     for i in stored[:: max(1, len(stored) // CANARIES)][:CANARIES]:
-        now = _finite_values(reference_pass(model, [examples[i]])[0])
-        old = [_known(cache, key) for key in keys[i]]
-        wrong = differs(old, now, [len(c.ids) for c in examples[i].completions], rounded=rounded)
+        example = rows.examples[i]
+        now = _finite_values(reference_pass(model, [example])[0])
+        old = rows.stored(i)
+        wrong = differs(old, now, [len(c.ids) for c in example.completions], rounded=rounded)
         if wrong is not None:
             raise ReferenceCacheError(
-                f"{cache.folder}: stale: for example {examples[i].id}, response {wrong}, the stored log-likelihood is "
+                f"{folder}: stale: for example {example.id}, response {wrong}, the stored log-likelihood is "
                 f"{old[wrong][0]:.4f}, but the reference gives {now[wrong][0]:.4f} now (another machine or other "
                 "kernels?); delete the folder, or name another one in train.reference_cache"
             )

@@ -91,7 +91,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             sync_tree(aside)
             replace_folder(aside / name, folder / name)
             aside.rmdir()
-            self._delete_old(folder / name)
+            self.delete_old(folder / name)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder / name))
         wait_for_all("finishing a checkpoint")
@@ -116,7 +116,7 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
         if self._writing is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _delete_old(self, newest: Path) -> None:
+    def delete_old(self, newest: Path) -> None:
         """Keep the ``save_total_limit`` newest checkpoints by time of writing.
 
         ``newest`` is always kept, even if the clock was changed; the best one too if it is loaded at the end.

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers.trainer import SCHEDULER_NAME
 
-from cwdpo.models.load import load_weights
+from cwdpo.models.saved import load_weights
 from cwdpo.models.sharding import is_sharded
 from cwdpo.trainer.checkpoints import CompleteCheckpoints, readable
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cwdpo.data.encode import encoded_rows
-from cwdpo.data.encode.encoded_rows import EncodedRows, encode_rows
+from cwdpo.data.encode.encoded_rows import EncodedRows, reference_means
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.data.encode.encoding import encode_rows
 from cwdpo.files.stored import Stored
 from cwdpo.records import Completion, Example, ImageEdit
 from cwdpo.scoring.pairs import with_reference
@@ -91,6 +92,28 @@ def test_reference_values_and_filters(rows: tuple[EncodedRows, list[EncodedExamp
     assert list(stored.with_reference(values).filtered(keeps, need=False)) == every
     assert list(stored.with_reference(values).filtered(keeps, need=True)) == paired
     assert list(stored.filtered(keeps, need=True)) == wanted  # nothing is known yet
+    assert [means.tolist() for means in reference_means(stored)] == [[], []]
+    for view in (
+        stored.with_reference(values),
+        stored.with_reference(values).filtered(keeps, need=True)[::-2],
+    ):
+        found, plain = reference_means(view), reference_means(list(view))
+        assert [means.tolist() for means in found] == [means.tolist() for means in plain]
+        assert len(plain[0]) == len(view)
+
+
+def test_values_of_some_rows_are_placed_in_the_file(rows: tuple[EncodedRows, list[EncodedExample]]) -> None:
+    stored, wanted = rows
+    view = stored[3::5]
+    n = sum(len(e.completions) for e in view)
+    values = np.arange(2.0 * n).reshape(n, 2)
+    placed = view.of_all_completions(values)
+    assert placed.shape == (sum(len(e.completions) for e in wanted), 2)
+    assert np.isnan(placed).any(axis=1).sum() == len(placed) - n
+    rest = iter(values.tolist())
+    assert list(view.with_reference(placed)) == [
+        with_reference(e, [next(rest) for _ in e.completions]) for e in wanted[3::5]
+    ]
 
 
 @pytest.mark.parametrize("sides", [True, False])

@@ -296,6 +296,8 @@ def test_repeat_time(mmpr: Path) -> None:
         ({"two__annotation": "MMPR/annotations/gone.jsonl"}, "two: annotation = .*: there is no"),
         ({"one__annotation": "gone.jsonl"}, "annotation = 'gone.jsonl': there is no such file in"),
         ({"two__root": "../../elsewhere"}, "two: root = '../../elsewhere': leads outside"),
+        ({"two__root": "\ud800"}, r"two: root = .*ud800.*: leads outside"),
+        ({"two__root": "a\0b"}, r"two: root = 'a.*b': leads outside"),
         ({"two__annotation": "/etc/hostname"}, "two: annotation = '/etc/hostname': leads outside"),
         ({"two__root": 3}, "two: root = 3"),
     ],

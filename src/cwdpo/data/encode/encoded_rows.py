@@ -6,9 +6,6 @@ negatives are kept, is in arrays with an entry for each completion.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cwdpo.data.encode.encoded_prompt import EncodedPrompt
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder, NegativeSet, offered
-from cwdpo.data.encode.prompts import EncodedPrompt, ImageSource
+from cwdpo.data.encode.prompts import ImageSource
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 
@@ -115,6 +113,33 @@ class EncodedRows(Sequence[EncodedExample]):
         """The rows with reference values: ``(sum_logp, span_sum_logp)`` [C, 2] of all completions of the file."""
         return self._view(_reference=values)
 
+    def of_all_completions(self, values: Any) -> Any:
+        """Values of the rows' completions [., 2], one after the other, at the places that they have in the file [C, 2].
+
+        Those of rows that are not selected are not a number.
+        """
+        found = np.full((len(self.lengths), 2), np.nan)
+        found[self._completions()[0]] = values
+        return found
+
+    def reference_means(self) -> tuple[Any, Any]:
+        """See :func:`reference_means`."""
+        if self._reference is None:
+            return np.zeros(0), np.zeros(0)
+        means = self._reference[:, 0] / self.lengths
+        places, chosen = self._completions()
+        kept = np.ones(len(places), dtype=bool) if self._kept is None else self._kept[places]
+        return means[places[chosen]], means[places[kept & ~chosen]]
+
+    def _completions(self) -> tuple[Any, Any]:
+        """Of the completions of the rows, one after the other: their places in the file, and which are chosen."""
+        counts = np.diff(self.first)[self.index]
+        begins = np.cumsum(counts) - counts
+        places = np.arange(counts.sum()) + np.repeat(self.first[self.index] - begins, counts)
+        chosen = np.zeros(len(places), dtype=bool)
+        chosen[begins] = True
+        return places, chosen
+
     def filtered(self, keeps: Callable[[float], bool], *, need: bool) -> EncodedRows:
         """The rows without the negatives whose reference mean_logp ``keeps`` refuses.
 
@@ -133,10 +158,9 @@ class EncodedRows(Sequence[EncodedExample]):
         return self._view(_kept=kept, index=self.index[negatives[self.index] > 0])
 
     @property
-    def numbers(self) -> list[int]:
-        """The places of the rows' examples in :attr:`examples`."""
-        every = np.concatenate([np.asarray(b.column("number")) for b in self._batches])
-        return [int(i) for i in every[self.index]]
+    def numbers(self) -> Any:
+        """[B] the places of the rows' examples in :attr:`examples`."""
+        return np.concatenate([np.asarray(b.column("number")) for b in self._batches])[self.index]
 
     def row_sizes(self, *, shared: bool, negatives: bool = True) -> tuple[Any, Any, Any]:
         """For each row (number of rows in scoring, tokens of the longest one, of all), see ``row_tokens``.
@@ -147,8 +171,11 @@ class EncodedRows(Sequence[EncodedExample]):
         """
         if (self._n_prompts > 1).any():
             plain = self if negatives else (replace(e, negatives=()) for e in self)
-            sizes = [e.row_tokens(shared=shared) for e in plain]
-            return tuple(np.array([f(s) for s in sizes], dtype=np.int64) for f in (len, max, sum))  # type: ignore[arg-type,return-value]
+            sizes = np.empty((3, len(self)), dtype=np.int64)
+            for i, example in enumerate(plain):
+                tokens = example.row_tokens(shared=shared)
+                sizes[:, i] = len(tokens), max(tokens), sum(tokens)
+            return tuple(sizes)  # type: ignore[return-value]
         lengths = self.lengths * (1 if self._kept is None else self._kept)
         counts = (
             np.diff(self.first)
@@ -218,6 +245,18 @@ class EncodedRows(Sequence[EncodedExample]):
         return EncodedPrompt(ids, per_token, images, prompt["image_digest"], prompt["n_videos"])
 
 
+def reference_means(rows: Sequence[EncodedExample]) -> tuple[Any, Any]:
+    """Reference mean_logps (nats per token) of the chosen responses, and of the negatives, in the order of the rows.
+
+    Responses without a reference value are left out.
+    """
+    if isinstance(rows, EncodedRows):
+        return rows.reference_means()
+    chosen = [m for e in rows if (m := e.chosen.reference_mean_logp) is not None]
+    negatives = [m for e in rows for c in e.negatives if (m := c.reference_mean_logp) is not None]
+    return np.array(chosen), np.array(negatives)
+
+
 def _tokens(prompt: Mapping[str, Any]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     values = map(_integers, prompt["values"])
     return _integers(prompt["ids"]), dict(zip(prompt["names"], values, strict=True))
@@ -241,29 +280,35 @@ def _sizes(column: Any) -> Any:
     return np.concatenate([np.asarray(size, dtype=np.int64) for size in sizes]) // 4
 
 
-def write_rows(
-    path: Path, encoded: Iterable[tuple[int, Example, EncodedExample]], negatives: NegativeSet
-) -> int:
-    """Write encoded examples, one after the other, with the places of their examples; returns their number.
+def write_rows(path: Path, batches: Iterable[Any]) -> None:
+    """Write record batches (:func:`batch_of`) of any sizes, one after the other.
 
     Raises:
         DataError: the file cannot be written.
     """
-    rows: list[dict[str, Any]] = []
-    written = 0
+    rest = SCHEMA.empty_table()
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for number, example, row in encoded:
-                rows.append(_row(number, example, row, negatives))
-                if len(rows) == _BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-                    written += len(rows)
-                    rows.clear()
-            if rows:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
+            for batch in batches:
+                rest = pa.concat_tables([rest, pa.Table.from_batches([batch], SCHEMA)])
+                while len(rest) >= _BATCH:
+                    _write(writer, rest[:_BATCH])
+                    rest = rest[_BATCH:]
+            if len(rest):
+                _write(writer, rest)
     except OSError as error:
         raise DataError(f"{path}: the encoded rows cannot be written ({error})") from None
-    return written + len(rows)
+
+
+def _write(writer: Any, rows: Any) -> None:
+    """Write rows as one record batch."""
+    (batch,) = rows.combine_chunks().to_batches()
+    writer.write_batch(batch)
+
+
+def batch_of(encoded: Iterable[tuple[int, Example, EncodedExample]], negatives: NegativeSet) -> Any:
+    """A record batch of encoded examples with the places of their examples."""
+    return pa.RecordBatch.from_pylist([_row(*one, negatives) for one in encoded], SCHEMA)
 
 
 def _row(number: int, example: Example, row: EncodedExample, negatives: NegativeSet) -> dict[str, Any]:
@@ -298,24 +343,3 @@ def _row(number: int, example: Example, row: EncodedExample, negatives: Negative
             for c in row.completions
         ],
     }
-
-
-def encode_rows(
-    encoder: Encoder, examples: Sequence[Example], negatives: NegativeSet, *, require_negative: bool
-) -> tuple[EncodedRows, list[str]]:
-    """Like :meth:`Encoder.encode_all`, with the encoded examples in a temporary file.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    problems: list[str] = []
-    handle, name = tempfile.mkstemp(suffix=".arrow")
-    os.close(handle)
-    path = Path(name)
-    try:
-        encoded = encoder.encodings(examples, negatives, problems, require_negative=require_negative)
-        write_rows(path, encoded, negatives)
-        return EncodedRows(path, examples, negatives, encoder), problems
-    finally:
-        with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
-            path.unlink()

@@ -119,7 +119,7 @@ def _entry(
         )
     root = entry.get("root") or ""
     for key, value in (("annotation", entry["annotation"]), ("root", root)):
-        if not isinstance(value, str) or not (base / value).resolve().is_relative_to(base):
+        if not _is_inside(value, base):
             raise DataError(f"{where}: {key} = {shown(value)}: leads outside {base}; move the data below it")
     annotation = base / entry["annotation"]
     if not os.path.isfile(annotation):
@@ -127,6 +127,17 @@ def _entry(
             f"{where}: annotation = {entry['annotation']!r}: there is no {annotation}; correct it"
         )
     return _Set(name, open_file(annotation), root, float(number))
+
+
+def _is_inside(value: Any, base: Path) -> bool:
+    try:
+        return isinstance(value, str) and (base / value).resolve().is_relative_to(base)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # no path: half of a surrogate pair, a null character, a loop of links
+        return False
 
 
 def _taken(one: _Set) -> Iterator[RawRow]:

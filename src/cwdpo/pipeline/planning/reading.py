@@ -12,6 +12,7 @@ from cwdpo.errors import ModelError
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.checkpoint import adapter_base, check_folder, quiet, reason
 from cwdpo.models.load import EMBEDDED, load_processor, read_checkpoint_tokens
+from cwdpo.models.own_code import import_code
 from cwdpo.models.settings import ModelSettings
 from cwdpo.models.tiny import init_model
 from cwdpo.pipeline.planning.rows import StageRows, stage_rows
@@ -92,6 +93,7 @@ def read_config(source: str, settings: ModelSettings) -> tuple[Any, ModelSetting
     """
     from transformers import AutoConfig
 
+    import_code(settings)
     base = adapter_base(source, settings.revision) or source
     try:
         with quiet():
