@@ -14,7 +14,6 @@ from cwdpo.models.merge import tied_layers_handled
 from cwdpo.models.parts import patterns_of
 from cwdpo.models.quantization import quantized_layers
 from cwdpo.models.settings import LoraSettings, ModelSettings
-from cwdpo.models.sharding import anything
 
 if TYPE_CHECKING:
     from torch import nn
@@ -251,6 +250,8 @@ def idle_adapters_off(model: nn.Module) -> Iterator[None]:
 def _idle_layers(model: nn.Module) -> list[Any]:
     """All LoRA layers, if they are of the plain kind and each adds zero; else none."""
     from peft.tuners.lora import LoraLayer
+
+    from cwdpo.models.sharding import anything
 
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     plain = not any(

@@ -6,9 +6,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.models.sharding import is_sharded
-from cwdpo.models.write_sharded import write_adapter, write_full
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -22,6 +19,9 @@ def save_weights(model: nn.Module, folder: Path | None) -> None:
     config is written without the prefix ``vision_model`` of CLIP and SigLIP towers, which every hub checkpoint has;
     vLLM refuses such a folder. This function writes both with the hub's names.
     """
+    from cwdpo.models.sharding import is_sharded
+    from cwdpo.models.write_sharded import write_adapter, write_full
+
     plain: Any = model
     more: dict[str, Any] = {}
     adapter = hasattr(model, "peft_config")

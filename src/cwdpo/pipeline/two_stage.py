@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from accelerate import PartialState
@@ -113,8 +112,7 @@ def _train(
         policy = _loaded(listener, partial(load_sharded, settings, accelerator))
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = encoder_of(policy, recipe)
-    everything = (splits.stage1, splits.stage2, splits.validation)
-    silent_rows_from(policy.model, lambda: pictured_prompts(encoder, chain(*everything)))
+    silent_rows_from(policy.model, lambda: pictured_prompts(encoder, splits))
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(
             policy.model, encoder, [*spread(splits.stage2), *spread(splits.stage1)], recipe.model.scoring

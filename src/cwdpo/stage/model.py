@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
@@ -25,7 +26,6 @@ from cwdpo.models.settings import ModelSettings
 from cwdpo.models.sharding import is_sharded
 from cwdpo.models.tiny import init_model
 from cwdpo.models.write import save_weights
-from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 from cwdpo.stage.splits import Splits
 from cwdpo.waiting import several
@@ -53,9 +53,9 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
     return load_policy(model_settings(recipe, splits, run))
 
 
-def pictured_prompts(encoder: Encoder, examples: Iterable[Example]) -> Iterator[EncodedPrompt]:
+def pictured_prompts(encoder: Encoder, splits: Splits) -> Iterator[EncodedPrompt]:
     """The prompts with images or videos; rows that cannot be encoded are left out."""
-    for example in examples:
+    for example in chain(splits.stage1, splits.stage2, splits.validation):
         if example.pictured:
             with contextlib.suppress(DataError):
                 yield encoder.prompt(example)
