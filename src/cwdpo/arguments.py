@@ -215,7 +215,9 @@ class TrainSettings(Settings):
         True, description="micro-batches of rows of similar length, in random order"
     )
     dataloader_workers: int | None = Field(
-        None, ge=0, description="processes that read images ahead; default: 4 with an accelerator, 0 on a CPU"
+        None,
+        ge=0,
+        description="processes that read images ahead and encode rows; default: 4 with an accelerator, 0 on a CPU",
     )
     reference_cache: str | None = Field(
         None, description="folder for reference log-probabilities of several runs; default: in the run folder"

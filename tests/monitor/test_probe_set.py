@@ -12,8 +12,8 @@ import torch
 
 from cwdpo.config import parse_recipe
 from cwdpo.data.encode.collate import collate
-from cwdpo.data.encode.encoded_rows import encode_rows
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.data.encode.encoding import encode_rows
 from cwdpo.dynamics.settings import TYPES, ProbeSettings
 from cwdpo.errors import DataError
 from cwdpo.files.reading import read_jsonl

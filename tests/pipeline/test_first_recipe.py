@@ -204,6 +204,22 @@ def test_all_weights_then_fsdp2_then_lora(recipe: Recipe, stages: list[StageRows
     assert names[-1].startswith("LoRA on weights in 4 bits")
 
 
+@pytest.mark.parametrize(("tune", "memory"), [("lora", 100.0), ("full", 100.0), ("lora", 0.0)])
+def test_a_gpu_without_bfloat16_units_computes_in_float32(
+    recipe: Recipe, stages: list[StageRows], tune: Any, memory: float
+) -> None:
+    one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 1})})
+    config = AutoConfig.from_pretrained(recipe.model.path)
+    if not memory:  # what only 4 bits fit into
+        whole = [way for way in ways("lora", 1, bf16=False) if "quantization" not in way.model]
+        sizes = [HollowRun(config, 1).peak(way.applied(one), stages).total for way in whole]
+        memory = (min(sizes) - 1) / MARGIN / USABLE / 2**30
+    found = fitted(config, one, stages, Hardware(Gpu("old", memory, 1, bf16=False), 1), tune)
+    model, train = found.recipe.model, found.recipe.train
+    assert (model.tune, model.dtype, train.bf16, train.optimizer) == (tune, "float32", False, "adamw")
+    assert (model.quantization == "nf4") == (memory < 1)
+
+
 def test_a_checkpoint_that_lies_quantized_stays_as_it_is(recipe: Recipe, stages: list[StageRows]) -> None:
     settings = recipe.model.model_copy(
         update={"quantization": "nf4", "tune": "lora"}

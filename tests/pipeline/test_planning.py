@@ -350,7 +350,7 @@ def test_the_command_needs_no_weights(
     assert "costs" in said.out
     found = json.loads(run("plan", recipe, "--gpu", "4090", "--json").out)
     assert found["memory"]["total"] == sum(found["memory"]["parts"].values())
-    assert found["hardware"]["gpu"] == {"name": "4090", "memory_gib": 24.0, "tflops": 165.2}
+    assert found["hardware"]["gpu"] == {"name": "4090", "memory_gib": 24.0, "tflops": 165.2, "bf16": True}
     assert found["images"]["workers"] > 0
 
 

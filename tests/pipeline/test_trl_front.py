@@ -79,7 +79,7 @@ def test_loader_workers_read_the_images(
         made._stage.encoder.prompt._free_bytes = 0
         made.train()
         assert args.dataloader_num_workers == n
-        pool = made._stage.encoder.prompt._workers and made._stage.encoder.prompt._workers._pool
+        pool = made._stage.encoder.prompt.workers and made._stage.encoder.prompt.workers._pool
         assert bool(pool) == bool(n)
         found.append((made.state.log_history, [p.detach() for p in made.model.parameters()]))
     (logs, weights), (other_logs, other_weights) = found

@@ -156,7 +156,7 @@ def test_a_copy_of_the_encoder_is_empty(reader, examples) -> None:
     reader.prompt(examples[0])
     copied = pickle.loads(pickle.dumps(reader.prompt))
     assert not copied._prompts
-    assert copied._workers is None
+    assert copied.workers is None
     assert copied(examples[0]) == reader.prompt(examples[0])
 
 
@@ -197,7 +197,7 @@ def test_an_image_that_a_worker_cannot_read_is_the_error_of_the_main_process(
 def test_a_killed_worker_is_one_error(processor, examples) -> None:
     encoder = Encoder(processor, cache_gb=0, workers=2)
     assert encoder.prompt(examples[0]).ahead().images
-    for process in encoder.prompt._workers._pool._processes.values():
+    for process in encoder.prompt.workers._pool._processes.values():
         os.kill(process.pid, signal.SIGKILL)
     coming = [encoder.prompt(example).ahead() for example in examples[1:]]
     with pytest.raises(WorkerError, match=r"a data worker died .* lower train.dataloader_workers") as found:
@@ -240,7 +240,7 @@ def trained(model, encoder, examples, folder, run: str, *, resume: bool = False,
         callbacks=[Stop()] if stop else [],
         options=TrainerOptions(
             on_log=lambda row: logs.append(dict(row)),
-            workers=0 if encoder.prompt._workers is None else 2,
+            workers=0 if encoder.prompt.workers is None else 2,
             **options,
         ),
     )
@@ -263,7 +263,7 @@ def test_workers_change_nothing(run, model, processor, examples, tmp_path) -> No
         found, logs = trained(copy.deepcopy(model), encoder, examples, tmp_path / str(workers), run)
         assert logs == rows
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
-        assert encoder.prompt._workers._pool is not None, "or nothing was tested"
+        assert encoder.prompt.workers._pool is not None, "or nothing was tested"
 
 
 @pytest.mark.parametrize("run", ["one batch", "random lengths"])
@@ -364,7 +364,7 @@ def test_whole_runs_are_equal_and_a_killed_worker_costs_nothing(
     def kill(self, args, state, control, **more) -> None:
         original(self, args, state, control, **more)
         if (self.stage.name, state.global_step) == ("stage1", 3):
-            for process in self.stage.encoder.prompt._workers._pool._processes.values():
+            for process in self.stage.encoder.prompt.workers._pool._processes.values():
                 os.kill(process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(ListenerCallback, "on_step_end", kill)
@@ -387,7 +387,7 @@ from transformers import AutoProcessor
 encoder = Encoder(AutoProcessor.from_pretrained(sys.argv[2]), cache_gb=0, workers=2)
 prompts = [encoder.prompt(e).ahead() for e in read_examples(sys.argv[1]).examples[:4]]
 assert all(p.images for p in prompts)
-print(*(p.pid for p in encoder.prompt._workers._pool._processes.values()), flush=True)
+print(*(p.pid for p in encoder.prompt.workers._pool._processes.values()), flush=True)
 time.sleep(600)
 """
 

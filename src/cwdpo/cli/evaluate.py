@@ -118,7 +118,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="of the samples")] = 0,
     code: Code = None,
 ) -> None:
-    """Ask the policies of a run about pictures of your own, on a local page; needs `pip install 'cwdpo[chat]'`.
+    """Ask the policies of a run about images of your own, on a local page; needs `pip install 'cwdpo[chat]'`.
 
     Other machines have no access, and nothing is sent anywhere.
     """
@@ -191,7 +191,7 @@ def export(
     with_report: Annotated[
         bool,
         typer.Option(
-            "--with-report", help="with --push: upload report.html too; it shows pictures of the data"
+            "--with-report", help="with --push: upload report.html too; it shows images of the data"
         ),
     ] = False,
     code: Code = None,

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any, NoReturn
@@ -104,6 +105,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a path may contain bytes that are not valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # peft reads transformers' old name whenever it makes an adapter; a user can do nothing about it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_once_more
     try:
         app(standalone_mode=True)

@@ -73,8 +73,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     rows = "shared-prefix rows" if plan.shared else "plain rows"
     yield f"model    {plan.source}: {plan.tune}, {weights}, {rows}"
     yield (
-        f"GPU      {hardware.gpus} x {chosen.name}: {chosen.memory_gib:g} GiB, {chosen.tflops:g} TFLOP/s in bf16, "
-        f"used to {hardware.utilisation:.0%}"
+        f"GPU      {hardware.gpus} x {chosen.name}: {chosen.memory_gib:g} GiB, {chosen.tflops:g} TFLOP/s in "
+        f"{chosen.dtype}, used to {hardware.utilisation:.0%}"
     )
     yield f"sample   {plan.sampled} rows"
     yield ""

@@ -94,7 +94,8 @@ def train(
     if not run.writes:
         return
     typer.echo(
-        f"model    {run.path / 'model'}\nfigures  {run.path / 'summary.json'}\nreport   {run.path / 'report.html'}"
+        f"model    {run.path / 'model'}\nfigures  {run.path / 'summary.json'}\nreport   {run.path / 'report.html'}\n"
+        f"next     cwdpo diagnose {run.path}"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -65,6 +66,17 @@ def image_content(image: ImageRef) -> ImageContent:
         ) from None
     _KNOWN[key] = _PACKED.pack(signature, found.digest, *(found.size or (0, 0)), found.complete)
     return found
+
+
+def known_contents(images: Iterable[ImageRef]) -> dict[int, bytes]:
+    """What is known about the files of images, for :func:`remember_contents` in another process."""
+    keys = {digest8(os.fsencode(image.path)) for image in images if image.path is not None}
+    return {key: _KNOWN[key] for key in keys if key in _KNOWN}
+
+
+def remember_contents(known: Mapping[int, bytes]) -> None:
+    """Take over what another process knows, so that the files are not read again unless they changed."""
+    _KNOWN.update(known)
 
 
 def video_digest(video: VideoRef) -> bytes:

@@ -59,7 +59,7 @@ def gallery(out: Path, study: Study, planned: Plan, results: Mapping[str, CellRe
     broken = [i for i in told if len({c.ill_formed for c in written[i] if c.name}) > 1][:1]
     chosen = [*broken, *(i for i in told or range(len(test)) if i not in broken)][:IMAGES]
     note = (
-        f"Captions sampled at temperature 1, seed {seed}: the first test picture on which not all of these methods "
+        f"Captions sampled at temperature 1, seed {seed}: the first test image on which not all of these methods "
         "write a sentence, then the first on which they do not do equally well. Marked: what differs from the nearest "
         "true caption."
     )

@@ -155,7 +155,7 @@ def _cell(variant: Row, seed: int) -> Entry:
 
 def _ran(variant: Row) -> str:
     n, failed = len(variant.cells), len(variant.failed)
-    return f"{failed} of {n} failed" if failed else f"{n} seeds"
+    return f"{failed} of {n} failed" if failed else f"{n} seed{'s' * (n != 1)}"
 
 
 def _settings(variant: Row) -> str:

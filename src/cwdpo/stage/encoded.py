@@ -6,7 +6,8 @@ import contextlib
 from hashlib import blake2b
 from typing import Any
 
-from cwdpo.data.encode.encoded_rows import SCHEMA, EncodedRows, encode_rows, write_rows
+from cwdpo.data.encode.encoded_rows import SCHEMA, EncodedRows, write_rows
+from cwdpo.data.encode.encoding import encode_rows, encoded_batches
 from cwdpo.errors import FileError
 from cwdpo.files.checksums import Running, difference
 from cwdpo.files.writing import replacing
@@ -25,6 +26,7 @@ def stored_rows(stage: Stage, *, require_negative: bool) -> tuple[EncodedRows, l
 
     Raises:
         DataError: the file cannot be written.
+        WorkerError: a worker died.
     """
     run, encoder, negatives = stage.run, stage.encoder, stage.negatives
     inputs = run.json("inputs.json")
@@ -40,8 +42,10 @@ def stored_rows(stage: Stage, *, require_negative: bool) -> tuple[EncodedRows, l
         return EncodedRows(folder / name, stage.examples, negatives, encoder), known["problems"]
     problems: list[str] = []
     with replacing(folder / name, durable=False) as temporary:
-        encoded = encoder.encodings(stage.examples, negatives, problems, require_negative=require_negative)
-        write_rows(temporary, encoded, negatives)
+        batches = encoded_batches(
+            encoder, stage.examples, negatives, problems, require_negative=require_negative
+        )
+        write_rows(temporary, batches)
     entry = Running().entry(folder / name)
     run.write_json(f"{FOLDER}/{stage.name}.json", {"made_of": made_of, "file": entry, "problems": problems})
     return EncodedRows(folder / name, stage.examples, negatives, encoder), problems

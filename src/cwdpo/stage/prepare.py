@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from cwdpo.clock import spent_on
-from cwdpo.data.encode.encoded_rows import EncodedRows, encode_rows
+from cwdpo.data.encode.encoded_rows import EncodedRows
+from cwdpo.data.encode.encoding import encode_rows
 from cwdpo.errors import DataError
 from cwdpo.files.stored import select
 from cwdpo.objectives.base import Objective

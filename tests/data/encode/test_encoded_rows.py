@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cwdpo.data.encode import encoded_rows
-from cwdpo.data.encode.encoded_rows import EncodedRows, encode_rows, reference_means
+from cwdpo.data.encode.encoded_rows import EncodedRows, reference_means
 from cwdpo.data.encode.encoder import EncodedExample
+from cwdpo.data.encode.encoding import encode_rows
 from cwdpo.files.stored import Stored
 from cwdpo.records import Completion, Example, ImageEdit
 from cwdpo.scoring.pairs import with_reference

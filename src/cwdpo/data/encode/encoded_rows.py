@@ -6,9 +6,6 @@ negatives are kept, is in arrays with an entry for each completion.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cwdpo.data.encode.encoded_prompt import EncodedPrompt
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample, Encoder, NegativeSet, offered
-from cwdpo.data.encode.prompts import EncodedPrompt, ImageSource
+from cwdpo.data.encode.prompts import ImageSource
 from cwdpo.errors import DataError
 from cwdpo.records import Example
 
@@ -282,29 +280,35 @@ def _sizes(column: Any) -> Any:
     return np.concatenate([np.asarray(size, dtype=np.int64) for size in sizes]) // 4
 
 
-def write_rows(
-    path: Path, encoded: Iterable[tuple[int, Example, EncodedExample]], negatives: NegativeSet
-) -> int:
-    """Write encoded examples, one after the other, with the places of their examples; returns their number.
+def write_rows(path: Path, batches: Iterable[Any]) -> None:
+    """Write record batches (:func:`batch_of`) of any sizes, one after the other.
 
     Raises:
         DataError: the file cannot be written.
     """
-    rows: list[dict[str, Any]] = []
-    written = 0
+    rest = SCHEMA.empty_table()
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for number, example, row in encoded:
-                rows.append(_row(number, example, row, negatives))
-                if len(rows) == _BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-                    written += len(rows)
-                    rows.clear()
-            if rows:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
+            for batch in batches:
+                rest = pa.concat_tables([rest, pa.Table.from_batches([batch], SCHEMA)])
+                while len(rest) >= _BATCH:
+                    _write(writer, rest[:_BATCH])
+                    rest = rest[_BATCH:]
+            if len(rest):
+                _write(writer, rest)
     except OSError as error:
         raise DataError(f"{path}: the encoded rows cannot be written ({error})") from None
-    return written + len(rows)
+
+
+def _write(writer: Any, rows: Any) -> None:
+    """Write rows as one record batch."""
+    (batch,) = rows.combine_chunks().to_batches()
+    writer.write_batch(batch)
+
+
+def batch_of(encoded: Iterable[tuple[int, Example, EncodedExample]], negatives: NegativeSet) -> Any:
+    """A record batch of encoded examples with the places of their examples."""
+    return pa.RecordBatch.from_pylist([_row(*one, negatives) for one in encoded], SCHEMA)
 
 
 def _row(number: int, example: Example, row: EncodedExample, negatives: NegativeSet) -> dict[str, Any]:
@@ -339,24 +343,3 @@ def _row(number: int, example: Example, row: EncodedExample, negatives: Negative
             for c in row.completions
         ],
     }
-
-
-def encode_rows(
-    encoder: Encoder, examples: Sequence[Example], negatives: NegativeSet, *, require_negative: bool
-) -> tuple[EncodedRows, list[str]]:
-    """Like :meth:`Encoder.encode_all`, with the encoded examples in a temporary file.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    problems: list[str] = []
-    handle, name = tempfile.mkstemp(suffix=".arrow")
-    os.close(handle)
-    path = Path(name)
-    try:
-        encoded = encoder.encodings(examples, negatives, problems, require_negative=require_negative)
-        write_rows(path, encoded, negatives)
-        return EncodedRows(path, examples, negatives, encoder), problems
-    finally:
-        with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
-            path.unlink()

@@ -13,8 +13,8 @@ from itertools import islice
 from typing import Any, Literal
 
 from cwdpo.data.encode.embedded import check_embedded
+from cwdpo.data.encode.encoded_prompt import EncodedPrompt as EncodedPrompt
 from cwdpo.data.encode.image_cache import ImageCache
-from cwdpo.data.encode.prompts import EncodedPrompt as EncodedPrompt
 from cwdpo.data.encode.prompts import PromptEncoder
 from cwdpo.data.encode.span import differing_span
 from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
@@ -134,14 +134,23 @@ class Encoder:
         workers: int = 0,
         on_disk: ImageCache | None = None,
     ) -> None:
-        self.processor = processor
-        self.template = ChatTemplate(processor, checkpoint)
-        self.tokenizer = self.template.tokenizer
-        self.max_length = max_length
-        self._known: dict[str, list[int]] = {}
-        self.prompt = PromptEncoder(
-            self.template, cache_gb, from_sizes=from_sizes, workers=workers, on_disk=on_disk
+        template = ChatTemplate(processor, checkpoint)
+        self._set(
+            PromptEncoder(template, cache_gb, from_sizes=from_sizes, workers=workers, on_disk=on_disk),
+            max_length,
         )
+
+    @classmethod
+    def around(cls, prompt: PromptEncoder, max_length: int | None) -> Encoder:
+        """An encoder whose prompts are encoded by ``prompt``, for instance the copy of a worker."""
+        encoder = cls.__new__(cls)
+        encoder._set(prompt, max_length)
+        return encoder
+
+    def _set(self, prompt: PromptEncoder, max_length: int | None) -> None:
+        self.prompt, self.max_length = prompt, max_length
+        self.processor, self.template, self.tokenizer = prompt.processor, prompt.template, prompt.tokenizer
+        self._known: dict[str, list[int]] = {}
 
     def forget(self) -> None:
         """Empty the caches of prompts and images."""

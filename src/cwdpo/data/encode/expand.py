@@ -67,17 +67,29 @@ class Expansions:
 
     Args:
         processor: the result of ``AutoProcessor.from_pretrained``.
+
+    Attributes:
+        usable: whether anything can be computed from sizes.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._kinds: dict[int, _Kind] = {}
-        self._usable = hasattr(processor, "_process_images")
+        self.usable = hasattr(processor, "_process_images")
+
+    @property
+    def learnt(self) -> tuple[dict[int, _Kind], bool]:
+        """What rows have taught so far; another process may take it over."""
+        return self._kinds, self.usable
+
+    @learnt.setter
+    def learnt(self, learnt: tuple[dict[int, _Kind], bool]) -> None:
+        self._kinds, self.usable = learnt
 
     def of(self, sizes: Sizes) -> Written | None:
         """What the processor writes for images of these sizes; ``None`` if that is not known."""
         kind = self._kinds.get(len(sizes))
-        if not self._usable or kind is None:
+        if not self.usable or kind is None:
             return None
         if sizes in kind.seen:
             return kind.seen[sizes]
@@ -93,7 +105,7 @@ class Expansions:
     def blank_is_enough(self, sizes: Sizes) -> bool:
         """Whether a blank image of each size may be processed instead of the row's own images."""
         kind = self._kinds.get(len(sizes))
-        return self._usable and kind is not None and kind.checked >= CHECKED
+        return self.usable and kind is not None and kind.checked >= CHECKED
 
     def stand_in(self, written: Written) -> Any:
         """The processor with an image part that looks at no image."""
@@ -107,7 +119,7 @@ class Expansions:
     def recorder(self) -> tuple[Any, list[Written]]:
         """The processor, and a list that gets what its image part writes."""
         found: list[Written] = []
-        if not self._usable:
+        if not self.usable:
             return self._processor, found
         twin = copy.copy(self._processor)
 
@@ -130,13 +142,13 @@ class Expansions:
 
     def give_up(self) -> None:
         """Compute nothing from sizes any more; said once."""
-        if self._usable:
+        if self.usable:
             logger.warning(
                 "%s: the number of image tokens cannot be computed from the sizes of images, so every image is "
                 "processed before the first step",
                 type(self._processor).__name__,
             )
-        self._usable = False
+        self.usable = False
 
     def _follows_rule(self, kind: _Kind, sizes: Sizes, texts: Sequence[str]) -> bool:
         counts, token = self._counts(sizes), getattr(self._processor, "image_token", None)

@@ -42,6 +42,15 @@ class ManyPrompts:
     def __init__(self, encoder: PromptEncoder) -> None:
         self._encoder, self._checked, self._usable = encoder, Counter[int](), encoder.template.is_there
 
+    @property
+    def learnt(self) -> tuple[Counter[int], bool]:
+        """Rows that were compared, by number of images, and whether all agreed."""
+        return self._checked, self._usable
+
+    @learnt.setter
+    def learnt(self, learnt: tuple[Counter[int], bool]) -> None:
+        self._checked, self._usable = learnt
+
     def __call__(self, examples: Iterable[Example]) -> list[tuple[Example, Result]]:
         """The ids and per-token outputs of those prompts that can be encoded together."""
         groups: dict[tuple[bool, bool, bool], list[_Row]] = {}
@@ -112,6 +121,7 @@ class ManyPrompts:
         """Whether a row's result is that of a single call; later rows are not compared."""
         n = len(example.images)
         if self._usable and self._checked[n] < CHECKED:
+            self._encoder.check_learns()
             with contextlib.suppress(CwdpoError):
                 self._checked[n] += 1
                 self._usable = self._encoder.alone(example)[:2] == result

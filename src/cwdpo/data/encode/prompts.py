@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.clock import spent_on
 from cwdpo.data.contents import ImageContent, image_content, video_digest
 from cwdpo.data.encode.clips import (
     check_apart,
@@ -19,6 +18,7 @@ from cwdpo.data.encode.clips import (
     video_settings,
 )
 from cwdpo.data.encode.embedded import check_embedded
+from cwdpo.data.encode.encoded_prompt import EncodedPrompt
 from cwdpo.data.encode.expand import NOT_FOR_THE_MODEL, Expansions, Sizes, Written, blank, sizes_of
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.many import ManyPrompts
@@ -35,51 +35,6 @@ if TYPE_CHECKING:
 
 Result = tuple[tuple[int, ...], dict[str, tuple[int, ...]], "dict[str, Tensor]"]
 """Token ids of a prompt, per-token outputs of the processor, and the inputs of the vision tower."""
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt as model input.
-
-    ``input_ids``: token ids with the image tokens expanded. ``per_token``: further outputs of the processor with one
-    value per token (``mm_token_type_ids``, ``token_type_ids``). ``load_images``: returns the inputs of the vision
-    tower, of images and videos. ``image_digest``: digest of their files and of the processor's settings, which these
-    inputs depend on; empty if there are none. ``n_videos``: number of videos.
-    """
-
-    input_ids: tuple[int, ...]
-    per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    load_images: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
-    image_digest: str = ""
-    n_videos: int = 0
-
-    @property
-    def images(self) -> Mapping[str, Tensor]:
-        """The inputs of the vision tower; decoded now if they are not in the encoder's cache.
-
-        Raises:
-            DataError: an image or video cannot be read, or its size is not the one that the prompt was made for.
-        """
-        with spent_on("images"):
-            return self.load_images()
-
-    def loaded(self) -> EncodedPrompt:
-        """The prompt with its images in memory.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
-        images = self.images
-        return replace(self, load_images=lambda: images)
-
-    def ahead(self) -> EncodedPrompt:
-        """The prompt whose images a worker process reads from now on; ``images`` then waits for them, and keeps them.
-
-        The prompt itself if there is no worker, or its images are in the encoder's cache.
-        """
-        begin = getattr(self.load_images, "begin", None)
-        coming = None if begin is None else begin()
-        return self if coming is None else replace(self, load_images=coming)
 
 
 @dataclass(frozen=True)
@@ -106,6 +61,10 @@ class ImageSource:
         return Job(example, self.encoder.text(example), self.ids, self.per_token, self.digest)
 
 
+class NotLearntError(Exception):
+    """A row from which an encoder would have to learn that learns nothing (:meth:`PromptEncoder.take_over`)."""
+
+
 class PromptEncoder:
     """Encodes prompts with a checkpoint's own processor; what it made is kept.
 
@@ -116,6 +75,10 @@ class PromptEncoder:
             on rows of the run agree; else every image is processed when its prompt is encoded.
         workers: processes that read the images of prompts for which :meth:`EncodedPrompt.ahead` was called.
         on_disk: where images are stored that were processed once.
+
+    Attributes:
+        workers: the processes; ``None`` without any.
+        learns: whether rows may teach it how the processor expands images, see :mod:`cwdpo.data.encode.expand`.
     """
 
     def __init__(
@@ -133,13 +96,34 @@ class PromptEncoder:
         self._free_bytes = cache_gb * 2**30
         self._texts: dict[tuple[Any, ...], str] = {}
         self._from_sizes, self.expansions = from_sizes, Expansions(self.processor)
-        self._workers = Workers(self, workers) if workers else None
+        self.workers = Workers(self, workers) if workers else None
+        self.learns = True
         self._many, self._foreseen = ManyPrompts(self), dict[tuple[Any, ...], Result]()
         self._on_disk = on_disk
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The copy of a worker: nothing is kept in memory."""
-        return partial(PromptEncoder, on_disk=self._on_disk), (self.template, 0.0)
+        made = partial(PromptEncoder, from_sizes=self._from_sizes, on_disk=self._on_disk)
+        return made, (self.template, 0.0)
+
+    @property
+    def learnt(self) -> Any:
+        """What is known about the processor from rows so far, for :meth:`take_over`."""
+        return self.expansions.learnt, self._many.learnt
+
+    def take_over(self, learnt: Any) -> None:
+        """Know what another encoder has learnt, and learn nothing more: that is the other's work."""
+        self.expansions.learnt, self._many.learnt = learnt
+        self.learns = False
+
+    def check_learns(self) -> None:
+        """Called before something is learnt from a row.
+
+        Raises:
+            NotLearntError: this encoder learns nothing.
+        """
+        if not self.learns:
+            raise NotLearntError
 
     def forget(self) -> None:
         """Empty the caches."""
@@ -195,8 +179,8 @@ class PromptEncoder:
         said = [repr(replace(image, path=None, data=None)) for image in example.images]
         said += [repr(replace(video, path=None, data=None)) for video in example.videos]
         digest = _digest(self.image_settings, *files, *said)
-        if self._workers is not None:
-            self._workers.warm_up()
+        if self.workers is not None:
+            self.workers.warm_up()
         if images:
             self._keep(_key(example), images)
             if self._on_disk is not None:
@@ -234,6 +218,8 @@ class PromptEncoder:
             return None
         written = self.expansions.of(sizes)
         if written is None:
+            if self.expansions.usable:
+                self.check_learns()
             recorder, found = self.expansions.recorder()
             enough = self.expansions.blank_is_enough(sizes)
             opened = [blank(size) for size in sizes] if enough else _opened(example)
@@ -277,9 +263,9 @@ class PromptEncoder:
     def begin(self, source: ImageSource) -> Coming | None:
         """Let a worker read the images of a prompt; ``None`` if there is no worker, or they are in the cache."""
         key = _key(source.example)
-        if self._workers is None or key in self._images:
+        if self.workers is None or key in self._images:
             return None
-        arrived = self._workers.submit(source.job(replace(source.example, rejected=(), gentle=(), extra={})))
+        arrived = self.workers.submit(source.job(replace(source.example, rejected=(), gentle=(), extra={})))
         return None if arrived is None else Coming(arrived, partial(self._keep, key))
 
     def read(self, job: Job) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Worker processes that decode and process images ahead of their use.
+"""Worker processes that decode and process images ahead of their use, and encode rows (:mod:`.encoding`).
 
 A worker has a copy of the prompt encoder without its caches. It gets one prompt at a time and returns the inputs of the
 vision tower. They come back through shared memory and are copied when they arrive: so neither the size of the shared
@@ -107,11 +107,7 @@ class Coming:
             try:
                 error, found = self._arrived.result()
             except BrokenProcessPool:
-                raise WorkerError(
-                    "a data worker died while images were read (the system kills processes if memory runs out): lower "
-                    "train.dataloader_workers (CWDPOConfig: dataloader_num_workers; with 0 the main process reads "
-                    "images), then continue with --resume"
-                ) from None
+                raise dead_worker("images were read") from None
             if error is not None:
                 raise error(found)
             self._images = found
@@ -119,8 +115,17 @@ class Coming:
         return self._images
 
 
+def dead_worker(while_: str) -> WorkerError:
+    """The error when a worker was killed."""
+    return WorkerError(
+        f"a data worker died while {while_} (the system kills processes if memory runs out): lower "
+        "train.dataloader_workers (CWDPOConfig: dataloader_num_workers; with 0 the main process does their work), then "
+        "continue with --resume"
+    )
+
+
 class Workers:
-    """Processes that read images. They start with the first prompt, and end with this process.
+    """Processes that read images and encode rows. They start with the first use, and end with this process.
 
     Args:
         encoder: each process gets a copy.
@@ -128,7 +133,7 @@ class Workers:
     """
 
     def __init__(self, encoder: PromptEncoder, n: int) -> None:
-        self._n, self._pinned, self._warm = n, False, False
+        self.n, self._pinned, self._warm = n, False, False
         self._encoder: PromptEncoder | None = encoder
         self._pool: ProcessPoolExecutor | None = None
 
@@ -148,18 +153,27 @@ class Workers:
 
     def submit(self, job: Job) -> Future[_Result] | None:
         """Let a worker read a prompt; ``None`` if the processor cannot be copied, which is said once."""
+        sent = self.call(_read, job)
+        if sent is None:
+            return None
+        arrived: Future[_Result] = Future()
+        sent.add_done_callback(partial(_deliver, arrived, self._pinned))
+        return arrived
+
+    def call(self, function: Callable[[S], T], argument: S) -> Future[T] | None:
+        """Let a worker call a function, which finds its encoder in :data:`HERE`; ``None`` as in :meth:`submit`."""
         encoder, self._encoder = self._encoder, None
         if encoder is not None:
             self._start(encoder)
         if self._pool is None:
             return None
-        arrived: Future[_Result] = Future()
         try:
             with _without_script():
-                self._pool.submit(_read, job).add_done_callback(partial(_deliver, arrived, self._pinned))
+                return self._pool.submit(function, argument)
         except BrokenProcessPool as error:
-            arrived.set_exception(error)
-        return arrived
+            broken: Future[T] = Future()
+            broken.set_exception(error)
+            return broken
 
     def _start(self, encoder: PromptEncoder) -> None:
         import torch
@@ -179,7 +193,7 @@ class Workers:
         self._pinned = torch.cuda.is_available()
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._pool = ProcessPoolExecutor(
-            self._n, multiprocessing.get_context(method), _begin, (copied, _enough_shared_memory(self._n))
+            self.n, multiprocessing.get_context(method), _begin, (copied, _enough_shared_memory(self.n))
         )
 
 
@@ -216,22 +230,23 @@ def _without_script() -> Iterator[None]:
 
 # --- in a worker ---------------------------------------------------------------------------------------
 
-_HERE: dict[str, Any] = {}
-"""The worker's ``encoder``, or the ``problem`` why it has none; and whether it ``shares`` memory."""
+HERE: dict[str, Any] = {}
+"""In a worker: its ``encoder``, or the ``problem`` why it has none; and whether it ``shares`` memory."""
 
 
 def _begin(copied: bytes, shares: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and decides
-    _HERE["shares"] = shares
+    HERE["shares"] = shares
     try:
         import torch.multiprocessing  # it also makes tensors go through shared memory
 
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are what runs in parallel
         logging.getLogger("transformers").setLevel(logging.ERROR)  # what is to say, the parent has said
         torch.set_num_threads(1)
-        _HERE["encoder"] = pickle.loads(copied)
+        HERE["encoder"] = pickle.loads(copied)
     except Exception as error:
-        _HERE["problem"] = f"{type(error).__name__}: {error}"
+        HERE["problem"] = f"{type(error).__name__}: {error}"
 
 
 def _end_with_parent() -> None:
@@ -242,12 +257,12 @@ def _end_with_parent() -> None:
 
 
 def _read(job: Job) -> _Result:
-    if "problem" in _HERE:
+    if "problem" in HERE:
         return WorkerError, (
-            f"a data worker cannot load the processor ({_HERE['problem']}): set train.dataloader_workers to 0"
+            f"a data worker cannot load the processor ({HERE['problem']}): set train.dataloader_workers to 0"
         )
     try:
-        images = dict(_HERE["encoder"].read(job))
+        images = dict(HERE["encoder"].read(job))
     except DataError as error:  # as a text, because not every error can be pickled
         return DataError, str(error)
-    return None, images if _HERE["shares"] else pickle.dumps(images)
+    return None, images if HERE["shares"] else pickle.dumps(images)

@@ -235,7 +235,8 @@ def _of_the_model(hardware: Hardware, found: Fitted) -> list[Decision]:
     why = f"{way.name}: {taken}" + (f" Too much would be: {others}." if others else "")
     made = [Decision("model.tune", model.tune, why)]
     if "dtype" in way.model:
-        made.append(Decision("model.dtype", model.dtype))
+        slow = f"{hardware.gpu.name} has no bfloat16 units; in float32 it is faster."
+        made.append(Decision("model.dtype", model.dtype, "" if hardware.gpu.bf16 else slow))
     if "quantization" in way.model:
         made.append(
             Decision(

@@ -80,34 +80,39 @@ class Fitted:
     tried: tuple[Tried, ...] = field(default=())
 
 
-def ways(tune: Tune, gpus: int) -> Iterator[Way]:
-    """Ways of training, the best first."""
+def ways(tune: Tune, gpus: int, *, bf16: bool = True) -> Iterator[Way]:
+    """Ways of training, the best first.
+
+    Args:
+        tune: what is trained, if that fits.
+        gpus: number of GPUs.
+        bf16: whether they have bfloat16 units; without, everything is in float32.
+    """
     recomputed = {"gradient_checkpointing": True}
+    name, dtype = ("bf16", "bfloat16") if bf16 else ("float32", "float32")
     if tune == "full":
-        whole = {"tune": "full", "dtype": "bfloat16"}
-        kahan = {"optimizer": "adamw_kahan"}
-        yield Way("all weights in bf16", whole, kahan)
-        yield Way("all weights in bf16, activations recomputed", whole, {**kahan, **recomputed})
+        whole, said = {"tune": "full", "dtype": dtype}, f"all weights in {name}"
+        kahan = {"optimizer": "adamw_kahan"} if bf16 else {}
+        yield Way(said, whole, kahan)
+        yield Way(f"{said}, activations recomputed", whole, {**kahan, **recomputed})
         if gpus > 1:
-            yield Way("all weights in bf16, FSDP2", whole, kahan, True)
-            yield Way(
-                "all weights in bf16, activations recomputed, FSDP2", whole, {**kahan, **recomputed}, True
-            )
-    base, bf16 = {"tune": "lora", "dtype": "bfloat16"}, {"bf16": True}
-    yield Way("LoRA on bf16 weights", base, bf16)
-    yield Way("LoRA on bf16 weights, activations recomputed", base, {**bf16, **recomputed})
+            yield Way(f"{said}, FSDP2", whole, kahan, True)
+            yield Way(f"{said}, activations recomputed, FSDP2", whole, {**kahan, **recomputed}, True)
+    base, computed = {"tune": "lora", "dtype": dtype}, {"bf16": True} if bf16 else {}
+    yield Way(f"LoRA on {name} weights", base, computed)
+    yield Way(f"LoRA on {name} weights, activations recomputed", base, {**computed, **recomputed})
     quantized = {**base, "quantization": "nf4"}
-    yield Way("LoRA on weights in 4 bits, activations recomputed", quantized, {**bf16, **recomputed})
+    yield Way("LoRA on weights in 4 bits, activations recomputed", quantized, {**computed, **recomputed})
 
 
-def _of_quantized() -> Iterator[Way]:
+def _of_quantized(*, bf16: bool) -> Iterator[Way]:
     """Ways for a checkpoint whose weights lie in 4 or 8 bits: LoRA on them as they are."""
-    bf16 = {"bf16": True}
-    yield Way("LoRA on the checkpoint's quantized weights", {"tune": "lora"}, bf16)
+    computed = {"bf16": True} if bf16 else {}
+    yield Way("LoRA on the checkpoint's quantized weights", {"tune": "lora"}, computed)
     yield Way(
         "LoRA on the checkpoint's quantized weights, activations recomputed",
         {"tune": "lora"},
-        {**bf16, "gradient_checkpointing": True},
+        {**computed, "gradient_checkpointing": True},
     )
 
 
@@ -128,7 +133,9 @@ def fitted(
     """
     limit, tried = int(MARGIN * hardware.gpu.usable), list[Tried]()
     runs = {sharded: HollowRun(config, hardware.gpus, sharded=sharded) for sharded in (False, True)}
-    for way in _of_quantized() if recipe.model.quantization is not None else ways(tune, hardware.gpus):
+    bf16 = hardware.gpu.bf16
+    lies_quantized = recipe.model.quantization is not None
+    for way in _of_quantized(bf16=bf16) if lies_quantized else ways(tune, hardware.gpus, bf16=bf16):
         found = _largest(runs[way.sharded], way, way.applied(recipe), stages, limit, tried)
         if found is not None:
             return Fitted(*found, tuple(tried))

@@ -119,7 +119,7 @@ def first_recipe(
     if rows.rows < LEAST_ROWS:
         raise DataError(
             f"{asked.data}: {rows.rows} usable rows are too few for two stages and a held-out part: take at least "
-            f"{LEAST_ROWS}, with pictures of their own"
+            f"{LEAST_ROWS}, with images of their own"
         )
     source = str(EMBEDDED) if asked.model == "embedded" else asked.model
     options = image_limit(load_processor(source, settings))

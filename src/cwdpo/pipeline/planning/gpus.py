@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cwdpo.errors import RecipeError, nearest
 
@@ -18,12 +18,19 @@ class Gpu:
     Attributes:
         name: as in :data:`GPUS`, or ``custom``.
         memory_gib: the data sheet's number; drivers report it in GiB or a few percent less.
-        tflops: 10^12 operations per second in bfloat16 on dense matrices.
+        tflops: 10^12 operations per second in bfloat16 on dense matrices; without bfloat16 units in float32.
+        bf16: whether it has bfloat16 units; without, torch emulates them slowly, and a recipe computes in float32.
     """
 
     name: str
     memory_gib: float
     tflops: float
+    bf16: bool = True
+
+    @property
+    def dtype(self) -> str:
+        """What ``tflops`` are counted in, and a recipe for it computes in."""
+        return "bf16" if self.bf16 else "float32"
 
     @property
     def usable(self) -> int:
@@ -46,6 +53,7 @@ GPUS: Mapping[str, Gpu] = {
         Gpu("l4", 24, 121),
         Gpu("a40", 48, 149.7),
         Gpu("a10", 24, 125),
+        Gpu("t4", 16, 8.1, bf16=False),
         # NVIDIA, workstation and consumer: architecture white papers (bf16 with float32 accumulation).
         Gpu("rtx6000-ada", 48, 364),
         Gpu("a6000", 48, 154.8),
@@ -82,8 +90,8 @@ def gpu_of(name: str | None, memory_gib: float | None = None, tflops: float | No
             f"--gpu: unknown GPU {name!r}{nearest(name.lower(), GPUS)}; known: {', '.join(GPUS)}; for another one give "
             "--gpu-memory (GiB) and --tflops (dense bf16)"
         )
-    return Gpu(
-        known.name,
-        known.memory_gib if memory_gib is None else memory_gib,
-        known.tflops if tflops is None else tflops,
+    return replace(
+        known,
+        memory_gib=known.memory_gib if memory_gib is None else memory_gib,
+        tflops=known.tflops if tflops is None else tflops,
     )

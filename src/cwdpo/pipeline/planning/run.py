@@ -293,7 +293,12 @@ def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
         notes.append("the policy's samples do not exist yet: each negative counts with the length of chosen")
     if sampled:
         notes.append(f"sampling is left out: {', '.join(sampled)}")
-    if not recipe.train.bf16 and recipe.model.dtype not in ("bfloat16", "float16"):
+    halves = recipe.train.bf16 or recipe.model.dtype in ("bfloat16", "float16")
+    if halves and not hardware.gpu.bf16:
+        notes.append(
+            f"{hardware.gpu.name} has no bfloat16 units: in float32 (model.dtype=float32 train.bf16=false) it is faster"
+        )
+    elif not halves and hardware.gpu.bf16:
         notes.append(
             "train.bf16 is false: where weights are float32, the GPU computes several times slower than assumed here"
         )
