@@ -215,7 +215,7 @@ def gpu(
 
     Models have the published sizes of Qwen2.5-VL 3B and 7B and random weights in bfloat16; nothing is downloaded.
     """
-    from cwdpo.lab.bench.gpu import gpu_report
+    from cwdpo.lab.bench.gpu import check_gpu, gpu_report
 
     if not cpu:
         check_gpu()
@@ -226,20 +226,6 @@ def gpu(
     report = gpu_report(setting, out, minutes=minutes, repeats=repeats, threads=threads, say=_say())
     typer.echo(json.dumps(report, indent=1) if as_json else gpu_text(report))
     typer.echo(f"report   {out}", err=as_json)
-
-
-def check_gpu() -> None:
-    """Refuse to start where there is no GPU.
-
-    Raises:
-        CwdpoError: torch finds none.
-    """
-    import torch
-
-    from cwdpo.errors import CwdpoError
-
-    if not torch.cuda.is_available():
-        raise CwdpoError("torch finds no CUDA GPU here (cwdpo env shows what it finds); --cpu tries the call")
 
 
 def _say() -> Callable[[str], None]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cwdpo.errors import CwdpoError
 from cwdpo.files.writing import write_text
 from cwdpo.lab.bench.batches import batches_report
 from cwdpo.lab.bench.data import data_report
@@ -88,6 +89,16 @@ def gpu_report(
         _free()
         write_text(out, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def check_gpu() -> None:
+    """Refuse to start where there is no GPU.
+
+    Raises:
+        CwdpoError: torch finds none.
+    """
+    if not torch.cuda.is_available():
+        raise CwdpoError("torch finds no CUDA GPU here (cwdpo env shows what it finds); --cpu tries the call")
 
 
 def _parts(base: Setting, repeats: int, threads: int, done: dict[str, Any], say: Say) -> Iterator[Part]:
