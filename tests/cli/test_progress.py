@@ -81,6 +81,7 @@ def test_only_the_main_process_of_a_run_draws(
             listener.step("stage2", 3, 10)
             listener.sampled(1, 2, 8)
             listener.readings("stage2", {"margin": Reading("margin", 1.5, 3)})
+            listener.note("long " * 50 + "end")
         return capsys.readouterr().err
 
     text = speak()
@@ -88,5 +89,6 @@ def test_only_the_main_process_of_a_run_draws(
     assert "stage2 step 3: margin +1.500" in text
     assert "3/10" in text
     assert "samples of round 1" in text
+    assert "note: " + "long " * 50 + "end\n" in text
     monkeypatch.setenv("RANK", "1")
     assert speak() == ""

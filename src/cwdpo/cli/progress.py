@@ -40,9 +40,9 @@ class Bars:
             self._progress.update(self._line(name, None), description=text)
 
     def say(self, text: str) -> None:
-        """Print a line of text above the bars."""
+        """Print a line of text above the bars; a log file has it as one line, however long it is."""
         if self._progress is not None:
-            self._progress.console.print(text, markup=False)
+            self._progress.console.print(text, markup=False, soft_wrap=True)
 
     def _line(self, name: str, total: int | None) -> Any:
         if name not in self._lines:
