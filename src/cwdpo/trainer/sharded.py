@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from accelerate.utils.constants import OPTIMIZER_NAME
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers.trainer import SCHEDULER_NAME
 
 from cwdpo.models.saved import load_weights
 from cwdpo.models.sharding import is_sharded
 from cwdpo.trainer.checkpoints import CompleteCheckpoints, readable
+from cwdpo.trainer.plain_reading import PlainReader, load_parts, refuse_values
 
 
 class ShardedTraining(CompleteCheckpoints):
@@ -55,6 +54,9 @@ class ShardedTraining(CompleteCheckpoints):
         under other names: nothing would be loaded, and training would continue from the wrong weights.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not None:
+            parts = Path(resume_from_checkpoint) / f"{FSDP_MODEL_NAME}_0"
+            if parts.is_dir():
+                refuse_values(parts)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_weights(self.model, Path(resume_from_checkpoint))
@@ -80,10 +82,9 @@ def _load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
     accelerate's own function refuses it if some parameter had no gradient in any step so far: it has no state in the
     checkpoint. Here it has none afterwards either, as in a run that was not interrupted.
     """
-    reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    stored = PlainReader(folder).read_metadata().state_dict_metadata
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}  # makes the state of every parameter
-    dcp.load(state, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
+    load_parts(state, folder, partial=True)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     for name, parameter in model.named_parameters():
         if not any(key.startswith(f"optimizer.state.{name}.") for key in stored):
