@@ -36,6 +36,12 @@ ROUNDS = """
 negatives: {on_policy_fraction: 0.5, rounds: 3, sampler: {samples: 2, max_new_tokens: 48, batch_size: 4}}
 """
 QUANTIZED = RECIPE.replace("{path: init, ", "{path: init, tune: lora, quantization: nf4, ")
+WORKERS = (
+    RECIPE.replace("{path: init, ", "{path: init, vision_cache_gb: 0, ")
+    .replace("stage1_fraction: 0.5}", "stage1_fraction: 0.5, cache_gb: 0}")
+    .replace("train: {", "train: {dataloader_workers: 2, ")
+)
+"""Every picture is read by a worker whenever it is used."""
 ATTEMPTS = 6
 
 
@@ -76,6 +82,13 @@ QUANTIZED_ONES = [
     Instant("reference pass", "reference", "calibration.json"),
     *[Instant("stage 2", "calibration.json", "model")] * 2,
     Instant("a checkpoint of stage 2", "stage2/.checkpoint-*.tmp/*/adapter_model.safetensors", earlier=1),
+    Instant("evaluation", "model", "summary.json"),
+]
+
+WITH_WORKERS = [
+    Instant("stage 1", "metrics.jsonl", "stage1/model"),
+    Instant("reference pass", "reference", "calibration.json"),
+    *[Instant("stage 2", "calibration.json", "model")] * 2,
     Instant("evaluation", "model", "summary.json"),
 ]
 
@@ -179,8 +192,8 @@ def differences(run: Path, expected: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "instants"),
-    [(RECIPE, INSTANTS), (RECIPE + ROUNDS, IN_ROUNDS), (QUANTIZED, QUANTIZED_ONES)],
-    ids=["once", "rounds", "nf4"],
+    [(RECIPE, INSTANTS), (RECIPE + ROUNDS, IN_ROUNDS), (QUANTIZED, QUANTIZED_ONES), (WORKERS, WITH_WORKERS)],
+    ids=["once", "rounds", "nf4", "workers"],
 )
 def test_killed_runs_end_where_the_uninterrupted_run_ends(
     text: str, instants: list[Instant], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -195,6 +196,38 @@ def data(
     typer.echo(json.dumps(report, indent=1) if as_json else data_text(report))
 
 
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="the report, JSON; written after every part")] = Path(
+        "bench-gpu.json"
+    ),
+    prompt_tokens: Annotated[
+        int, typer.Option(min=32, help="tokens of the prompt; nine tenths are image tokens")
+    ] = 1024,
+    completion_tokens: Annotated[int, typer.Option(min=2, help="tokens of each completion")] = 64,
+    minutes: Annotated[float, typer.Option(min=0, help="parts that would end later are left out")] = 8.0,
+    repeats: Repeats = 3,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 8,
+    cpu: Annotated[bool, typer.Option("--cpu", help="the small model on the CPU, to try the call")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure everything that needs a GPU in one call: exactness, step against TRL, memory, images, sampling.
+
+    Models have the published sizes of Qwen2.5-VL 3B and 7B and random weights in bfloat16; nothing is downloaded.
+    """
+    from cwdpo.lab.bench.gpu import check_gpu, gpu_report
+
+    if not cpu:
+        check_gpu()
+    setting = Setting(
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, device="cpu" if cpu else "cuda",
+        dtype="float32" if cpu else "bfloat16",
+    )  # fmt: skip
+    report = gpu_report(setting, out, minutes=minutes, repeats=repeats, threads=threads, say=_say())
+    typer.echo(json.dumps(report, indent=1) if as_json else gpu_text(report))
+    typer.echo(f"report   {out}", err=as_json)
+
+
 def _say() -> Callable[[str], None]:
     from rich.console import Console
 
@@ -286,6 +319,54 @@ def data_text(report: dict[str, Any]) -> str:
             f"{row['n']:>7}   {row['rows_per_second']:6.2f}   {row['waiting']:18.1%}   {row['own_cpu']:.0f} ms a row"
         )
     return "\n".join(lines)
+
+
+def gpu_text(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    device = report["device"]
+    memory = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
+    lines = [f"{device['name']}{memory}"]
+    for name, part in report["parts"].items():
+        lines.append(f"\n{name} ({report['seconds'][name]:.0f} s)")
+        reason = next(
+            (f"{k.replace('_', ' ')}: {part[k]}" for k in ("failed", "left_out") if k in part), None
+        )
+        lines.append(reason or _PARTS[name.split()[0]](part))
+    return "\n".join(lines)
+
+
+def _exactness_text(part: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{name:<55} largest {gap['largest']:.2e}, mean {gap['mean']:.2e} nats" for name, gap in part.items()
+    )
+
+
+def _batches_text(part: list[dict[str, Any]]) -> str:
+    lines = ["prompts  checkpointing   planned GiB   measured GiB   seconds"]
+    for row in part:
+        measured = "does not fit" if not row["fits"] else "-"
+        if row["measured"] is not None:
+            measured = f"{row['measured'] / 2**30:.2f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.3f}"
+        lines.append(
+            f"{row['prompts']:>7}  {'yes' if row['checkpointing'] else 'no':>13}   {row['planned'] / 2**30:11.2f}   "
+            f"{measured:>12}   {seconds:>7}"
+        )
+    return "\n".join(lines)
+
+
+def _sampling_text(part: dict[str, Any]) -> str:
+    rates, t = part["tokens_per_second"], part["time"]
+    return (
+        f"{part['prompts']} prompts x {part['samples']} samples: {rates['cwdpo']:.0f} tokens/s, generate "
+        f"{rates['generate']:.0f}; {t['median']:.2f} times ({t['min']:.2f} to {t['max']:.2f})"
+    )
+
+
+_PARTS: dict[str, Callable[[Any], str]] = {
+    "exactness": _exactness_text, "step": step_text, "batches": _batches_text, "images": data_text,
+    "sampling": _sampling_text,
+}  # fmt: skip
 
 
 def scale_text(report: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ negatives are kept, is in arrays with an entry for each completion.
 
 from __future__ import annotations
 
+import mmap
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from cwdpo.records import Example
 
 _BATCH = 1024
 """Rows of a record batch."""
+_KEPT = 32 * _BATCH
+"""Rows after which a pass over the file lets go of its pages, which would else count as memory of this process."""
 _PROMPT = pa.struct(
     [
         ("ids", pa.binary()), ("names", pa.list_(pa.string())), ("values", pa.list_(pa.binary())),
@@ -84,7 +87,8 @@ class EncodedRows(Sequence[EncodedExample]):
         self, path: Path, examples: Sequence[Example], negatives: NegativeSet, encoder: Encoder
     ) -> None:
         self.examples, self.negatives, self.encoder = examples, negatives, encoder
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._map = _mapped(path)
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         column = pa.chunked_array([b.column("completions") for b in self._batches], SCHEMA.field(4).type)
         counts = np.asarray(pc.list_value_length(column), dtype=np.int64)
@@ -97,6 +101,7 @@ class EncodedRows(Sequence[EncodedExample]):
         first_prompts = np.cumsum(self._n_prompts) - self._n_prompts
         self._own: Any = _sizes(pc.list_flatten(prompts))[first_prompts]
         self.index: Any = np.arange(len(counts))
+        self._release()
         self._reference: Any = None
         self._kept: Any = None
 
@@ -207,9 +212,17 @@ class EncodedRows(Sequence[EncodedExample]):
         (found,) = self._batches[row // _BATCH].slice(row % _BATCH, 1).to_pylist()
         return self._example(row, found)
 
+    def _release(self) -> None:
+        """Count the pages that were read as free again; whoever needs one gets it from the system's cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def __iter__(self) -> Iterator[EncodedExample]:
-        start, order = 0, self.index
+        start, order, passed = 0, self.index, 0
         while start < len(order):
+            if start - passed >= _KEPT:
+                self._release()
+                passed = start
             batch = order[start] // _BATCH
             inside = np.flatnonzero(order[start : start + _BATCH] // _BATCH != batch)
             end = start + (int(inside[0]) if len(inside) else min(_BATCH, len(order) - start))
@@ -219,6 +232,7 @@ class EncodedRows(Sequence[EncodedExample]):
             ):
                 yield self._example(row, found)
             start = end
+        self._release()
 
     def _example(self, row: int, found: Mapping[str, Any]) -> EncodedExample:
         prompts = [self._prompt(found["number"], p) for p in found["prompts"]]
@@ -255,6 +269,11 @@ def reference_means(rows: Sequence[EncodedExample]) -> tuple[Any, Any]:
     chosen = [m for e in rows if (m := e.chosen.reference_mean_logp) is not None]
     negatives = [m for e in rows for c in e.negatives if (m := c.reference_mean_logp) is not None]
     return np.array(chosen), np.array(negatives)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _tokens(prompt: Mapping[str, Any]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cwdpo.errors import RecipeError
-from cwdpo.models.settings import LoraSettings, ModelSettings
+from cwdpo.models.settings import LoraSettings, ModelSettings, QuantizationOptions
 
 Shape = Literal["small", "3b", "7b"]
 WORDS = 1000
@@ -38,6 +39,7 @@ class Setting:
         dtype: dtype of the weights.
         device: where to run.
         vision_cache: keep the image features of the frozen vision tower (``lora`` only).
+        quantization: ``nf4`` for the linear layers of the language model (``lora`` only; needs bitsandbytes).
     """
 
     prompt_tokens: int = 1024
@@ -50,6 +52,7 @@ class Setting:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     vision_cache: bool = False
+    quantization: Literal["nf4"] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -170,12 +173,26 @@ def model_config(shape: Shape, tokenizer: Any) -> Any:
     )
 
 
+def model_settings(setting: Setting) -> ModelSettings:
+    """The section ``model`` of a recipe that trains like this."""
+    skip = QuantizationOptions(skip=("vision",) if setting.quantization else ())
+    return ModelSettings(
+        path="bench",
+        dtype=setting.dtype,
+        tune=setting.tune,
+        lora=LoraSettings(r=16, alpha=32, target_modules=TEXT_MODULES),
+        quantization=setting.quantization,
+        quantization_options=skip,
+    )
+
+
 def build_model(setting: Setting, tokenizer: Any) -> Any:
     """The policy on its device in training mode; with LoRA, its adapter differs a little from the base."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from cwdpo.models.adapter import add_lora
+    from cwdpo.models.quantization import use_exact_layers
 
     torch.manual_seed(0)
     with torch.device(setting.device):
@@ -184,9 +201,11 @@ def build_model(setting: Setting, tokenizer: Any) -> Any:
             attn_implementation="sdpa",
             dtype=getattr(torch, setting.dtype),
         )
+    if setting.quantization is not None:
+        _quantize(model)
+        use_exact_layers(model, model_settings(setting))
     if setting.tune == "lora":
-        lora = LoraSettings(r=16, alpha=32, target_modules=TEXT_MODULES)
-        model = add_lora(model, ModelSettings(path="bench", tune="lora", lora=lora))
+        model = add_lora(model, model_settings(setting))
         with torch.no_grad():  # with lora_B = 0 the gradients of lora_A would be 0
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -196,3 +215,20 @@ def build_model(setting: Setting, tokenizer: Any) -> Any:
         if setting.tune == "lora":
             model.enable_input_require_grads()
     return model.train()
+
+
+def _quantize(model: Any) -> None:
+    """Put the language model's linear layers in nf4, where they are; transformers does so only while it loads."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, layer in list(model.named_modules()):
+        if not re.fullmatch(TEXT_MODULES, name):
+            continue
+        new = Linear4bit(
+            layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype, quant_type="nf4",
+            device="meta",
+        )  # fmt: skip
+        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        new.bias = layer.bias
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, new.to(layer.weight.device))

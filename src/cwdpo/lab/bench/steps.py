@@ -63,7 +63,7 @@ def build(setting: Setting, *, trl: bool = True) -> Bench:
     model = build_model(setting, made.tokenizer)
     reference = model if setting.tune == "lora" else moved_copy(model)
     data = rows(setting, made.tokenizer)
-    encoded = _encoded(setting, made, data)
+    encoded = encoded_example(setting, made)
     steps: dict[str, Step] = {}
     if trl:
         steps |= trl_steps(setting, model, reference, made, data)
@@ -85,7 +85,9 @@ def moved_copy(model: Any) -> Any:
     return copied
 
 
-def _encoded(setting: Setting, made: Any, data: Sequence[dict[str, Any]]) -> EncodedExample:
+def encoded_example(setting: Setting, made: Any) -> EncodedExample:
+    """The example of a setting, encoded by its processor; its images lie on the device."""
+    data = rows(setting, made.tokenizer)
     inputs = made(text=[data[0]["prompt"]], images=data[0]["images"], return_tensors="pt")
     images = {n: inputs[n].to(setting.device) for n in ("pixel_values", "image_grid_thw")}
     images["pixel_values"] = images["pixel_values"].to(getattr(torch, setting.dtype))
