@@ -27,7 +27,7 @@ _BATCH = 1024
 """Rows of a record batch."""
 _KEPT = 32 * _BATCH
 """Rows after which a pass over the file lets go of its pages, which would else count as memory of this process."""
-_SINGLY = 4096
+_SINGLY = 1024
 """The same for rows that are read one by one, each from pages of its own."""
 _PROMPT = pa.struct(
     [
