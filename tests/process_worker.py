@@ -20,10 +20,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainingArguments
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from cwdpo import waiting
@@ -31,7 +37,14 @@ from cwdpo.config import load_recipe
 from cwdpo.data.encode.encoder import EncodedExample, EncodedPrompt, Encoder
 from cwdpo.data.read.reader import read_examples
 from cwdpo.errors import CwdpoError, DataError
+from cwdpo.models.load import Policy, load_policy
+from cwdpo.models.load_sharded import load_sharded
+from cwdpo.models.sample import sample
+from cwdpo.models.saved import load_weights
+from cwdpo.models.settings import ModelSettings
 from cwdpo.models.shared_attention import use_scoring
+from cwdpo.models.turns import in_turns, silent_rows_from
+from cwdpo.models.write import save_weights
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.pipeline import two_stage
 from cwdpo.pipeline.two_stage import train_two_stage
@@ -203,7 +216,7 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
             }
         except CwdpoError as problem:
             held = {"error": str(problem)}
-    whole = trainer.whole_model().state_dict()
+    whole = trainer.trained_model().state_dict()
     sums = {name: float(value.double().abs().sum()) for name, value in whole.items()}
     wrapped = type(trainer.model_wrapped).__name__
     return {
@@ -223,6 +236,69 @@ def shard_on_cpu() -> None:
         original(self, *args, **kwargs)
 
     AcceleratorState.__init__ = told
+
+
+def loads_in_parts(world: Path, out: Path, tune: str) -> None:
+    """A model that is loaded in parts is the one that is loaded whole, saved and loaded again, and called in turns."""
+    state = PartialState(cpu=True)
+    settings = ModelSettings(path="embedded", device="cpu", tune=tune)
+    set_seed(3)
+    whole = load_policy(settings)
+    set_seed(3)
+    policy = load_sharded(settings, Accelerator(cpu=True))
+    expected = dict(whole.model.named_parameters())
+    assert [n for n, _ in policy.model.named_parameters()] == list(expected)
+    held = 0
+    for name, parameter in policy.model.named_parameters():
+        assert parameter.requires_grad == expected[name].requires_grad, name
+        assert torch.equal(parameter.full_tensor(), expected[name]), name
+        held += parameter.to_local().numel()
+    assert held < 0.51 * sum(p.numel() for p in expected.values()), "each process has its half"
+    folder = out / tune if state.is_main_process else None
+    if folder is not None:
+        folder.mkdir()
+        (out / f"{tune}-whole").mkdir()
+        save_weights(whole.model, out / f"{tune}-whole")
+    save_weights(policy.model, folder)
+    state.wait_for_everyone()
+    with torch.no_grad():
+        for parameter in (p for p in policy.model.parameters() if p.requires_grad):
+            parameter.zero_()
+    load_weights(policy.model, out / tune)
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), expected[name]), name
+    _call_in_turns(policy, whole, read_examples(world / "train.jsonl").examples)
+
+
+def _call_in_turns(policy: Policy, whole: Policy, examples: Any) -> None:
+    """One process scores and samples rows with images, the other scores one text, twice; a third pass has no rows."""
+    encoder = whole.encoder()
+    encoded, _ = encoder.encode_all(examples[:4], "rejected", require_negative=True)
+    text = [replace(e, prompt=EncodedPrompt(e.chosen.ids)) for e in encoded[:1]]
+    silent_rows_from(policy.model, lambda: (e.prompt for e in encoded))
+    first = PartialState().is_main_process
+    rows = encoded if first else text
+
+    def passes(model: Any) -> Any:
+        with in_turns(model):
+            scored = reference_pass(model, rows, batch_size=1 if first else 4)
+            drawn = sample(model, encoder, examples[:3], max_new_tokens=8, batch_size=2) if first else []
+        with in_turns(model):
+            again = [] if first else reference_pass(model, text)
+        with in_turns(model):
+            pass
+        return [c.reference_sum_logp for e in [*scored, *again] for c in e.completions], [
+            s.text for s in drawn
+        ]
+
+    values, texts = passes(policy.model)
+    wanted, said = passes(whole.model)
+    assert texts == said
+    assert max(abs(a - b) for a, b in zip(values, wanted, strict=True)) < 1e-4
+    assert (
+        len(sample(policy.model, encoder, examples[:3], max_new_tokens=4, batch_size=1, together=True)) == 3
+    )
+    assert all(hasattr(p, "device_mesh") for p in policy.model.parameters()), "nothing is left gathered"
 
 
 def slow_first_process(out: Path, recipe: str, settings: tuple[str, ...]) -> None:
@@ -258,8 +334,11 @@ def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if mode == "fsdp2":
         shard_on_cpu()
-    if names[:1] == ("recipe",):
-        train_two_stage(load_recipe(names[1], names[2:]), out)
+    if names[:1] in (("recipe",), ("resume",)):
+        train_two_stage(load_recipe(names[1], names[2:]), out, resume=names[0] == "resume")
+        return
+    if names[:1] == ("parts",):
+        loads_in_parts(Path(world), Path(out), names[1])
         return
     if names[:1] == ("dies",):
         PartialState(cpu=True)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from cwdpo.errors import ProcessError
@@ -79,6 +80,20 @@ def of_all(values: list[T], what: str) -> list[T]:
     with _waiting(what):
         dist.all_gather_object(parts, values, group=_group())
     return [value for part in parts for value in part]
+
+
+def largest(value: int, what: str) -> int:
+    """The largest of all processes' values.
+
+    Raises:
+        ProcessError: another process ended.
+    """
+    if not several():
+        return value
+    found = torch.tensor(value)
+    with _waiting(what):
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_group())
+    return int(found)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cwdpo.models.write import save_weights
+from cwdpo.models.write import save_weights, use_hub_names
+from cwdpo.models.write_sharded import write_full
 
 TEXT = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -164,3 +165,20 @@ def test_names_are_the_hubs_and_load_again(family: str, tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], value), name
     save_weights(again, tmp_path / "again")
     assert names(tmp_path / "again") == written
+    (tmp_path / "parts").mkdir()
+    write_full(model, tmp_path / "parts")
+    for file in (tmp_path / "made").iterdir():
+        assert (tmp_path / "parts" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_large_model_is_written_to_several_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = made("llava").to(torch.bfloat16)
+    use_hub_names(model)
+    monkeypatch.setattr("cwdpo.models.write_sharded._LARGEST_FILE", "8KB")
+    write_full(model, tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from chaos.commands import RECIPE, contents, difference
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedPrompt
 from cwdpo.errors import ModelError
 from cwdpo.files.reading import read_jsonl
-from cwdpo.models.load import load_policy, load_weights
+from cwdpo.models.load import load_policy
+from cwdpo.models.saved import load_weights
 from cwdpo.objectives.base import OBJECTIVES, StepTotals
 from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
@@ -165,6 +168,33 @@ def test_an_image_that_a_worker_of_one_process_cannot_read_stops_both(together) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_model_loaded_in_parts_is_the_whole_one(tmp_path, world_folder, tune) -> None:
+    launch("fsdp2", str(world_folder), "-", str(tmp_path), "parts", tune)
+    for file in (tmp_path / f"{tune}-whole").iterdir():
+        assert (tmp_path / tune / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_and_ends_as_undisturbed(tmp_path) -> None:
+    recipe, done = tmp_path / "recipe.yaml", tmp_path / "done"
+    recipe.write_text(RECIPE)
+    launch("fsdp2", "-", "-", str(done), "recipe", str(recipe))
+    assert list((done / "stage2" / "checkpoint-4").glob("optimizer_0/*.distcp"))
+    wanted = contents(done)
+    for lost in ("model", "stage2/checkpoint-6"):
+        shutil.rmtree(done / lost)
+    launch("fsdp2", "-", "-", str(done), "resume", str(recipe))
+    # torch stores the time in the description of a sharded checkpoint.
+    assert not {
+        n for n in difference(contents(done), wanted).split(", ") if n and not n.endswith("/.metadata")
+    }
+    shutil.rmtree(done / "model")  # the last checkpoint is of the last step: it is loaded, not trained
+    launch("fsdp2", "-", "-", str(done), "resume", str(recipe))
+    assert (done / "model" / "model.safetensors").read_bytes() == wanted["model/model.safetensors"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune) -> None:
@@ -172,6 +202,14 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
         "stage1.steps=4", "stage2.steps=4", "data.world.train=40", "data.world.validation=8", "train.logging_steps=1",
         "calibration.samples=10", "evaluation.prompts=2", "train.save_steps=2", "probes.every=2", f"model.tune={tune}",
     ]  # fmt: skip
+    if tune == "lora":
+        small += [
+            "negatives.on_policy_fraction=0.5",
+            "negatives.rounds=2",
+            "probes.types=[chosen_initial,on_policy]",
+        ]
+    if tune == "lora" and mode == "fsdp2":
+        small += ["probes.prompts=5"]  # also where rows cannot be divided evenly
     recipe = str(ROOT / "recipes" / "tiny.yaml")
     launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small)
     module = worker()
@@ -195,6 +233,19 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
     assert fine[1] == pytest.approx(fine[0], abs=1e-4, rel=1e-4)
     assert known[1] == pytest.approx(known[0], abs=0.02)
     load_policy(_settings(tmp_path / "two" / "model"))
+    for folder in ("stage1/model", "model"):
+        (name,) = (p.name for p in (one.path / folder).glob("*.safetensors"))
+        a, b = (load_file(run.path / folder / name) for run in (one, two))
+        assert a.keys() == b.keys()
+        assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-5
+    drawn = [run.json("calibration.json")["mean_logps"] for run in (one, two)]
+    assert drawn[1] == pytest.approx(drawn[0], abs=1e-5)
+    sampled = [
+        {(r["round"], r["id"]): [s["text"] for s in r["samples"]] for r in run.rows("pool.jsonl")}
+        for run in (one, two)
+    ]
+    assert sampled[1] == sampled[0]
+    assert bool(sampled[0]) == (tune == "lora")
     texts = [[[r["text"] for r in row["responses"]] for row in run.samples()] for run in (one, two)]
     assert texts[1] == texts[0]
 

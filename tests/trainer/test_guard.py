@@ -13,7 +13,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from cwdpo.errors import NonFiniteError, RecipeError
-from cwdpo.models.load import load_weights
+from cwdpo.models.saved import load_weights
 from cwdpo.objectives.base import OBJECTIVES
 from cwdpo.scoring.pairs import reference_pass
 from cwdpo.trainer.guard import Guard, gradient_norm

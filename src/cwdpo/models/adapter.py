@@ -251,13 +251,15 @@ def _idle_layers(model: nn.Module) -> list[Any]:
     """All LoRA layers, if they are of the plain kind and each adds zero; else none."""
     from peft.tuners.lora import LoraLayer
 
+    from cwdpo.models.sharding import anything
+
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     plain = not any(
         layer.lora_variant or layer.lora_embedding_A or layer.merged or layer.disable_adapters
         for layer in layers
     )
-    zero = (not bool(p.any()) for layer in layers for p in layer.lora_B.parameters())
-    return layers if plain and all(zero) else []
+    changes = plain and anything(p for layer in layers for p in layer.lora_B.parameters())
+    return layers if plain and not changes else []
 
 
 def sort_targets(model: nn.Module) -> None:

@@ -116,7 +116,7 @@ def load_policy(
     check_folder(source, revision=settings.revision)
     base = adapter_base(source, settings.revision)
     processor = load_processor(source, settings)
-    model = _load_model(base or source, settings)
+    model = read_model(base or source, settings)
     if dequantize:
         use_exact_layers(model, settings)
         model = dequantized(model)
@@ -153,7 +153,17 @@ def adopt(
     from cwdpo.models.shared_attention import use_scoring
     from cwdpo.models.vision_cache import keep_vision_features
 
-    model = policy.model
+    model = tunable(policy.model, settings, peft_config=peft_config, dropout=dropout)
+    _move(model, settings.device)
+    use_scoring(model, settings.scoring)
+    keep_vision_features(model, settings.vision_cache_gb)
+    return Policy(model, policy.processor, policy.source)
+
+
+def tunable(
+    model: nn.Module, settings: ModelSettings, *, peft_config: Any = None, dropout: bool = False
+) -> nn.Module:
+    """The model with its frozen parts and its LoRA adapter; see :func:`adopt`."""
     if not dropout:
         disable_dropout(model)
     use_exact_layers(model, settings)
@@ -163,10 +173,7 @@ def adopt(
     elif settings.tune == "lora":
         model = add_lora(model, settings)
     sort_targets(model)
-    _move(model, settings.device)
-    use_scoring(model, settings.scoring)
-    keep_vision_features(model, settings.vision_cache_gb)
-    return Policy(model, policy.processor, policy.source)
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -253,19 +260,27 @@ def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTo
     return checkpoint_tokens(*found)
 
 
-def _load_model(source: str, settings: ModelSettings) -> Any:
+def read_model(source: str, settings: ModelSettings, **more: Any) -> Any:
     """The model with every weight from the checkpoint.
 
     For weights that a checkpoint lacks, transformers uses random numbers; weights that the config has no place for are
     ignored. It only warns. Both would train a different model than the recipe names, so both are refused.
+
+    Args:
+        source: a folder or a hub id.
+        settings: the recipe's section ``model``.
+        more: further arguments of ``from_pretrained``.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, or lacks weights.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import is_fsdp_enabled
 
     if is_fsdp_enabled():  # true only with fsdp_cpu_ram_efficient_loading
         raise ModelError(
-            "fsdp_cpu_ram_efficient_loading: true loads the weights on the first process only, but every process "
-            "scores the reference before the model is sharded: set it to false, as configs/accelerate/fsdp2.yaml does"
+            "fsdp_cpu_ram_efficient_loading: true loads all weights on the first process. It is not needed: every "
+            "process reads its part of them; set it to false, as configs/accelerate/fsdp2.yaml does"
         )
     config = checkpoint_config(source, settings)
     if settings.quantization is not None:
@@ -282,6 +297,7 @@ def _load_model(source: str, settings: ModelSettings) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
                 **load_options(settings, config, _device(settings.device)),
+                **more,
             )
     except Exception as error:  # from_pretrained raises errors of many types
         raise ModelError(f"model.path {source!r} cannot be loaded: {reason(error)}") from error
@@ -324,49 +340,3 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> int:
             parameter.requires_grad_(False)
         frozen += len(matched)
     return frozen
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Load the weights (or the adapter) of a saved folder into a model of the same shape.
-
-    It uses ``from_pretrained``, because families rename their parameters in files: loading the file's names directly
-    would leave most of the model unchanged.
-
-    Raises:
-        ModelError: the folder has no safetensors, or they do not fit the model.
-    """
-    adapter = folder / "adapter_model.safetensors"
-    if adapter.is_file():
-        _load_adapter(model, adapter)
-        return
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder}: no safetensors to continue from; remove the folder to run the stage again"
-        )
-    try:
-        with quiet():
-            saved, info = type(model).from_pretrained(
-                folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-            )
-    except Exception as error:  # as in _load_model
-        raise ModelError(
-            f"{folder}: cannot be loaded ({reason(error)}); remove the folder to run the stage again"
-        ) from error
-    check_loaded(saved, info, str(folder))
-    model.load_state_dict(saved.state_dict())
-
-
-def _load_adapter(model: Any, file: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        left_over = set_peft_model_state_dict(model, load_file(file)).unexpected_keys
-    except (SafetensorError, RuntimeError, OSError) as error:
-        left_over = [str(error)[:300]]
-    if left_over:
-        raise ModelError(
-            f"{file}: does not fit the run's adapter ({', '.join(left_over[:3])}); remove the folder to run the "
-            "stage again"
-        )

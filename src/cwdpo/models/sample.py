@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -25,6 +24,7 @@ from cwdpo.data.encode.reading import read_ahead
 from cwdpo.models.families.base import Family
 from cwdpo.models.inputs import device_of, image_inputs, unwrapped
 from cwdpo.models.shared_attention import model_family
+from cwdpo.models.turns import in_turns, take_turn, unchanged
 from cwdpo.records import NEW_TOKENS, Example, Sample
 from cwdpo.waiting import of_all
 
@@ -72,8 +72,8 @@ def sample(
         max_new_tokens: largest number of new tokens; a response that is cut has ``ended = False``.
         batch_size: prompts per forward pass.
         seed: seed of the samples; torch's global generator is not used.
-        together: all processes of the run call this, each draws a part of the batches, and all get all samples. Every
-            process must have the whole model.
+        together: all processes of the run call this, each draws a part of the batches, and all get all samples. Of a
+            sharded model, all processes must call this together in any case.
         progress: called with the number of finished prompts.
     """
     drawn = sample_several(
@@ -123,10 +123,11 @@ def sample_several(
         state = PartialState()
         batches = batches[state.process_index :: state.num_processes]
     prompts = ([encoder.prompt(examples[i]) for i in index] for index in batches)
-    for index, begun in zip(batches, read_ahead(prompts, begun_prompts, len), strict=True):
-        drawn = sample_batch(model, encoder, begun, n, decoding, seed, [keys[i] for i in index])
-        results |= zip(index, drawn, strict=True)
-        progress(len(index))
+    with in_turns(model):
+        for index, begun in zip(batches, read_ahead(prompts, begun_prompts, len), strict=True):
+            drawn = sample_batch(model, encoder, begun, n, decoding, seed, [keys[i] for i in index])
+            results |= zip(index, drawn, strict=True)
+            progress(len(index))
     if together:
         results = dict(of_all(list(results.items()), "sampling"))
     return [results[i] for i in range(len(examples))]
@@ -213,7 +214,7 @@ def shared_prefill(
     family, inner = model_family(model), unwrapped(model)
     groups = [0 if family is None else family.group(inner, p) for p in prompts]
     found: dict[int, tuple[list[int], list[float]]] = {}
-    with _generating(model):
+    with unchanged(model):
         for group in sorted(set(groups)):
             index = [i for i, own in enumerate(groups) if own == group]
             rows = [i * n + k for i in index for k in range(n)]
@@ -228,28 +229,13 @@ def forced_logps(model: Any, prompt: EncodedPrompt, ids: Sequence[int]) -> Tenso
 
     They are computed token by token with the model's cache, so they do not depend on the rows of scoring.
     """
-    with _generating(model):
+    with unchanged(model):
         rows = _Rows(model, [prompt], 0)
         logits, found = rows.prefill(), []
         for token in ids:
             found.append(logits.float().log_softmax(-1)[0, token])
             logits = rows.step(torch.tensor([token], device=logits.device))
     return torch.stack(found)
-
-
-@contextmanager
-def _generating(model: Any) -> Iterator[None]:
-    """Evaluation mode; afterwards the mode and the positions that the model stores (``rope_deltas``) are restored."""
-    was_training = model.training
-    mrope = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
-    stale = None if mrope is None else mrope.rope_deltas
-    model.eval()
-    try:
-        yield
-    finally:
-        if mrope is not None:
-            mrope.rope_deltas = stale
-        model.train(was_training)
 
 
 class _Rows:
@@ -310,6 +296,7 @@ class _Rows:
             logits_to_keep=1,
             **{**self.state, _CACHE: self.cache},
         )
+        take_turn(self.model, inputs)
         outputs = self.model(**inputs)
         self.state = self.inner._update_model_kwargs_for_generation(
             outputs, self.state, is_encoder_decoder=False

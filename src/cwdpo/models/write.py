@@ -10,16 +10,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
+def save_weights(model: nn.Module, folder: Path | None) -> None:
     """``save_pretrained`` of a model, or of its adapter.
+
+    Of a sharded model, all processes call this together, and those that write nothing give no folder.
 
     A model that transformers loaded from a hub checkpoint is written with that checkpoint's names. A model made from a
     config is written without the prefix ``vision_model`` of CLIP and SigLIP towers, which every hub checkpoint has;
     vLLM refuses such a folder. This function writes both with the hub's names.
     """
+    from cwdpo.models.sharding import is_sharded
+    from cwdpo.models.write_sharded import write_adapter, write_full
+
     plain: Any = model
     more: dict[str, Any] = {}
-    if not hasattr(model, "peft_config"):
+    adapter = hasattr(model, "peft_config")
+    if is_sharded(model):
+        (write_adapter if adapter else write_full)(model, folder)
+        if folder is not None:
+            _let_all_read(folder)
+        return
+    assert folder is not None
+    if not adapter:
         use_hub_names(model)
     elif _is_resized(plain):
         more["save_embedding_layers"] = True
@@ -27,6 +39,10 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         # An adapter on embeddings is saved with the embeddings; this is intended.
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
         plain.save_pretrained(folder, **more)
+    _let_all_read(folder)
+
+
+def _let_all_read(folder: Path) -> None:
     # safetensors lets only the owner read its files: a server of another user could not load the folder.
     for file in folder.glob("*.safetensors"):
         file.chmod(next(folder.glob("*config.json")).stat().st_mode)

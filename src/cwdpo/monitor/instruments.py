@@ -17,6 +17,7 @@ from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.sample import sample
+from cwdpo.models.sharding import is_sharded
 from cwdpo.monitor.influence import one_step
 from cwdpo.monitor.probe_pass import MOST_AT_ONCE, ProbeSet, with_responses
 from cwdpo.monitor.probe_set import Load, Prompts, as_chosen, build_prompts
@@ -91,7 +92,7 @@ def draw(stage: Stage, model: nn.Module, examples: Sequence[Example], seed: int)
     most = stage.recipe.probes.max_new_tokens
     size = stage.recipe.evaluation.batch_size
     drawn: list[Sample] = sample(
-        model, stage.encoder, examples, max_new_tokens=most, batch_size=size, seed=seed
+        model, stage.encoder, examples, max_new_tokens=most, batch_size=size, seed=seed, together=True
     )
     return drawn
 
@@ -168,9 +169,11 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
         """Measure at step 0.
 
         Raises:
-            RecipeError: on-policy samples or influence are to be measured, but the model is sharded.
+            RecipeError: influence is to be measured, but the model is sharded; or on-policy samples, but it was not
+                sharded yet when the weights of the start were kept.
         """
-        wanted = {"types: on_policy": self.instruments.start, "influence": self.instruments.updates}
+        kept = None if is_sharded(self.stage.policy.model) else self.instruments.start
+        wanted = {"types: on_policy": kept, "influence": self.instruments.updates}
         asked = [name for name, on in wanted.items() if on]
         sharded = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
         if sharded and asked:

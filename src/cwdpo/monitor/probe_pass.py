@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cwdpo.data.encode.collate import PromptBatch, collate
 from cwdpo.data.encode.encoder import EncodedCompletion, EncodedExample
 from cwdpo.data.encode.reading import read_ahead
+from cwdpo.models.turns import in_turns
 from cwdpo.objectives.base import Scale
 from cwdpo.probes.base import HeldOut
 from cwdpo.scoring.ahead import begun
@@ -85,7 +86,8 @@ class ProbeSet:
         was_training = model.training
         model.eval()
         batches = read_ahead(self._batches, lambda one: one.begun(model), lambda one: len(one.batch.prompts))
-        found = [one for batch in batches for one in batch.scored(model)]
+        with in_turns(model):
+            found = [one for batch in batches for one in batch.scored(model)]
         model.train(was_training)
         found = [found[i] for i in self._order]
         both = list(zip(self._responses, found, strict=True))

@@ -87,11 +87,12 @@ class Pool:
 
         coming = read_ahead(own, begun, len)
         for these in groups:
-            drawn = [
-                row
-                for batch in islice(coming, len(these[mine : mine + 1]))
-                for row in self._drawn(batch, keys, sampler, round_, step)
-            ]
+            with sampler.at_work():
+                drawn = [
+                    row
+                    for batch in islice(coming, len(these[mine : mine + 1]))
+                    for row in self._drawn(batch, keys, sampler, round_, step)
+                ]
             drawn = of_all(drawn, "sampling")
             if state.is_main_process:
                 drawn = self._store(these, drawn, keys)

@@ -20,6 +20,7 @@ from cwdpo.data.encode.encoded_rows import reference_means
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
+from cwdpo.models.sharding import is_sharded
 from cwdpo.models.write import save_weights
 from cwdpo.monitor.window import added_share
 from cwdpo.negatives.image_side import with_image_negatives
@@ -36,6 +37,7 @@ from cwdpo.stage.calibration import calibrate, calibration_row, negative_mean_lo
 from cwdpo.stage.prepare import encode, keep_negatives, with_reference_values
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.weights import Weights
+from cwdpo.waiting import from_first
 
 
 class RoundData(Dataset[EncodedExample]):
@@ -142,7 +144,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
             return {}
         stage = self.stage
         self._pool = self._pool or Pool(stage.run, stage.recipe, stage.encoder, self._judge)
-        model = stage.whole_model()
+        model = stage.current_model()
         with spent_on("sampling"), stage.autocast(model):
             return self._pool.fill(
                 examples, self._sampler(model, round_), round_, step,
@@ -154,9 +156,11 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         if self.settings.sampler.serve_folder:
             folder = (run.path / f"round{round_}").resolve()
             served = str(folder)
-            if run.writes and not folder.is_dir():
-                save_weights(model, folder)
-                self.stage.policy.processor.save_pretrained(folder)
+            if not from_first(folder.is_dir(), "writing the round's model"):
+                if run.writes or is_sharded(model):
+                    save_weights(model, folder if run.writes else None)
+                if run.writes:
+                    self.stage.policy.processor.save_pretrained(folder)
         return build_sampler(self.settings.sampler, model, self.stage.encoder, run.path / ANSWERS, served)
 
     def _calibrate(self, examples: Sequence[Example]) -> None:
@@ -207,7 +211,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
     def _prepared(self, blended: Sequence[Example], round_: int) -> list[EncodedExample]:
         """Encode the round's examples and score them with the reference: the policy with the weights of the start."""
         encoded = encode(self.stage, blended, f"/round{round_}")
-        model = self.stage.whole_model()
+        model = self.stage.current_model()
         start = contextlib.nullcontext() if self._start is None else self._start.in_force(model)
         with start:
             rows = with_reference_values(self.stage, encoded, model)

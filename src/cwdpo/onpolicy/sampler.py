@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from torch import nn
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.errors import ServerError
 from cwdpo.models.sample import Decoding, sample_batch
+from cwdpo.models.turns import in_turns
 from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.records import Example, Sample
 from cwdpo.remote import Ask, Client
@@ -29,6 +31,9 @@ class Sampler(Protocol):
     def together(self) -> bool:
         """Whether every process samples a part of the prompts; else the first process samples all."""
 
+    def at_work(self) -> AbstractContextManager[None]:
+        """All processes enter this together, and sample inside it, each as much as it likes."""
+
     def begin(self, examples: Sequence[Example]) -> None:
         """Called before a batch is sampled, while another one is: its images may be read from now on."""
 
@@ -44,6 +49,10 @@ class LocalSampler:
     def __init__(self, model: nn.Module, encoder: Encoder, settings: SamplerSettings) -> None:
         self.model, self.encoder, self.settings = model, encoder, settings
         self._begun: dict[str, EncodedPrompt] = {}
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """The processes call a sharded policy in turns."""
+        return in_turns(self.model)
 
     def begin(self, examples: Sequence[Example]) -> None:
         """Let the encoder's workers read the images."""
@@ -75,6 +84,10 @@ class ServerSampler:
         assert settings.server is not None
         server = settings.server if model is None else settings.server.model_copy(update={"model": model})
         self.client, self.settings = Client(server, store), settings
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Nothing: the server works."""
+        return nullcontext()
 
     def begin(self, examples: Sequence[Example]) -> None:
         """Nothing: the images are sent as they are."""

@@ -16,6 +16,7 @@ import numpy as np
 from cwdpo.data.contents import image_content, video_digest
 from cwdpo.errors import CwdpoError, DataError, RecipeError
 from cwdpo.models.load import Policy
+from cwdpo.models.sharding import is_sharded
 from cwdpo.pipeline.resume import keep_old
 from cwdpo.records import Completion, Example, ImageRef, VideoRef
 from cwdpo.rundir import RunDir
@@ -33,10 +34,11 @@ def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, a
         RecipeError: an input differs and ``accept_changes`` is not set; the message names every difference.
     """
     trouble: list[Exception | None] = [None]
+    weights = weights_digest(policy.model) if run.writes or is_sharded(policy.model) else ""
     if run.writes:
         try:
             now = _of_splits(splits)
-            now["model"] = _of_model(policy, videos=any(part["videos"] for part in now.values()))
+            now["model"] = _of_model(policy, weights, videos=any(part["videos"] for part in now.values()))
             before = run.json(FILE) if resume else {}
             found = differences(before, now) if before else []
             if found and not accept_changes:
@@ -112,14 +114,14 @@ def _video(video: VideoRef) -> str:
         return "unreadable"
 
 
-def _of_model(policy: Policy, *, videos: bool) -> dict[str, Any]:
+def _of_model(policy: Policy, weights: str, *, videos: bool) -> dict[str, Any]:
     tokenizer = getattr(policy.processor, "tokenizer", policy.processor)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     seeing: list[Any] = [getattr(policy.processor, "image_processor", None)]
     if videos:
         seeing.append(getattr(policy.processor, "video_processor", None))
     return {
-        "weights": weights_digest(policy.model),
+        "weights": weights,
         "tokenizer": _digest(
             [backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())]
         ),

@@ -15,7 +15,6 @@ from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
 from cwdpo.models.adapter import idle_adapters_off
-from cwdpo.models.load import load_weights
 from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.signals import Signals
 from cwdpo.onpolicy.rounds import RoundData, Rounds
@@ -176,7 +175,7 @@ def _train_from(stage: Stage, checkpoint: Path | None, trainer: PreferenceTraine
     """Train from a checkpoint or from the start; a checkpoint of the last step is only loaded."""
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         # transformers would take one more step before it checks the number of steps.
-        load_weights(stage.policy.model, checkpoint)
+        trainer.load(checkpoint)
         if trainer.args.should_save:  # a kill after it was written may have left one more than the limit
             trainer.delete_old(checkpoint)
         return
@@ -184,7 +183,7 @@ def _train_from(stage: Stage, checkpoint: Path | None, trainer: PreferenceTraine
         with readable(checkpoint, TRAINER_STATE_NAME):
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    stage.policy.model = trainer.whole_model()
+    stage.policy.model = trainer.trained_model()
 
 
 def total_steps(trainer: PreferenceTrainer) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,7 +14,10 @@ from cwdpo.clock import Clock, running, spent_on
 from cwdpo.config import Recipe, load_recipe
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.models.adapter import with_adapter_settings
+from cwdpo.models.load import Policy, load_policy
+from cwdpo.models.load_sharded import load_sharded
 from cwdpo.models.packages import check_packages
+from cwdpo.models.turns import silent_rows_from
 from cwdpo.pipeline.finish import evaluate_policy, result_of
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
@@ -26,7 +30,14 @@ from cwdpo.rundir import RunDir
 from cwdpo.stage.encoded import forget_rows
 from cwdpo.stage.environment import check_environment
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.model import encoder_of, load_model, load_saved, save_model
+from cwdpo.stage.model import (
+    encoder_of,
+    load_saved,
+    model_settings,
+    pictured_prompts,
+    save_model,
+    sharding_accelerator,
+)
 from cwdpo.stage.scoring_check import check_scoring, spread
 from cwdpo.stage.splits import prepare_data
 from cwdpo.stage.stage import Stage, StageName, autocast
@@ -93,11 +104,15 @@ def _train(
         for note in (*_notes(recipe), *splits.notes):
             listener.note(note)
         set_seed(recipe.seed)
-        listener.phase("loading the model")
-        with spent_on("loading the model"):
-            policy = load_model(recipe, splits, run)
+        settings = model_settings(recipe, splits, run)
+        accelerator = sharding_accelerator(recipe, listener.note)
+        if accelerator is None:
+            policy = _loaded(listener, partial(load_policy, settings))
+    if accelerator is not None:
+        policy = _loaded(listener, partial(load_sharded, settings, accelerator))
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = encoder_of(policy, recipe)
+    silent_rows_from(policy.model, lambda: pictured_prompts(encoder, splits))
     with autocast(policy.model, recipe.train.bf16):
         check_scoring(
             policy.model, encoder, [*spread(splits.stage2), *spread(splits.stage1)], recipe.model.scoring
@@ -132,6 +147,12 @@ def _train(
         if trackers:
             trackers.result(result_of(run, findings(run.path)))
     wait_for_all("evaluation and report")
+
+
+def _loaded(listener: Listener, load: Callable[[], Policy]) -> Policy:
+    listener.phase("loading the model")
+    with spent_on("loading the model"):
+        return load()
 
 
 def _notes(recipe: Recipe) -> list[str]:

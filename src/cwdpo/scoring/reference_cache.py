@@ -28,6 +28,7 @@ from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import ReferenceCacheError
 from cwdpo.models.inputs import unwrapped
 from cwdpo.models.quantization import state_of_layers
+from cwdpo.models.sharding import anything, is_sharded, whole
 from cwdpo.models.shared_attention import shares_prefix
 
 VERSION = 1
@@ -255,18 +256,26 @@ def reference_digest(model: nn.Module, *, bf16: bool = False) -> str:
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """A digest of all weights with their names, shapes and dtypes; a fresh adapter does not count."""
+    """A digest of all weights with their names, shapes and dtypes; a fresh adapter does not count.
+
+    Of a sharded model, all processes call this together.
+    """
     return _of_weights(model, hashlib.blake2b(digest_size=16))
 
 
 def _of_weights(model: nn.Module, digest: Any) -> str:
     named = list(model.named_parameters())
-    if not any(bool(p.any()) for name, p in named if ".lora_B." in name):
+    if not anything(p for name, p in named if ".lora_B." in name):
         named = [(name, p) for name, p in named if ".lora_" not in name]
+    parameters = (p for _, p in named)
     with ThreadPoolExecutor() as pool:
-        for (name, parameter), own in zip(
-            named, pool.map(_weight_digest, (p for _, p in named)), strict=True
-        ):
+        # The tensors of a sharded model are gathered one by one.
+        found = (
+            map(_weight_digest, map(whole, parameters))
+            if is_sharded(model)
+            else pool.map(_weight_digest, parameters)
+        )
+        for (name, parameter), own in zip(named, found, strict=True):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {own}\n".encode())
     for name, value in state_of_layers(unwrapped(model)):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} {_weight_digest(value)}\n".encode())

@@ -21,6 +21,7 @@ from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import ModelError
 from cwdpo.models.inputs import unwrapped
 from cwdpo.models.shared_attention import model_family
+from cwdpo.models.turns import take_turn
 from cwdpo.objectives.base import TokenStat
 from cwdpo.scoring.apart import parts_of
 from cwdpo.scoring.token_stats import resolve
@@ -219,6 +220,7 @@ def _in_order(scores: Sequence[TokenScores], order: Tensor, kept: Tensor | None)
 
 def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Tensor:
     """Call the model with the replaced head; returns the numbers of the request, [M, columns]."""
+    take_turn(model, inputs)  # before the head is replaced: a silent row needs it as it is
     with scoring_head(model, request):
         logits = model(**inputs, use_cache=False).logits
     assert isinstance(logits, Tensor)

@@ -221,6 +221,6 @@ def _mean_logps(stage: Stage, prompts: Sequence[Example], asked: Counter[str]) -
         drawn = sample_several(
             reference, stage.encoder, prompts, settings.per_prompt, max_new_tokens=settings.max_new_tokens,
             batch_size=stage.recipe.evaluation.batch_size, seed=stage.recipe.seed, repeated=repeats(prompts, asked),
+            together=True,
         )  # fmt: skip
-    found = [[round(s.mean_logp, 6) for s in own if s.mean_logp is not None] for own in drawn]
-    return from_first(found, "the samples of the calibration")
+    return [[round(s.mean_logp, 6) for s in own if s.mean_logp is not None] for own in drawn]

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from transformers import set_seed
 
 from cwdpo.arguments import TrainSettings
 from cwdpo.clock import spent_on
 from cwdpo.config import Recipe
-from cwdpo.data.encode.encoder import Encoder
+from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.data.encode.image_cache import ImageCache
+from cwdpo.errors import DataError
 from cwdpo.files.checksums import refuse_damage, write_checksums
 from cwdpo.files.writing import new_folder
-from cwdpo.models.load import Policy, load_policy, load_weights
+from cwdpo.models.load import Policy, load_policy
+from cwdpo.models.load_sharded import why_not_sharded
+from cwdpo.models.saved import load_weights
+from cwdpo.models.settings import ModelSettings
+from cwdpo.models.sharding import is_sharded
 from cwdpo.models.tiny import init_model
 from cwdpo.models.write import save_weights
 from cwdpo.rundir import RunDir
 from cwdpo.stage.splits import Splits
+from cwdpo.waiting import several
 
 
-def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
-    """Load the policy; ``path: init`` first creates a small LLaVA model with a tokenizer trained on the data."""
+def model_settings(recipe: Recipe, splits: Splits, run: RunDir) -> ModelSettings:
+    """The recipe's section ``model``; ``path: init`` makes a small LLaVA, its tokenizer trained on the data."""
     if recipe.model.path != "init":
-        return load_policy(recipe.model)
+        return recipe.model
     folder = run.path / "init"
     if not folder.exists():
         with new_folder(folder) as temporary:
@@ -35,7 +45,38 @@ def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
         set_seed(recipe.seed)
     else:
         refuse_damage(folder, "remove it, and it is created again")
-    return load_policy(recipe.model.model_copy(update={"path": str(folder)}))
+    return recipe.model.model_copy(update={"path": str(folder)})
+
+
+def load_model(recipe: Recipe, splits: Splits, run: RunDir) -> Policy:
+    """The policy, whole on this process; see :func:`model_settings`."""
+    return load_policy(model_settings(recipe, splits, run))
+
+
+def pictured_prompts(encoder: Encoder, splits: Splits) -> Iterator[EncodedPrompt]:
+    """The prompts with images or videos; rows that cannot be encoded are left out."""
+    for example in chain(splits.stage1, splits.stage2, splits.validation):
+        if example.pictured:
+            with contextlib.suppress(DataError):
+                yield encoder.prompt(example)
+
+
+def sharding_accelerator(recipe: Recipe, note: Callable[[str], None]) -> Accelerator | None:
+    """accelerate's settings of FSDP2, if the launcher asks for it and the model can be loaded in parts; else ``None``.
+
+    Args:
+        recipe: the recipe of the run.
+        note: told why a model that is to be sharded is loaded whole.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1") or not several():
+        return None
+    reason = why_not_sharded(recipe.model)
+    if reason is not None:
+        note(f"{reason}: every process loads the whole model; FSDP2 shards it for training only")
+        return None
+    return Accelerator(
+        cpu=recipe.model.device == "cpu", mixed_precision="bf16" if recipe.train.bf16 else "no"
+    )
 
 
 WORKERS = 4
@@ -78,6 +119,8 @@ def load_saved(policy: Policy, folder: Path) -> None:
 def save_model(policy: Policy, folder: Path, run: RunDir) -> None:
     """Write the model (or its adapter) and the processor; the folder gets its name only when it is complete."""
     if not run.writes:
+        if is_sharded(policy.model):
+            save_weights(policy.model, None)
         return
     with new_folder(folder) as temporary:
         save_weights(policy.model, temporary)

@@ -19,6 +19,7 @@ from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.encode.reading import read_ahead
 from cwdpo.errors import CwdpoError, DataError, NonFiniteError, ReferenceCacheError
 from cwdpo.models.quantization import is_rounded
+from cwdpo.models.turns import in_turns
 from cwdpo.models.vision_cache import needs_images
 from cwdpo.rundir import RunDir
 from cwdpo.scoring.pairs import reference_pass, with_reference
@@ -143,12 +144,13 @@ def _with_values(examples: Sequence[EncodedExample], rows: _Keyed) -> Sequence[E
 def _read_stored(folder: Path, model: nn.Module, rows: _Keyed, *, rounded: bool) -> None:
     """Take over the stored values. The main process reads them; its error is raised on all processes."""
     error = ""
-    if PartialState().is_main_process:
-        try:
-            rows.values.fill(folder)
-            _check_canaries(folder, model, rows, rounded=rounded)
-        except (ReferenceCacheError, NonFiniteError) as problem:
-            error = str(problem)
+    with in_turns(model):
+        if PartialState().is_main_process:
+            try:
+                rows.values.fill(folder)
+                _check_canaries(folder, model, rows, rounded=rounded)
+            except (ReferenceCacheError, NonFiniteError) as problem:
+                error = str(problem)
     rows.values.state, error = from_first((rows.values.state, error), "reading stored reference values")
     if error:
         raise ReferenceCacheError(error)
@@ -159,7 +161,8 @@ def _of_all(model: nn.Module, rows: _Keyed, batch: Sequence[tuple[int, EncodedEx
     scored: dict[int, Value] = {}
     problem: tuple[type[CwdpoError], str] | None = None
     try:
-        scored = _missing(model, rows, batch)
+        with in_turns(model):
+            scored = _missing(model, rows, batch)
     except (NonFiniteError, DataError) as error:
         problem = NonFiniteError if isinstance(error, NonFiniteError) else DataError, str(error)
     parts = of_all([(scored, problem)], "the reference pass")

@@ -18,6 +18,7 @@ from cwdpo.models.inputs import unwrapped
 from cwdpo.models.quantization import is_rounded
 from cwdpo.models.sample import forced_logps
 from cwdpo.models.shared_attention import Scoring, model_family, shares_prefix, use_scoring
+from cwdpo.models.turns import in_turns
 from cwdpo.records import Example
 from cwdpo.scoring import plain
 from cwdpo.scoring.score import score
@@ -58,8 +59,9 @@ def check_scoring(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     batch = collate(encoded)
     was_training = model.training
     model.eval()
-    wanted = plain.score(model, batch) if known else _tried(model, batch, plain.score)
-    ours = score(model, batch) if known else _tried(model, batch, _own)
+    with in_turns(model):
+        wanted = plain.score(model, batch) if known else _tried(model, batch, plain.score)
+        ours = score(model, batch) if known else _tried(model, batch, _own)
     model.train(was_training)
     rounded = is_rounded(model) or torch.is_autocast_enabled(wanted.logp.device.type)
     difference = float((ours.logp - wanted.logp).abs().sum() / wanted.mask.sum())

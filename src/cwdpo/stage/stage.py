@@ -124,9 +124,12 @@ class Stage:
         """See :func:`autocast`; for the policy if no other model is given."""
         return autocast(self.policy.model if model is None else model, self.recipe.train.bf16)
 
-    def whole_model(self) -> nn.Module:
-        """The policy with all its weights, also during training; all processes call this together."""
-        return self.policy.model if self.trainer is None else self.trainer.whole_model()
+    def current_model(self) -> nn.Module:
+        """The policy with its current weights, also during training: whole, or sharded if it was loaded so.
+
+        All processes call this together.
+        """
+        return self.policy.model if self.trainer is None else self.trainer.trained_model()
 
     def note_problems(self, texts: Sequence[str], part: str = "") -> None:
         """Write problems to ``problems.jsonl``; they replace earlier ones of the same part of the stage."""

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import NonFiniteError
 from cwdpo.files.writing import write_json
+from cwdpo.models.sharding import local_part
 from cwdpo.objectives.base import ObjectiveOutput, ScoredPairs
 
 Found = Literal["loss", "gradient", "parameter"]
@@ -215,13 +216,6 @@ def gradient_norm(model: nn.Module) -> Tensor:
     norms = [get_total_norm(gradients) for gradients in by_mesh.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, or the tensor itself if it is not sharded."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _named(parameters: Any, part: Callable[[Tensor], Tensor | None]) -> list[str]:

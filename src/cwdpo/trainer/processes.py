@@ -123,22 +123,3 @@ def _whole(parameter: nn.Parameter) -> nn.Parameter:
         value = parameter.detach()
         value = value.full_tensor() if isinstance(value, DTensor) else value
     return nn.Parameter(value, requires_grad=parameter.requires_grad)
-
-
-def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Set the layers that FSDP2 shards one by one, if its config does not name them.
-
-    transformers' list for a model family may name layers that this model does not have. accelerate does not accept
-    those, so they are left out.
-
-    Raises:
-        RecipeError: FSDP version 1 is configured.
-    """
-    plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise RecipeError("fsdp_config: fsdp_version must be 2, as in configs/accelerate/fsdp2.yaml")
-    if plugin.transformer_cls_names_to_wrap is None:
-        known = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = sorted(
-            known & set(getattr(model, "_no_split_modules", None) or ())
-        )

@@ -22,19 +22,19 @@ from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.encode.reading import read_ahead
 from cwdpo.errors import RecipeError
-from cwdpo.models.load import load_weights
+from cwdpo.models.sharding import check_sharding, is_sharded
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.models.vision_cache import forget_vision_features, needs_images
 from cwdpo.objectives.base import InForce, Objective, ScoredPairs, StepTotals
 from cwdpo.scoring.pairs import scored_pairs
 from cwdpo.scoring.score import row_tokens, score
 from cwdpo.trainer.batching import LengthGrouped, TokenBatches, all_row_lengths, row_lengths
-from cwdpo.trainer.checkpoints import CompleteCheckpoints
 from cwdpo.trainer.guard import Guard, MicroBatch
 from cwdpo.trainer.memory import StepMemory
 from cwdpo.trainer.metrics import StepMetrics
-from cwdpo.trainer.processes import Unsharded, check_sharding, together
+from cwdpo.trainer.processes import Unsharded, together
 from cwdpo.trainer.rounding import LostUpdates, check_optimizer, optimizer_class
+from cwdpo.trainer.sharded import ShardedTraining
 
 _COLLATES_HERE = {
     "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
@@ -92,7 +92,7 @@ class OptimizerTime(TrainerCallback):  # type: ignore[misc]
             clock.end()
 
 
-class PreferenceTrainer(CompleteCheckpoints):
+class PreferenceTrainer(ShardedTraining):
     """Trains a policy with an objective on encoded examples.
 
     The loss of an optimizer step is a sum over its micro-batches, divided once by the counts of the step. So it does
@@ -162,7 +162,7 @@ class PreferenceTrainer(CompleteCheckpoints):
         self.guard.accelerator = self.accelerator
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator, model)
-        self._unsharded = Unsharded(model) if self._sharded else None
+        self._unsharded = Unsharded(model) if self._sharded and not is_sharded(model) else None
         if self._sharded:
             forget_vision_features(model)
         if self.is_deepspeed_enabled and self.guard.spike_factor is not None:
@@ -309,8 +309,11 @@ class PreferenceTrainer(CompleteCheckpoints):
             last = last.first_examples(min(max(left - rank * size, 0), size))
         return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
 
-    def whole_model(self) -> torch.nn.Module:
-        """The trained model with all its weights on every process; all processes call this together."""
+    def trained_model(self) -> torch.nn.Module:
+        """The trained model: whole on every process, or sharded if it was so before training.
+
+        All processes call this together.
+        """
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return model if self._unsharded is None else self._unsharded.filled(model)
 
@@ -362,21 +365,6 @@ class PreferenceTrainer(CompleteCheckpoints):
             if self.accelerator.sync_gradients:
                 self.guard.check_gradient(model, self.state.global_step + 1)
         return loss
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a checkpoint of all weights, with the parameter names that its model family uses on disk.
-
-        transformers' Trainer loads the names of the file with ``strict=False``. Some families, such as LLaVA, are saved
-        under other names: nothing would be loaded, and training would continue from the wrong weights.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint with :meth:`_load_from_checkpoint`, for the same reason."""
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's metrics, averaged over processes, to the values that the Trainer logs."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cwdpo.errors import ModelError
-from cwdpo.trainer.guard import local_part
+from cwdpo.models.sharding import local_part
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -54,9 +54,8 @@ class HollowRun:
     Args:
         config: transformers' configuration of the checkpoint.
         gpus: number of GPUs that the run is on, each with the whole model.
-        sharded: under FSDP2, which spreads optimizer state and gradients over the GPUs. Weights count whole: they lie
-            so on each GPU before training, and while training FSDP2 gathers those of a layer when it runs. So the
-            memory is an upper bound.
+        sharded: under FSDP2, which spreads optimizer state and gradients over the GPUs. Weights count whole,
+            though FSDP2 divides them and gathers those of a layer when it runs. So the memory is an upper bound.
     """
 
     def __init__(self, config: Any, gpus: int, *, sharded: bool = False) -> None:

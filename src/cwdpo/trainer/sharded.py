@@ -1,0 +1,90 @@
+"""A Trainer for models that are sharded before it gets them: transformers and accelerate expect to do it themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.utils.constants import OPTIMIZER_NAME
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from transformers.trainer import SCHEDULER_NAME
+
+from cwdpo.models.saved import load_weights
+from cwdpo.models.sharding import is_sharded
+from cwdpo.trainer.checkpoints import CompleteCheckpoints, readable
+
+
+class ShardedTraining(CompleteCheckpoints):
+    """Optimizer and checkpoints of a model that may be sharded already; for other models nothing differs."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Of a sharded model, remember which parameters the optimizer has."""
+        made = super().create_optimizer(model)
+        groups = made.param_groups if is_sharded(self.model) else ()
+        self._trained: list[list[Tensor]] = [list(group["params"]) for group in groups]
+        return made
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Called when accelerate has prepared the optimizer: give it its parameters back.
+
+        accelerate finds them by the address of their values. A process whose part of a small parameter is empty has no
+        such address, and would get the same parameter for all of them.
+        """
+        for group, own in zip(
+            self.optimizer.param_groups if self._trained else (), self._trained, strict=True
+        ):
+            group["params"] = own
+        return super().create_scheduler(*args, **kwargs)
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint into the model, without training it."""
+        if is_sharded(self.model):
+            with readable(checkpoint, "its weights"):
+                self._load_from_checkpoint(str(checkpoint), self.model)
+        else:
+            load_weights(self.model, checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint of all weights, with the parameter names that its model family uses on disk.
+
+        transformers' Trainer loads the names of the file with ``strict=False``. Some families, such as LLaVA, are saved
+        under other names: nothing would be loaded, and training would continue from the wrong weights.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint with :meth:`_load_from_checkpoint`, for the same reason."""
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with readable(checkpoint, "the state of the optimizer or of the learning rate schedule"):
+            _load_optimizer(self.model, self.optimizer, Path(checkpoint) / f"{OPTIMIZER_NAME}_0")
+            self.lr_scheduler.load_state_dict(
+                torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            )
+
+
+def _load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Load the state of an optimizer that accelerate stored.
+
+    accelerate's own function refuses it if some parameter had no gradient in any step so far: it has no state in the
+    checkpoint. Here it has none afterwards either, as in a run that was not interrupted.
+    """
+    reader = dcp.FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}  # makes the state of every parameter
+    dcp.load(state, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    for name, parameter in model.named_parameters():
+        if not any(key.startswith(f"optimizer.state.{name}.") for key in stored):
+            optimizer.state.pop(parameter, None)
