@@ -22,7 +22,11 @@ from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.objectives.sft_constrained import SftConstrained
 from cwdpo.schema import recipe_schema
 
-RECIPES = [*sorted(paths.RECIPES.glob("**/*.yaml")), paths.ROOT / "src/cwdpo/lab/recipe.yaml"]
+RECIPES = [
+    *sorted(paths.RECIPES.glob("**/*.yaml")),
+    *sorted((paths.ROOT / "examples").glob("*/*.yaml")),
+    paths.ROOT / "src/cwdpo/lab/recipe.yaml",
+]
 STAGE = {"objective": "dpo", "learning_rate": 1e-5}
 
 

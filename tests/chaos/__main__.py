@@ -243,7 +243,7 @@ class Chaos:
         elif self.server.run(err, *command.arguments(place)):
             self._refused(err, told)
         else:
-            self._went_on(command, source, place, err, told)
+            self._went_on(command, path, place, err, told)
 
     def _read(self, reader: str, place: Path, err: Path, case: str) -> None:
         out = ["--out", place / "out"] if reader == "export" else []
@@ -258,7 +258,7 @@ class Chaos:
         else:
             self.figures.count("damage named")
 
-    def _went_on(self, command: Command, source: Path, place: Path, err: Path, case: str) -> None:
+    def _went_on(self, command: Command, damaged: Path, place: Path, err: Path, case: str) -> None:
         if _traceback(err):
             self.figures.fail("tracebacks", case, err.read_text(errors="replace"))
         # A checkpoint that a later model has made superfluous is not looked at.
@@ -267,7 +267,11 @@ class Chaos:
             for files in (contents(place / "run", self.stages[command.name][0]), command.wanted)
         )
         wrong = difference(found, wanted)
-        if wrong:
+        name = damaged.relative_to(place / "run").as_posix()
+        twin = self.stages[command.name][0] / name
+        if wrong == name and name.startswith("data/") and _rows(damaged) == _rows(twin):
+            self.figures.count("damage that changes no row")
+        elif wrong:
             self._save(place)
             self.figures.fail("wrong continuations", case, f"went on without a word and differs: {wrong}")
         else:
@@ -361,6 +365,14 @@ def _clear(*paths: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _rows(path: Path) -> list[Any]:
+    """What a run takes from a file of rows: a key that no format reads may be there or not."""
+    from cwdpo.data.read.reader import read_examples
+
+    found = read_examples(path).examples
+    return [(e.id, e.prompt, e.chosen, e.rejected, e.gentle, e.references, dict(e.extra)) for e in found]
 
 
 def _traceback(err: Path) -> bool:

@@ -352,6 +352,9 @@ def test_the_command_needs_no_weights(
     assert found["memory"]["total"] == sum(found["memory"]["parts"].values())
     assert found["hardware"]["gpu"] == {"name": "4090", "memory_gib": 24.0, "tflops": 165.2, "bf16": True}
     assert found["images"]["workers"] > 0
+    old = run("plan", recipe, "--gpu", "t4", "train.bf16=true", "--rows", "8")
+    assert "8.1 TFLOP/s in float32" in old.out
+    assert "t4 has no bfloat16 units: in float32" in old.out
 
 
 def test_a_run_that_cannot_fit_ends_with_code_1(

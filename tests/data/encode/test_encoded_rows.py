@@ -24,6 +24,7 @@ def rows(encoder: Any, examples: list[Example], monkeypatch: pytest.MonkeyPatch)
     """(rows on disk, the same as a list): with images, without, and with negatives that have images of their own."""
     monkeypatch.setattr(encoded_rows, "_BATCH", 4)
     monkeypatch.setattr(encoded_rows, "_KEPT", 8)
+    monkeypatch.setattr(encoded_rows, "_SINGLY", 3)
     mixed: list[Example] = []
     for i, e in enumerate(examples[:18]):
         if i % 3 == 0:

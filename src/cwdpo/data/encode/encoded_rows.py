@@ -27,6 +27,8 @@ _BATCH = 1024
 """Rows of a record batch."""
 _KEPT = 32 * _BATCH
 """Rows after which a pass over the file lets go of its pages, which would else count as memory of this process."""
+_SINGLY = 1024
+"""The same for rows that are read one by one, each from pages of its own."""
 _PROMPT = pa.struct(
     [
         ("ids", pa.binary()), ("names", pa.list_(pa.string())), ("values", pa.list_(pa.binary())),
@@ -102,6 +104,7 @@ class EncodedRows(Sequence[EncodedExample]):
         self._own: Any = _sizes(pc.list_flatten(prompts))[first_prompts]
         self.index: Any = np.arange(len(counts))
         self._release()
+        self._read_singly = 0
         self._reference: Any = None
         self._kept: Any = None
 
@@ -208,6 +211,9 @@ class EncodedRows(Sequence[EncodedExample]):
     def __getitem__(self, index: int | slice) -> EncodedExample | EncodedRows:
         if isinstance(index, slice):
             return self.select(index)
+        self._read_singly += 1
+        if self._read_singly % _SINGLY == 0:
+            self._release()
         row = int(self.index[index])
         (found,) = self._batches[row // _BATCH].slice(row % _BATCH, 1).to_pylist()
         return self._example(row, found)
