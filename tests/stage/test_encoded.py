@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,17 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 CHANGES: dict[str, tuple[bool, Callable[[Stage, RunDir], Any]]] = {
     "nothing": (True, lambda stage, run: None),
     "a byte": (False, lambda stage, run: damage(run.path / "encoded" / "stage2.arrow")),
     "the note": (False, lambda stage, run: (run.path / "encoded" / "stage2.json").write_text("{")),
+    "a problem": (False, lambda stage, run: edit(run.path / "encoded" / "stage2.json", problems=["x"])),
+    "no problems": (False, lambda stage, run: edit(run.path / "encoded" / "stage2.json", problems=3)),
+    "another file": (False, lambda stage, run: edit(run.path / "encoded" / "stage2.json", file=[])),
     "lost": (False, lambda stage, run: (run.path / "encoded" / "stage2.arrow").unlink()),
     "other rows": (False, lambda stage, run: run.write_json("inputs.json", {"stage2": {}, "model": {}})),
     "another limit": (False, lambda stage, run: setattr(stage.encoder, "max_length", 999)),

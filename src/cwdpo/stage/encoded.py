@@ -38,7 +38,8 @@ def stored_rows(stage: Stage, *, require_negative: bool) -> tuple[EncodedRows, l
     if stage.resume:
         with contextlib.suppress(FileError):
             known = run.json(f"{FOLDER}/{stage.name}.json")
-    if known.get("made_of") == made_of and not difference(folder, name, known.get("file")):
+    whole = known == _note(made_of, known.get("file"), known.get("problems"))
+    if whole and not difference(folder, name, known["file"]):
         return EncodedRows(folder / name, stage.examples, negatives, encoder), known["problems"]
     problems: list[str] = []
     with replacing(folder / name, durable=False) as temporary:
@@ -47,7 +48,7 @@ def stored_rows(stage: Stage, *, require_negative: bool) -> tuple[EncodedRows, l
         )
         write_rows(temporary, batches)
     entry = Running().entry(folder / name)
-    run.write_json(f"{FOLDER}/{stage.name}.json", {"made_of": made_of, "file": entry, "problems": problems})
+    run.write_json(f"{FOLDER}/{stage.name}.json", _note(made_of, entry, problems))
     return EncodedRows(folder / name, stage.examples, negatives, encoder), problems
 
 
@@ -65,6 +66,16 @@ def forget_rows(stage: Stage) -> None:
         folder.rmdir()
 
 
+def _note(made_of: str, entry: Any, problems: Any) -> dict[str, Any]:
+    """What stands beside the rows; its digest tells whether anything in it was changed."""
+    found = {"made_of": made_of, "file": entry, "problems": problems}
+    return {**found, "digest": _digest(found)}
+
+
+def _digest(facts: Any) -> str:
+    return blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 def _made_of(stage: Stage, inputs: Any, *, require_negative: bool) -> str:
     """A digest of all that the encoded rows depend on."""
     data, encoder = stage.recipe.data, stage.encoder
@@ -74,4 +85,4 @@ def _made_of(stage: Stage, inputs: Any, *, require_negative: bool) -> str:
         require_negative, encoder.prompt.image_settings, str(SCHEMA), sorted(versions().items()),
         version_of("tokenizers"),
     ]  # fmt: skip
-    return blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return _digest(facts)
