@@ -129,9 +129,8 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
             "negatives.judge, for example {name: references}, where the rows have references"
         )
     pool = Pool(run, recipe, encoder, judge)
-    if (
-        chosen == "best"
-    ):  # judged at the end; the recipe without a judge keeps stored samples apart from judged ones
+    if chosen == "best":
+        # Judged at the end; the recipe without a judge keeps stored samples apart from judged ones.
         unjudged = settings.model_copy(update={"judge": {"name": "none"}})
         pool = Pool(run, recipe.model_copy(update={"negatives": unjudged}), encoder, None)
     listener.phase(f"sampling {len(readable)} prompts")
