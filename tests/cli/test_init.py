@@ -30,6 +30,7 @@ def place(world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 INIT = ("init", "--data", "my.jsonl", "--gpu", "4090")
 
 
+@pytest.mark.slow
 def test_a_recipe_is_written_that_validates_and_trains(run: Run, place: Path, model_folder: Path) -> None:
     done = run(*INIT, "--model", model_folder, "--out", "first.yaml", "--json")
     assert done.code == 0, done.err

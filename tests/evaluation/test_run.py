@@ -284,7 +284,8 @@ json.dump({"logits": logits.tolist(), "text": text}, open(out, "w"))
 """
 
 
-@pytest.mark.parametrize("tune", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["full", "lora"])
 def test_an_exported_run_loads_elsewhere_and_says_the_same(tune: str, tmp_path: Path, captions: Path) -> None:
     import torch
 

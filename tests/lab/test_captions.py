@@ -54,6 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory):
     return policy.model, Encoder(policy.processor), read_examples(Path(files["test"])).examples
 
 
+@pytest.mark.slow
 def test_hotter_samples_have_more_entropy_and_fewer_right_captions(world) -> None:
     model, encoder, test = world
     model.train()

@@ -138,6 +138,7 @@ def test_the_reference_stays_that_of_the_stages_start(whole: Path) -> None:
             assert stored[key][0] == pytest.approx(completion.reference_sum_logp, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_none_and_all(tmp_path: Path, fraction: float) -> None:
     short = {"objective": {"name": "cw_dpo"}, "learning_rate": 1e-4, "steps": 4}
@@ -147,6 +148,7 @@ def test_none_and_all(tmp_path: Path, fraction: float) -> None:
     assert (folder / "pool.jsonl").is_file() == (fraction > 0)
 
 
+@pytest.mark.slow
 def test_right_samples_become_chosen_where_asked(tmp_path: Path) -> None:
     short = {"objective": {"name": "sft"}, "learning_rate": 1e-4, "steps": 4}
     negatives = {
@@ -182,20 +184,16 @@ def killer(where: str, at: tuple[int, int]) -> Listener:
     return Listener(step=step, sampled=sampled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "at"),
     [
+        ("sampling", (0, 24)),
         ("sampling", (1, 48)),
+        ("sampling", (2, 24)),
+        ("step", (2, 3)),
         ("step", (2, 8)),
-        *(
-            pytest.param(where, at, marks=pytest.mark.slow)
-            for where, at in [
-                ("sampling", (0, 24)),
-                ("sampling", (2, 24)),
-                ("step", (2, 3)),
-                ("step", (2, 10)),
-            ]
-        ),
+        ("step", (2, 10)),
     ],
 )
 def test_a_kill_in_sampling_or_in_a_round_changes_nothing(

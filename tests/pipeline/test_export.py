@@ -257,6 +257,7 @@ def test_rows_that_are_gone_are_named_with_the_way_out(
     assert "add --merge" in refused.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("stored", [False, True], ids=["quantized at loading", "stored quantized"])
 def test_a_quantized_base_is_dequantized_before_the_merge(
@@ -338,6 +339,7 @@ json.dump(logits.tolist(), open(out, "w"))
 """
 
 
+@pytest.mark.slow
 def test_a_merged_export_loads_in_a_clean_process(
     tied: dict[str, Path], world_folder: Path, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_the_first_way_that_fits_is_taken_with_the_largest_micro_batches(
     assert str(caught.value).count("\n") == 3, "LoRA and nf4, each once"
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_where_one_prompt_is_too_much(
     recipe: Recipe, stages: list[StageRows]
 ) -> None:

@@ -338,6 +338,7 @@ def weightless(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_weights(
     run: Run, model_folder: Path, world_folder: Path, tmp_path: Path
 ) -> None:
@@ -357,6 +358,7 @@ def test_the_command_needs_no_weights(
     assert "t4 has no bfloat16 units: in float32" in old.out
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_ends_with_code_1(
     run: Run, model_folder: Path, world_folder: Path, tmp_path: Path
 ) -> None:

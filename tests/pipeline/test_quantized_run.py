@@ -64,6 +64,7 @@ def content(run: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_ln_2_and_the_adapter_learns(finished: tuple[str, RunDir]) -> None:
     _, run = finished
     rows = [
@@ -76,9 +77,8 @@ def test_the_first_loss_is_ln_2_and_the_adapter_learns(finished: tuple[str, RunD
     assert len(read_jsonl(run.path / "rounds.jsonl")) == 2
 
 
-@pytest.mark.parametrize(
-    ("stage", "step"), [pytest.param("stage1", 2, marks=pytest.mark.slow), ("stage2", 3)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step"), [("stage1", 2), ("stage2", 3)])
 def test_a_killed_run_ends_where_the_uninterrupted_one_ends(
     finished: tuple[str, RunDir],
     world_folder: Path,
