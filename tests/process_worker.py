@@ -348,7 +348,7 @@ def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
         try:
             waiting.wait_for_all("a test")
         except CwdpoError as error:
-            print(f"{type(error).__name__}: {error}")
+            print(f"{type(error).__name__}: {error}", flush=True)  # os._exit writes out nothing
         os._exit(0)
     if names[:1] == ("slow",):
         slow_first_process(Path(out), names[1], names[2:])
