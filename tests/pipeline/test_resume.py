@@ -417,6 +417,7 @@ def test_samples_go_on_behind_the_last_whole_draw(
     assert content(finished.path) == before
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_the_last_checkpoint(
     finished: RunDir, world_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -51,9 +51,18 @@ def recipe(world: Path, objective: Any, road: str, **changes: Any) -> Any:
     return parse_recipe({**tree, **changes})
 
 
-# Rounds go the longer way.
-@pytest.mark.parametrize("road", [pytest.param("once", marks=pytest.mark.slow), "rounds"])
-@pytest.mark.parametrize("name", OBJECTIVES.names())
+FAST = {("cw_dpo", "rounds"), ("mdpo", "rounds")}
+
+
+# Rounds go the longer way; of the fast tests they have two objectives.
+@pytest.mark.parametrize(
+    ("name", "road"),
+    [
+        pytest.param(name, road, marks=() if (name, road) in FAST else pytest.mark.slow)
+        for name in OBJECTIVES.names()
+        for road in ("once", "rounds")
+    ],
+)
 def test_every_objective_with_every_probe_on_both_roads(
     world: Path, tmp_path: Path, name: str, road: str
 ) -> None:
@@ -131,6 +140,7 @@ def test_an_objective_of_ones_own_calibrates_and_has_a_statistic_of_its_own(
     assert weights, "the probes read the floor of the objective in force"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ROADS)
 def test_a_target_weight_is_the_mean_weight_of_the_first_step(world: Path, tmp_path: Path, road: str) -> None:
     """The first step holds all pairs, and its policy is the reference."""

@@ -539,6 +539,7 @@ def test_push_to_hub(
 # --- the two scripts ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_two_scripts_of_the_docs_run_and_agree(
     tmp_path: Path, model_folder: Path, dataset: datasets.Dataset
 ) -> None:

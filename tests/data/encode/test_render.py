@@ -125,6 +125,18 @@ def alive(pid: int) -> bool:
         return file.read().split()[2] != "Z"
 
 
+def test_a_child_that_died_is_replaced() -> None:
+    renderer = Renderer(Templated("{{ messages[0]['role'] }}"))
+    assert renderer(CHAT, generation=True) == "user"
+    assert renderer._child is not None
+    first = renderer._child.pid
+    os.kill(first, signal.SIGKILL)
+    assert renderer(CHAT, generation=True) == "user"
+    assert renderer._child.pid != first
+    os.kill(renderer._child.pid, signal.SIGKILL)
+    assert renderer.many([(CHAT, True, [])]) == ["user"]
+
+
 def test_the_process_goes_with_its_renderer() -> None:
     renderer = Renderer(Templated("a"))
     renderer(CHAT, generation=True)

@@ -67,11 +67,8 @@ class Renderer:
         with self._lock:
             if self._given_up:
                 raise ModelError(self._given_up)
-            text = self._started().ask(
-                json.dumps([[list(chat), generation, list(tools)]]).encode(), self._seconds
-            )
+            text = self._answer(json.dumps([[list(chat), generation, list(tools)]]).encode())
             if text is None:
-                self._end()
                 self._given_up = (
                     f"the chat template of {_name(self._processor)} did not end within {self._seconds:g} seconds and "
                     f"{MEMORY // 2**20} MiB, or gave more than {MOST_CHARACTERS} characters: set another chat "
@@ -91,12 +88,27 @@ class Renderer:
         if not (hasattr(os, "fork") and self._together and orders):
             return [None] * len(orders)
         with self._lock:
-            text = self._started().ask(json.dumps(orders).encode(), self._seconds)
+            text = self._answer(json.dumps(orders).encode())
             if text is None:
-                self._end()
                 self._together = False
                 return [None] * len(orders)
         return [found.get("text") for found in json.loads(text)]
+
+    def _answer(self, order: bytes) -> bytes | None:
+        """The child's answer; ``None`` if a limit was exceeded.
+
+        A child that died is replaced once: it may have been killed by others, or its fork may have failed.
+        """
+        for _ in range(2):
+            try:
+                text = self._started().ask(order, self._seconds)
+            except _DiedError:
+                self._end()
+                continue
+            if text is None:
+                self._end()
+            return text
+        return None
 
     def _started(self) -> _Child:
         if self._child is None or self._child.owner != os.getpid():
@@ -108,6 +120,10 @@ class Renderer:
         if self._child is not None:
             self._child.end(os.getpid())
         self._child = None
+
+
+class _DiedError(Exception):
+    """The child is gone; of a template that takes too much memory or makes too long a text, too."""
 
 
 class _Child:
@@ -134,12 +150,16 @@ class _Child:
         os.close(answers)
 
     def ask(self, order: bytes, seconds: float) -> bytes | None:
-        """The answer; ``None`` if the process died or did not answer in time."""
+        """The answer; ``None`` if the process did not answer in time.
+
+        Raises:
+            _DiedError: the process ended.
+        """
         until, used = time.monotonic() + PATIENCE * seconds, _cpu_seconds(self.pid)
         try:
             _write(self._send, order)
         except BrokenPipeError:
-            return None
+            raise _DiedError from None
         data = b""
         size = 4
         while len(data) < size:
@@ -151,7 +171,7 @@ class _Child:
                 continue
             part = os.read(self._receive, 2**16)
             if not part:
-                return None
+                raise _DiedError
             data += part
             if size == 4 and len(data) >= 4:
                 size = 4 + struct.unpack("!I", data[:4])[0]
