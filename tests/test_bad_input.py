@@ -838,7 +838,7 @@ class mounted:  # noqa: N801
 
     def __exit__(self, *_: object) -> None:
         gc.collect()  # encoded rows stay mapped as long as an object of the run lives
-        subprocess.run(["umount", str(self.folder)], check=True)
+        subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
 
 def test_a_read_only_folder(run: Run, place: Path, read_only: Path) -> None:

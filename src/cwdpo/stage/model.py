@@ -74,9 +74,13 @@ def sharding_accelerator(recipe: Recipe, note: Callable[[str], None]) -> Acceler
     if reason is not None:
         note(f"{reason}: every process loads the whole model; FSDP2 shards it for training only")
         return None
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=recipe.model.device == "cpu", mixed_precision="bf16" if recipe.train.bf16 else "no"
     )
+    if getattr(accelerator.state, "fsdp_plugin", None) is None:  # accelerate was set up before, without FSDP
+        note("accelerate has no settings of FSDP yet: every process loads the whole model")
+        return None
+    return accelerator
 
 
 WORKERS = 4
