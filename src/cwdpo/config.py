@@ -208,20 +208,21 @@ def stored_model(path: Path, code: Sequence[str] = ()) -> ModelSettings:
     Raises:
         RecipeError: see :func:`load_recipe`; or the model needs code that the user did not name.
     """
-    for key, name in model_code({"model": read_tree(path).get("model")}).items():
+    tree = read_tree(path)
+    for key, name in model_code(tree).items():
         if name not in code:
             _refuse(path, key, name, f"name it on the command line: --code {shortened(name)}")
-    return _stored(path, "model", ModelSettings)
+    return _stored(tree, path, "model", ModelSettings)
 
 
 def stored_data(path: Path) -> DataSettings:
     """The section ``data`` of a run's recipe, like :func:`stored_model`; its format is not loaded."""
-    return _stored(path, "data", DataSettings)
+    return _stored(read_tree(path), path, "data", DataSettings)
 
 
-def _stored(path: Path, name: str, section: type[_Section]) -> _Section:
+def _stored(tree: Mapping[str, Any], path: Path, name: str, section: type[_Section]) -> _Section:
     try:
-        return section.model_validate(read_tree(path).get(name, {}))
+        return section.model_validate(tree.get(name, {}))
     except ValidationError as error:
         raise RecipeError(explain(error, f"{path}: {name}", section.model_fields)) from None
 
@@ -254,25 +255,14 @@ def model_code(tree: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _refuse_code(tree: Any, path: Path, overrides: Sequence[str]) -> None:
+    own = "give your own recipe instead, or name it on the command line"
     given = [override.partition("=") for override in overrides]
     for key, name in code_names(tree).items():
         if not any(name in text for _, _, text in given):
-            _refuse(
-                path,
-                key,
-                name,
-                "give your own recipe instead, or name it on the command line, e.g. "
-                f"stage2.objective.name={shortened(name)}",
-            )
+            _refuse(path, key, name, f"{own}, e.g. stage2.objective.name={shortened(name)}")
     for key, name in model_code(tree).items():
         if not any(changed == key for changed, _, _ in given):
-            value = "true" if name == "remote" else shortened(name)
-            _refuse(
-                path,
-                key,
-                name,
-                f"give your own recipe instead, or name it on the command line: {key}={value}",
-            )
+            _refuse(path, key, name, f"{own}: {key}={'true' if name == 'remote' else shortened(name)}")
 
 
 def _refuse(path: Path, key: str, name: str, remedy: str) -> NoReturn:

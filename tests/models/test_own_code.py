@@ -13,6 +13,7 @@ import torch
 
 from cwdpo.config import load_recipe, stored_model
 from cwdpo.errors import ModelError, RecipeError
+from cwdpo.evaluation.run import model_settings
 from cwdpo.models.load import EMBEDDED, load_policy
 from cwdpo.models.settings import ModelSettings
 
@@ -115,6 +116,13 @@ def test_commands_ask_before_they_run_it(
     done = run(command, folder, *more, "--code", folder / "evil.py")
     assert (done.code, "cannot be imported: ImportError: it ran" in done.err) == (1, True), done.err
     assert mark.exists()
+
+
+def test_a_second_file_for_a_model_is_not_ignored() -> None:
+    with pytest.raises(RecipeError, match=r"--code a\.py, b\.py: allowed: one file"):
+        model_settings("some/model", ["a.py", "remote", "b.py"])
+    found = model_settings("some/model", ["remote", "a.py"])
+    assert (found.code, found.trust_remote_code) == ("a.py", True)
 
 
 def test_a_checkpoint_that_was_read_from_gguf_is_refused(checkpoint: Path) -> None:

@@ -41,7 +41,7 @@ def model_settings(source: str, code: Sequence[str] = ()) -> ModelSettings:
             only what its recipe names (:func:`cwdpo.config.stored_model`); of a model, at most one file.
 
     Raises:
-        RecipeError: the run's model needs code that is not named.
+        RecipeError: the run's model needs code that is not named; or more than one file is named for a model.
     """
     folder = Path(source)
     if (folder / "recipe.yaml").is_file() and (folder / "model").is_dir():
@@ -50,6 +50,8 @@ def model_settings(source: str, code: Sequence[str] = ()) -> ModelSettings:
         changes = {"path": str(folder / "model"), "freeze": (), "lora": LoraSettings()}
         return stored.model_copy(update=changes)
     own = [name for name in code if name != "remote"]
+    if len(own) > 1:
+        raise RecipeError(f"--code {', '.join(own)}: allowed: one file; import the others in it")
     return ModelSettings(path=source, code=own[0] if own else None, trust_remote_code="remote" in code)
 
 

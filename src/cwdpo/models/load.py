@@ -111,7 +111,6 @@ def load_policy(
             quantized is to be quantized again.
     """
     settings = with_adapter_settings(settings)
-    import_code(settings)
     source = str(EMBEDDED) if settings.path == "embedded" else settings.path
     check_folder(source, revision=settings.revision)
     base = adapter_base(source, settings.revision)

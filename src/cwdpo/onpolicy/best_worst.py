@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,15 +64,13 @@ def best_and_worst(
 
 def _usable(samples: Sequence[Sample], settings: NegativeSettings, counts: BlendCounts) -> list[Sample]:
     seen: set[str] = set()
-    dropped: Counter[str] = Counter()
     kept = []
     for sample in samples:
         reason = useless(sample, settings, frozenset(), seen)
         if reason is None:
             kept.append(sample)
         else:
-            dropped[reason] += 1
+            counts.dropped[reason] += 1
         seen.add(normalised(sample.text))
     counts.samples += len(samples)
-    counts.dropped.update(dropped)
     return kept

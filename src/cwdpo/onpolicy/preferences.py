@@ -128,15 +128,17 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
             "the best and the worst sample are found by a judge's scores, and the recipe has none: set "
             "negatives.judge, for example {name: references}, where the rows have references"
         )
-    pool = Pool(run, recipe, encoder, judge)
+    pooled, in_batches = recipe, judge
     if chosen == "best":
         # Judged at the end; the recipe without a judge keeps stored samples apart from judged ones.
         unjudged = settings.model_copy(update={"judge": {"name": "none"}})
-        pool = Pool(run, recipe.model_copy(update={"negatives": unjudged}), encoder, None)
+        pooled, in_batches = recipe.model_copy(update={"negatives": unjudged}), None
     listener.phase(f"sampling {len(readable)} prompts")
     sampler = build_sampler(settings.sampler, policy.model, encoder, run.path / ANSWERS)
     with autocast(policy.model, recipe.train.bf16):
-        drawn = pool.fill(readable, sampler, 0, 0, lambda done, total: listener.sampled(0, done, total))
+        drawn = Pool(run, pooled, encoder, in_batches).fill(
+            readable, sampler, 0, 0, lambda done, total: listener.sampled(0, done, total)
+        )
     if judge is not None and chosen == "best":
         listener.phase("judging")
         pairs, counts = best_and_worst(readable, drawn, judge, settings, run.path)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from transformers import set_seed
 
 from cwdpo.arguments import TrainSettings
@@ -77,8 +77,8 @@ def sharding_accelerator(recipe: Recipe, note: Callable[[str], None]) -> Acceler
     accelerator = Accelerator(
         cpu=recipe.model.device == "cpu", mixed_precision="bf16" if recipe.train.bf16 else "no"
     )
-    if getattr(accelerator.state, "fsdp_plugin", None) is None:  # accelerate was set up before, without FSDP
-        note("accelerate has no settings of FSDP yet: every process loads the whole model")
+    if accelerator.distributed_type is not DistributedType.FSDP:
+        note("accelerate shards on accelerators only: on this device every process trains the whole model")
         return None
     return accelerator
 

@@ -15,6 +15,7 @@ from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample, EncodedPrompt
 from cwdpo.errors import DataError, ModelError, RecipeError
 from cwdpo.models.quantization import quantization_of
+from cwdpo.models.sharding import whole
 
 
 def together(
@@ -99,27 +100,24 @@ class Unsharded:
         Raises:
             ModelError: a parameter could not be joined from its shards.
         """
-        whole: dict[int, nn.Parameter] = {}
+        joined: dict[int, nn.Parameter] = {}
         for name, parameter in sharded.named_parameters():
             place = self._places[name.replace("_checkpoint_wrapped_module.", "")]
-            whole[id(place)] = _whole(parameter)
-            if whole[id(place)].shape != place.shape:
+            joined[id(place)] = _whole(parameter)
+            if joined[id(place)].shape != place.shape:
                 raise ModelError(f"{name}: has {tuple(parameter.shape)} of {tuple(place.shape)} values here")
         for module in self._skeleton.modules():
             for name, place in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                setattr(module, name, whole[id(place)])
+                setattr(module, name, joined[id(place)])
         return self._skeleton
 
 
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
-    from torch.distributed.tensor import DTensor
-
     if hasattr(parameter, "ds_id"):
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             value: Tensor = parameter.detach().clone()
     else:
-        value = parameter.detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
+        value = whole(parameter.detach())
     return nn.Parameter(value, requires_grad=parameter.requires_grad)

@@ -44,14 +44,14 @@ def batches_report(
     found = []
     for checkpointing in (False, True):
         one = replace(setting, grad_checkpointing=checkpointing)
-        model = build_model(one, made.tokenizer)
+        model, planned = build_model(one, made.tokenizer), planner(one, made.tokenizer)
         use_scoring(model, "shared_prefix")
         keep_vision_features(model, 0.0)
         size = 1
         while size <= most:
             say(f"micro-batch of {size}{', checkpointing' if checkpointing else ''}")
             examples = _copies(example, size)
-            row = {"prompts": size, "checkpointing": checkpointing, "planned": planned(one, examples)}
+            row = {"prompts": size, "checkpointing": checkpointing, "planned": planned(examples)}
             found.append(row | _measured(one, model, examples))
             if not found[-1]["fits"]:
                 break
@@ -60,14 +60,13 @@ def batches_report(
     return found
 
 
-def planned(setting: Setting, examples: list[EncodedExample]) -> int:
-    """Bytes by the planner's own code: what lies in memory, without optimizer state, and the peak of the step."""
-    config = model_config(setting.shape, processor().tokenizer)
-    model, memory = hollow_model(config, model_settings(setting))
+def planner(setting: Setting, tokenizer: Any) -> Callable[[list[EncodedExample]], int]:
+    """Bytes of a micro-batch by the planner's own code: what lies in memory, without optimizer state, and the peak."""
+    model, memory = hollow_model(model_config(setting.shape, tokenizer), model_settings(setting))
     objective = OBJECTIVES.build({"name": "dpo", "beta": BETA})
     how = HowToStep(checkpointing=setting.grad_checkpointing, stats=objective.token_stats)
-    cost = DryRun(model).step(collate(examples), how)
-    return memory.weights + memory.quantized + memory.adapters + cost.peak
+    run, kept = DryRun(model), memory.weights + memory.quantized + memory.adapters
+    return lambda examples: kept + run.step(collate(examples), how).peak
 
 
 def _copies(example: EncodedExample, size: int) -> list[EncodedExample]:
