@@ -416,22 +416,26 @@ def test_a_round_without_any_negative_says_why(tmp_path: Path) -> None:
 
 WORKER = """
 import sys, torch
+sys.path.insert(0, sys.argv[3])
+from process_worker import shard_on_cpu
 from cwdpo.pipeline.two_stage import train_two_stage
+if sys.argv[4] == "fsdp2":
+    shard_on_cpu()
 train_two_stage(sys.argv[1], sys.argv[2])
 torch.distributed.destroy_process_group()
 """
 
 
-def launch(folder: Path, file: Path, world: int, more: dict[str, str]) -> None:
+def launch(folder: Path, file: Path, world: int, mode: str) -> None:
     """Start a run as a launcher would; no process outlives five minutes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
-        **os.environ, **more, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        **os.environ, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", WORKER, str(file), str(folder)]
+    command = [sys.executable, "-c", WORKER, str(file), str(folder), str(Path(__file__).parents[1]), mode]
     started = [
         subprocess.Popen(
             command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
@@ -445,13 +449,6 @@ def launch(folder: Path, file: Path, world: int, more: dict[str, str]) -> None:
         for p in started:
             p.kill()
     assert [p.returncode for p in started] == [0] * world, "\n".join(text[-3000:] for text in said)
-
-
-SHARDED = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -468,7 +465,7 @@ def test_two_processes_sample_and_blend_as_one(mode: str, tmp_path: Path) -> Non
     one = train(tmp_path / "one", train={"save_steps": None}, **common)
     two = recipe(train={"save_steps": None, "batch_size": 2}, **common)
     file.write_text(two.to_yaml())
-    launch(tmp_path / "two", file, 2, SHARDED if mode == "fsdp2" else {})
+    launch(tmp_path / "two", file, 2, mode)
 
     def said(folder: Path) -> dict[tuple[int, str], list[str]]:
         return {
