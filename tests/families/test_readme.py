@@ -71,7 +71,6 @@ def test_the_block_has_the_commands_that_are_tried() -> None:
         "plan",
         "validate",
         "train",
-        "report",
         "diagnose",
         "watch",
         "export",
