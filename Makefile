@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-for-development
 MINUTES ?= 4
 SEED ?= 0
 
-.PHONY: demo test test-slow test-families test-trackers test-lowest docs chaos soak lint base sweep clean
+.PHONY: demo test test-slow test-families test-trackers test-deepspeed test-lowest docs chaos soak lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -36,6 +36,11 @@ test-families:
 test-trackers:
 	python=$$($(PYTHON) tests/environments.py trackers) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
 	$$python -m pytest -p no:cacheprovider tests/trackers tests/evaluation/test_chat.py
+
+# Two processes under DeepSpeed against one, in an environment of its own.
+test-deepspeed:
+	python=$$($(PYTHON) tests/environments.py zero) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
+	$$python -m pytest -p no:cacheprovider tests/pipeline/test_processes.py -k zero
 
 # By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 LOWEST := .venv-lowest

@@ -8,6 +8,9 @@ built once a machine: `$CWDPO_ENVS`, by default `~/.cache/cwdpo/envs`. Its versi
 families: torch and torchvision as users have them, PyPI's own builds (for CUDA; they run on a CPU): next to a CPU build
 of torch, PyPI's torchvision cannot be imported.
 
+zero: DeepSpeed, which accelerate and transformers import wherever it is installed. (A folder of its own name would be
+taken for it.)
+
 trackers: experiment trackers, and gradio for `cwdpo chat`; they do not allow the newest pyarrow and pillow.
 """
 
@@ -54,6 +57,13 @@ ENVIRONMENTS = {
         packages=(*OF_TESTS, "num2words"),  # SmolVLM's processor
         built_for_cuda=True,
         cost="about 5 minutes, 6 GB",
+    ),
+    "zero": Environment(
+        torch=("torch",),
+        extras=(),
+        packages=(*OF_TESTS, "deepspeed"),
+        built_for_cuda=False,
+        cost="about 2 minutes, 2 GB",
     ),
     "trackers": Environment(
         torch=("torch",),

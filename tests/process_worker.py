@@ -1,7 +1,7 @@
 """One process of a distributed test: trains a tiny random model and writes what every scenario logged.
 
-``python tests/process_worker.py MODE WORLD MODEL OUT SCENARIO...`` with MODE ``ddp`` or ``fsdp2`` and the launcher's
-environment (RANK, WORLD_SIZE, ...). The tests call :func:`trained` themselves for the single process.
+``python tests/process_worker.py MODE WORLD MODEL OUT SCENARIO...`` with MODE ``ddp``, ``fsdp2``, ``zero2`` or ``zero3``
+and the launcher's environment (RANK, WORLD_SIZE, ...). The tests call :func:`trained` themselves for the single process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     PrinterCallback,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from cwdpo import waiting
@@ -63,6 +65,16 @@ SHARDED = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "DS_ACCELERATOR": "cpu",
 }
 CW = {"name": "cw_dpo", "beta": 0.5, "floor": -6.0, "tau": 0.5, "sft_weight": 0.3}
 PLAIN = {"max_steps": 6}
@@ -160,7 +172,21 @@ def random_model(folder: Path) -> Any:
     return spread(AutoModelForImageTextToText.from_pretrained(folder), seed=3).eval()
 
 
-def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1) -> dict[str, Any]:
+class ZeroGradients(TrainerCallback):
+    """Gives parameters without a gradient one of zeros, as DeepSpeed does: Adam's momentum moves them then."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any
+    ) -> None:
+        """Before each update."""
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+def trained(
+    name: str, world: Path, folder: Path, out: Path, processes: int = 1, *, zeros: bool = False
+) -> dict[str, Any]:
     """Run a scenario; a dictionary of logged rows, sums over the final weights, and the error's text."""
     scenario = SCENARIOS[name]
     model = random_model(folder)
@@ -199,6 +225,8 @@ def trained(name: str, world: Path, folder: Path, out: Path, processes: int = 1)
         ),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    if zeros:
+        trainer.add_callback(ZeroGradients())
     error = ""
     try:
         trainer.train()
@@ -236,6 +264,25 @@ def shard_on_cpu() -> None:
         original(self, *args, **kwargs)
 
     AcceleratorState.__init__ = told
+
+
+def zero_on_cpu(stage: str) -> None:
+    """accelerate starts DeepSpeed on accelerators only; told that there is one, it does the same on a CPU."""
+    os.environ.update({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage})
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a kernel that it would first compile
+
+    def not_on_cpu(original: Any) -> Any:
+        def told(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **{**kwargs, "cpu": False})
+
+        return told
+
+    for state in (PartialState, AcceleratorState):
+        state.__init__ = not_on_cpu(state.__init__)
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
 def loads_in_parts(world: Path, out: Path, tune: str) -> None:
@@ -334,6 +381,8 @@ def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if mode == "fsdp2":
         shard_on_cpu()
+    if mode.startswith("zero"):
+        zero_on_cpu(mode[-1])
     if names[:1] in (("recipe",), ("resume",)):
         train_two_stage(load_recipe(names[1], names[2:]), out, resume=names[0] == "resume")
         return
@@ -355,6 +404,8 @@ def main(mode: str, world: str, folder: str, out: str, *names: str) -> None:
         return
     found = {}
     for name in names:
+        if mode == "zero3":  # else transformers shards the next scenario's model when it is loaded
+            unset_hf_deepspeed_config()
         found[name] = trained(name, Path(world), Path(folder), Path(out), processes)
         (Path(out) / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

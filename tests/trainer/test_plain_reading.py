@@ -12,7 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from cwdpo.trainer.plain_reading import PlainReader, load_parts, refuse_values
+from cwdpo.errors import FileError
+from cwdpo.trainer.checkpoints import checkpoint_to_resume
+from cwdpo.trainer.plain_reading import PlainReader, load_parts, refuse_pickles, refuse_values
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VALUES = {
@@ -79,3 +81,41 @@ def test_values_beside_tensors_are_refused(saved: Path, tmp_path: Path) -> None:
     tensors = {name: VALUES[name] for name in ("w", "h")}
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp_path / "model"), no_dist=True)
     refuse_values(tmp_path / "model")
+
+
+def deepspeed_files(checkpoint: Path, value: Any) -> Path:
+    """A checkpoint with one of DeepSpeed's files, which holds the value."""
+    (checkpoint / "global_step2").mkdir(parents=True)
+    (checkpoint / "latest").write_text("global_step2")
+    file = checkpoint / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save(value, file)
+    return file
+
+
+def test_files_of_deepspeed_that_run_something_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "stage2"
+    deepspeed_files(folder / "checkpoint-2", {"w": VALUES["w"], "mark": Runs(tmp_path / "mark")})
+    with pytest.raises(FileError, match="what DeepSpeed wrote cannot be loaded") as refused:
+        checkpoint_to_resume(folder)
+    assert "as no checkpoint of DeepSpeed does" in str(refused.value)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_what_deepspeed_would_read_elsewhere_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    deepspeed_files(checkpoint, {"w": VALUES["w"]})
+    refuse_pickles(checkpoint)
+    (checkpoint / "latest").write_text("../elsewhere/global_step2")
+    with pytest.raises(pickle.UnpicklingError, match="not one of its folders"):
+        refuse_pickles(checkpoint)
+
+
+@pytest.mark.parametrize("protocol", [None, 4])
+def test_files_of_deepspeed_that_are_no_zip_or_another_pickle_are_refused(tmp_path: Path, protocol) -> None:
+    file = deepspeed_files(tmp_path, {})
+    if protocol is None:
+        file.write_bytes(pickle.dumps(Runs(tmp_path / "mark")))
+    else:
+        torch.save({"mark": Runs(tmp_path / "mark")}, file, pickle_protocol=protocol)
+    with pytest.raises(pickle.UnpicklingError, match="zero_pp_rank_0"):
+        refuse_pickles(tmp_path)

@@ -118,7 +118,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="of the samples")] = 0,
     code: Code = None,
 ) -> None:
-    """Ask the policies of a run about images of your own, on a local page; needs `pip install 'cwdpo[chat]'`.
+    """Ask the policies of a run about images of your own, on a local page; needs gradio (the extra `chat`).
 
     Other machines have no access, and nothing is sent anywhere.
     """

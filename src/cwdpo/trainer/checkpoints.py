@@ -20,6 +20,7 @@ from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import damage, refuse, write_checksums
 from cwdpo.files.reading import read_object
 from cwdpo.files.writing import discard, replace_folder, sync_tree, temporary_name
+from cwdpo.trainer.plain_reading import refuse_pickles
 from cwdpo.waiting import from_first, wait_for_all
 
 UNREADABLE = (
@@ -144,16 +145,18 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage, after a check of its checksums. All processes must call this together.
+    """The newest checkpoint of a stage, after a check of its checksums and pickles. All processes must call this together.
 
     Raises:
-        FileError: it is damaged. The message says what is wrong, and names the newest undamaged checkpoint.
+        FileError: it is damaged: the message names the newest undamaged checkpoint; or its pickles name what they need not.
     """
     error = ""
     newest = last_checkpoint(folder)
     if newest is not None and PartialState().is_main_process:
         try:
             _refuse_damaged(newest)
+            with readable(newest, "what DeepSpeed wrote"):
+                refuse_pickles(newest)
         except FileError as problem:
             error = str(problem)
     said = from_first(error, "checking a checkpoint")

@@ -1,7 +1,8 @@
-"""Reads checkpoints of ``torch.distributed.checkpoint`` without running anything that they contain.
+"""Reads checkpoints of ``torch.distributed.checkpoint`` and of DeepSpeed without running anything that they contain.
 
 torch writes their table of contents, and values that are no tensors, as pickles, and reads them without limits
-(2.13: ``FileSystemReader.read_metadata``, ``DefaultLoadPlanner.load_bytes``). A run folder may come from somebody else.
+(2.13: ``FileSystemReader.read_metadata``, ``DefaultLoadPlanner.load_bytes``). So does DeepSpeed with all its files (0.19:
+``TorchCheckpointEngine.load``). A run folder may come from somebody else.
 """
 
 from __future__ import annotations
@@ -108,3 +109,41 @@ def refuse_values(folder: Path) -> None:
     ]
     if others:
         raise pickle.UnpicklingError(f"{folder}: {others[0]} is no tensor")
+
+
+_OF_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+"""What DeepSpeed's files name besides tensors and plain containers."""
+
+
+def refuse_pickles(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files of DeepSpeed name anything that they do not need, before DeepSpeed reads them.
+
+    Args:
+        checkpoint: a folder ``checkpoint-N``; one without DeepSpeed's ``global_step*`` passes.
+
+    Raises:
+        UnpicklingError: it does, or what DeepSpeed would read is not in this folder.
+    """
+    steps = [path.name for path in checkpoint.glob("global_step*")]
+    if not steps:
+        return
+    latest = checkpoint / "latest"  # names the folder that DeepSpeed reads
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if named not in steps:
+        raise pickle.UnpicklingError(f"{latest.name} names {named[:80]!r}, not one of its folders")
+    for file in sorted((checkpoint / named).rglob("*.pt")):
+        try:
+            found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _OF_DEEPSPEED
+        except (
+            Exception
+        ) as error:  # cut off, no zip, another protocol of pickle: the parser has no errors of its own
+            raise pickle.UnpicklingError(f"{file.name}: {type(error).__name__}: {error}") from None
+        if found:
+            raise pickle.UnpicklingError(
+                f"{file.name} names {min(found)}, as no checkpoint of DeepSpeed does"
+            )

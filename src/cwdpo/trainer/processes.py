@@ -23,6 +23,7 @@ def together(
     batches: Sequence[PromptBatch],
     *,
     sharded: bool,
+    pictured: bool = False,
     examples: Sequence[EncodedExample],
 ) -> list[PromptBatch]:
     """Change the micro-batches of a step so that all processes can run it; all processes call this together.
@@ -36,6 +37,8 @@ def together(
         sharded: whether parameters are gathered from all processes when a module is called (FSDP2, ZeRO-3). A process
             without an image would then skip the vision tower while the others wait for its part of the parameters, so
             it runs a silent row with an image.
+        pictured: whether it does so too when no process has an image. ZeRO-3 keeps the gradient that a parameter had in
+            an earlier step until it gets another one, and would apply it again.
         examples: the training data, from which silent rows take their prompt.
 
     Raises:
@@ -46,18 +49,18 @@ def together(
         loaded = [batch.loaded() for batch in batches]
     except DataError as problem:
         error = str(problem)
-    pictured = [not error and any(p.images for p in batch.prompts) for batch in loaded]
-    flags = torch.tensor([float(bool(error)), *map(float, pictured)], device=accelerator.device)
+    own_images = [not error and any(p.images for p in batch.prompts) for batch in loaded]
+    flags = torch.tensor([float(bool(error)), *map(float, own_images)], device=accelerator.device)
     failed, *anywhere = accelerator.reduce(flags, "sum").tolist()
     if failed:
         raise DataError("; ".join(dict.fromkeys(text for text in gather_object([error]) if text)))
     return [
         # If no process has an image, the silent row has none either: the vision tower then gets no gradient, as it
         # would with one process.
-        batch.with_silent_row(_silent_prompt(examples, bool(others)))
-        if not batch.prompts or (sharded and others and not own)
+        batch.with_silent_row(_silent_prompt(examples, bool(others or pictured)))
+        if not batch.prompts or (sharded and (others or pictured) and not own)
         else batch
-        for batch, own, others in zip(loaded, pictured, anywhere, strict=True)
+        for batch, own, others in zip(loaded, own_images, anywhere, strict=True)
     ]
 
 
@@ -93,6 +96,12 @@ class Unsharded:
             for name, p in model.named_parameters()
         }
         self._skeleton = copy.deepcopy(model, {id(p): self._places[n] for n, p in model.named_parameters()})
+        # Collected now: once the skeleton is filled, its parameters are no longer those of _places.
+        self._uses = [
+            (module, name, id(place))
+            for module in self._skeleton.modules()
+            for name, place in module.named_parameters(recurse=False, remove_duplicate=False)
+        ]
 
     def filled(self, sharded: nn.Module) -> nn.Module:
         """The whole model with the weights of ``sharded``; all processes call this together.
@@ -106,17 +115,16 @@ class Unsharded:
             joined[id(place)] = _whole(parameter)
             if joined[id(place)].shape != place.shape:
                 raise ModelError(f"{name}: has {tuple(parameter.shape)} of {tuple(place.shape)} values here")
-        for module in self._skeleton.modules():
-            for name, place in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                setattr(module, name, joined[id(place)])
+        for module, name, place_id in self._uses:
+            setattr(module, name, joined[place_id])
         return self._skeleton
 
 
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             value: Tensor = parameter.detach().clone()
     else:
         value = whole(parameter.detach())

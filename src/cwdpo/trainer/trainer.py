@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,15 @@ class PreferenceTrainer(ShardedTraining):
         """Whether every forward pass needs all processes; then ``self.model`` is the wrapped model."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether a parameter without a gradient in a step is updated with that of an earlier one (ZeRO-3)."""
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    @cached_property
+    def _has_images(self) -> bool:
+        return any(e.prompt.image_digest for e in self.train_dataset)
+
     def _together(self, batches: Sequence[PromptBatch]) -> list[PromptBatch]:
         """The micro-batches of the step with images loaded and without repeated examples, see :func:`together`."""
         # accelerate fills the last batch of an epoch with examples from its start; `left` of them are real ones.
@@ -307,7 +316,13 @@ class PreferenceTrainer(ShardedTraining):
         repeats = repeats and self.options.max_tokens_per_batch is None  # token batches are even already
         if repeats and self._last_batch:
             last = last.first_examples(min(max(left - rank * size, 0), size))
-        return together(self.accelerator, [*whole, last], sharded=self._sharded, examples=self.train_dataset)
+        return together(
+            self.accelerator,
+            [*whole, last],
+            sharded=self._sharded,
+            pictured=self._keeps_gradients and self._has_images,
+            examples=self.train_dataset,
+        )
 
     def trained_model(self) -> torch.nn.Module:
         """The trained model: whole on every process, or sharded if it was so before training.
