@@ -120,8 +120,9 @@ def _train(
 
     def stage(name: StageName, examples: Sequence[Example]) -> Stage:
         return Stage(
-            name, recipe, policy, encoder, run, examples, splits.validation, listener, trackers, resume
-        )
+            name, recipe, policy, encoder, run, examples, splits.validation, listener, trackers, resume,
+            stream=splits.streams.get(name),
+        )  # fmt: skip
 
     store_timings(run, "start")
     trained = resume and (run.path / "model").is_dir()
