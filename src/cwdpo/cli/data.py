@@ -67,8 +67,7 @@ def validate(
 
     A train file is compared with the validation and test files next to it: no image may be in both. With a recipe, its
     settings say what is read, how, and with which tokenizer, and its held-out set is checked, too; options override
-    the recipe. All rows are read, even if data.limit is set; with data.streaming, those
-    of the first window.
+    the recipe. All rows are read, even if data.limit is set (with data.streaming, a window).
     """
     from cwdpo.models.settings import ModelSettings
 

@@ -128,10 +128,7 @@ def _train(
     trained = resume and (run.path / "model").is_dir()
     if trained:
         if (first := run.path / "stage1" / "model").is_dir():
-            refuse_damage(
-                first,
-                "remove it: this run is finished and does not need it",
-            )
+            refuse_damage(first, "remove it: this run is finished and does not need it")
         load_saved(policy, run.path / "model")
     else:
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))
