@@ -20,6 +20,7 @@ from cwdpo.pipeline.windows import Windows
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.stage.splits import prepare_data
+from launch import launch
 
 ROWS, WINDOW, STEP = 60, 12, 4
 TREE: dict[str, Any] = {
@@ -290,3 +291,24 @@ def test_changed_rows_behind_the_resume_point_are_refused(world: Path, tmp_path:
     (folder / "windows.jsonl").rename(tmp_path / "kept")
     with pytest.raises(FileError, match=r"windows\.jsonl"):
         train_two_stage(recipe(copy), folder, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_read_and_train_as_one(mode: str, world: Path, tmp_path: Path) -> None:
+    calm = {"objective": {"name": "cw_dpo", "beta": 0.3}, "learning_rate": 1e-5, "steps": 9}
+    common: dict[str, Any] = {"stage1": {"enabled": False}, "stage2": calm, "probes": {"every": 50}}
+    train_two_stage(recipe(world, **common), tmp_path / "one")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(world, **common, train={"batch_size": STEP // 2}).to_yaml())
+    launch(tmp_path / "two", file, 2, mode)
+    windows = [read_jsonl(tmp_path / name / "windows.jsonl") for name in ("one", "two")]
+    assert len(windows[0]) == 3
+    assert windows[0] == windows[1]
+    rows = [
+        [r for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in r] for name in ("one", "two")
+    ]
+    assert len(rows[0]) == 9
+    for one, two in zip(*rows, strict=True):
+        names = ("loss", "logps_mean/chosen", "logps_mean/rejected", "cooling/weight_mean")
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], abs=1e-4)

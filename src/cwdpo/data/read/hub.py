@@ -60,7 +60,7 @@ def hub_rows(place: HubData, *, streaming: bool = False) -> Iterator[RawRow]:
             yield row
             number = row.number
     except Exception as error:  # of the network, of a file's reader, ...
-        if not streaming:
+        if not streaming or isinstance(error, DataError):
             raise
         said = " ".join(str(error).split())[:300]
         raise DataError(
