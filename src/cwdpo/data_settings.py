@@ -125,10 +125,13 @@ class DataSettings(Settings):
     def _can_be_streamed(self) -> DataSettings:
         if self.streaming is None:
             return self
-        for key in ("world", "sources"):
-            if getattr(self, key):
+        if self.world is not None:
+            raise ValueError("world: it is generated as a whole: leave out data.streaming")
+        for source in self.sources:
+            if source.weight is None or source.limit is not None:
                 raise ValueError(
-                    f"{key}: only one data set can be streamed: name it in data.path, or leave out data.streaming"
+                    f"sources: {source.title!r}: with data.streaming each source has a 'weight', its share of every "
+                    "window, and neither 'repeat' nor 'limit'"
                 )
         for key, remedy in (
             ("limit", "the stages' steps say how much is read"),

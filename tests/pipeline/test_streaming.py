@@ -82,8 +82,11 @@ def same(folder: Path, whole: Path) -> None:
             {"stage2": {"steps": None}},
             r"stage2\.steps: with data.streaming the number of rows is not known, so epochs",
         ),
-        ({"data": {"world": {}, "path": None}}, "world: only one data set can be streamed"),
-        ({"data": {"sources": [{"path": "a"}], "path": None}}, "sources: only one data set can be streamed"),
+        (
+            {"data": {"world": {}, "path": None}},
+            "world: it is generated as a whole: leave out data.streaming",
+        ),
+        ({"data": {"sources": [{"path": "a"}], "path": None}}, "sources: 'a': .*each source has a 'weight'"),
         ({"data": {"limit": 5}}, "limit: not with data.streaming, the stages' steps say how much is read"),
         ({"data": {"validation_fraction": 0.2}}, "validation_fraction: .*set data.streaming.validation"),
         ({"train": {"max_tokens_per_batch": 99}}, "train.max_tokens_per_batch: .*not known before it begins"),
@@ -139,7 +142,7 @@ def test_the_first_rows_are_held_out_and_no_image_is_in_two_parts(world: Path, t
     ]
     assert len(set.union(*parts)) == sum(map(len, parts)) == ROWS
     assert (len(splits.stage1) + len(splits.stage2)) / 2 == ROWS - 9
-    assert all(stream.first.ended for stream in splits.streams.values())
+    assert all(stream.ended for stream in splits.streams.values())
     assert any("18 left out: has an image that is held out" in note for note in splits.notes)
 
 
@@ -164,6 +167,50 @@ def test_too_many_bad_rows_stop_it(world: Path, tmp_path: Path) -> None:
         DataError, match=r"1 of \d+ rows so far are bad, more than data.max_bad_fraction = 0.001"
     ):
         prepare_data(settings, RunDir(tmp_path))
+
+
+def mixture(world: Path, **changes: Any) -> Any:
+    """A recipe of two files: three quarters of a window are of the first one."""
+    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    (world / "some.jsonl").write_text("".join(lines[:45]))
+    (world / "rest.jsonl").write_text("".join(lines[45:]))
+    sources = [
+        {"path": str(world / "some.jsonl"), "weight": 3},
+        {"path": str(world / "rest.jsonl"), "weight": 1},
+    ]
+    data = {"path": None, "sources": sources, **changes.pop("data", {})}
+    return recipe(world, data=data, stage1={"enabled": False}, **changes)
+
+
+def test_every_window_has_the_shares_of_a_mixture(world: Path, tmp_path: Path) -> None:
+    settings = mixture(world)
+    splits = prepare_data(settings, RunDir(tmp_path))
+    stream = splits.streams["stage2"]
+    assert not stream.ended
+    windows = [stream.first]
+    for _ in range(5):
+        windows.append(stream.read([part.end for part in windows[-1].parts]))
+    found: dict[str, list[str]] = {"some": [], "rest": []}
+    for window in windows:
+        assert [e.source for e in window.examples] == ["some"] * 9 + ["rest"] * 3
+        for e in window.examples:
+            found[e.source].append(e.id.removeprefix(f"{e.source}/"))
+    ids = [json.loads(line)["id"] for line in (world / "train.jsonl").read_text().splitlines()]
+    assert found["some"] == [*ids[:45], *ids[:9]]
+    assert found["rest"] == [*ids[45:], *ids[45:48]]
+    with pytest.raises(
+        DataError, match=r"some.jsonl: 45 rows have fewer than 90 examples .* lower data.streaming.window"
+    ):
+        prepare_data(mixture(world, data={"streaming": {"window": 120}}), RunDir(tmp_path))
+    held = prepare_data(
+        mixture(world, data={"validation_path": None, "streaming": {"validation": 8, "window": 4}}),
+        RunDir(tmp_path),
+    )
+    assert {e.id for e in held.validation} == {
+        *(f"some/{i}" for i in ids[:6]),
+        *(f"rest/{i}" for i in ids[45:47]),
+    }
+    assert held.stage2[0].id == f"some/{ids[6]}"
 
 
 # --- runs -----------------------------------------------------------------------------------------------
@@ -262,6 +309,18 @@ def test_a_kill_changes_nothing(
 
 
 @pytest.mark.slow
+def test_a_kill_changes_nothing_in_a_mixture(world: Path, tmp_path: Path) -> None:
+    settings = mixture(world)
+    train_two_stage(settings, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_two_stage(settings, tmp_path / "run", listener=killer("stage2", 9))
+    train_two_stage(settings, tmp_path / "run", resume=True)
+    same(tmp_path / "run", tmp_path / "whole")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert {f"source/{name}/share" for name in ("some", "rest")} <= set().union(*rows)
+
+
+@pytest.mark.slow
 def test_changed_rows_behind_the_resume_point_are_refused(world: Path, tmp_path: Path) -> None:
     copy = tmp_path / "world"
     shutil.copytree(world, copy)
@@ -273,8 +332,8 @@ def test_changed_rows_behind_the_resume_point_are_refused(world: Path, tmp_path:
     lines = data.read_text().splitlines(keepends=True)
     ids = [json.loads(line)["id"] for line in lines]
     stream = prepare_data(recipe(copy), RunDir(tmp_path)).streams["stage2"]
-    first = [stream.read(Place(*row["begin"])).examples[0].id for row in windows]
-    _, second, third = (row["begin"][1] for row in windows)
+    first = [stream.read([Place(*row["begin"][0])]).examples[0].id for row in windows]
+    _, second, third = (row["begin"][0][1] for row in windows)
 
     def refused(number: int, error: type[CwdpoError], said: str) -> None:
         place = ids.index(first[number])

@@ -120,7 +120,7 @@ def _prepared(stage: Stage) -> tuple[Rounds | Windows | None, EncodedRows]:
         raise RecipeError("data.streaming: only cwdpo train reads window after window: set it to false")
     if not stage.in_rounds:
         rows = prepare(stage)
-        all_read = stage.stream is None or stage.stream.first.ended
+        all_read = stage.stream is None or stage.stream.ended
         return (None if all_read else Windows(stage, rows)), rows
     rounds = Rounds(stage)
     rows = rounds.dataset_rows

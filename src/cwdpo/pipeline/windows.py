@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from dataclasses import astuple
 from typing import Any
 
 from transformers import TrainerCallback
@@ -16,7 +17,7 @@ from cwdpo.clock import spent_on
 from cwdpo.data.contents import forget_contents
 from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.problems import printable
-from cwdpo.data.read.stream import OTHER_ROWS, Place, Window
+from cwdpo.data.read.stream import OTHER_ROWS, Place
 from cwdpo.errors import DataError, FileError
 from cwdpo.models.vision_cache import drop_vision_features
 from cwdpo.onpolicy.rounds import RoundData
@@ -24,7 +25,7 @@ from cwdpo.pipeline.inputs import of_rows
 from cwdpo.stage.prepare import encode, keep_negatives, with_reference_values
 from cwdpo.stage.reference import FOLDER as REFERENCE
 from cwdpo.stage.stage import Stage
-from cwdpo.stage.streaming import FILE
+from cwdpo.stage.streaming import FILE, StageWindow
 from cwdpo.trainer.weights import Weights
 from cwdpo.waiting import from_first
 
@@ -71,10 +72,9 @@ class Windows(TrainerCallback):  # type: ignore[misc]
             contents = of_rows(examples)
             known = self._known.get(number, {}).get("contents")
             if known is not None and known != contents:
-                last = f"{window.end.row}" if window.end.turn == window.begin.turn else "the last one"
                 raise DataError(
-                    f"{self.stream.rows.name}: rows {window.begin.row + 1} to {last}, or their images, are not those "
-                    f"of window {number} when this run trained on it: {OTHER_ROWS}"
+                    f"{window.span}, or their images, are not those of window {number} when this run trained on it: "
+                    f"{OTHER_ROWS}"
                 )
             encoded = encode(self.stage, examples, f"/window{number}")
             rows = self._scored(encoded)
@@ -82,7 +82,7 @@ class Windows(TrainerCallback):  # type: ignore[misc]
         self.data.fill(rows)
         self._record(number, window, before, contents, len(rows))
 
-    def _read(self, number: int) -> tuple[Window, tuple[int, int]]:
+    def _read(self, number: int) -> tuple[StageWindow, tuple[int, int]]:
         """A window, and the rows and bad rows before it."""
         if number == 0:
             return self.stream.first, (0, 0)
@@ -92,25 +92,28 @@ class Windows(TrainerCallback):  # type: ignore[misc]
                 f"{self.stage.run.path / FILE}: has no window {number - 1} of {self.stage.name}: restore it from a "
                 "copy, or start a new run in another --out"
             )
-        begin = Place(*last["end"])
-        known = {
-            row["begin"][1]: row["digest"]
-            for row in self._known.values()
-            if row["begin"][0] == begin.turn and row["digest"] is not None
-        }
-        self.stage.listener.phase(f"{self.stage.name}: window {number}, from row {begin.row + 1}")
+        begin = [Place(*place) for place in last["end"]]
+        self.stage.listener.phase(f"{self.stage.name}: window {number}, from row {begin[0].row + 1}")
         forget_contents()
         self.stage.encoder.forget()
         drop_vision_features(self.stage.policy.model)
         before = last["rows_read"], last["bad_rows"]
         with spent_on("data"):
+            known = [self._digests(i, place.turn) for i, place in enumerate(begin)]
             window = self.stream.read(begin, known=known, before=before)
-        if window.end.turn > begin.turn == 0:
-            self.stage.listener.note(
-                f"{self.stream.rows.name}: {self.stage.name}: all rows were read before step "
-                f"{(number + 1) * self._per_window}: it goes on with the first ones, in another order"
-            )
+        step = (number + 1) * self._per_window
+        for part in window.parts:
+            if part.end.turn > part.begin.turn == 0:
+                self.stage.listener.note(
+                    f"{part.name}: {self.stage.name}: all rows were read before step {step}: it goes on with the first "
+                    "ones, in another order"
+                )
         return window, before
+
+    def _digests(self, source: int, turn: int) -> dict[int, str]:
+        """Of a source, digests of the rows before windows of a turn, by row."""
+        rows = ((row["begin"][source], row["digest"]) for row in self._known.values())
+        return {begin[1]: digest[source] for begin, digest in rows if digest and begin[0] == turn}
 
     def _scored(self, encoded: EncodedRows) -> EncodedRows:
         """The rows with reference values: of the policy with the weights of the stage's start."""
@@ -127,7 +130,7 @@ class Windows(TrainerCallback):  # type: ignore[misc]
     def _record(
         self,
         number: int,
-        window: Window,
+        window: StageWindow,
         before: tuple[int, int],
         contents: dict[str, Any] | None,
         usable: int,
@@ -136,11 +139,11 @@ class Windows(TrainerCallback):  # type: ignore[misc]
         stage = self.stage
         row = {
             "stage": stage.name, "window": number, "step": number * self._per_window,
-            "begin": [window.begin.turn, window.begin.row, window.begin.example],
-            "end": [window.end.turn, window.end.row, window.end.example],
+            "begin": [astuple(part.begin) for part in window.parts],
+            "end": [astuple(part.end) for part in window.parts],
             "rows_read": before[0] + window.rows, "bad_rows": before[1] + window.bad_rows,
             "examples": len(window.examples), "filled_up": max(len(self.data) - usable, 0),
-            "digest": window.digest, "contents": contents,
+            "digest": [part.digest for part in window.parts], "contents": contents,
         }  # fmt: skip
         if number not in self._known:
             stage.run.append(FILE, [row])

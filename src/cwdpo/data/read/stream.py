@@ -53,6 +53,7 @@ class Window:
     """Examples that are trained on together.
 
     Attributes:
+        name: of the source.
         begin: its place.
         digest: of the rows of its turn before :attr:`begin`.
         end: its end, where the next window begins.
@@ -63,6 +64,7 @@ class Window:
         notes: lines about columns and images, for the user.
     """
 
+    name: str
     begin: Place
     digest: str
     end: Place = Place()
@@ -122,12 +124,12 @@ class RowStream:
             known: digests of the rows before some rows of this turn, which are compared on the way to ``begin``.
 
         Raises:
-            DataError: the source cannot be read, no example is wanted, or rows before ``begin`` are not those of
-                ``known``.
+            DataError: the source cannot be read, has fewer examples that are wanted (with ``once``: none), or rows
+                before ``begin`` are not those of ``known``.
         """
         if self._at != begin:
             self._go_to(begin, known or {})
-        window = Window(begin, self._rows.digest)
+        window = Window(self.name, begin, self._rows.digest)
         turn, skip, whole = begin.turn, begin.example, begin.row == begin.example == 0
         while (example := self._fill(window, size, skip)) is None:
             window.ended = True
@@ -136,6 +138,11 @@ class RowStream:
             if once:
                 example = 0
                 break
+            if whole:
+                raise DataError(
+                    f"{self.name}: {self._rows.used} rows have fewer than {size} examples to train on, which a window "
+                    "takes of it: lower data.streaming.window"
+                )
             self._rows = _Rows(self._source)
             turn, skip, whole = turn + 1, 0, True
         window.end = self._at = Place(turn, self._rows.used, example)
