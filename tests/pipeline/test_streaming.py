@@ -335,11 +335,14 @@ def test_changed_rows_behind_the_resume_point_are_refused(world: Path, tmp_path:
     first = [stream.read([Place(*row["begin"][0])]).examples[0].id for row in windows]
     _, second, third = (row["begin"][0][1] for row in windows)
 
-    def refused(number: int, error: type[CwdpoError], said: str) -> None:
+    def change(number: int) -> None:
         place = ids.index(first[number])
         row = json.loads(lines[place])
         changed = json.dumps({**row, "chosen": f"{row['chosen']} now"}) + "\n"
         data.write_text("".join([*lines[:place], changed, *lines[place + 1 :]]))
+
+    def refused(number: int, error: type[CwdpoError], said: str) -> None:
+        change(number)
         with pytest.raises(error, match=said):
             train_two_stage(recipe(copy), folder, resume=True)
         data.write_text("".join(lines))
@@ -350,6 +353,10 @@ def test_changed_rows_behind_the_resume_point_are_refused(world: Path, tmp_path:
     (folder / "windows.jsonl").rename(tmp_path / "kept")
     with pytest.raises(FileError, match=r"windows\.jsonl"):
         train_two_stage(recipe(copy), folder, resume=True)
+    (tmp_path / "kept").rename(folder / "windows.jsonl")
+    change(1)
+    train_two_stage(recipe(copy), folder, resume=True, accept_changes=True)
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "loss" in r][-1] == 14
 
 
 @pytest.mark.slow

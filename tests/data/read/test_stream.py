@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,30 @@ def shards(hub: Hub) -> Hub:
         files[f"data/train-{shard:05d}-of-00002.parquet"] = sink.getvalue()
     hub.add("datasets", "someone/pairs", files)
     return hub
+
+
+def archive() -> bytes:
+    sink = BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for i, row in enumerate(pairs(7)):
+            for name, data in ((f"{i}.json", json.dumps(row).encode()), (f"{i}.txt", b"more")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    return sink.getvalue()
+
+
+def test_every_kind_of_files_of_the_hub_is_streamed(hub: Hub) -> None:
+    lines = "".join(json.dumps({**row, "n": i or None}) + "\n" for i, row in enumerate(pairs(70)))
+    for name, files in {"tar": {"train.tar": archive()}, "lines": {"train.jsonl": lines.encode()}}.items():
+        hub.add("datasets", f"someone/{name}", files)
+        streamed, fetched = (list(hub_rows(HubData(f"someone/{name}"), streaming=on)) for on in (True, False))
+        assert len(streamed) == {"tar": 7, "lines": 70}[name]
+        for one, other in zip(streamed, fetched, strict=True):
+            assert isinstance(one.value, dict)
+            assert isinstance(other.value, dict)
+            ours, theirs = ({k: v for k, v in r.items() if k != "__url__"} for r in (one.value, other.value))
+            assert ours == theirs
 
 
 def test_a_set_of_the_hub_is_streamed_as_it_is_fetched(shards: Hub) -> None:

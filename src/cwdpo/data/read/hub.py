@@ -117,7 +117,15 @@ def dataset_rows(name: str, loaded: Any, *, embed: bool = False) -> Iterator[Raw
         name, loaded = f"{name}[{split}]", loaded[split]
     # Take the rows as Arrow stores them, so that `datasets` does not decode images, videos and audio. Encoded bytes are
     # smaller than decoded images, nothing is compressed twice, and only our own checks open them.
+    import datasets
+
     number = 0
+    if isinstance(loaded, datasets.IterableDataset) and not embed:
+        # Where `datasets` makes tables of single rows (WebDataset), it cannot join them: their columns differ in order.
+        for value in loaded.decode(False):
+            number += 1
+            yield as_row(name, number, value)
+        return
     for table in loaded.with_format("arrow").iter(batch_size=_BATCH):
         for value in (_embedded(table, name) if embed else table).to_pylist():
             number += 1
