@@ -183,7 +183,11 @@ def test_a_run_from_the_hub_alone(hub: Hub, model_folder: Path, tmp_path: Path) 
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "0",
     }
-    for words in (("validate", "my.yaml"), ("train", "my.yaml", "--out", "run")):
+    streamed = ("data.streaming.window=4", "stage2.steps=3")
+    for words in (
+        ("validate", "my.yaml"), ("train", "my.yaml", "--out", "run"), ("validate", "my.yaml", *streamed),
+        ("train", "my.yaml", *streamed, "--out", "streamed"),
+    ):  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-m", "cwdpo", *words],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
@@ -192,6 +196,8 @@ def test_a_run_from_the_hub_alone(hub: Hub, model_folder: Path, tmp_path: Path) 
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "datasets:\n- someone/colours\n" in card
     assert "base_model: someone/tiny-llava" in card
+    windows = (tmp_path / "streamed" / "windows.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in windows] == [0, 0, 1, 2]
 
 
 def coloured(words: tuple[str, ...], times: int) -> bytes:

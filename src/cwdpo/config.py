@@ -156,6 +156,28 @@ class Recipe(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> Recipe:
+        if self.data.streaming is None:
+            return self
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if stage.enabled and stage.steps is None:
+                raise ValueError(
+                    f"{name}.steps: with data.streaming the number of rows is not known, so epochs cannot be counted: "
+                    f"set {name}.steps"
+                )
+        if self.train.max_tokens_per_batch is not None:
+            raise ValueError(
+                "train.max_tokens_per_batch: with data.streaming the rows of a window are not known before it begins, "
+                "so its batches cannot be counted: leave it out, and set train.batch_size"
+            )
+        if self.negatives.on_policy_fraction is not None:
+            raise ValueError(
+                "negatives.on_policy_fraction: rounds choose their prompts among all rows, which are not known with "
+                "data.streaming: leave out one of the two"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, with all defaults; it can be loaded again to the same recipe."""
         return dump_yaml(self.model_dump(mode="json"))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cwdpo.records import VideoSampling
 from cwdpo.registry import Settings
@@ -63,6 +63,19 @@ class DataSource(Settings):
         return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", last.partition(".")[0] or last)
 
 
+class StreamingSettings(Settings):
+    """How much of a streamed source is on this machine at a time."""
+
+    window: int = Field(
+        10_000,
+        gt=0,
+        description="training rows that are read, encoded and shuffled together; one after another",
+    )
+    validation: int = Field(
+        256, gt=0, description="the first rows are held out, when no validation_path; they are not trained on"
+    )
+
+
 class DataSettings(Settings):
     """The source of the examples, and their split."""
 
@@ -84,6 +97,10 @@ class DataSettings(Settings):
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="by image, when no validation_path")
     stage1_fraction: float = Field(0.75, ge=0, le=1, description="share of training images in stage 1")
     captions_per_image: int = Field(1, gt=0, description="number of examples from one image with captions")
+    streaming: StreamingSettings | None = Field(
+        None,
+        description="true, or a mapping: read the rows while training, a window at a time; needs steps, not epochs",
+    )
     default_prompt: str = Field("Describe the image.", description="prompt for data without prompts")
     max_length: int | None = Field(None, gt=0, description="largest number of tokens of prompt + completion")
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
@@ -98,6 +115,31 @@ class DataSettings(Settings):
     )
     image_cache_gb: float = Field(50.0, gt=0, description="largest size of data.image_cache, GiB")
     limit: int | None = Field(None, gt=0, description="read only this many examples")
+
+    @field_validator("streaming", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> DataSettings:
+        if self.streaming is None:
+            return self
+        if self.world is not None:
+            raise ValueError("world: it is generated as a whole: leave out data.streaming")
+        for source in self.sources:
+            if source.weight is None or source.limit is not None:
+                raise ValueError(
+                    f"sources: {source.title!r}: with data.streaming each source has a 'weight', its share of every "
+                    "window, and neither 'repeat' nor 'limit'"
+                )
+        for key, remedy in (
+            ("limit", "the stages' steps say how much is read"),
+            ("validation_fraction", "how many rows there are is not known: set data.streaming.validation"),
+        ):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: not with data.streaming, {remedy}; leave {key} out")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
@@ -122,6 +164,13 @@ class DataSettings(Settings):
     def where(self) -> str:
         """Where the rows come from, for messages."""
         return self.path or ("data.sources" if self.sources else "data.world")
+
+    @property
+    def looked_at(self) -> int | None:
+        """How many rows of a streamed source are looked at before a run; ``None`` for all."""
+        if self.streaming is None:
+            return None
+        return self.streaming.window + (0 if self.validation_path else self.streaming.validation)
 
     @property
     def reading(self) -> dict[str, Any]:

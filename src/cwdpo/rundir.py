@@ -59,14 +59,14 @@ except ImportError:  # Windows: a second start in the same folder is not detecte
     fcntl = None  # type: ignore[assignment]
 
 BEGUN = (
-    "metrics.jsonl", "readings.jsonl", "reference", "pool.jsonl", "answers.jsonl", "stage1", "stage2",
-    "model", "summary.json",
+    "metrics.jsonl", "readings.jsonl", "reference", "pool.jsonl", "answers.jsonl", "windows.jsonl", "stage1",
+    "stage2", "model", "summary.json",
 )  # fmt: skip
 """Names that exist in a folder after training has begun."""
 FOLDERS = ("data", "init", "encoded", "reference", "stage1", "stage2", "model")
 RECORDED = (
     "metrics.jsonl", "readings.jsonl", "curriculum.jsonl", "rounds.jsonl", "pool.jsonl", "answers.jsonl",
-    "stopped-*.json", "inputs.json", "calibration*.json", "probes-*.jsonl", "samples.jsonl",
+    "windows.jsonl", "stopped-*.json", "inputs.json", "calibration*.json", "probes-*.jsonl", "samples.jsonl",
 )  # fmt: skip
 """Files that a resumed run continues from: their checksums are stored."""
 _MADE_AGAIN = ("samples.jsonl", "inputs.json")

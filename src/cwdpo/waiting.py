@@ -29,9 +29,14 @@ _GROUPS: dict[Any, Any] = {}
 """The patient group, by the group of the training: tests begin several."""
 
 
+def processes() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def several() -> bool:
     """Whether there are other processes."""
-    return bool(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    return processes() > 1
 
 
 def prepare() -> None:

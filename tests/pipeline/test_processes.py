@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +29,7 @@ from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
 from cwdpo.trainer.processes import Unsharded
+from launch import together
 from paths import ROOT, TESTS
 
 WORKER = TESTS / "process_worker.py"
@@ -59,31 +57,8 @@ EQUAL = sorted(set(SCENARIOS) - {"nan", "unreadable", "unreadable_by_workers"})
 
 
 def launch(*arguments: str, codes: Sequence[int] = (0, 0)) -> list[str]:
-    """Start two processes as a launcher would; their outputs. None outlives ten minutes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), *arguments],
-            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r), "ACCELERATE_USE_CPU": "true"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [p.returncode for p in started] == list(codes), "\n".join(text[-3000:] for text in outputs)
-    return outputs
+    """Start two of the worker's processes; their outputs."""
+    return together([sys.executable, str(WORKER), *arguments], codes=codes)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +75,7 @@ def with_zero_gradients(world_folder, model_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=MODES)
-def together(request, world_folder, model_folder, tmp_path_factory):
+def in_two(request, world_folder, model_folder, tmp_path_factory):
     """Mode, folder, and per rank what every scenario gave: all of them in one pair of processes."""
     folder = tmp_path_factory.mktemp(request.param)
     # DeepSpeed cannot skip an update: tests/trainer/test_guard.py.
@@ -115,8 +90,8 @@ def losses(result) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_processes_take_the_steps_of_one(together, alone, name, request) -> None:
-    mode, _, (first, second) = together
+def test_two_processes_take_the_steps_of_one(in_two, alone, name, request) -> None:
+    mode, _, (first, second) = in_two
     if name not in first:
         pytest.skip("DeepSpeed cannot skip an update")
     one, two = alone[name], first[name]
@@ -141,9 +116,9 @@ def test_two_processes_take_the_steps_of_one(together, alone, name, request) -> 
 
 
 @pytest.mark.slow
-def test_held_out_rows_are_scored_by_shares(together, alone) -> None:
+def test_held_out_rows_are_scored_by_shares(in_two, alone) -> None:
     """Seven rows on two processes: each pair once, in the order of the rows; a sharded model is refused."""
-    mode, _, results = together
+    mode, _, results = in_two
     one, found = alone["uneven"]["held_out"], [result["uneven"]["held_out"] for result in results]
     assert found[0] == found[1]
     if mode != "ddp":
@@ -159,8 +134,8 @@ def test_held_out_rows_are_scored_by_shares(together, alone) -> None:
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_process_stops_both_and_names_the_row(together, alone, model_folder) -> None:
-    _, folder, results = together
+def test_a_nan_on_one_process_stops_both_and_names_the_row(in_two, alone, model_folder) -> None:
+    _, folder, results = in_two
     texts = [result["nan"]["error"] for result in results]
     assert texts[0] == texts[1]
     assert texts[0].startswith("NonFiniteError: step 3: the loss is nan on examples train-00011;")
@@ -174,15 +149,15 @@ def test_a_nan_on_one_process_stops_both_and_names_the_row(together, alone, mode
 
 
 @pytest.mark.slow
-def test_an_image_that_one_process_cannot_read_stops_both(together) -> None:
-    _, _, results = together
+def test_an_image_that_one_process_cannot_read_stops_both(in_two) -> None:
+    _, _, results = in_two
     for result in results:
         assert result["unreadable"]["error"] == "DataError: row 12: images: cannot be decoded (gone)"
 
 
 @pytest.mark.slow
-def test_an_image_that_a_worker_of_one_process_cannot_read_stops_both(together) -> None:
-    _, _, (first, second) = together
+def test_an_image_that_a_worker_of_one_process_cannot_read_stops_both(in_two) -> None:
+    _, _, (first, second) = in_two
     text = first["unreadable_by_workers"]["error"]
     assert text == second["unreadable_by_workers"]["error"]
     assert text.startswith("DataError: ")

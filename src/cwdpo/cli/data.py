@@ -67,7 +67,7 @@ def validate(
 
     A train file is compared with the validation and test files next to it: no image may be in both. With a recipe, its
     settings say what is read, how, and with which tokenizer, and its held-out set is checked, too; options override
-    the recipe. All rows are read, even if data.limit is set.
+    the recipe. All rows are read, even if data.limit is set (with data.streaming, a window).
     """
     from cwdpo.models.settings import ModelSettings
 
@@ -80,14 +80,14 @@ def validate(
         recipe = _with_data(Path(data), overrides or ())
         if settings is None and recipe.model.path != "init":  # the tokenizer of `init` does not exist yet
             settings = recipe.model
-        sources = [(str(own.path), _how(own, how)) for own in recipe.data.each()]
+        sources = [(str(own.path), _how(own, how), own.looked_at) for own in recipe.data.each()]
         reports, lacking = _of_recipe(recipe, how, settings, against or (), fix)
     elif overrides:
         raise typer.BadParameter(
             f"{overrides[0]!r} is for a recipe, but {data!r} is not one", param_hint="OVERRIDES"
         )
     else:
-        reports, sources = [_checked(data, how, settings, against or (), fix)], [(data, how)]
+        reports, sources = [_checked(data, how, settings, against or (), fix)], [(data, how, None)]
     typer.echo("\n".join(report.to_json() if as_json else report.to_text() for report in reports))
     _show([row for one in sources if show for row in _rows_to_show(*one, settings, show)], as_json)
     if lacking:
@@ -151,7 +151,12 @@ def _of_recipe(
         )
     held = [] if data.validation_path is None else [data.validation_path]
     every = data.each()
-    reports = [_checked(str(own.path), _how(own, how), settings, [*held, *against], fix) for own in every]
+    first = data.looked_at
+    if first is not None:
+        typer.echo(f"data.streaming: the first {first} rows of {data.path} are checked", err=True)
+    reports = [
+        _checked(str(own.path), _how(own, how), settings, [*held, *against], fix, first) for own in every
+    ]
     trained = list(reports)
     reports += [_checked(source, _how(data, how), settings, (), None) for source in held]
     negatives = recipe.negatives
@@ -169,15 +174,18 @@ def _checked(
     settings: ModelSettings | None,
     against: Sequence[str],
     fix: Path | None,
+    first: int | None = None,
 ) -> ValidationReport:
-    from cwdpo.data.read.rows import count_rows, open_source
+    """The report of a data set, or of its first rows."""
+    from cwdpo.data.read.rows import count_rows, first_rows, open_source
     from cwdpo.data.validate.checks import validate as check
     from cwdpo.models.packages import check_packages
 
     if settings is not None:
         check_packages(settings)
-    source = open_source(data)
-    rows, name = count_rows(source), Path(source.name).name
+    source = open_source(data, streaming=first is not None)
+    rows, name = first or count_rows(source), Path(source.name).name
+    source = source if first is None else first_rows(source, first)
     with bars(transient=True) as shown:
         counter = None if settings is None else _token_counter(settings)
         return check(
@@ -187,7 +195,7 @@ def _checked(
 
 
 def _rows_to_show(
-    data: str, how: Mapping[str, Any], settings: ModelSettings | None, n: int
+    data: str, how: Mapping[str, Any], first: int | None, settings: ModelSettings | None, n: int
 ) -> list[ShownRow]:
     """The first rows as a checkpoint's processor makes tokens of them.
 
@@ -195,6 +203,7 @@ def _rows_to_show(
         typer.BadParameter: there is no checkpoint to make tokens.
     """
     from cwdpo.data.read.reader import read_examples
+    from cwdpo.data.read.rows import open_source
     from cwdpo.data.validate.show import shown_rows
 
     if settings is None:
@@ -203,7 +212,8 @@ def _rows_to_show(
             param_hint="--show",
         )
     reading = {key: value for key, value in how.items() if key != "max_length"}
-    examples = read_examples(data, **reading, max_bad_fraction=1.0, limit=n).examples
+    source = open_source(data, streaming=first is not None)
+    examples = read_examples(source, **reading, max_bad_fraction=1.0, limit=n).examples
     return list(shown_rows(_encoder(settings, how.get("max_length")), examples))
 
 

@@ -79,6 +79,12 @@ def remember_contents(known: Mapping[int, bytes]) -> None:
     _KNOWN.update(known)
 
 
+def forget_contents() -> None:
+    """Forget what is known about files: they are read again when they are used again."""
+    _KNOWN.clear()
+    _VIDEOS.clear()
+
+
 def video_digest(video: VideoRef) -> bytes:
     """16-byte blake2b digest of a video's encoded bytes; of a folder of frames, of its files in their order.
 

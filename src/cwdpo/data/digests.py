@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from hashlib import blake2b
+from typing import Any
 
 _ROW_BITS = 40  # bits for the row in a stored place; the other bits are the file's number
 
@@ -14,6 +15,12 @@ def digest8(data: bytes) -> int:
     Among a million different inputs, two have the same digest with probability 3e-8.
     """
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") or 1
+
+
+def as_text(value: Any) -> str:
+    """A text that identifies a value that JSON does not support: bytes, or a decoded image."""
+    data = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
+    return repr(value) if data is None else blake2b(data, digest_size=16).hexdigest()
 
 
 class DigestMap:

@@ -38,13 +38,24 @@ def sizes(counts: Mapping[str, int], amounts: Mapping[str, Amount]) -> dict[str,
     total = math.fsum(w for w in weights.values() if w is not None)
     if None in weights.values() or not total:
         return {name: round(n * amounts[name].repeat) for name, n in counts.items()}
-    whole = sum(counts[name] for name in weights)
-    exact = {name: whole * (weight or 0.0) / total for name, weight in weights.items()}
+    found = divided(sum(counts[name] for name in weights), {n: w or 0.0 for n, w in weights.items()})
+    return {name: found.get(name, 0) for name in counts}
+
+
+def divided(whole: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """A number of rows, divided in proportion to weights; rounding goes to the largest remainders.
+
+    Args:
+        whole: the number.
+        weights: at least 0, with a positive sum.
+    """
+    total = math.fsum(weights.values())
+    exact = {name: whole * weight / total for name, weight in weights.items()}
     found = {name: math.floor(size) for name, size in exact.items()}
     left = whole - sum(found.values())
     for name in sorted(exact, key=lambda n: (found[n] - exact[n], n))[:left]:
         found[name] += 1
-    return {name: found.get(name, 0) for name in counts}
+    return found
 
 
 def mixed(examples: Sequence[Example], amounts: Mapping[str, Amount], seed: int) -> Sequence[Example]:

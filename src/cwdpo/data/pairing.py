@@ -8,11 +8,10 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from typing import IO, Any
 
 from cwdpo.data.columns import IMAGE_KEYS
-from cwdpo.data.digests import DigestMap, digest8
+from cwdpo.data.digests import DigestMap, as_text, digest8
 from cwdpo.data.problems import RowError
 from cwdpo.data.read.source import RawRow
 from cwdpo.data.texts import wrong_type
@@ -125,10 +124,4 @@ def _paired(group: Sequence[RawRow]) -> list[RawRow]:
 
 def _prompt_digest(value: Mapping[str, Any]) -> int:
     said = {key: value[key] for key in ("prompt", *IMAGE_KEYS) if value.get(key) is not None}
-    return digest8(json.dumps(said, sort_keys=True, default=_content).encode())
-
-
-def _content(value: Any) -> str:
-    """A text that identifies a value that JSON does not support: bytes, or a decoded image."""
-    data = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
-    return repr(value) if data is None else blake2b(data, digest_size=16).hexdigest()
+    return digest8(json.dumps(said, sort_keys=True, default=as_text).encode())

@@ -55,6 +55,35 @@ def split_by_image(
     return {name: select(examples, np.flatnonzero(part == i)) for i, name in enumerate(names)}
 
 
+def content_keys(example: Example) -> list[bytes]:
+    """What an example is split by: a key for each image and video; of one without any, a key for its prompt's text.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    return list(_keys(example)) or [_text_key(example)]
+
+
+def part_of(keys: Sequence[bytes], share: float, seed: int) -> bool | None:
+    """Whether an example is in the first of two parts, decided without any other example.
+
+    Each key is in the first part if blake2b(seed, key), as a number from 0 to 1, is below ``share``. ``None`` for an
+    example whose images are in both: it can be in neither without an image in two parts.
+
+    Args:
+        keys: its :func:`content_keys`.
+        share: of the first part.
+        seed: another seed gives another split.
+    """
+    salt = f"{seed}:".encode()
+    drawn = {_unit(salt + _named(key)) < share for key in keys}
+    return drawn.pop() if len(drawn) == 1 else None
+
+
+def _unit(data: bytes) -> float:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big") / 2**64
+
+
 _PREFIXES = {b"i": b"image:", b"t": b"text:", b"v": b"video:"}
 """What a key is made of, by its first byte; 16 bytes of a digest follow. They have the order of their names."""
 
@@ -69,7 +98,7 @@ def _groups(examples: Sequence[Example]) -> tuple[bytes, Any]:
 
     found, counts = bytearray(), array("q")
     for example in examples:
-        own = list(_keys(example)) or [_text_key(example)]
+        own = content_keys(example)
         found += b"".join(own)
         counts.append(len(own))
     # 'S' ignores trailing zeros, which does no harm: all keys have the same length.

@@ -38,6 +38,7 @@ class _Kept:
 
 @dataclass
 class _Cache:
+    bytes: float
     free_bytes: float
     kept: dict[tuple[str, bool], _Kept] = field(default_factory=dict)
 
@@ -65,7 +66,7 @@ def keep_vision_features(model: nn.Module, gigabytes: float) -> bool:
     if trained:
         logger.info("image features are computed at every step, not cached: %s is trained", trained[0])
         return False
-    _CACHES[inner] = _Cache(gigabytes * 2**30)
+    _CACHES[inner] = _Cache(gigabytes * 2**30, gigabytes * 2**30)
     return True
 
 
@@ -95,6 +96,13 @@ def share_vision_features(model: nn.Module, shared: dict[str, Any]) -> None:
         shared.clear()
         shared[key] = _CACHES[inner]
     _CACHES[inner] = shared[key]
+
+
+def drop_vision_features(model: nn.Module) -> None:
+    """Empty the cache: other images are used from now on."""
+    if (cache := _CACHES.get(unwrapped(model))) is not None:
+        cache.kept.clear()
+        cache.free_bytes = cache.bytes
 
 
 def forget_vision_features(model: nn.Module) -> None:

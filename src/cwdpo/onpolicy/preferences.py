@@ -95,6 +95,10 @@ def make_preferences(
     out, listener = Path(out), listener or Listener()
     if out.suffix not in FORMATS:
         raise DataError(f"{out}: unknown ending {out.suffix!r}; allowed: {', '.join(FORMATS)}")
+    if recipe.data.streaming is not None:
+        raise DataError(
+            "data.streaming: a file is made of all rows: set data.streaming=false, and data.limit"
+        )
     if out.exists():
         raise DataError(f"{out}: exists already; remove it, or choose another --out")
     recipe = sampling_recipe(recipe, model)

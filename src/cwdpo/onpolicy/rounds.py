@@ -41,23 +41,24 @@ from cwdpo.waiting import from_first
 
 
 class RoundData(Dataset[EncodedExample]):
-    """The examples of the current round; its length never changes."""
+    """The examples of the current round or window; its length never changes."""
 
     def __init__(self, length: int) -> None:
-        self._length, self._rows = length, list[EncodedExample]()
+        self._length = length
+        self._rows: Sequence[EncodedExample] = ()
 
     def fill(self, rows: Sequence[EncodedExample]) -> None:
-        """Replace the examples by those of a round; they are repeated if there are fewer than the length."""
-        self._rows = [rows[i % len(rows)] for i in range(self._length)]
+        """Replace the examples; they are repeated if there are fewer than the length."""
+        self._rows = rows
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> EncodedExample:
-        return self._rows[index]
+        return self._rows[index % len(self._rows)]
 
     def __iter__(self) -> Iterator[EncodedExample]:
-        return iter(self._rows)
+        return (self[i] for i in range(self._length))
 
 
 class Rounds(TrainerCallback):  # type: ignore[misc]

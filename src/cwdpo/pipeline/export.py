@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cwdpo.config import stored_data, stored_model
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.read.reader import read_examples
+from cwdpo.data.read.rows import open_source
+from cwdpo.data.read.source import Source
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
@@ -219,10 +221,11 @@ def _rows(run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]
     Raises:
         RunDirError: no row can be read or encoded.
     """
-    source, how = (data, {}) if data else _own_rows(run)
+    rows, how = (data, {}) if data else _own_rows(run)
+    source = rows.name if isinstance(rows, Source) else rows
     remedy = "give other rows with --data, for example a .jsonl with a few rows"
     try:
-        examples = read_examples(source, max_bad_fraction=1.0, limit=ROWS, **how).examples
+        examples = read_examples(rows, max_bad_fraction=1.0, limit=ROWS, **how).examples
     except DataError as error:
         raise RunDirError(
             f"{source}: there are no rows to compare the export on ({error}): {remedy}"
@@ -236,7 +239,7 @@ def _rows(run: RunDir, policy: Policy, data: str | None) -> list[EncodedExample]
     return encoded
 
 
-def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
+def _own_rows(run: RunDir) -> tuple[str | Source, dict[str, Any]]:
     """The source of the run's held-out rows, or else of its training rows, and the settings to read it.
 
     Raises:
@@ -252,6 +255,8 @@ def _own_rows(run: RunDir) -> tuple[str, dict[str, Any]]:
         )
     world = run.path / "data" / "validation.jsonl"
     source = str(world) if settings.world is not None else settings.validation_path or settings.path
+    if settings.streaming is not None and settings.validation_path is None:
+        return open_source(str(source), streaming=True), settings.reading
     return str(source), settings.reading
 
 

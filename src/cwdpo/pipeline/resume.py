@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.writing import write_text
 from cwdpo.overrides import flat
 from cwdpo.rundir import RunDir
+from cwdpo.stage.streaming import FILE as WINDOWS
 from cwdpo.waiting import from_first
 
 ABSENT = "(absent)"
@@ -75,10 +77,19 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, accept_changes: bool) -> N
         run.recover()
         run.drop_stages("problems.jsonl", {"read", "negatives"})
         run.drop_stages("notes.jsonl", {"read"})
+        if accept_changes:
+            _forget_rows(run)
     if changed:
         keep_old(run, changed)
     write_text(path, text)
     run.write_environment()
+
+
+def _forget_rows(run: RunDir) -> None:
+    """Let a run with ``data.streaming`` continue with other rows than those it has read."""
+    rows = [{**row, "digest": None, "contents": None} for row in run.rows(WINDOWS)]
+    if rows:
+        run.write_text(WINDOWS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def recipe_changes(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:

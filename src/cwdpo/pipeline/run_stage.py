@@ -19,6 +19,7 @@ from cwdpo.monitor.instruments import instruments
 from cwdpo.monitor.signals import Signals
 from cwdpo.onpolicy.rounds import RoundData, Rounds
 from cwdpo.pipeline.timings import StepTimes
+from cwdpo.pipeline.windows import Windows
 from cwdpo.rundir import RunDir
 from cwdpo.stage.model import data_workers
 from cwdpo.stage.prepare import prepare, with_reference_values
@@ -96,16 +97,15 @@ def run_stage(stage: Stage) -> None:
         NonFiniteError: the loss is not finite any more; nothing was updated.
     """
     with idle_adapters_off(stage.policy.model):
-        rounds, rows = _prepared(stage)
+        parts, rows = _prepared(stage)
         with stage.autocast():
             signals = Signals.of(instruments(stage, rows), rows)
     stage.listener.phase(f"{stage.name}: {stage.settings.objective['name']}")
-    stage.trainer = make_trainer(stage, rows if rounds is None else rounds.data, signals)
-    if rounds is not None:
-        stage.trainer.args.max_steps = (
-            rounds.plan.steps
-        )  # an epoch is a round, so epochs do not set the steps
-        stage.trainer.add_callback(rounds)
+    stage.trainer = make_trainer(stage, rows if parts is None else parts.data, signals)
+    if isinstance(parts, Rounds):
+        stage.trainer.args.max_steps = parts.plan.steps  # an epoch is a round, so epochs do not set the steps
+    if parts is not None:
+        stage.trainer.add_callback(parts)
     checkpoint = checkpoint_to_resume(stage.run.path / stage.name) if stage.resume else None
     stage.run.drop_after(stage.name, checkpoint_step(checkpoint))
     if checkpoint is None:
@@ -114,10 +114,14 @@ def run_stage(stage: Stage) -> None:
     _train_from(stage, checkpoint, stage.trainer)
 
 
-def _prepared(stage: Stage) -> tuple[Rounds | None, EncodedRows]:
-    """The rounds, if the stage runs in rounds, and its rows: to train on, or only for probes and curriculum."""
+def _prepared(stage: Stage) -> tuple[Rounds | Windows | None, EncodedRows]:
+    """Rounds or windows, if the stage runs in them, and its rows: to train on, or only for probes and curriculum."""
+    if stage.recipe.data.streaming is not None and stage.stream is None:
+        raise RecipeError("data.streaming: only cwdpo train reads window after window: set it to false")
     if not stage.in_rounds:
-        return None, prepare(stage)
+        rows = prepare(stage)
+        all_read = stage.stream is None or stage.stream.ended
+        return (None if all_read else Windows(stage, rows)), rows
     rounds = Rounds(stage)
     rows = rounds.dataset_rows
     if stage.recipe.probes.influence or stage.recipe.curriculum["name"] != "steady":

@@ -120,17 +120,15 @@ def _train(
 
     def stage(name: StageName, examples: Sequence[Example]) -> Stage:
         return Stage(
-            name, recipe, policy, encoder, run, examples, splits.validation, listener, trackers, resume
-        )
+            name, recipe, policy, encoder, run, examples, splits.validation, listener, trackers, resume,
+            stream=splits.streams.get(name),
+        )  # fmt: skip
 
     store_timings(run, "start")
     trained = resume and (run.path / "model").is_dir()
     if trained:
         if (first := run.path / "stage1" / "model").is_dir():
-            refuse_damage(
-                first,
-                "remove it: this run is finished and does not need it",
-            )
+            refuse_damage(first, "remove it: this run is finished and does not need it")
         load_saved(policy, run.path / "model")
     else:
         _run_stages(stage("stage1", splits.stage1), stage("stage2", splits.stage2))

@@ -79,20 +79,23 @@ def _usable(
     return encoded
 
 
-def with_reference_values(stage: Stage, encoded: EncodedRows, model: nn.Module | None = None) -> EncodedRows:
+def with_reference_values(
+    stage: Stage, encoded: EncodedRows, model: nn.Module | None = None, folder: Path | None = None
+) -> EncodedRows:
     """Add the reference model's log-likelihoods; if the objective uses no reference, the examples are unchanged.
 
     Args:
         stage: the stage.
         encoded: the examples.
         model: the reference model; default: the stage's, which is the policy before training.
+        folder: of the stored values, unless the recipe names one; default: ``reference/`` in the run folder.
     """
     if not stage.objective.needs_reference:
         return encoded
     stage.listener.phase(f"{stage.name}: reference pass over {len(encoded)} prompts")
     reference = model or stage.reference_model or stage.policy.model
     train = stage.recipe.train
-    folder = Path(train.reference_cache) if train.reference_cache else None
+    folder = Path(train.reference_cache) if train.reference_cache else folder
     with spent_on("reference pass"), stage.autocast(reference):
         scored = stored_reference_pass(
             reference, encoded, stage.run, batch_size=train.batch_size, bf16=train.bf16, folder=folder

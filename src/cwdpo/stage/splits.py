@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from cwdpo.config import Recipe
 from cwdpo.data.mixture import Amount, in_turn, mixed
@@ -21,15 +22,23 @@ from cwdpo.negatives.settings import WITHOUT_NEGATIVES
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 
+if TYPE_CHECKING:
+    from cwdpo.stage.stage import StageName
+    from cwdpo.stage.streaming import StageStream
+
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of each split; no image is in two splits. ``notes`` are lines for the user about the data."""
+    """The examples of each split; no image is in two splits. ``notes`` are lines for the user about the data.
+
+    Of a recipe with ``data.streaming`` they are those of the first windows, and ``streams`` reads the others.
+    """
 
     stage1: Sequence[Example]
     stage2: Sequence[Example]
     validation: Sequence[Example]
     notes: tuple[str, ...] = ()
+    streams: Mapping[StageName, StageStream] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[str]:
@@ -46,6 +55,10 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     Raises:
         DataError: the data cannot be read or is empty, or too many rows are bad.
     """
+    if recipe.data.streaming is not None:
+        from cwdpo.stage.streaming import streamed
+
+        return streamed(recipe, run)
     data = _on_disk(recipe.data, run)
     notes: list[str] = []
 

@@ -23,6 +23,7 @@ from cwdpo.stage.trackers import Trackers
 from cwdpo.trainer.batching import TokenBatches, all_row_lengths, optimizer_steps
 
 if TYPE_CHECKING:
+    from cwdpo.stage.streaming import StageStream
     from cwdpo.trainer.trainer import PreferenceTrainer
 
 StageName = Literal["stage1", "stage2"]
@@ -54,6 +55,7 @@ class Stage:
         trackers: experiment trackers; by default none.
         resume: whether to continue from the stage's files in the run folder.
         reference_model: a reference model other than the policy at the start.
+        stream: with ``data.streaming``, reads the windows after ``examples``, which are the first one.
         in_force: the current objective; calibrated when the stage is prepared.
         trainer: ``None`` until it is created; under FSDP2 it has the weights.
     """
@@ -69,6 +71,7 @@ class Stage:
     trackers: Trackers = field(default_factory=Trackers)
     resume: bool = False
     reference_model: nn.Module | None = None
+    stream: StageStream | None = None
     in_force: InForce = field(init=False)
     trainer: PreferenceTrainer | None = field(default=None, init=False)
 

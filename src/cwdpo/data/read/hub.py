@@ -28,22 +28,45 @@ def saved_rows(folder: Path) -> Iterator[RawRow]:
     yield from dataset_rows(str(folder), loaded)
 
 
-def hub_rows(place: HubData) -> Iterator[RawRow]:
+def hub_rows(place: HubData, *, streaming: bool = False) -> Iterator[RawRow]:
     """Rows of a data set on the hub: of the split that is named, else of ``train``.
 
+    Args:
+        place: the data set.
+        streaming: read its files while the rows are read, instead of fetching them first.
+
     Raises:
-        DataError: the hub has no such data set, revision, configuration or split, or does not answer within seconds.
+        DataError: the hub has no such data set, revision, configuration or split, or does not answer within seconds;
+            or, with ``streaming``, it does not answer any more.
     """
     import datasets
 
+    if streaming and "[" in (place.split or ""):
+        raise DataError(
+            f"{place}: a part of a split cannot be streamed: leave out {'[' + str(place.split).partition('[')[2]}"
+        )
     check_hub(place.id, "datasets", place.revision, DataError)
     try:
-        loaded = datasets.load_dataset(place.id, place.config, revision=place.revision, split=place.split)
+        loaded = datasets.load_dataset(
+            place.id, place.config, revision=place.revision, split=place.split, streaming=streaming
+        )
     except Exception as error:  # network, no such configuration or split, ...
         raise DataError(f"{place}: {_lacking(place, error)}") from None
     if isinstance(loaded, dict) and len(loaded) > 1 and "train" not in loaded:
         raise DataError(f"{place}: {_one_of('splits', loaded, '#')}")
-    yield from dataset_rows(str(place), loaded)
+    number = 0
+    try:
+        for row in dataset_rows(str(place), loaded):
+            yield row
+            number = row.number
+    except Exception as error:  # of the network, of a file's reader, ...
+        if not streaming or isinstance(error, DataError):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{place}: no more rows after row {number} ({type(error).__name__}: {said}); a run that was streaming them "
+            "continues with --resume"
+        ) from error
 
 
 def _lacking(place: HubData, error: Exception) -> str:
@@ -94,7 +117,15 @@ def dataset_rows(name: str, loaded: Any, *, embed: bool = False) -> Iterator[Raw
         name, loaded = f"{name}[{split}]", loaded[split]
     # Take the rows as Arrow stores them, so that `datasets` does not decode images, videos and audio. Encoded bytes are
     # smaller than decoded images, nothing is compressed twice, and only our own checks open them.
+    import datasets
+
     number = 0
+    if isinstance(loaded, datasets.IterableDataset) and not embed:
+        # Where `datasets` makes tables of single rows (WebDataset), it cannot join them: their columns differ in order.
+        for value in loaded.decode(False):
+            number += 1
+            yield as_row(name, number, value)
+        return
     for table in loaded.with_format("arrow").iter(batch_size=_BATCH):
         for value in (_embedded(table, name) if embed else table).to_pylist():
             number += 1

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,13 @@ def rows_source(rows: Iterable[Mapping[str, Any]], name: str) -> Source:
     return Source(name, None, lambda: (RawRow(name, i, dict(row)) for i, row in enumerate(rows, 1)))
 
 
-def open_source(path: str | Path) -> Source:
-    """The source of ``path`` (see :func:`iter_rows`); rows are read while iterating."""
+def open_source(path: str | Path, *, streaming: bool = False) -> Source:
+    """The source of ``path`` (see :func:`iter_rows`); rows are read while iterating.
+
+    With ``streaming``, a data set of the hub is not fetched first: its files are read as its rows are.
+    """
     if entry := registry_entry(str(path)):
-        return _described(open_source(entry.place), entry, str(path))
+        return _described(open_source(entry.place, streaming=streaming), entry, str(path))
     place = Path(path)
     try:
         is_file, is_folder = place.is_file(), place.is_dir()
@@ -71,7 +75,7 @@ def open_source(path: str | Path) -> Source:
         return _folder_source(place)
     hub = hub_data(str(path))
     if hub is not None and Path(hub.id).suffix.lower() not in SUFFIXES:
-        return Source(str(path), None, lambda: hub_rows(hub))
+        return Source(str(path), None, lambda: hub_rows(hub, streaming=streaming))
     raise DataError(
         f"there is no file or folder {str(path)!r}; allowed: a {', '.join(SUFFIXES)} file, "
         f"a folder with one, or a data set of the hub ({ADDRESS})"
@@ -150,6 +154,11 @@ def _one_set(folder: Path, files: list[Path]) -> Source:
             yield from file_source(file).rows()
 
     return Source(str(folder), files[0].parent, rows, tuple(files))
+
+
+def first_rows(source: Source, n: int) -> Source:
+    """The source of the first rows only."""
+    return replace(source, rows=lambda: islice(source.rows(), n))
 
 
 def count_rows(source: Source) -> int | None:

@@ -302,6 +302,8 @@ def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
         notes.append(
             "train.bf16 is false: where weights are float32, the GPU computes several times slower than assumed here"
         )
+    if recipe.data.streaming is not None:
+        notes.append("data.streaming: rows are those of the first window; reading is left out")
     if recipe.stage2.enabled and recipe.stop:
         notes.append("stop rules may end stage 2 earlier")
     if hardware.sharded:
