@@ -1,7 +1,8 @@
 """One process of a distributed test: trains a tiny random model and writes what every scenario logged.
 
 ``python tests/process_worker.py MODE WORLD MODEL OUT SCENARIO...`` with MODE ``ddp``, ``fsdp2``, ``zero2`` or ``zero3``
-and the launcher's environment (RANK, WORLD_SIZE, ...). The tests call :func:`trained` themselves for the single process.
+and the launcher's environment (RANK, WORLD_SIZE, ...). The tests call :func:`trained` themselves for the single
+process.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def trained(
             }
         except CwdpoError as problem:
             held = {"error": str(problem)}
-    whole = trainer.trained_model().state_dict()
+    whole = trainer.finished_model().state_dict()
     sums = {name: float(value.double().abs().sum()) for name, value in whole.items()}
     wrapped = type(trainer.model_wrapped).__name__
     return {

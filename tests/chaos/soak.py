@@ -6,7 +6,7 @@
 
 All three run at once, each in a process of its own; a part that ends begins anew until the time is up. Memory is
 that of a command and all its workers (resident, shared pages counted once each). A page takes more memory the longer
-the run is that it shows, so `watch` is compared where the watched runs are nearly finished: the second with the last.
+the run is that it shows, so `watch` is compared where the watched runs are nearly finished.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
+from statistics import fmean, quantiles
 
 import yaml
 
@@ -107,16 +107,21 @@ class Part:
         )
 
     def _verdict_of_cycles(self) -> str:
-        """The same, of the second and the last watched run that was seen nearly finished."""
+        """The same, of the second and the last quarter of the watched runs that were seen nearly finished."""
         of_runs = [self.cycles[number] for number in sorted(self.cycles)]
-        if len(of_runs) < 3:
+        if len(of_runs) < 4:
             return f"{self.name}: too short to tell ({len(of_runs)} watched runs were nearly finished)"
-        before, after = ([max(values) for values in zip(*of_runs[i], strict=True)] for i in (1, -1))
+        quarter = len(of_runs) // 4
+        # By run: a page takes the more memory, the nearer its run is to its end, and a later look may be nearer.
+        before, after = (
+            [fmean(max(look[i] for look in looks) for looks in part) for i in range(2)]
+            for part in (of_runs[quarter : 2 * quarter], of_runs[-quarter:])
+        )
         grows = after[0] > before[0] * (1 + MOST_GROWTH) or after[1] > before[1] + 2
         return (
             f"{self.name}: {self.done} {'GROWS' if grows else 'flat'}: {before[0] / 2**20:.0f} -> "
-            f"{after[0] / 2**20:.0f} MiB, {before[1]} -> {after[1]} open files (second and last of {len(of_runs)} "
-            "watched runs, nearly finished)"
+            f"{after[0] / 2**20:.0f} MiB, {before[1]:.0f} -> {after[1]:.0f} open files (second and last quarter of "
+            f"{len(of_runs)} watched runs, nearly finished)"
         )
 
     def _starts(self) -> list[list[tuple[float, int, int, int]]]:

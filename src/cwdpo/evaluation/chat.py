@@ -16,7 +16,7 @@ _KEPT = 3600
 """Seconds after which gradio removes an uploaded picture."""
 _HOW = (
     "The numbers are log-probabilities at temperature 1, in nats per token: 0 is certain, -0.7 is one half. "
-    "Under each answer its tokens, shaded by their own."
+    "Under each response its tokens, shaded by their own."
 )
 
 
@@ -83,17 +83,20 @@ def page(title: str, answering: Answering) -> Any:
     with gr.Blocks(title=f"cwdpo: {title}", analytics_enabled=False, delete_cache=(_KEPT, _KEPT)) as blocks:
         gr.Markdown(f"# {title}\n{_HOW}")
         with gr.Row():
-            picture = gr.Image(type="filepath", label="picture", height=320)
+            picture = gr.Image(type="filepath", label="image", height=320)
             with gr.Column():
-                question = gr.Textbox(label="question", lines=2, placeholder="What is on the table?")
+                question = gr.Textbox(label="prompt", lines=2, placeholder="What is on the table?")
                 samples = gr.Slider(0, 4, value=0, step=1, label="samples at temperature 1")
                 ask = gr.Button("Ask", variant="primary")
         with gr.Row():
             for name in answering.names:
                 with gr.Column():
                     gr.Markdown(f"## {name}")
-                    text = gr.Textbox(label="answers", lines=6)
-                    shown += [text, gr.HighlightedText(label="tokens of the first answer", show_legend=False)]
+                    text = gr.Textbox(label="responses", lines=6)
+                    shown += [
+                        text,
+                        gr.HighlightedText(label="tokens of the first response", show_legend=False),
+                    ]
         triggers = [ask.click, question.submit]
         gr.on(triggers, _responder(gr, answering), [picture, question, samples], shown, api_name="ask")
     return blocks
@@ -120,5 +123,6 @@ def _text(found: Sequence[Scored]) -> str:
 
 
 def _tokens(scored: Scored) -> list[tuple[str, float]]:
-    """The tokens with their log-probability as gradio shades them: -1 and less is the strongest red."""
-    return [(f"{text} {value:.2f} ", max(value, -1.0)) for text, value in scored.tokens]
+    """The tokens with their log-probability as gradio shades them: -1 and less is the strongest shade."""
+    # + 0.0: else certain tokens are shown as -0.00
+    return [(f"{text} {round(value, 2) + 0.0:.2f} ", max(value, -1.0)) for text, value in scored.tokens]

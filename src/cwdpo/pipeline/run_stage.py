@@ -187,7 +187,7 @@ def _train_from(stage: Stage, checkpoint: Path | None, trainer: PreferenceTraine
         with readable(checkpoint, TRAINER_STATE_NAME):
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    stage.policy.model = trainer.trained_model()
+    stage.policy.model = trainer.finished_model()
 
 
 def total_steps(trainer: PreferenceTrainer) -> int:

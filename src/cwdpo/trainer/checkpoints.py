@@ -145,10 +145,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage, after a check of its checksums and pickles. All processes must call this together.
+    """The newest checkpoint of a stage, after a check of its checksums and pickles. All processes call this together.
 
     Raises:
-        FileError: it is damaged: the message names the newest undamaged checkpoint; or its pickles name what they need not.
+        FileError: it is damaged: the message names the newest undamaged checkpoint; or a pickle names what it need not.
     """
     error = ""
     newest = last_checkpoint(folder)

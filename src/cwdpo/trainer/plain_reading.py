@@ -1,8 +1,8 @@
 """Reads checkpoints of ``torch.distributed.checkpoint`` and of DeepSpeed without running anything that they contain.
 
 torch writes their table of contents, and values that are no tensors, as pickles, and reads them without limits
-(2.13: ``FileSystemReader.read_metadata``, ``DefaultLoadPlanner.load_bytes``). So does DeepSpeed with all its files (0.19:
-``TorchCheckpointEngine.load``). A run folder may come from somebody else.
+(2.13: ``FileSystemReader.read_metadata``, ``DefaultLoadPlanner.load_bytes``). So does DeepSpeed with all its files
+(0.19: ``TorchCheckpointEngine.load``). A run folder may come from somebody else.
 """
 
 from __future__ import annotations

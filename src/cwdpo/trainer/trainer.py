@@ -300,7 +300,7 @@ class PreferenceTrainer(ShardedTraining):
     @property
     def _keeps_gradients(self) -> bool:
         """Whether a parameter without a gradient in a step is updated with that of an earlier one (ZeRO-3)."""
-        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return bool(self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
 
     @cached_property
     def _has_images(self) -> bool:
@@ -331,6 +331,17 @@ class PreferenceTrainer(ShardedTraining):
         """
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return model if self._unsharded is None else self._unsharded.filled(model)
+
+    def finished_model(self) -> torch.nn.Module:
+        """:meth:`trained_model` after the last step; nothing can be trained afterwards.
+
+        All processes call this together. DeepSpeed's buffers (2 GB and more) would otherwise stay until the process
+        ends.
+        """
+        model = self.trained_model()
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.destroy()
+        return model
 
     @spent_on("forward")
     @torch.no_grad()
