@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 # The forked process is killed, and its locks and files go, as any other's.
@@ -109,8 +110,10 @@ class Server:
         """Send a signal; false where the command had ended by itself."""
         if select.select([self.answers], [], [], 0)[0]:
             return False
-        os.kill(self.pid, number)
-        return True
+        with suppress(ProcessLookupError):  # it ended since
+            os.kill(self.pid, number)
+            return True
+        return False
 
     def wait(self) -> int:
         """The exit code, negative for a signal.
@@ -126,7 +129,7 @@ class Server:
     def stop(self) -> None:
         """Kill a command that is still running."""
         if self.running:
-            os.kill(self.pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self.wait()
 
     def run(self, err: Path, *arguments: object, out: Path | None = None) -> int:
