@@ -37,8 +37,7 @@ def together(
         sharded: whether parameters are gathered from all processes when a module is called (FSDP2, ZeRO-3). A process
             without an image would then skip the vision tower while the others wait for its part of the parameters, so
             it runs a silent row with an image.
-        pictured: whether it does so too when no process has an image. ZeRO-3 keeps the gradient that a parameter had in
-            an earlier step until it gets another one, and would apply it again.
+        pictured: whether it does so too when no process has an image, see :func:`applies_old_gradients`.
         examples: the training data, from which silent rows take their prompt.
 
     Raises:
@@ -62,6 +61,15 @@ def together(
         else batch
         for batch, own, others in zip(loaded, own_images, anywhere, strict=True)
     ]
+
+
+def applies_old_gradients(accelerator: Accelerator) -> bool:
+    """Whether a parameter without a gradient in a step is updated with that of an earlier step: ZeRO-3 does so.
+
+    It keeps a gradient until the parameter gets another one (DeepSpeed 0.19).
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def _silent_prompt(examples: Sequence[EncodedExample], pictured: bool) -> EncodedPrompt:

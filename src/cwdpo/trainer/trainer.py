@@ -32,7 +32,7 @@ from cwdpo.trainer.batching import LengthGrouped, TokenBatches, all_row_lengths,
 from cwdpo.trainer.guard import Guard, MicroBatch
 from cwdpo.trainer.memory import StepMemory
 from cwdpo.trainer.metrics import StepMetrics
-from cwdpo.trainer.processes import Unsharded, together
+from cwdpo.trainer.processes import Unsharded, applies_old_gradients, together
 from cwdpo.trainer.rounding import LostUpdates, check_optimizer, optimizer_class
 from cwdpo.trainer.sharded import ShardedTraining
 
@@ -297,11 +297,6 @@ class PreferenceTrainer(ShardedTraining):
         """Whether every forward pass needs all processes; then ``self.model`` is the wrapped model."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    @property
-    def _keeps_gradients(self) -> bool:
-        """Whether a parameter without a gradient in a step is updated with that of an earlier one (ZeRO-3)."""
-        return bool(self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
-
     @cached_property
     def _has_images(self) -> bool:
         return any(e.prompt.image_digest for e in self.train_dataset)
@@ -320,7 +315,7 @@ class PreferenceTrainer(ShardedTraining):
             self.accelerator,
             [*whole, last],
             sharded=self._sharded,
-            pictured=self._keeps_gradients and self._has_images,
+            pictured=applies_old_gradients(self.accelerator) and self._has_images,
             examples=self.train_dataset,
         )
 
