@@ -391,7 +391,10 @@ def main() -> None:
         "--only", help="a case, for instance kill:17 or damage:3; inputs:250 runs its hundred"
     )
     parser.add_argument(
-        "--shortages", action="store_true", help="the table of full disks and other shortages alone"
+        "--shortages",
+        nargs="*",
+        metavar="COMMAND",
+        help="the table of full disks and other shortages alone, of these commands; default: of all",
     )
     parser.add_argument("--keep", action="store_true", help="keep the working folder")
     asked = parser.parse_args()
@@ -403,9 +406,9 @@ def main() -> None:
     try:
         if turn == "inputs":
             chaos.one(chaos.inputs, int(number) // 100)
-        elif asked.shortages:
+        elif asked.shortages is not None:
             chaos.prepare()
-            print(Shortages(chaos).all())
+            print(Shortages(chaos).all(asked.shortages))
         elif turn:
             chaos.prepare()
             chaos.one(getattr(chaos, turn), int(number))

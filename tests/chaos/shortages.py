@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,14 +106,15 @@ class Shortages:
         self.small, self.err = chaos.place / "small", chaos.place / "small.err"
         self.rows: list[tuple[str, int, int, int]] = []
 
-    def all(self, sizes: int = SIZES, phases: tuple[Phase, ...] = PHASES) -> str:
-        """Every phase and every shortage; the table as markdown."""
+    def all(self, names: Sequence[str] = (), sizes: int = SIZES) -> str:
+        """Every phase and every shortage of these commands, by default of all; the table as markdown."""
+        phases = [phase for phase in PHASES if not names or phase.command in names]
         for phase in phases:
             self.full_disk(phase, sizes)
         for phase in phases:
             self.other(phase.name, phase, "read-only folder")
             self.other(phase.name, phase, f"{FILES} open files")
-        for name in self.commands:
+        for name in names or self.commands:
             self.small_process(name)
         head = "| what | tries | one line | went through |\n|---|---|---|---|\n"
         return head + "\n".join(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in self.rows)
