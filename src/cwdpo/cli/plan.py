@@ -39,7 +39,8 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="number of GPUs, each with the whole model")] = 1,
     fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="FSDP2: gradients and optimizer state are spread over --gpus")
+        bool,
+        typer.Option("--fsdp", help="FSDP2: weights, gradients and optimizer state are spread over --gpus"),
     ] = False,
     price: Annotated[float | None, typer.Option(min=0, help="price of a GPU for an hour")] = None,
     utilisation: Annotated[

@@ -86,6 +86,34 @@ def anything(tensors: Iterable[Tensor]) -> bool:
     return any(bool(whole(tensor).any()) for tensor in tensors)
 
 
+def most_gathered(model: nn.Module, *, trained: bool) -> int:
+    """Upper bound of the bytes that FSDP2 gathers on a process at once, beside its part of the weights.
+
+    While a layer computes, the next one is gathered into a buffer and copied out of it: three layers. What is in no
+    layer (embeddings, head) is gathered for the whole pass, through a buffer of its own; if it is trained, its gradient
+    comes in addition. Measured in docs/distributed.md.
+
+    Args:
+        model: not sharded; its layers are those of its class's ``_no_split_modules``.
+        trained: whether the base's weights are trained.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    inside: set[int] = set()
+    largest = 0
+    for module in model.modules():  # outer modules come first
+        own = {id(p): p for p in module.parameters()}
+        if type(module).__name__ in names and not own.keys() <= inside:
+            inside |= own.keys()
+            largest = max(largest, sum(map(_bytes, own.values())))
+    rest = sum(_bytes(p) for p in model.parameters() if id(p) not in inside)
+    return (3 if trained else 2) * rest + 3 * largest
+
+
+def _bytes(tensor: Tensor) -> int:
+    size: int = tensor.numel() * tensor.element_size()
+    return size
+
+
 def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:
     """Set the layers that FSDP2 shards one by one, if its config does not name them.
 

@@ -14,7 +14,9 @@ from cwdpo.config import Recipe
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.errors import ModelError
 from cwdpo.models.hollow import hollow_model
+from cwdpo.models.load_sharded import why_not_sharded
 from cwdpo.models.memory import Memory
+from cwdpo.models.sharding import most_gathered
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.models.vision_cache import keep_vision_features
 from cwdpo.objectives.base import Objective
@@ -54,8 +56,9 @@ class HollowRun:
     Args:
         config: transformers' configuration of the checkpoint.
         gpus: number of GPUs that the run is on, each with the whole model.
-        sharded: under FSDP2, which spreads optimizer state and gradients over the GPUs. Weights count whole,
-            though FSDP2 divides them and gathers those of a layer when it runs. So the memory is an upper bound.
+        sharded: under FSDP2, which spreads weights, optimizer state and gradients over the GPUs, and gathers those of a
+            layer when it runs (:func:`cwdpo.models.sharding.most_gathered`). Models that are loaded whole before they
+            are sharded count whole (:func:`cwdpo.models.load_sharded.why_not_sharded`).
     """
 
     def __init__(self, config: Any, gpus: int, *, sharded: bool = False) -> None:
@@ -83,8 +86,19 @@ class HollowRun:
     def kept(self, recipe: Recipe) -> int:
         """Bytes that lie in a GPU's memory before any batch: weights, adapters, optimizer state, gradients."""
         memory = self._of(recipe)[1]
+        if not self.sharded:
+            return memory.total
         moving = memory.optimizer + memory.gradients
-        return memory.total - (moving - moving // self.gpus if self.sharded else 0)
+        weights = sum(self._weights(recipe).values())
+        return memory.total - memory.weights + weights - moving + moving // self.gpus
+
+    def _weights(self, recipe: Recipe) -> dict[str, int]:
+        """Bytes of the base's weights in a floating dtype, by part."""
+        dry, memory = self._of(recipe)
+        if not self.sharded or why_not_sharded(recipe.model) is not None:
+            return {"weights": memory.weights}
+        gathered = most_gathered(dry.model, trained=recipe.model.tune == "full")
+        return {"weights": memory.weights // self.gpus, "gathered layers": gathered}
 
     def step(self, recipe: Recipe, objective: Objective, batch: PromptBatch) -> StepCost:
         """The cost of a micro-batch; features of a frozen vision side are computed for it."""
@@ -106,7 +120,7 @@ class HollowRun:
         settings = recipe.stage1 if name == "stage1" else recipe.stage2
         cost, memory = self.step(recipe, settings.build(), batch), self._of(recipe)[1]
         parts = {
-            "weights": memory.weights,
+            **self._weights(recipe),
             "quantized weights": memory.quantized,
             "adapters": memory.adapters,
             "optimizer state": memory.optimizer // (self.gpus if self.sharded else 1),

@@ -12,6 +12,7 @@ from cwdpo.config import Recipe
 from cwdpo.data.encode.collate import PromptBatch
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.models.hollow import dtype_of
+from cwdpo.models.load_sharded import why_not_sharded
 from cwdpo.monitor.probe_set import EXTRA_PASSES, Load, within_budget
 from cwdpo.pipeline.planning.costs import HollowRun, PeakMemory, Remedy, remedies
 from cwdpo.pipeline.planning.gpus import Gpu
@@ -30,7 +31,7 @@ class Hardware:
         gpus: how many, each with the whole model (DDP).
         utilisation: share of the GPU's operations per second that training reaches.
         price: of one GPU for an hour, in any currency.
-        sharded: whether FSDP2 spreads gradients and optimizer state over them.
+        sharded: whether FSDP2 spreads weights, gradients and optimizer state over them.
     """
 
     gpu: Gpu
@@ -306,10 +307,12 @@ def _notes(recipe: Recipe, hardware: Hardware) -> tuple[str, ...]:
         notes.append("data.streaming: rows are those of the first window; reading is left out")
     if recipe.stage2.enabled and recipe.stop:
         notes.append("stop rules may end stage 2 earlier")
-    if hardware.sharded:
+    if hardware.sharded and (reason := why_not_sharded(recipe.model)) is not None:
         notes.append(
-            "FSDP2: gradients and optimizer state are divided by the GPUs; weights count whole, as before training"
+            f"FSDP2: weights count whole, because with {reason} each GPU loads the whole model first"
         )
+    elif hardware.sharded:
+        notes.append("FSDP2: what is gathered at once is an upper bound")
     elif hardware.gpus > 1:
         notes.append("each GPU has the whole model (DDP); for FSDP2 give --fsdp; DeepSpeed is not planned")
     return tuple(notes)
