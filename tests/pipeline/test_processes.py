@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -184,10 +185,12 @@ def test_a_sharded_run_resumes_and_ends_as_undisturbed(tmp_path, mode) -> None:
     for lost in ("model", "stage2/checkpoint-6"):
         shutil.rmtree(done / lost)
     launch(mode, "-", "-", str(done), "resume", str(recipe))
-    # torch stores the time in the description of a sharded checkpoint.
-    assert not {
-        n for n in difference(contents(done), wanted).split(", ") if n and not n.endswith("/.metadata")
-    }
+    # torch stores the time in the description of a sharded checkpoint; of DeepSpeed's, equal values are pickled in
+    # another order, and the copy of the weights, which nothing reads, names the tied head in two ways.
+    not_bits = r"/\.metadata$" + (
+        r"|/checkpoint-6/(model\.safetensors|global_step6/.*\.pt)$" if mode in ZERO else ""
+    )
+    assert not {n for n in difference(contents(done), wanted).split(", ") if n and not re.search(not_bits, n)}
     shutil.rmtree(done / "model")  # the last checkpoint is of the last step: it is loaded, not trained
     launch(mode, "-", "-", str(done), "resume", str(recipe))
     assert (done / "model" / "model.safetensors").read_bytes() == wanted["model/model.safetensors"]
