@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,9 @@ class ShardedTraining(CompleteCheckpoints):
         if is_sharded(self.model):
             with readable(checkpoint, "its weights"):
                 self._load_from_checkpoint(str(checkpoint), self.model)
+        elif any(checkpoint.glob("global_step*")):
+            with readable(checkpoint, "what DeepSpeed wrote"):
+                _load_of_deepspeed(self.model, checkpoint)
         else:
             load_weights(self.model, checkpoint)
 
@@ -74,6 +79,21 @@ class ShardedTraining(CompleteCheckpoints):
             self.lr_scheduler.load_state_dict(
                 torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
             )
+
+
+def _load_of_deepspeed(model: nn.Module, checkpoint: Path) -> None:
+    """Load what is trained from DeepSpeed's own files: ZeRO-3 leaves the copy of the weights beside them empty.
+
+    ``checkpoint_to_resume`` has searched them for pickles.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it describes what it does
+        found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), exclude_frozen_parameters=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(found[name])
 
 
 def _load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
