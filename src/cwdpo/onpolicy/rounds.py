@@ -41,7 +41,10 @@ from cwdpo.waiting import from_first
 
 
 class RoundData(Dataset[EncodedExample]):
-    """The examples of the current round or window; its length never changes."""
+    """The examples of the current round or window; its length never changes.
+
+    Before the first is filled in, iterating gives nothing.
+    """
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -58,7 +61,7 @@ class RoundData(Dataset[EncodedExample]):
         return self._rows[index % len(self._rows)]
 
     def __iter__(self) -> Iterator[EncodedExample]:
-        return (self[i] for i in range(self._length))
+        return (self[i] for i in range(self._length if self._rows else 0))
 
 
 class Rounds(TrainerCallback):  # type: ignore[misc]
