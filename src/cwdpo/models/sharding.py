@@ -97,7 +97,7 @@ def most_gathered(model: nn.Module, *, trained: bool) -> int:
         model: not sharded; its layers are those of its class's ``_no_split_modules``.
         trained: whether the base's weights are trained.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    names = _layer_classes(model)
     inside: set[int] = set()
     largest = 0
     for module in model.modules():  # outer modules come first
@@ -107,6 +107,12 @@ def most_gathered(model: nn.Module, *, trained: bool) -> int:
             largest = max(largest, sum(map(_bytes, own.values())))
     rest = sum(_bytes(p) for p in model.parameters() if id(p) not in inside)
     return (3 if trained else 2) * rest + 3 * largest
+
+
+def _layer_classes(model: nn.Module) -> set[str]:
+    """Names of the classes of layers that FSDP2 shards one by one: of transformers' list, those that the model has."""
+    known = {type(module).__name__ for module in model.modules()}
+    return known & set(getattr(model, "_no_split_modules", None) or ())
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -133,7 +139,4 @@ def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:
         )  # whole, a checkpoint would be gathered by the first process
         plugin.transformer_cls_names_to_wrap = []  # the layers have classes of FSDP2 now
     if plugin.transformer_cls_names_to_wrap is None:
-        known = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = sorted(
-            known & set(getattr(model, "_no_split_modules", None) or ())
-        )
+        plugin.transformer_cls_names_to_wrap = sorted(_layer_classes(model))

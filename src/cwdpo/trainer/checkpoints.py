@@ -20,7 +20,7 @@ from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import damage, refuse, write_checksums
 from cwdpo.files.reading import read_object
 from cwdpo.files.writing import discard, replace_folder, sync_tree, temporary_name
-from cwdpo.trainer.plain_reading import refuse_pickles
+from cwdpo.trainer.plain_reading import deepspeed_parts, refuse_pickles
 from cwdpo.waiting import from_first, wait_for_all
 
 UNREADABLE = (
@@ -183,7 +183,7 @@ def _lacking(checkpoint: Path) -> list[str]:
     """Missing files of a checkpoint without checksums, written by an older version."""
     if (checkpoint / CHECKSUMS).is_file():
         return []
-    if any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("global_step*")):  # sharded: under other names
+    if any(checkpoint.glob("*fsdp*")) or deepspeed_parts(checkpoint):  # sharded: under other names
         return []
     needed = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
     return [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]

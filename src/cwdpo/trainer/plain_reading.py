@@ -120,6 +120,11 @@ _OF_DEEPSPEED = {
 """What DeepSpeed's files name besides tensors and plain containers."""
 
 
+def deepspeed_parts(checkpoint: Path) -> list[str]:
+    """Names of the folders in which DeepSpeed keeps a checkpoint; none if it did not write it."""
+    return [path.name for path in checkpoint.glob("global_step*")]
+
+
 def refuse_pickles(checkpoint: Path) -> None:
     """Refuse a checkpoint whose files of DeepSpeed name anything that they do not need, before DeepSpeed reads them.
 
@@ -129,7 +134,7 @@ def refuse_pickles(checkpoint: Path) -> None:
     Raises:
         UnpicklingError: it does, or what DeepSpeed would read is not in this folder.
     """
-    steps = [path.name for path in checkpoint.glob("global_step*")]
+    steps = deepspeed_parts(checkpoint)
     if not steps:
         return
     latest = checkpoint / "latest"  # names the folder that DeepSpeed reads
@@ -139,9 +144,8 @@ def refuse_pickles(checkpoint: Path) -> None:
     for file in sorted((checkpoint / named).rglob("*.pt")):
         try:
             found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _OF_DEEPSPEED
-        except (
-            Exception
-        ) as error:  # cut off, no zip, another protocol of pickle: the parser has no errors of its own
+        # It is cut off, no zip, or another protocol of pickle: the parser has no errors of its own.
+        except Exception as error:
             raise pickle.UnpicklingError(f"{file.name}: {type(error).__name__}: {error}") from None
         if found:
             raise pickle.UnpicklingError(

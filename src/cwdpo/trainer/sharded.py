@@ -16,7 +16,7 @@ from transformers.trainer import SCHEDULER_NAME
 from cwdpo.models.saved import load_weights
 from cwdpo.models.sharding import is_sharded
 from cwdpo.trainer.checkpoints import CompleteCheckpoints, readable
-from cwdpo.trainer.plain_reading import PlainReader, load_parts, refuse_values
+from cwdpo.trainer.plain_reading import PlainReader, deepspeed_parts, load_parts, refuse_values
 
 
 class ShardedTraining(CompleteCheckpoints):
@@ -46,7 +46,7 @@ class ShardedTraining(CompleteCheckpoints):
         if is_sharded(self.model):
             with readable(checkpoint, "its weights"):
                 self._load_from_checkpoint(str(checkpoint), self.model)
-        elif any(checkpoint.glob("global_step*")):
+        elif deepspeed_parts(checkpoint):
             with readable(checkpoint, "what DeepSpeed wrote"):
                 _load_of_deepspeed(self.model, checkpoint)
         else:
