@@ -191,6 +191,7 @@ class Objective(Component):
     certain class.
 
     ``needs_negatives``: prompts without a negative are left out of the training data.
+    ``uses_negatives``: the loss depends on the negatives; if not, they are not encoded and not scored in training.
     ``needs_reference``: the log-probabilities of the reference model are computed before training.
     ``token_stats``: statistics to compute for every token: names from :data:`cwdpo.scoring.token_stats.TOKEN_STATS`,
     or functions with the same signature. The objective receives them as ``Scored.stats``.
@@ -198,6 +199,7 @@ class Objective(Component):
     """
 
     needs_negatives: ClassVar[bool] = True
+    uses_negatives: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     token_stats: ClassVar[tuple[str | TokenStat, ...]] = ()
     calibrates: ClassVar[tuple[str, ...]] = ()
