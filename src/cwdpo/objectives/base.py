@@ -311,7 +311,12 @@ def negative_log_sigmoid(x: Tensor) -> Tensor:
 
 def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Tensor]:
     """The implicit rewards ``beta * shift`` of chosen and rejected under TRL's names, detached, each [P]."""
-    chosen, rejected = beta * pairs.chosen_shift.detach(), beta * pairs.rejected.shift.detach()
+    return logged_rewards(beta * pairs.chosen_shift, beta * pairs.rejected.shift)
+
+
+def logged_rewards(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Rewards of chosen and rejected, each [P], under TRL's names, detached."""
+    chosen, rejected = chosen.detach(), rejected.detach()
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
