@@ -54,7 +54,7 @@ def test_an_argument_is_passed_owned_or_refused(name: str) -> None:
     with pytest.raises(RecipeError) as error:
         recipe(arguments={name: 1})
     reason = f"the recipe sets it by {OWNED[name]}" if name in OWNED else REFUSED[name]
-    assert f"train.arguments: Value error, {name}: {reason}" in str(error.value)
+    assert f"train.arguments: {name}: {reason}" in str(error.value)
 
 
 def test_an_unknown_argument_is_refused_with_the_nearest() -> None:

@@ -300,9 +300,7 @@ def test_finite_numbers_in_overrides_and_objectives(value: str) -> None:
 
 @pytest.mark.parametrize("data", [{}, {"path": "x", "world": {}}, {"limit": 3}, {"path": None}])
 def test_exactly_one_data_source(data: dict[str, Any]) -> None:
-    assert refusal({"data": data}).startswith(
-        "my.yaml: data: Value error, exactly one of 'path', 'sources' and 'world'"
-    )
+    assert refusal({"data": data}).startswith("my.yaml: data: exactly one of 'path', 'sources' and 'world'")
 
 
 def test_something_must_be_trained() -> None:
@@ -577,9 +575,7 @@ def test_one_name_is_a_list_of_one() -> None:
     ).model.lora.target_modules == ("all-linear")
     with pytest.raises(RecipeError, match="unknown name 'wandbs'; did you mean 'wandb'"):
         parse_recipe({"data": {"path": "x"}}, ["train.report_to=wandbs"])
-    with pytest.raises(
-        RecipeError, match="trackers: Value error, unknown name 'wandbs'; did you mean 'wandb'"
-    ):
+    with pytest.raises(RecipeError, match="trackers: unknown name 'wandbs'; did you mean 'wandb'"):
         parse_recipe({"data": {"path": "x"}, "train": {"trackers": {"wandbs": {"entity": "me"}}}})
     with pytest.raises(
         RecipeError, match="trackers: wandb is not in report_to: add it there, or leave it out"

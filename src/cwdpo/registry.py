@@ -69,7 +69,11 @@ def explain(error: ValidationError, where: str, fields: Mapping[str, Any] | None
             hint = nearest(str(item["loc"][-1]), fields or {})
             lines.append(f"{where}: unknown key {key!r}{hint}")
         else:
-            lines.append(f"{where}: {key or 'value'}: {item['msg']} (got {shortened(item.get('input'))})")
+            # What a check over several keys was given is a whole section: cut off, it tells nothing.
+            got = shortened(item.get("input"))
+            got = "" if item["type"] == "value_error" and got.endswith("...") else f" (got {got})"
+            said = item["msg"].removeprefix("Value error, ")
+            lines.append(": ".join(part for part in (where, key, said) if part) + got)
     return "\n".join(lines)
 
 

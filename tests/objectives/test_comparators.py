@@ -209,6 +209,48 @@ def test_madpo_stands_still_where_the_margin_is_c_times_h() -> None:
         assert gradient.item() == pytest.approx(0.0, abs=1e-9)
 
 
+def uni_dpo_by_hand(eta: float, gamma: float, nll_weight: float) -> float:
+    """The official code with log-probabilities per token, averaged over a prompt's pairs and then over prompts."""
+
+    def pair(i: int) -> float:
+        p = PROMPT[i]
+        chosen, known = CHOSEN[p] / CHOSEN_TOKENS[p], CHOSEN_REFERENCE[p] / CHOSEN_TOKENS[p]
+        rejected, before = REJECTED[i] / REJECTED_TOKENS[i], REJECTED_REFERENCE[i] / REJECTED_TOKENS[i]
+        quality = sigmoid(eta * REWARD[i])
+        performance = (1 - sigmoid(BETA * (chosen - rejected) - 2.0)) ** gamma
+        preference = quality * performance * nls(BETA * (chosen - rejected - (known - before)))
+        return preference - nll_weight * (chosen if known > chosen else 0.0)
+
+    return over_prompts(*map(pair, range(3)))
+
+
+@pytest.mark.parametrize(
+    ("eta", "gamma", "nll_weight"), [(0.7, 3.0, 0.001), (0.0, 3.0, 0.5), (1.5, 0.0, 0.0)]
+)
+def test_uni_dpo_by_hand(eta: float, gamma: float, nll_weight: float) -> None:
+    spec = {"name": "uni_dpo", "beta": BETA, "eta": eta, "gamma": gamma, "nll_weight": nll_weight}
+    assert loss(spec) == pytest.approx(uni_dpo_by_hand(eta, gamma, nll_weight), rel=1e-12)
+
+
+def test_uni_dpo_needs_scores_unless_eta_is_0() -> None:
+    with pytest.raises(DataError, match=r"uni_dpo: .*score_chosen and score_rejected, or set eta: 0"):
+        loss({"name": "uni_dpo"}, make(reward_margin=None))
+    plain = {"name": "uni_dpo", "eta": 0.0, "gamma": 0.0, "nll_weight": 0.0, "beta": BETA}
+    per_token = [0.5 / 4 - -1.0 / 4, 0.5 / 4 - -2.0 / 3, -0.5 / 5 - 0.5 / 5]
+    wanted = over_prompts(*(0.5 * nls(BETA * m) for m in per_token))
+    assert loss(plain, make(reward_margin=None)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_performance_weight_of_uni_dpo_carries_a_gradient() -> None:
+    pairs = make()
+    given = {"name": "uni_dpo", "beta": BETA, "nll_weight": 0.0}
+    (gradient,) = torch.autograd.grad(OBJECTIVES.build(given)(pairs).loss, [pairs.rejected.sum_logp])
+    step = 1e-6
+    moved = replace(pairs.rejected, sum_logp=vector([REJECTED[0], REJECTED[1], REJECTED[2] + step]))
+    slope = (loss(given, replace(pairs, rejected=moved)) - loss(given, pairs)) / step
+    assert gradient[2].item() == pytest.approx(slope, rel=1e-4)
+
+
 def test_mpo_by_hand() -> None:
     spec = {
         "name": "mpo",

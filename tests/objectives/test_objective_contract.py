@@ -109,6 +109,16 @@ def test_the_registry_is_walked() -> None:
 
 
 @each
+def test_it_uses_the_negatives_exactly_if_it_says_so(name: str) -> None:
+    objective, pairs = build(name), batch([0, 0, 2], prompts=3)
+    others = mapped(pairs.rejected, lambda x: 0.1 * x)  # likelier: constraints act
+    changed = objective(replace(pairs, rejected=others)).loss != objective(pairs).loss
+    assert bool(changed) == objective.uses_negatives
+    if not objective.uses_negatives:
+        assert objective(batch([], prompts=3)).loss == objective(pairs).loss
+
+
+@each
 def test_name_and_documentation(name: str) -> None:
     cls = OBJECTIVES.get(name)
     assert cls.__module__ == f"cwdpo.objectives.{name}"

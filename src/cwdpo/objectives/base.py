@@ -191,6 +191,7 @@ class Objective(Component):
     certain class.
 
     ``needs_negatives``: prompts without a negative are left out of the training data.
+    ``uses_negatives``: the loss depends on the negatives; if not, they are not encoded and not scored in training.
     ``needs_reference``: the log-probabilities of the reference model are computed before training.
     ``token_stats``: statistics to compute for every token: names from :data:`cwdpo.scoring.token_stats.TOKEN_STATS`,
     or functions with the same signature. The objective receives them as ``Scored.stats``.
@@ -198,6 +199,7 @@ class Objective(Component):
     """
 
     needs_negatives: ClassVar[bool] = True
+    uses_negatives: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     token_stats: ClassVar[tuple[str | TokenStat, ...]] = ()
     calibrates: ClassVar[tuple[str, ...]] = ()
@@ -309,7 +311,12 @@ def negative_log_sigmoid(x: Tensor) -> Tensor:
 
 def rewards(pairs: ScoredPairs, beta: float) -> dict[str, Tensor]:
     """The implicit rewards ``beta * shift`` of chosen and rejected under TRL's names, detached, each [P]."""
-    chosen, rejected = beta * pairs.chosen_shift.detach(), beta * pairs.rejected.shift.detach()
+    return logged_rewards(beta * pairs.chosen_shift, beta * pairs.rejected.shift)
+
+
+def logged_rewards(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Rewards of chosen and rejected, each [P], under TRL's names, detached."""
+    chosen, rejected = chosen.detach(), rejected.detach()
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,

@@ -9,7 +9,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from cwdpo.objectives.base import Objective, ObjectiveOutput, ScoredPairs, negative_log_sigmoid
+from cwdpo.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    ScoredPairs,
+    logged_rewards,
+    negative_log_sigmoid,
+)
 
 
 class Simpo(Objective):
@@ -37,10 +43,7 @@ class Simpo(Objective):
             loss,
             per_pair={
                 "loss/pair": per_pair.detach(),
-                "rewards/chosen": chosen.detach(),
-                "rewards/rejected": rejected.detach(),
-                "rewards/margins": (chosen - rejected).detach(),
-                "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+                **logged_rewards(chosen, rejected),
             },
             parts={"loss/preference": loss.detach()},
         )

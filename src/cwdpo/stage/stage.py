@@ -39,6 +39,13 @@ def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
 
 
+def negatives_of(stage: StageName, objective: Objective) -> NegativeSet:
+    """Which of an example's negatives a stage trains on."""
+    if not objective.uses_negatives:
+        return "none"
+    return "gentle" if stage == "stage1" else "rejected"
+
+
 @dataclass
 class Stage:
     """One stage of a run, from its examples to its trained policy.
@@ -91,7 +98,7 @@ class Stage:
     @property
     def negatives(self) -> NegativeSet:
         """Which of an example's negatives this stage trains on."""
-        return "gentle" if self.name == "stage1" else "rejected"
+        return negatives_of(self.name, self.objective)
 
     @property
     def in_rounds(self) -> bool:

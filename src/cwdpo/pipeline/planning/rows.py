@@ -16,7 +16,7 @@ from cwdpo.errors import DataError
 from cwdpo.records import Example
 from cwdpo.scoring.score import row_tokens
 from cwdpo.stage.splits import Splits
-from cwdpo.stage.stage import StageName
+from cwdpo.stage.stage import StageName, negatives_of
 from cwdpo.trainer.batching import TokenBatches, optimizer_steps, row_lengths
 
 TIMED = 8
@@ -88,15 +88,17 @@ def stage_rows(recipe: Recipe, splits: Splits, encoder: Encoder, limit: int) -> 
 def _of_stage(
     name: StageName, recipe: Recipe, examples: Sequence[Example], encoder: Encoder, limit: int
 ) -> StageRows:
-    settings, negatives = (recipe.stage1, "gentle") if name == "stage1" else (recipe.stage2, "rejected")
+    settings = recipe.stage1 if name == "stage1" else recipe.stage2
     sampled = random.Random(recipe.seed).sample(list(examples), min(limit, len(examples)))
-    needed = settings.build().needs_negatives
+    objective = settings.build()
     in_rounds = name == "stage2" and recipe.negatives.on_policy_fraction is not None
     if in_rounds:
         encoded, problems = encoder.encode_all(sampled, "none", require_negative=False)
-        encoded = [_with_stand_ins(row, recipe.negatives.per_prompt or 1) for row in encoded]
+        count = (recipe.negatives.per_prompt or 1) if objective.uses_negatives else 0
+        encoded = [_with_stand_ins(row, count) for row in encoded]
     else:
-        encoded, problems = encoder.encode_all(sampled, negatives, require_negative=needed)  # type: ignore[arg-type]
+        negatives = negatives_of(name, objective)
+        encoded, problems = encoder.encode_all(sampled, negatives, require_negative=objective.needs_negatives)
     if not encoded:
         shown = "\n  ".join(problems[:5]) or "the data has no row for this stage"
         raise DataError(f"{name}: none of {len(sampled)} sampled rows can be used; the first:\n  {shown}")
