@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import struct
 import threading
@@ -27,6 +28,7 @@ class Fake(ThreadingHTTPServer):
     def __init__(self, trouble: Callable[[BaseHTTPRequestHandler, int], bool]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble, self.lock, self.stalls = trouble, threading.Lock(), threading.Event()
+        self.away = threading.Event()  # set: every connection is dropped, as of a process that has ended
         self.seen: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.answered: Counter[str] = Counter()
@@ -36,13 +38,21 @@ class Fake(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Fake
 
+    def do_GET(self) -> None:
+        if self.server.away.is_set():
+            self.drop()
+        else:
+            self.reply(200, {"object": "list", "data": []})
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.seen.append(body)
             self.server.keys.add(self.headers["Authorization"])
             number = len(self.server.seen)
-        if number > MOST_REQUESTS:
+        if self.server.away.is_set():
+            self.drop()
+        elif number > MOST_REQUESTS:
             self.fail(400)
         elif not self.server.trouble(self, number):
             text = body["messages"][-1]["content"][-1]["text"]
@@ -130,6 +140,20 @@ def says(answer: Callable[[str], str]) -> Callable[[Any, int], bool]:
         return True
 
     return trouble
+
+
+def seeded(handler: Any, number: int) -> bool:
+    """A ``trouble`` whose answer depends on text and seed, as a server's that honours seeds."""
+    with handler.server.lock:
+        body = handler.server.seen[number - 1]
+        text = body["messages"][-1]["content"][-1]["text"]
+        handler.server.answered[f"{text} {body['seed']}"] += 1
+    said = f"a {random.Random(text + str(body['seed'])).choice(('red', 'blue', 'green', 'grey'))} circle ."
+    choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+    handler.reply(
+        200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    )
+    return True
 
 
 def to(server: Fake, **changes: Any) -> ServerSettings:

@@ -54,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "rundir": {"errors", "files", "records", "versions"},
     "shipped": {"errors"},
     "connection": set(),
-    "remote": {*BASE, "connection"},
+    "servers": set(),
+    "remote": {*BASE, "connection", "servers"},
     "negatives": {*BASE, "remote", "judging.base"},
     "videos": {"errors", "records"},
     "data": {*BASE, "videos"},
@@ -128,8 +129,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "videos", "connection", "remote", "worlds", "objectives", "negatives", "config", "rundir",
-    "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
+    *BASE, *DYNAMICS, "videos", "connection", "servers", "remote", "worlds", "objectives", "negatives", "config",
+    "rundir", "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

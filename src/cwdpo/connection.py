@@ -16,6 +16,8 @@ from typing import Any
 
 MOST_BYTES = 2**24
 """Largest size of an answer; usual responses have some thousands."""
+CHECK_SECONDS = 5.0
+"""Longest wait for the answer to a health check."""
 
 
 class Connection:
@@ -28,7 +30,7 @@ class Connection:
     """
 
     def __init__(self, openai: Any, *, base_url: str, api_key: str, timeout: float, retries: int) -> None:
-        self._timeout = timeout
+        self._timeout, self._unreached = timeout, openai.APIConnectionError
         self._attempt = threading.local()
         http = importlib.import_module("httpx2")  # what `openai` is built on
         bounded = type("_Bounded", (_Bounded, http.SyncByteStream), {})
@@ -62,6 +64,22 @@ class Connection:
             return bytes(self._client.chat.completions.with_raw_response.create(**request).content)
         finally:
             self._end()
+
+    def check(self) -> str | None:
+        """Request the list of models, which costs a server nothing.
+
+        Returns:
+            Why the server cannot work now; ``None`` if it answers, with whatever but an error of its own.
+        """
+        try:
+            self._client.with_options(max_retries=0, timeout=min(self._timeout, CHECK_SECONDS)).models.list()
+        except Exception as error:  # the package's, httpx's, and those of parsing
+            broken = getattr(error, "status_code", None) in (500, 502, 503, 504)
+            if broken or isinstance(error, self._unreached):
+                return f"{type(error).__name__}: {error}"
+        finally:
+            self._end()
+        return None
 
     def _begin(self, request: Any) -> None:
         """Start the timer of an attempt, which shuts down the attempt's sockets when the time is over."""

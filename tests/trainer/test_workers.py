@@ -299,7 +299,7 @@ def test_samples_are_the_same(model, processor, reader, examples) -> None:
     found = []
     for encoder in (Encoder(processor, cache_gb=0), reader):
         sampler = LocalSampler(model, encoder, settings)
-        sampler.begin(examples[:3])
+        sampler.begin(examples[:3], 0, 0)
         assert all(
             (prompt is encoder.prompt(e)) == (encoder is not reader)
             for e, prompt in zip(examples, sampler._begun.values(), strict=False)

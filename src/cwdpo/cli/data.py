@@ -20,7 +20,6 @@ from cwdpo.shipped import is_name
 if TYPE_CHECKING:
     from cwdpo.config import Recipe
     from cwdpo.data.encode.encoder import Encoder
-    from cwdpo.data.encode.template import CheckpointTokens
     from cwdpo.data.validate.lengths import LengthCounter
     from cwdpo.data.validate.report import ValidationReport
     from cwdpo.data.validate.show import ShownRow
@@ -219,25 +218,17 @@ def _rows_to_show(
 
 def _encoder(settings: ModelSettings, max_length: int | None) -> Encoder:
     from cwdpo.data.encode.encoder import Encoder
+    from cwdpo.models.load import load_processor_alone
 
-    processor, tokens = _processor(settings)
+    processor, tokens = load_processor_alone(settings)
     return Encoder(processor, max_length, cache_gb=0, checkpoint=tokens)
 
 
 def _token_counter(settings: ModelSettings) -> LengthCounter:
     from cwdpo.data.validate.lengths import token_counter
+    from cwdpo.models.load import load_processor_alone
 
-    return token_counter(*_processor(settings))
-
-
-def _processor(settings: ModelSettings) -> tuple[Any, CheckpointTokens]:
-    """A checkpoint's processor, and what its other files say of tokens; no weights are read."""
-    from cwdpo.models.checkpoint import check_folder
-    from cwdpo.models.load import EMBEDDED, load_processor, read_checkpoint_tokens
-
-    source = str(EMBEDDED) if settings.path == "embedded" else settings.path
-    check_folder(source, revision=settings.revision)
-    return load_processor(source, settings), read_checkpoint_tokens(source, settings)
+    return token_counter(*load_processor_alone(settings))
 
 
 def sample(
@@ -256,6 +247,12 @@ def sample(
             "the judge's highest score, against the one with its lowest"
         ),
     ] = "data",
+    base_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sample on this OpenAI-compatible server instead of here; given several times: on all of them together"
+        ),
+    ] = None,
 ) -> None:
     """Sample a policy for a recipe's prompts and write preference data in TRL's format.
 
@@ -263,15 +260,17 @@ def sample(
     `cwdpo train RECIPE --from FILE`, or with TRL, LLaMA-Factory or ms-swift.
     """
     from cwdpo.config import load_recipe
-    from cwdpo.onpolicy.preferences import make_preferences
+    from cwdpo.onpolicy.preferences import make_preferences, on_servers
 
-    parsed = load_recipe(recipe, overrides or ())
+    parsed = on_servers(load_recipe(recipe, overrides or ()), base_url or (), model)
     with run_listener() as listener:
         made = make_preferences(parsed, out, model=model, chosen=chosen, listener=listener)
     counts = made.counts
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
     origins = ", ".join(f"{n} {origin}" for origin, n in sorted(counts.by_origin.items()))
+    answered = ", ".join(f"{n} by {url}" for url, n in made.answered.items())
     typer.echo(
         f"pairs    {made.path}: {made.rows} ({origins}); {counts.left_out} of {counts.examples} prompts have none\n"
         f"samples  {counts.samples}, of which did not become negatives: {dropped}"
+        + (f"\nservers  new answers: {answered}" if answered else "")
     )

@@ -259,6 +259,17 @@ def read_checkpoint_tokens(source: str, settings: ModelSettings) -> CheckpointTo
     return checkpoint_tokens(*found)
 
 
+def load_processor_alone(settings: ModelSettings) -> tuple[Any, CheckpointTokens]:
+    """A checkpoint's processor, and what its other files say of tokens; no weights are read.
+
+    Raises:
+        ModelError: see :func:`load_processor`; or there is no such checkpoint.
+    """
+    source = str(EMBEDDED) if settings.path == "embedded" else settings.path
+    check_folder(source, revision=settings.revision)
+    return load_processor(source, settings), read_checkpoint_tokens(source, settings)
+
+
 def read_model(source: str, settings: ModelSettings, **more: Any) -> Any:
     """The model with every weight from the checkpoint.
 

@@ -46,6 +46,10 @@ class Pool:
         self.encoder, self.judge = encoder, judge
         tree = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_SAMPLING}
         del tree["train"]["dataloader_workers"]  # the samples do not depend on it
+        server = recipe.negatives.sampler.server
+        if server is not None:  # nor on how it is asked, nor on which of several servers answers
+            known = ("model", "extra_body", *(("base_url",) if isinstance(server.base_url, str) else ()))
+            tree["negatives"]["sampler"]["server"] = {key: getattr(server, key) for key in known}
         self._mark = yaml.safe_dump(tree)
         # The first process reads the file and sends its rows to the others, which must not read while it writes.
         stored = {row["key"]: row for row in run.rows(FILE)} if run.writes else {}
@@ -82,7 +86,7 @@ class Pool:
 
         def begun(batch: list[Example]) -> list[Example]:
             if not self._has(batch, keys):
-                sampler.begin(batch)
+                sampler.begin(batch, self.seed, round_)
             return batch
 
         coming = read_ahead(own, begun, len)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
 from transformers import set_seed
 
-from cwdpo.config import Recipe
+from cwdpo.config import Recipe, parse_recipe
+from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.video_store import store_video
 from cwdpo.errors import DataError
 from cwdpo.files.writing import clear_unfinished, replacing, write_text
 from cwdpo.judging.base import judge_for
-from cwdpo.models.load import load_policy
+from cwdpo.models.load import load_policy, load_processor_alone
 from cwdpo.models.settings import LoraSettings
 from cwdpo.onpolicy.best_worst import best_and_worst
 from cwdpo.onpolicy.blend import BlendCounts, blend
 from cwdpo.onpolicy.pool import Pool
-from cwdpo.onpolicy.sampler import ANSWERS, build_sampler
+from cwdpo.onpolicy.sampler import ANSWERS, LocalSampler, Sampler, ServerSampler
 from cwdpo.onpolicy.samples import sort_samples
 from cwdpo.records import Example, ImageRef, Message, VideoRef, without_tools
 from cwdpo.rundir import RunDir
@@ -38,11 +40,12 @@ FORMATS = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Made:
-    """The written file, its number of rows (pairs), and the counts of their negatives."""
+    """The written file, its number of rows (pairs), the counts of their negatives, and new answers by server."""
 
     path: Path
     rows: int
     counts: BlendCounts
+    answered: Mapping[str, int] = field(default_factory=dict)
 
 
 def sampling_recipe(recipe: Recipe, model: str | None) -> Recipe:
@@ -66,6 +69,26 @@ def sampling_recipe(recipe: Recipe, model: str | None) -> Recipe:
             "negatives": negatives.model_copy(update={"on_policy_fraction": fraction, "rounds": 1}),
         }
     )
+
+
+def on_servers(recipe: Recipe, urls: Sequence[str], model: str | None = None) -> Recipe:
+    """The recipe with samples from these servers; unchanged if there are none.
+
+    Args:
+        recipe: the other settings of its ``negatives.sampler.server``, if it has one, are kept.
+        urls: addresses, e.g. ``http://localhost:8000/v1``.
+        model: name of the model on the servers, if the recipe names none; default: ``model.path``.
+
+    Raises:
+        RecipeError: an address is given twice.
+    """
+    if not urls:
+        return recipe
+    tree = recipe.model_dump(mode="json")
+    sampler = tree["negatives"]["sampler"]
+    known = sampler["server"] or {"model": model or recipe.model.path}
+    sampler["server"] = {**known, "base_url": urls[0] if len(urls) == 1 else list(urls)}
+    return parse_recipe(tree)
 
 
 def make_preferences(
@@ -122,8 +145,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
         listener.note(note)
     set_seed(recipe.seed)
     listener.phase("loading the model")
-    policy = load_policy(recipe.model)
-    encoder = encoder_of(policy, recipe)
+    encoder, sampler, work = _sampler(recipe, run)
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
     judge = judge_for(settings.judge, readable)
@@ -138,8 +160,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
         unjudged = settings.model_copy(update={"judge": {"name": "none"}})
         pooled, in_batches = recipe.model_copy(update={"negatives": unjudged}), None
     listener.phase(f"sampling {len(readable)} prompts")
-    sampler = build_sampler(settings.sampler, policy.model, encoder, run.path / ANSWERS)
-    with autocast(policy.model, recipe.train.bf16):
+    with work:
         drawn = Pool(run, pooled, encoder, in_batches).fill(
             readable, sampler, 0, 0, lambda done, total: listener.sampled(0, done, total)
         )
@@ -159,7 +180,21 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
         _write_parquet(out, rows)
     else:
         _write_jsonl(out, rows)
-    return Made(out, len(rows), counts)
+    servers = sampler.client.servers.servers if isinstance(sampler, ServerSampler) else ()
+    return Made(out, len(rows), counts, {server.url: server.answered for server in servers})
+
+
+def _sampler(recipe: Recipe, run: RunDir) -> tuple[Encoder, Sampler, AbstractContextManager[None]]:
+    """Encoder, sampler, and what it samples in. Where servers sample, no weights are loaded here."""
+    settings, store = recipe.negatives.sampler, run.path / ANSWERS
+    if settings.server is not None:
+        processor, tokens = load_processor_alone(recipe.model)
+        sizes = recipe.data.image_tokens == "sizes"
+        encoder = Encoder(processor, recipe.data.max_length, recipe.data.cache_gb, tokens, from_sizes=sizes)
+        return encoder, ServerSampler(settings, store), nullcontext()
+    policy = load_policy(recipe.model)
+    encoder = encoder_of(policy, recipe)
+    return encoder, LocalSampler(policy.model, encoder, settings), autocast(policy.model, recipe.train.bf16)
 
 
 def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:

@@ -34,8 +34,8 @@ class Sampler(Protocol):
     def at_work(self) -> AbstractContextManager[None]:
         """All processes enter this together, and sample inside it, each as much as it likes."""
 
-    def begin(self, examples: Sequence[Example]) -> None:
-        """Called before a batch is sampled, while another one is: its images may be read from now on."""
+    def begin(self, examples: Sequence[Example], seed: int, round_: int) -> None:
+        """Called before a batch is sampled, while another one is: its images may be read, or requests sent."""
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
         """The samples of each example; they depend on the seed, the round and the example only."""
@@ -54,7 +54,7 @@ class LocalSampler:
         """The processes call a sharded policy in turns."""
         return in_turns(self.model)
 
-    def begin(self, examples: Sequence[Example]) -> None:
+    def begin(self, examples: Sequence[Example], seed: int, round_: int) -> None:
         """Let the encoder's workers read the images."""
         self._begun |= {e.id: self.encoder.prompt(e).ahead() for e in examples}
 
@@ -73,7 +73,7 @@ class LocalSampler:
 
 
 class ServerSampler:
-    """Samples the model of a server; these samples have no mean_logp.
+    """Samples the model of one or several servers; these samples have no mean_logp.
 
     The log-probabilities of other inference engines differ from those in training (vllm#12699), so they are not used.
     """
@@ -89,22 +89,26 @@ class ServerSampler:
         """Nothing: the server works."""
         return nullcontext()
 
-    def begin(self, examples: Sequence[Example]) -> None:
-        """Nothing: the images are sent as they are."""
+    def begin(self, examples: Sequence[Example], seed: int, round_: int) -> None:
+        """Send the requests of a batch, so that the servers have work while another batch is judged."""
+        self.client.begin(self._asks(examples, seed, round_))
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
         """The samples of each example; each sample is one request with its own seed, if the server supports seeds."""
         n = self.settings.samples
-        answers = self.client.ask([self._ask(e, seed, round_, k) for e in examples for k in range(n)])
+        answers = self.client.ask(self._asks(examples, seed, round_))
         drawn = [Sample(a.text, a.ended) for a in answers]
         found = [tuple(drawn[start : start + n]) for start in range(0, len(drawn), n)]
         if n > 1 and len(found) >= _ENOUGH and all(len({d.text for d in own}) == 1 for own in found):
             raise ServerError(
-                f"{self.client.settings.base_url}: all {n} samples of each of {len(found)} prompts are equal: the "
+                f"{self.client.settings.place}: all {n} samples of each of {len(found)} prompts are equal: the "
                 f"server ignores temperature = {self.settings.temperature:g}. transformers serve samples only with "
                 """sampler.server.extra_body: {generation_config: '{"do_sample": true, "top_k": 0}'}"""
             )
         return found
+
+    def _asks(self, examples: Sequence[Example], seed: int, round_: int) -> list[Ask]:
+        return [self._ask(e, seed, round_, k) for e in examples for k in range(self.settings.samples)]
 
     def _ask(self, example: Example, seed: int, round_: int, k: int) -> Ask:
         s = self.settings
