@@ -51,10 +51,10 @@ def recipe(world: Path, objective: Any, road: str, **changes: Any) -> Any:
     return parse_recipe({**tree, **changes})
 
 
-FAST = {("cw_dpo", "rounds"), ("mdpo", "rounds")}
+FAST = {("cw_dpo", "rounds"), ("mdpo", "rounds"), ("sft", "rounds")}
 
 
-# Rounds go the longer way; of the fast tests they have two objectives.
+# Rounds go the longer way; of the fast tests they have three objectives (sft: without negatives).
 @pytest.mark.parametrize(
     ("name", "road"),
     [

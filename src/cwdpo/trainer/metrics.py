@@ -94,7 +94,7 @@ class StepMetrics:
     def _take_origins(self, batch: PromptBatch, pairs: ScoredPairs, weights: Tensor | None) -> None:
         origins = [batch.completions[i].origin for i in batch.rejected.tolist()]
         for origin in get_args(Origin):
-            own = torch.tensor([o == origin for o in origins])
+            own = torch.tensor([o == origin for o in origins], dtype=torch.bool)  # also without negatives
             self._take(f"negatives/{origin}/share", own)
             self._take(
                 f"negatives/{origin}/logps_mean",
