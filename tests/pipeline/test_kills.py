@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -116,7 +117,8 @@ def seen(folder: Path, instant: Instant) -> Callable[[], bool]:
     names: set[Path] = set()
 
     def look() -> bool:
-        names.update(folder.glob(instant.begins))
+        with contextlib.suppress(FileNotFoundError):  # the run renames a folder while it is listed
+            names.update(folder.glob(instant.begins))
         return len(names) > instant.earlier
 
     return look
