@@ -8,9 +8,11 @@ package does retries, back-off and ``Retry-After``. Does not import torch.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import threading
 import time
@@ -87,7 +89,10 @@ class ServerSettings(Settings):
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: a conversation with images, and settings of sampling. ``draw`` numbers repeated requests."""
+    """One request: a conversation with images, and settings of sampling.
+
+    ``draw`` numbers repeated requests; ``logprobs`` asks for the log-probabilities of the answer's tokens.
+    """
 
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...] = ()
@@ -96,14 +101,28 @@ class Ask:
     max_tokens: int = 256
     draw: int = 0
     seed: int | None = None
+    logprobs: bool = False
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A server's response, and whether it ended with an end token (``stop``) or was cut (``length``)."""
+    """A server's response, and whether it ended with an end token (``stop``) or was cut (``length``).
+
+    ``n_tokens`` and ``mean_logp`` (nats per token) are of its log-probabilities, if they were requested and given.
+    """
 
     text: str
     ended: bool
+    n_tokens: int | None = None
+    mean_logp: float | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that servers load under a name: its folder, which they must be able to read."""
+
+    name: str
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -130,14 +149,21 @@ class Client:
     Args:
         settings: the servers.
         store: JSONL file of answers; created if it does not exist. ``None``: answers are not stored.
+        adapter: requested in place of the settings' model. A server that does not know it is told to load it.
 
     Raises:
         MissingPackageError: the ``openai`` package is not installed.
     """
 
-    def __init__(self, settings: ServerSettings, store: Path | None = None) -> None:
+    def __init__(
+        self, settings: ServerSettings, store: Path | None = None, adapter: Adapter | None = None
+    ) -> None:
         openai = optional_package("openai", "asking a server", "pip install 'cwdpo[server]'")
-        self.settings, self.store = settings, store
+        if adapter is not None:
+            settings = settings.model_copy(update={"model": adapter.name})
+        self.settings, self.store, self._adapter = settings, store, adapter
+        self._unknown, self._refused = openai.NotFoundError, openai.APIStatusError
+        self._loading: dict[str, threading.Lock] = {url: threading.Lock() for url in settings.urls}
         # The user's own server may need no key, but the package does.
         self._key = os.environ.get(settings.api_key_env) or "none"
         self._lock = threading.Lock()
@@ -248,9 +274,47 @@ class Client:
         texts = (f"[{json.dumps(place)}, {rest}" for place in places)
         return [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts]
 
+    def close(self) -> None:
+        """Let the servers unload the adapter; one that does not keeps it in memory, which harms nothing else."""
+        if self._adapter is None:
+            return
+        for server in self.servers.servers:
+            with contextlib.suppress(*self._failures):
+                server.line.send("/unload_lora_adapter", lora_name=self._adapter.name)
+
     def _send(self, server: Server, ask: Ask) -> Reply:
+        try:
+            return self._asked(server, ask)
+        except self._unknown:
+            if self._adapter is None:
+                raise
+        # At the first request, and at a server that was started again meanwhile.
+        self._load(server)
+        return self._asked(server, ask)
+
+    def _load(self, server: Server) -> None:
+        assert self._adapter is not None
+        with self._loading[server.url]:
+            try:
+                server.line.send(
+                    "/load_lora_adapter", lora_name=self._adapter.name, lora_path=str(self._adapter.folder)
+                )
+            except self._refused as error:
+                if "already been loaded" in str(error):  # by the request before
+                    return
+                remedy = (
+                    "start vLLM with --enable-lora, --max-lora-rank of at least model.lora.r, and the variable "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and let it read the run folder"
+                )
+                raise ServerError(
+                    f"{server.url}: does not load the adapter {self._adapter.folder} ({self._said(error)}): {remedy}"
+                ) from None
+
+    def _asked(self, server: Server, ask: Ask) -> Reply:
         self._wait_for_turn(server.url)
         more: dict[str, Any] = {} if ask.seed is None else {"seed": ask.seed}
+        if ask.logprobs:
+            more["logprobs"] = True
         return read_reply(
             server.line.post(
                 model=self.settings.model,
@@ -266,7 +330,8 @@ class Client:
     def _keep(self, key: str, reply: Reply) -> None:
         self._known[key] = reply
         if self.store is not None:
-            row = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n"
+            known = {name: value for name, value in asdict(reply).items() if value is not None}
+            row = json.dumps({"key": key, **known}, ensure_ascii=False) + "\n"
             self.store.parent.mkdir(parents=True, exist_ok=True)
             with open_to_append(self.store) as file:
                 file.write(row)
@@ -333,7 +398,15 @@ def read_reply(body: bytes) -> Reply:
         raise ValueError(
             f"the answer is not a chat completion ({type(error).__name__}: {str(error)[:100]}): {start!r}"
         ) from None
-    return Reply(text.strip(), ended)
+    return Reply(text.strip(), ended, *_likelihood(choice.get("logprobs")))
+
+
+def _likelihood(logprobs: Any) -> tuple[int, float] | tuple[None, None]:
+    """Number and mean of an answer's log-probabilities; ``None`` if the server gives none."""
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    values = [t.get("logprob") for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else []
+    known = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+    return (len(known), sum(known) / len(known)) if known and len(known) == len(values) else (None, None)
 
 
 def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Reply]:
@@ -342,6 +415,9 @@ def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Repl
         raise FileError(
             f"{store}: line {number}: is not a stored answer: remove that line, and it is requested again"
         )
+    n_tokens, mean_logp = row.get("n_tokens"), row.get("mean_logp")
+    if isinstance(n_tokens, int) and isinstance(mean_logp, float):
+        return key, Reply(text, ended, n_tokens, mean_logp)
     return key, Reply(text, ended)
 
 
