@@ -163,7 +163,8 @@ class Client:
             settings = settings.model_copy(update={"model": adapter.name})
         self.settings, self.store, self._adapter = settings, store, adapter
         self._unknown, self._refused = openai.NotFoundError, openai.APIStatusError
-        self._loading: dict[str, threading.Lock] = {url: threading.Lock() for url in settings.urls}
+        self._loading = {url: threading.Lock() for url in settings.urls}
+        self._loads = dict.fromkeys(settings.urls, 0)
         # The user's own server may need no key, but the package does.
         self._key = os.environ.get(settings.api_key_env) or "none"
         self._lock = threading.Lock()
@@ -283,24 +284,28 @@ class Client:
                 server.line.send("/unload_lora_adapter", lora_name=self._adapter.name)
 
     def _send(self, server: Server, ask: Ask) -> Reply:
+        loads = self._loads[server.url]
         try:
             return self._asked(server, ask)
         except self._unknown:
             if self._adapter is None:
                 raise
         # At the first request, and at a server that was started again meanwhile.
-        self._load(server)
+        self._load(server, loads)
         return self._asked(server, ask)
 
-    def _load(self, server: Server) -> None:
+    def _load(self, server: Server, loads: int) -> None:
         assert self._adapter is not None
         with self._loading[server.url]:
+            if self._loads[server.url] != loads:  # another thread was faster
+                return
+            self._loads[server.url] += 1
             try:
                 server.line.send(
                     "/load_lora_adapter", lora_name=self._adapter.name, lora_path=str(self._adapter.folder)
                 )
             except self._refused as error:
-                if "already been loaded" in str(error):  # by the request before
+                if "already been loaded" in str(error):  # by a run that was killed
                     return
                 remedy = (
                     "start vLLM with --enable-lora, --max-lora-rank of at least model.lora.r, and the variable "
