@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cwdpo.completions_api import Ask
 from cwdpo.config import parse_recipe
 from cwdpo.data.read.reader import read_examples
 from cwdpo.dynamics.diagnose import diagnose
@@ -20,7 +21,7 @@ from cwdpo.models.sample import sample
 from cwdpo.models.settings import ModelSettings
 from cwdpo.onpolicy import rounds
 from cwdpo.pipeline.two_stage import train_two_stage
-from cwdpo.remote import Ask, Client, ServerSettings
+from cwdpo.remote import Client, ServerSettings
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
 from cwdpo.worlds.shapes import ShapesSettings, materialise

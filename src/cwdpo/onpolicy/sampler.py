@@ -11,13 +11,14 @@ from typing import Protocol
 
 from torch import nn
 
+from cwdpo.completions_api import Ask
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.errors import ServerError
 from cwdpo.models.sample import Decoding, sample_batch
 from cwdpo.models.turns import in_turns
 from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.records import Example, Sample
-from cwdpo.remote import Adapter, Ask, Client
+from cwdpo.remote import Adapter, Client
 
 ANSWERS = "answers.jsonl"
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
