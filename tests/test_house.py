@@ -258,6 +258,8 @@ def test_heavy_packages_stay_in_their_rooms() -> None:
                 wrong.append(f"{where(file, item.line)}: {item.module}")
             if package == "trl" and not place.startswith("lab/bench/"):
                 wrong.append(f"{where(file, item.line)}: trl is for tests and benchmarks only")
+            if package == "ray":
+                wrong.append(f"{where(file, item.line)}: ray is optional: onpolicy/on_ray.py asks for it")
             if package == "torch" and not item.for_types and room_of(file) in WITHOUT_TORCH:
                 wrong.append(f"{where(file, item.line)}: no torch here")
     assert not wrong, "\n".join(wrong)

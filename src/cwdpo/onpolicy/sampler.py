@@ -1,9 +1,9 @@
-"""Samplers of on-policy responses: the policy in this process, or a server."""
+"""Samplers of on-policy responses: the policy in this process, or a server. Actors of Ray are in ``on_ray``."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,17 @@ from typing import Protocol
 
 from torch import nn
 
+from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.errors import ServerError
+from cwdpo.models.load import load_policy
 from cwdpo.models.sample import Decoding, sample_batch
 from cwdpo.models.turns import in_turns
 from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.records import Example, Sample
 from cwdpo.remote import Ask, Client
+from cwdpo.stage.model import encoder_of
+from cwdpo.stage.stage import autocast
 
 ANSWERS = "answers.jsonl"
 _ENOUGH = 4
@@ -39,6 +43,15 @@ class Sampler(Protocol):
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
         """The samples of each example; they depend on the seed, the round and the example only."""
+
+
+class BatchSampler(Protocol):
+    """Samples many batches at once, elsewhere."""
+
+    def drawn(
+        self, batches: Sequence[Sequence[Example]], seed: int, round_: int
+    ) -> Generator[tuple[int, list[tuple[Sample, ...]]]]:
+        """The number of a batch and the samples of its examples, in the order in which batches are finished."""
 
 
 class LocalSampler:
@@ -70,6 +83,14 @@ class LocalSampler:
             tuple(replace(d, mean_logp=round(d.mean_logp or 0.0, 6)) for d in own)
             for own in drawn
         ]
+
+
+def loaded_sampler(recipe: Recipe) -> tuple[Encoder, LocalSampler, AbstractContextManager[None]]:
+    """The encoder of a recipe's model, its sampler in this process, and the precision to sample in."""
+    policy = load_policy(recipe.model)
+    encoder = encoder_of(policy, recipe)
+    sampler = LocalSampler(policy.model, encoder, recipe.negatives.sampler)
+    return encoder, sampler, autocast(policy.model, recipe.train.bf16)
 
 
 class ServerSampler:
