@@ -129,7 +129,9 @@ def test_best_and_worst_by_a_judge(run, tmp_path: Path) -> None:
         best, worst = (row[key][0]["content"][0]["text"] for key in ("chosen", "rejected"))
         best, worst = (max(float(chrf_score([text], [[one]])) for one in known) for text in (best, worst))
         made = row["negatives"][0]["made"]
-        assert (made["chosen_score"], made["score"]) == pytest.approx((best, worst))
+        assert (made["chosen_score"], made["score"]) == pytest.approx(
+            (best, worst), abs=0.002
+        )  # another implementation
         assert best > worst
     refused = run(
         "sample", TINY, *SMALL, "negatives.judge=none", "--chosen", "best", "--out", tmp_path / "x.jsonl"

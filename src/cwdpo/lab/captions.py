@@ -32,6 +32,16 @@ COLDEST, HOTTEST = 0.25, 4.0
 SEARCH_STEPS = 14
 
 
+class Drawing(NamedTuple):
+    """Length, in tokens, and batch size of the samples."""
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    batch_size: int = BATCH
+
+
+WORLD = Drawing()
+
+
 class Written(NamedTuple):
     """Results of judged captions: over all captions, and the mean for each image (for intervals over images)."""
 
@@ -43,13 +53,15 @@ class Written(NamedTuple):
 
 
 def draw(
-    model: Any, encoder: Encoder, examples: Sequence[Example], temperature: float = 1.0, seed: int = 0
+    model: Any,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    temperature: float = 1.0,
+    seed: int = 0,
+    how: Drawing = WORLD,
 ) -> list[str]:
     """One response to each example; temperature 0 is greedy."""
-    made = sample(
-        model, encoder, examples, temperature=temperature, max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=BATCH, seed=seed,
-    )  # fmt: skip
+    made = sample(model, encoder, examples, temperature=temperature, seed=seed, **how._asdict())
     return [s.text for s in made]
 
 
@@ -133,7 +145,12 @@ def _written(samples: Sequence[Sequence[Judgement]]) -> Written:
 
 @torch.no_grad()
 def sampled_entropy(
-    model: Any, encoder: Encoder, test: Sequence[Example], temperature: float, seed: int = SEED
+    model: Any,
+    encoder: Encoder,
+    test: Sequence[Example],
+    temperature: float,
+    seed: int = SEED,
+    how: Drawing = WORLD,
 ) -> float:
     """Entropy (nats per token) of the distributions from which the policy's samples are drawn at a temperature.
 
@@ -141,7 +158,7 @@ def sampled_entropy(
     :data:`ENTROPY_PICTURES` images. Samples without text are left out.
     """
     part = test[:ENTROPY_PICTURES]
-    texts = draw(model, encoder, part, temperature, seed)
+    texts = draw(model, encoder, part, temperature, seed, how)
     own = [
         replace(example, chosen=Completion(text), rejected=(), gentle=())
         for example, text in zip(part, texts, strict=True)
@@ -151,8 +168,10 @@ def sampled_entropy(
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for start in range(0, len(encoded), BATCH):
-        scores = score(model, collate(encoded[start : start + BATCH]), stats=[tempered_entropy(temperature)])
+    for start in range(0, len(encoded), how.batch_size):
+        scores = score(
+            model, collate(encoded[start : start + how.batch_size]), stats=[tempered_entropy(temperature)]
+        )
         total += float(scores.stats["tempered"][scores.mask].sum())
         tokens += int(scores.mask.sum())
     model.train(was_training)

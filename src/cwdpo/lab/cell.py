@@ -14,7 +14,9 @@ from cwdpo.clock import Clock, running, spent_on
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.files.writing import write_json, write_text
-from cwdpo.lab.captions import captions, draw, judged, sampled_entropy
+from cwdpo.judging.base import AUTO, judge_for
+from cwdpo.lab.answers import Asked
+from cwdpo.lab.captions import Drawing, captions, judged, sampled_entropy
 from cwdpo.lab.spec import BestOf, Decodings
 from cwdpo.lab.warm import (
     encoder_for,
@@ -25,7 +27,7 @@ from cwdpo.lab.warm import (
     start_of,
     with_shared_reference,
 )
-from cwdpo.metrics.base import METRICS, Answer, reliability
+from cwdpo.metrics.base import Answer, reliability
 from cwdpo.metrics.token_ece import TokenEce
 from cwdpo.models.load import EMBEDDED, Policy, load_policy
 from cwdpo.monitor.probe_pass import ProbeSet
@@ -61,11 +63,11 @@ class CellJob:
         stage: ``stage1`` (a first stage that several cells start from), ``stage2`` (one variant), ``base`` (evaluate
             the recipe's model without training), ``best_of`` (sample a preference set), ``flipped`` (exchange chosen
             and rejected in some pairs), ``margins`` (estimate reward margins).
-        metrics: metrics for data that is not from the embedded world.
+        metrics, judge: metrics and judge for data that is not from the embedded world.
         options: ``trace`` (judge the policy at every measurement), ``keep_model`` (store the model), or the settings
             of ``best_of``, ``flipped`` and ``margins``.
         first: folder of the first stage that the cell starts from, if any.
-        decodings: further temperatures for the captions of the test images.
+        decodings: further temperatures for the answers to the test prompts.
     """
 
     key: str
@@ -77,6 +79,7 @@ class CellJob:
     options: Mapping[str, Any] = field(default_factory=dict)
     first: Path | None = None
     decodings: Decodings | None = None
+    judge: Mapping[str, Any] = field(default_factory=lambda: {"name": AUTO})
 
     @property
     def result(self) -> Path:
@@ -130,6 +133,7 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         save_model(policy, job.folder / "model", run)
         return {}
     test = held_rows(job.test, recipe)
+    own = None if all_judgeable(test) else asked(job, encoder, test)
     # Scored with the model at the start of stage 2, that is with the reference.
     probes = first_measured(policy, encoder, start_of(recipe, job.test), test[:TEST_PROBES])
     trace: list[dict[str, Any]] = []
@@ -139,18 +143,26 @@ def train_and_measure(job: CellJob, run: RunDir, on_step: OnStep) -> dict[str, A
         )
     entropy = None
     if job.decodings is not None and job.decodings.same_entropy:
-        entropy = sampled_entropy(policy.model, encoder, test, 1.0)  # of the reference
+        # Of the reference.
+        entropy = own.entropy(policy.model) if own else sampled_entropy(policy.model, encoder, test, 1.0)
     if splits is not None:
         train(job, policy, encoder, splits, run, listener)
         if job.options.get("keep_model"):  # another cell computes reward margins with it
             save_model(policy, job.folder / "model", run)
     with spent_on("evaluation"):
         figures = held_out_figures(policy, test[0], probes, run)
-        if all_judgeable(test):
+        if own is None:
             figures |= captions(policy.model, encoder, test, job.decodings, entropy)
         else:
-            figures |= responses(policy, encoder, test, job.metrics)
+            figures |= own.figures(policy.model, entropy)
     return {**figures, "trace": trace} if trace else figures
+
+
+def asked(job: CellJob, encoder: Encoder, test: Sequence[Example]) -> Asked:
+    """How the answers to the test prompts are drawn and measured, for data that is not from the embedded world."""
+    sampler = job.recipe.negatives.sampler
+    how = Drawing(sampler.max_new_tokens, sampler.batch_size)
+    return Asked(encoder, test, job.metrics, judge_for(job.judge, test), job.decodings, how)
 
 
 def train(
@@ -213,6 +225,7 @@ def fingerprint(job: CellJob) -> dict[str, str]:
         "test": digest(job.test),
         "stage": job.stage,
         "metrics": " ".join(job.metrics),
+        "judge": json.dumps(dict(job.judge), sort_keys=True),
         "decodings": job.decodings.model_dump_json() if job.decodings else "",
         "options": json.dumps(dict(job.options), sort_keys=True)
         + (weights(str(job.options["policy"])) if "policy" in job.options else ""),
@@ -238,16 +251,6 @@ def reliability_of(held: HeldOut, example: Example) -> list[dict[str, float]]:
     """The reliability diagram of the top-1 probability over the M held-out chosen tokens of all prompts together."""
     top1, correct = tuple(held.top1.tolist()), tuple(bool(c) for c in held.correct.tolist())
     return reliability(TokenEce()([Answer(example, top1=top1, correct=correct)])[0])
-
-
-def responses(
-    policy: Policy, encoder: Encoder, test: Sequence[Example], metrics: Sequence[str]
-) -> dict[str, Any]:
-    """Greedy responses to all test prompts, and their values by the named metrics."""
-    greedy = draw(policy.model, encoder, test, temperature=0.0)
-    answers = [Answer(e, text) for e, text in zip(test, greedy, strict=True)]
-    measured = [m for name in metrics for m in METRICS.build(name)(answers)]
-    return {**{m.name: m.value for m in measured}, "greedy": greedy}
 
 
 def spread(values: Sequence[float]) -> float | None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cwdpo.data.read.reader import read_examples
 from cwdpo.lab.grid import CellResult
 from cwdpo.lab.plan import BASE, Plan
 from cwdpo.lab.spec import Study
+from cwdpo.lab.warm import held_rows
 from cwdpo.records import Example
 from cwdpo.report.summary import Caption, Picture
 from cwdpo.worlds.judged import all_judgeable, judge_captions, scene_of
@@ -46,7 +46,8 @@ def gallery(out: Path, study: Study, planned: Plan, results: Mapping[str, CellRe
     labels = {name: study.label(name) for name in names}
     if BASE in results:
         keys, labels = {"": BASE, **keys}, {"": "before training", **labels}
-    test = read_examples(planned.job(next(iter(keys.values()))).test).examples if keys else []
+    first = planned.job(next(iter(keys.values()))) if keys else None
+    test = held_rows(first.test, first.recipe) if first else []
     if not all_judgeable(test):
         return Gallery()
     written: list[list[Caption]] = [[] for _ in test]

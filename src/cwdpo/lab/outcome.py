@@ -121,7 +121,7 @@ def outcome(
         provenance={
             "study": study.name,
             "cells": f"{len(results)} cells, {_hours(out, results):.2f} hours of one process each",
-            "captions": f"one greedy and {SAMPLES} at temperature 1 of every test picture",
+            "answers": f"one greedy to every test prompt, {SAMPLES} at every other temperature",
             "intervals": "t interval over seeds; win rate: percentile bootstrap by prompt, samples of all seeds",
             "two-way intervals": "percentile bootstrap over seeds and test pictures",
             "p-values": "paired t test over seeds, Holm-corrected within a figure",
@@ -142,14 +142,33 @@ def figures_of(study: Study, cells: Cells) -> tuple[Figure, ...]:
     terms = " ".join(f"{weight:+g} {key}" for key, weight in study.score.items())
     score = Figure("score", "score", "higher", 3, f"The sum by which a sweep chooses: {terms}")
     scored = (score,) if any("score" in f for f in measured) else ()
-    if not measured or any("judge_score" in f for f in measured):
-        wins = f"win rate vs {study.label(study.reference)}"
-        world = (replace(f, label=wins) if f.key == "win_rate" else f for f in WORLD_FIGURES)
-        return (*scored, *world, *_decoded(study.decodings))
-    from cwdpo.metrics.base import describe
+    known = {f.key: f for f in WORLD_FIGURES}
+    known["win_rate"] = replace(known["win_rate"], label=f"win rate vs {study.label(study.reference)}")
+    if not measured or any("sampled_correct" in f for f in measured):
+        return (*scored, *known.values(), *_decoded(study.decodings))
+    return (*scored, *_asked(measured, known))
 
-    keys = [k for k, v in measured[0].items() if (isinstance(v, int | float) or v is None) and k != "score"]
-    return (*scored, *(Figure(**describe(key), main=True) for key in keys))
+
+def _asked(measured: Sequence[Mapping[str, Any]], known: Mapping[str, Figure]) -> Iterator[Figure]:
+    """The columns of a study on data that is not from the embedded world: its metrics and its judge come first."""
+    better = measured[0].get("better", {})
+    numbers = [
+        k for k, v in measured[0].items() if (isinstance(v, int | float) or v is None) and k != "score"
+    ]
+    for key in sorted(numbers, key=lambda key: key.partition("@")[0] not in better):
+        name, _, where = key.partition("@")
+        at = {"": "", "entropy": ", same entropy"}.get(where, f", T={where}")
+        if name == "judge_score":
+            label, help_ = f"judge score{at or ', T=1'}", "the study's judge, mean over prompts and samples"
+            yield Figure(key, label, "higher", 3, help_, True)
+            if not where:
+                yield known["win_rate"]
+        elif key in known:
+            yield known[key]
+        else:
+            yield Figure(
+                key, f"{name.replace('_', ' ')}{at}", better.get(name, "none"), 3, "", name in better
+            )
 
 
 def _decoded(decodings: Decodings | None) -> Iterator[Figure]:

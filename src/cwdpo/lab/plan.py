@@ -104,7 +104,7 @@ def plan(
         recipe, held = sources.with_data(recipe, first.seed)
         planned.cells[BASE] = CellJob(
             BASE, recipe.model_copy(update={"name": BASE}), out / "cells" / BASE, held, "base", study.metrics,
-            decodings=study.decodings,
+            judge=study.judge, decodings=study.decodings,
         )  # fmt: skip
     for one in sorted(wanted, key=lambda one: study.variants[one.variant].margins_from is not None):
         variant = study.variants[one.variant]
@@ -127,6 +127,7 @@ def _add(planned: Plan, out: Path, one: Asked, recipe: Recipe, test: Path, study
         study.metrics,
         options,
         decodings=study.decodings,
+        judge=study.judge,
     )
     if recipe.stage1.enabled:
         neutral = _first_stage(recipe)

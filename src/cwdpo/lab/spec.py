@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cwdpo.errors import FileError, RecipeError, nearest
 from cwdpo.files.yamlfile import read_yaml
+from cwdpo.judging.base import AUTO, JudgeSpec
 from cwdpo.lab.worlds import HELD_OUT_SEED, Rejected, Validation
 from cwdpo.registry import Settings, explain
 
@@ -36,7 +37,7 @@ class BestOf(Settings):
 
 
 class Decodings(Settings):
-    """Temperatures for the test captions, in addition to greedy and temperature 1.
+    """Temperatures for the answers to the test prompts, in addition to greedy and temperature 1.
 
     ``same_entropy``: also use the temperature at which a variant's samples have the same entropy per token as the
     reference's samples at temperature 1.
@@ -112,9 +113,10 @@ class Study(Settings):
         test: test set for data that is not from the embedded world.
         held_out_seed: seed of the embedded world's test and validation images.
         first_seed: the first seed.
-        decodings: further temperatures for the test captions.
+        decodings: further temperatures for the answers to the test prompts.
         score: weights of figures; a sweep chooses by their weighted sum, which is also a figure of the tables.
-        metrics: metrics for data that is not from the embedded world.
+        metrics, judge: metrics and judge for data that is not from the embedded world; with a judge there are win
+            rates.
         analysis: judge the policy at every measurement, and analyse these trajectories: the findings of the diagnosis
             (``findings``) or the effect of early stopping (``stopping``).
     """
@@ -144,6 +146,7 @@ class Study(Settings):
         "ill_formed": -1.0,
     }
     metrics: tuple[str, ...] = ("cider", "bleu4", "length", "diversity")
+    judge: JudgeSpec = Field(default_factory=lambda: {"name": AUTO})
     analysis: Literal["findings", "stopping"] | None = None
 
     @field_validator("variants")

@@ -77,18 +77,12 @@ def splits_of(recipe: Recipe, run: RunDir) -> Splits:
 
 def held_rows(path: Path, recipe: Recipe) -> Sequence[Example]:
     """The rows of a test set."""
-    data = recipe.data
+    reading = {**recipe.data.reading, "captions_per_image": 1}
 
     def make() -> Sequence[Example]:
-        return read_examples(
-            path,
-            default_prompt=data.default_prompt,
-            format=data.format,
-            ignore_columns=data.ignore_columns,
-        ).examples
+        return read_examples(path, **reading).examples
 
-    said = (data.default_prompt, repr(data.format), data.ignore_columns)
-    return kept("test", (str(path), _stamp(path), said), make)
+    return kept("test", (str(path), _stamp(path), repr(reading)), make)
 
 
 def encoder_for(policy: Policy, recipe: Recipe) -> Encoder:

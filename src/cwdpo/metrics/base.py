@@ -219,16 +219,6 @@ class Metric(Component):
 METRICS: Registry[Metric] = Registry("metric", "cwdpo.metrics", Metric)
 
 
-def describe(key: str) -> dict[str, Any]:
-    """How a table shows a number of which only the name is known."""
-    lower = ("ece", "hallucin", "chair", "ill_formed", "bad_answers")
-    neutral = ("length", "distinct", "yes_share", "words")
-    better = (
-        "lower" if any(w in key for w in lower) else "none" if any(w in key for w in neutral) else "higher"
-    )
-    return {"key": key, "label": key.replace("_", " "), "better": better, "digits": 3, "help": ""}
-
-
 def reliability(measured: Measured) -> list[dict[str, float]]:
     """The rows of the reliability diagram of an ECE; empty bins are left out."""
     bins = measured.parts.shape[1] // 3

@@ -14,7 +14,7 @@ from cwdpo.records import Example
 class ReferencesJudge(ScoringJudge):
     """The score is the largest chrF++ (0 to 1) of a response with a reference or the chosen response.
 
-    Character n-grams up to 6, word n-grams up to 2 (Popovic, 2017), with torchmetrics.
+    Character n-grams up to 6, word n-grams up to 2 (Popovic, 2017), with sacrebleu.
 
     Args:
         threshold: smallest chrF++ of a right response; ``None``: that of the chosen response, which is 1.
@@ -39,9 +39,10 @@ class ReferencesJudge(ScoringJudge):
 
     def score(self, examples: Sequence[Example], texts: Sequence[str]) -> list[float]:
         """The largest chrF++ of each response with a reference or the chosen response."""
-        from torchmetrics.functional.text import chrf_score
+        from sacrebleu.metrics import CHRF
 
-        return [
-            max(float(chrf_score([text], [[known]])) for known in (*example.references, example.chosen.text))
+        chrf = CHRF(word_order=2)
+        return [  # of several references, chrF++ takes the one with the best score
+            chrf.sentence_score(text, [*example.references, example.chosen.text]).score / 100
             for example, text in zip(examples, texts, strict=True)
         ]
