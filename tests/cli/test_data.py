@@ -77,7 +77,13 @@ def test_a_killed_start_goes_on_and_ends_with_the_same_file(tmp_path: Path) -> N
     work = tmp_path / "b" / ".pairs.jsonl.work"
     kept = read_jsonl(work / "pool.jsonl")
     assert len(kept) == 10
+    pictures = tmp_path / "b" / "pairs-images"
+    pictures.mkdir()
+    written = sorted(path.name for path in (tmp_path / "a" / "pairs-images").iterdir())
+    for name in (written[0], "mine"):
+        (pictures / f".{name}.0123456789abcdef.tmp").write_text("half")
     made(tmp_path / "b" / "pairs.jsonl")
+    assert sorted(path.name for path in pictures.iterdir()) == [".mine.0123456789abcdef.tmp", *written]
     assert (tmp_path / "b" / "pairs.jsonl").read_bytes() == (tmp_path / "a" / "pairs.jsonl").read_bytes()
     assert not work.exists()
 

@@ -26,6 +26,7 @@ from cwdpo.files.writing import (
     refuse_links,
     replacing,
     temporary_name,
+    unfinished_in,
     write_text,
 )
 from cwdpo.files.yamlfile import dump_yaml, parse_scalar, parse_yaml
@@ -105,6 +106,8 @@ def test_what_killed_writings_of_one_name_left_goes_and_nothing_else(tmp_path: P
     ]
     for name in others:
         (tmp_path / name).write_text("mine")
+    assert unfinished_in(tmp_path) == {"a", "ab", "b.a"}
+    assert unfinished_in(tmp_path / "none") == set()
     assert clear_unfinished(tmp_path / "a")
     assert sorted(os.listdir(tmp_path)) == sorted(others)
     assert not clear_unfinished(tmp_path / "a")

@@ -27,6 +27,29 @@ if TYPE_CHECKING:
     from cwdpo.models.settings import ModelSettings
 
 
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        help="local: this process samples; ray: several processes of Ray Data do, on this machine or a cluster, with "
+        "the same result (pip install 'cwdpo[ray]')"
+    ),
+]
+Actors = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="with --engine ray: processes that each hold the model; default: one for each GPU, one if there is none",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="with --engine ray: a cluster to join, for example auto or 10.0.0.1:6379; default: Ray is started on this "
+        "machine, and ended with the command"
+    ),
+]
+
+
 def mount(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     for command in (validate, sample):
@@ -253,6 +276,9 @@ def sample(
             help="sample on this OpenAI-compatible server instead of here; given several times: on all of them together"
         ),
     ] = None,
+    engine: Engine = "local",
+    actors: Actors = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Sample a policy for a recipe's prompts and write preference data in TRL's format.
 
@@ -260,11 +286,15 @@ def sample(
     `cwdpo train RECIPE --from FILE`, or with TRL, LLaMA-Factory or ms-swift.
     """
     from cwdpo.config import load_recipe
+    from cwdpo.onpolicy.on_ray import LOCAL, RayOptions
     from cwdpo.onpolicy.preferences import make_preferences, on_servers
 
+    if engine == "local" and (actors or ray_address):
+        raise typer.BadParameter("is for --engine ray", param_hint="--actors" if actors else "--ray-address")
+    ray = RayOptions(actors, ray_address or LOCAL) if engine == "ray" else None
     parsed = on_servers(load_recipe(recipe, overrides or ()), base_url or (), model)
     with run_listener() as listener:
-        made = make_preferences(parsed, out, model=model, chosen=chosen, listener=listener)
+        made = make_preferences(parsed, out, model=model, chosen=chosen, listener=listener, ray=ray)
     counts = made.counts
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
     origins = ", ".join(f"{n} {origin}" for origin, n in sorted(counts.by_origin.items()))

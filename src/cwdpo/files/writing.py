@@ -24,6 +24,7 @@ from cwdpo.errors import FileError
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 """Does not exist on Windows, where few users have the right to make links."""
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+_ENDING = len(".0123456789abcdef.tmp")
 _BYTES = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -167,6 +168,12 @@ def clear_unfinished(path: Path) -> bool:
     for piece in pieces:
         shutil.rmtree(piece) if piece.is_dir() and not piece.is_symlink() else piece.unlink()
     return bool(pieces)
+
+
+def unfinished_in(folder: Path) -> set[str]:
+    """The names in a folder of which killed writings left something: one listing, where many names are written."""
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return {name[1:-_ENDING] for name in names if _is_temporary(name, name[1:-_ENDING])}
 
 
 def _is_temporary(name: str, of: str) -> bool:

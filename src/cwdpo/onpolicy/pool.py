@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,9 +19,9 @@ from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.encode.reading import read_ahead
 from cwdpo.judging.base import Judge
 from cwdpo.models.sample import by_length
-from cwdpo.onpolicy.sampler import Sampler
+from cwdpo.onpolicy.sampler import BatchSampler, Sampler
 from cwdpo.onpolicy.samples import PromptSamples, texts_to_judge
-from cwdpo.records import Example
+from cwdpo.records import Example, Sample
 from cwdpo.rundir import RunDir
 from cwdpo.waiting import from_first, of_all
 
@@ -77,8 +78,7 @@ class Pool:
         """
         state, found = PartialState(), dict[str, PromptSamples]()
         keys = {e.id: self._key(e, round_) for e in examples}
-        size, n = self.settings.sampler.batch_size, self.settings.sampler.samples
-        batches = [[examples[i] for i in index] for index in by_length(self.encoder, examples, size)]
+        n, batches = self.settings.sampler.samples, self._batches(examples)
         stripe = state.num_processes if sampler.together else 1
         groups = [batches[first : first + stripe] for first in range(0, len(batches), stripe)]
         mine = state.process_index if sampler.together else 0 if state.is_main_process else stripe
@@ -105,6 +105,42 @@ class Pool:
             progress(len(found) * n, len(examples) * n)
         return found
 
+    def fill_by(
+        self,
+        examples: Sequence[Example],
+        sampler: BatchSampler,
+        round_: int,
+        step: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, PromptSamples]:
+        """The same samples as :meth:`fill`, by a sampler that works on many batches and finishes them in any order.
+
+        A batch is judged and stored when it arrives. Only one process calls this.
+
+        Args:
+            examples, round_, step, progress: see :meth:`fill`.
+            sampler: gets the batches that are not stored.
+        """
+        keys = {e.id: self._key(e, round_) for e in examples}
+        batches = self._batches(examples)
+        stored = [e for batch in batches if self._has(batch, keys) for e in batch]
+        found = {e.id: PromptSamples.from_json(self._stored[keys[e.id]]) for e in stored}
+        missing = [batch for batch in batches if not self._has(batch, keys)]
+        n = self.settings.sampler.samples
+        progress(len(found) * n, len(examples) * n)
+        # Closed at once if judging fails, so that the sampler's processes end before the error is shown.
+        with closing(sampler.drawn(missing, self.seed, round_)) as arriving:
+            for number, samples in arriving:
+                batch = missing[number]
+                rows = self._store([batch], self._rows(batch, samples, round_, step), keys)
+                found |= {row.id: row for row in rows}
+                progress(len(found) * n, len(examples) * n)
+        return found
+
+    def _batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        size = self.settings.sampler.batch_size
+        return [[examples[i] for i in index] for index in by_length(self.encoder, examples, size)]
+
     def _has(self, batch: Sequence[Example], keys: Mapping[str, str]) -> bool:
         """Whether all samples of a batch are stored."""
         return all(keys[e.id] in self._stored for e in batch)
@@ -114,9 +150,13 @@ class Pool:
     ) -> list[PromptSamples]:
         if self._has(batch, keys):
             return [PromptSamples.from_json(self._stored[keys[e.id]]) for e in batch]
+        return self._rows(batch, sampler(batch, self.seed, round_), round_, step)
+
+    def _rows(
+        self, batch: Sequence[Example], samples: Sequence[tuple[Sample, ...]], round_: int, step: int
+    ) -> list[PromptSamples]:
         s = self.settings.sampler
         made = {"temperature": s.temperature, "top_p": s.top_p, "seed": self.seed}
-        samples = sampler(batch, self.seed, round_)
         return [PromptSamples(e.id, round_, step, own, made) for e, own in zip(batch, samples, strict=True)]
 
     def _store(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,21 +19,20 @@ from cwdpo.config import Recipe, parse_recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.video_store import store_video
 from cwdpo.errors import DataError
-from cwdpo.files.writing import clear_unfinished, replacing, write_text
+from cwdpo.files.writing import clear_unfinished, replacing, unfinished_in, write_text
 from cwdpo.judging.base import judge_for
-from cwdpo.models.load import load_policy, load_processor_alone
+from cwdpo.models.load import load_processor_alone
 from cwdpo.models.settings import LoraSettings
 from cwdpo.onpolicy.best_worst import best_and_worst
 from cwdpo.onpolicy.blend import BlendCounts, blend
+from cwdpo.onpolicy.on_ray import RayOptions, RaySampler
 from cwdpo.onpolicy.pool import Pool
-from cwdpo.onpolicy.sampler import ANSWERS, LocalSampler, Sampler, ServerSampler
+from cwdpo.onpolicy.sampler import ANSWERS, Sampler, ServerSampler, loaded_sampler
 from cwdpo.onpolicy.samples import sort_samples
 from cwdpo.records import Example, ImageRef, Message, VideoRef, without_tools
 from cwdpo.rundir import RunDir
 from cwdpo.stage.listener import Listener
-from cwdpo.stage.model import encoder_of
 from cwdpo.stage.splits import prepare_data
-from cwdpo.stage.stage import autocast
 
 Chosen = Literal["data", "best"]
 FORMATS = (".jsonl", ".parquet")
@@ -98,6 +98,7 @@ def make_preferences(
     model: str | None = None,
     chosen: Chosen = "data",
     listener: Listener | None = None,
+    ray: RayOptions | None = None,
 ) -> Made:
     """Sample a policy for every training prompt of a recipe, and write pairs of chosen and rejected responses.
 
@@ -111,8 +112,11 @@ def make_preferences(
         chosen: ``data``: the data's chosen response, against samples that are not right; ``best``: the best sample
             against the worst, by the judge's scores (:func:`cwdpo.onpolicy.best_worst.best_and_worst`).
         listener: progress callbacks.
+        ray: sample with actors of Ray, with the same result, see :mod:`cwdpo.onpolicy.on_ray`; default: in this
+            process.
 
     Raises:
+        CwdpoError: see :class:`cwdpo.onpolicy.on_ray.RaySampler`.
         DataError: the file exists, has another ending, no pair could be made, or ``best`` has no judge.
     """
     out, listener = Path(out), listener or Listener()
@@ -126,18 +130,21 @@ def make_preferences(
         raise DataError(f"{out}: exists already; remove it, or choose another --out")
     recipe = sampling_recipe(recipe, model)
     PartialState(cpu=recipe.model.device == "cpu")
+    actors = None if ray is None else RaySampler(recipe, ray)
     run = RunDir(out.with_name(f".{out.name}.work"))
     run.lock()
     try:
         run.recover()
-        made = _make(recipe, run, out, chosen, listener)
+        made = _make(recipe, run, out, chosen, listener, actors)
     finally:
         run.unlock()
     shutil.rmtree(run.path)
     return made
 
 
-def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: Listener) -> Made:
+def _make(
+    recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: Listener, actors: RaySampler | None
+) -> Made:
     listener.phase("reading data")
     splits = prepare_data(recipe, run)
     examples = splits.stage2
@@ -145,7 +152,7 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
         listener.note(note)
     set_seed(recipe.seed)
     listener.phase("loading the model")
-    encoder, sampler, work = _sampler(recipe, run)
+    encoder, sampler, work = _sampler(recipe, run, actors)
     readable = encoder.readable(examples, len(examples))
     settings = recipe.negatives
     judge = judge_for(settings.judge, readable)
@@ -160,10 +167,12 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
         unjudged = settings.model_copy(update={"judge": {"name": "none"}})
         pooled, in_batches = recipe.model_copy(update={"negatives": unjudged}), None
     listener.phase(f"sampling {len(readable)} prompts")
-    with work:
-        drawn = Pool(run, pooled, encoder, in_batches).fill(
-            readable, sampler, 0, 0, lambda done, total: listener.sampled(0, done, total)
-        )
+    pool, progress = Pool(run, pooled, encoder, in_batches), partial(listener.sampled, 0)
+    if isinstance(sampler, RaySampler):
+        drawn = pool.fill_by(readable, sampler, 0, 0, progress)
+    else:
+        with work:
+            drawn = pool.fill(readable, sampler, 0, 0, progress)
     if judge is not None and chosen == "best":
         listener.phase("judging")
         pairs, counts = best_and_worst(readable, drawn, judge, settings, run.path)
@@ -184,17 +193,23 @@ def _make(recipe: Recipe, run: RunDir, out: Path, chosen: Chosen, listener: List
     return Made(out, len(rows), counts, {server.url: server.answered for server in servers})
 
 
-def _sampler(recipe: Recipe, run: RunDir) -> tuple[Encoder, Sampler, AbstractContextManager[None]]:
-    """Encoder, sampler, and what it samples in. Where servers sample, no weights are loaded here."""
+def _sampler(
+    recipe: Recipe, run: RunDir, actors: RaySampler | None
+) -> tuple[Encoder, Sampler | RaySampler, AbstractContextManager[None]]:
+    """Encoder, sampler, and what it samples in. Where servers or actors sample, no weights are loaded here."""
     settings, store = recipe.negatives.sampler, run.path / ANSWERS
+    if actors is not None:
+        return _encoder(recipe), actors, nullcontext()
     if settings.server is not None:
-        processor, tokens = load_processor_alone(recipe.model)
-        sizes = recipe.data.image_tokens == "sizes"
-        encoder = Encoder(processor, recipe.data.max_length, recipe.data.cache_gb, tokens, from_sizes=sizes)
-        return encoder, ServerSampler(settings, store), nullcontext()
-    policy = load_policy(recipe.model)
-    encoder = encoder_of(policy, recipe)
-    return encoder, LocalSampler(policy.model, encoder, settings), autocast(policy.model, recipe.train.bf16)
+        return _encoder(recipe), ServerSampler(settings, store), nullcontext()
+    return loaded_sampler(recipe)
+
+
+def _encoder(recipe: Recipe) -> Encoder:
+    """The encoder without the weights."""
+    processor, tokens = load_processor_alone(recipe.model)
+    sizes = recipe.data.image_tokens == "sizes"
+    return Encoder(processor, recipe.data.max_length, recipe.data.cache_gb, tokens, from_sizes=sizes)
 
 
 def trl_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
@@ -240,10 +255,10 @@ def _is_json(value: Any) -> bool:
 def _write_jsonl(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     folder = out.with_name(f"{out.stem}-images")
     clear_unfinished(out)
-    text = ""
+    left, text = unfinished_in(folder), ""
     for row in rows:
         named: dict[str, list[Any]] = {
-            key: [f"{folder.name}/{_copy(image, folder)}" for image in row[key]]
+            key: [f"{folder.name}/{_copy(image, folder, left)}" for image in row[key]]
             for key in ("images", "rejected_images")
             if key in row
         }
@@ -256,13 +271,17 @@ def _write_jsonl(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text(out, text)
 
 
-def _copy(image: ImageRef, folder: Path) -> str:
-    """Write an image (unchanged unless it has an edit) to ``folder``, named by a digest; returns the name."""
+def _copy(image: ImageRef, folder: Path, left: Collection[str]) -> str:
+    """Write an image (unchanged unless it has an edit) to ``folder``, named by a digest; returns the name.
+
+    ``left`` are the names of which a killed command left something there.
+    """
     data = image.encoded()
     plain = image.path is not None and image.edit is None
     ending = image.path.suffix if image.path is not None and plain else ".png" if image.edit else ".img"
     path = folder / (hashlib.blake2b(data, digest_size=12).hexdigest() + ending)
-    clear_unfinished(path)
+    if path.name in left:
+        clear_unfinished(path)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

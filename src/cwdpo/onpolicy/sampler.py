@@ -1,9 +1,9 @@
-"""Samplers of on-policy responses: the policy in this process, or a server."""
+"""Samplers of on-policy responses: the policy in this process, or a server. Actors of Ray are in ``on_ray``."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,17 @@ from typing import Protocol
 from torch import nn
 
 from cwdpo.completions_api import Ask
+from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.errors import ServerError
+from cwdpo.models.load import load_policy
 from cwdpo.models.sample import Decoding, sample_batch
 from cwdpo.models.turns import in_turns
 from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.records import Example, Sample
 from cwdpo.remote import Adapter, Client
+from cwdpo.stage.model import encoder_of
+from cwdpo.stage.stage import autocast
 
 ANSWERS = "answers.jsonl"
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -45,6 +49,15 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Called when all prompts have been sampled."""
+
+
+class BatchSampler(Protocol):
+    """Samples many batches at once, elsewhere."""
+
+    def drawn(
+        self, batches: Sequence[Sequence[Example]], seed: int, round_: int
+    ) -> Generator[tuple[int, list[tuple[Sample, ...]]]]:
+        """The number of a batch and the samples of its examples, in the order in which batches are finished."""
 
 
 class LocalSampler:
@@ -79,6 +92,14 @@ class LocalSampler:
 
     def close(self) -> None:
         """Nothing is kept."""
+
+
+def loaded_sampler(recipe: Recipe) -> tuple[Encoder, LocalSampler, AbstractContextManager[None]]:
+    """The encoder of a recipe's model, its sampler in this process, and the precision to sample in."""
+    policy = load_policy(recipe.model)
+    encoder = encoder_of(policy, recipe)
+    sampler = LocalSampler(policy.model, encoder, recipe.negatives.sampler)
+    return encoder, sampler, autocast(policy.model, recipe.train.bf16)
 
 
 class ServerSampler:
