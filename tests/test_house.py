@@ -131,8 +131,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "videos", "connection", "servers", "completions_api", "remote", "worlds", "objectives", "negatives",
-    "config", "rundir", "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
+    *BASE, *DYNAMICS, "videos", "connection", "servers", "completions_api", "remote", "worlds", "objectives",
+    "negatives", "config", "rundir", "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
