@@ -19,7 +19,8 @@ _MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image
 class Ask:
     """One request: a conversation with images, and settings of sampling.
 
-    ``draw`` numbers repeated requests; ``logprobs`` asks for the log-probabilities of the answer's tokens.
+    ``draw`` numbers repeated requests; ``logprobs`` asks for the log-probabilities of the answer's tokens; ``bos``: the
+    server's tokenizer is to add its first token, which the chat template does not write (vLLM leaves it out otherwise).
     """
 
     messages: tuple[Message, ...]
@@ -30,6 +31,7 @@ class Ask:
     draw: int = 0
     seed: int | None = None
     logprobs: bool = False
+    bos: bool = False
 
 
 @dataclass(frozen=True)

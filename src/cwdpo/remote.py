@@ -234,7 +234,7 @@ class Client:
 
     def _keys(self, ask: Ask, images: Sequence[str], places: Iterable[str | None]) -> list[str]:
         parts = [
-            self.settings.model, self.settings.extra_body, [asdict(m) for m in ask.messages], images,
+            self.settings.model, _extra(self.settings, ask), [asdict(m) for m in ask.messages], images,
             ask.temperature, ask.top_p, ask.max_tokens, ask.draw, ask.seed,
         ]  # fmt: skip
         rest = json.dumps(parts)[1:]
@@ -293,7 +293,7 @@ class Client:
                 temperature=ask.temperature,
                 top_p=ask.top_p,
                 max_tokens=ask.max_tokens,
-                extra_body=self.settings.extra_body or None,
+                extra_body=_extra(self.settings, ask) or None,
                 **more,
             )
         )
@@ -351,6 +351,10 @@ class Client:
         if self._key != "none":
             said = said.replace(self._key, f"[the value of {self.settings.api_key_env}]")
         return said[:400]
+
+
+def _extra(settings: ServerSettings, ask: Ask) -> dict[str, Any]:
+    return {**settings.extra_body, **({"add_special_tokens": True} if ask.bos else {})}
 
 
 def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Reply]:

@@ -63,7 +63,7 @@ class Vllm:
         return True
 
 
-def sampler(url: str, tmp_path: Path, *, logprobs: bool = True) -> ServerSampler:
+def sampler(url: str, tmp_path: Path, encoder: Any = None, *, logprobs: bool = True) -> ServerSampler:
     folder = tmp_path / "run" / "round1"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -72,7 +72,7 @@ def sampler(url: str, tmp_path: Path, *, logprobs: bool = True) -> ServerSampler
         serve_adapter=True,
         server={"base_url": url, "model": "base", "retries": 0, "concurrency": 4},
     )
-    return ServerSampler(settings, tmp_path / "answers.jsonl", adapter_of(folder), logprobs=logprobs)
+    return ServerSampler(settings, tmp_path / "answers.jsonl", adapter_of(folder), encoder, logprobs=logprobs)
 
 
 EXAMPLES = [Example(f"r{i}", (), (Message("user", (f"{i}?",)),), Completion("yes")) for i in range(3)]
@@ -100,6 +100,19 @@ def test_the_adapter_is_loaded_once_and_requested_by_name(serve: Serve, tmp_path
     n = len(server.seen)
     assert sampler(server.url, tmp_path)(EXAMPLES, 0, 1) == found
     assert len(server.seen) == n
+
+
+def test_the_first_token_is_asked_for_where_training_has_it(serve: Serve, tmp_path: Path) -> None:
+    """LLaVA 1.5's template does not write bos: the tokenizer adds it in training, and vLLM only if asked to."""
+
+    class Bos:
+        def adds_bos(self, example: Example) -> bool:
+            return example.id == "r1"
+
+    server = serve(Vllm())
+    sampler(server.url, tmp_path, Bos())(EXAMPLES, 0, 1)
+    told = {body["messages"][0]["content"][0]["text"]: body.get("add_special_tokens") for body in server.seen}
+    assert told == {"0?": None, "1?": True, "2?": None}
 
 
 def test_a_server_that_was_started_again_loads_the_adapter_again(serve: Serve, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ class ServerSampler:
         settings: of the sampler.
         store: file for the server's answers.
         served: the model to request: a name, or an adapter of the server's base; default: the name in the settings.
+        encoder: of the policy; with an adapter, it says which prompts need the tokenizer's first token.
         logprobs: request the log-probabilities of the samples.
     """
 
@@ -122,6 +123,7 @@ class ServerSampler:
         settings: SamplerSettings,
         store: Path,
         served: str | Adapter | None = None,
+        encoder: Encoder | None = None,
         *,
         logprobs: bool = False,
     ) -> None:
@@ -134,6 +136,7 @@ class ServerSampler:
         elif served is not None:
             server = server.model_copy(update={"model": served})
         self.client, self.settings, self._logprobs = Client(server, store, adapter), settings, logprobs
+        self._encoder = None if adapter is None else encoder
 
     def at_work(self) -> AbstractContextManager[None]:
         """Nothing: the server works."""
@@ -170,8 +173,17 @@ class ServerSampler:
         s = self.settings
         text = f"{seed}\0{round_}\0{example.id}\0{k}"
         own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+        encoder = self._encoder
         return Ask(
-            example.prompt, example.images, s.temperature, s.top_p, s.max_new_tokens, k, own, self._logprobs
+            example.prompt,
+            example.images,
+            s.temperature,
+            s.top_p,
+            s.max_new_tokens,
+            k,
+            own,
+            self._logprobs,
+            bos=encoder is not None and encoder.adds_bos(example),
         )
 
 
@@ -193,4 +205,4 @@ def build_sampler(
     """
     if settings.server is None:
         return LocalSampler(model, encoder, settings)
-    return ServerSampler(settings, store, served, logprobs=settings.logprobs)
+    return ServerSampler(settings, store, served, encoder, logprobs=settings.logprobs)
