@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-for-development
 MINUTES ?= 4
 SEED ?= 0
 
-.PHONY: demo test test-slow test-families test-trackers test-deepspeed test-lowest docs chaos soak lint base sweep clean
+.PHONY: demo test test-slow test-families test-trackers test-deepspeed test-serving test-lowest docs chaos soak lint base sweep clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cwdpo demo
@@ -41,6 +41,11 @@ test-trackers:
 test-deepspeed:
 	python=$$($(PYTHON) tests/environments.py zero) && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/src" \
 	$$python -m pytest -p no:cacheprovider tests/pipeline/test_processes.py -k zero
+
+# By hand: exports and rounds on a real vLLM, in an environment of its own that only serves.
+test-serving: $(STAMP)
+	vllm=$$($(PYTHON) tests/environments.py serving) && OMP_NUM_THREADS=1 CWDPO_VLLM="$$vllm" PYTHONPATH="$(CURDIR)/src" \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/serving
 
 # By hand: the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 LOWEST := .venv-lowest

@@ -12,6 +12,8 @@ zero: DeepSpeed, which accelerate and transformers import wherever it is install
 taken for it.)
 
 trackers: experiment trackers, and gradio for `cwdpo chat`; they do not allow the newest pyarrow and pillow.
+
+serving: vLLM for CPUs, which does not allow the newest transformers. It only serves: the tests run beside it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Environment:
         extras: of the project.
         packages: further ones.
         built_for_cuda: take PyPI's builds, also where pip is configured to find others.
+        alone: without the project and its dependencies; exactly what the constraints list is installed.
         cost: of building it, for the user.
     """
 
@@ -47,6 +50,7 @@ class Environment:
     packages: tuple[str, ...]
     built_for_cuda: bool
     cost: str
+    alone: bool = False
 
 
 OF_TESTS = ("pytest", "pytest-xdist")
@@ -72,11 +76,21 @@ ENVIRONMENTS = {
         built_for_cuda=False,
         cost="about 3 minutes, 2 GB",
     ),
+    "serving": Environment(
+        torch=("torch", "torchvision"),
+        extras=(),
+        packages=(),
+        built_for_cuda=True,
+        cost="about 8 minutes, 6 GB",
+        alone=True,
+    ),
 }
 
 
 def requirements(environment: Environment) -> list[str]:
     """What is installed besides torch: the project's own dependencies, its extras, and further packages."""
+    if environment.alone:
+        return list(environment.packages)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     own = [requirement for extra in environment.extras for requirement in extras[extra]]
@@ -110,7 +124,8 @@ def build(name: str, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for packages in (environment.torch, requirements(environment)):
+    rest = ("--no-deps", "-r", str(constraints(name))) if environment.alone else requirements(environment)
+    for packages in (environment.torch, rest):
         command = [*pip, "-c", constraints(name), *packages]
         subprocess.run(command, check=True, env=variables, stdout=sys.stderr)
     (place / "complete").touch()

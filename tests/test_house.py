@@ -31,6 +31,7 @@ MODELLING = {
     "scoring",
     "config",
     "rundir",
+    "completions_api",
     "remote",
     "waiting",
 }
@@ -55,8 +56,9 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": {"errors"},
     "connection": set(),
     "servers": set(),
-    "remote": {*BASE, "connection", "servers"},
-    "negatives": {*BASE, "remote", "judging.base"},
+    "completions_api": {*BASE},
+    "remote": {*BASE, "completions_api", "connection", "servers"},
+    "negatives": {*BASE, "completions_api", "remote", "judging.base"},
     "videos": {"errors", "records"},
     "data": {*BASE, "videos"},
     "models": {*BASE, "arguments", "data", "waiting"},
@@ -81,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "schema": {"config", "judging.base", "objectives", "registry"},
     "metrics": {*BASE, "worlds"},
-    "judging": {*BASE, "worlds", "remote", "rundir", "metrics", "models.reward"},
+    "judging": {*BASE, "worlds", "completions_api", "remote", "rundir", "metrics", "models.reward"},
     "trainer": {*BASE, "arguments", "data", "models", "scoring", "objectives", "rundir", "waiting"},
     "stage": {*MODELLING, "arguments", "data_settings", "trainer"},
     "monitor": RUNNING,
@@ -129,8 +131,8 @@ HEAVY_USERS = (
     "lab/bench/",
 )
 WITHOUT_TORCH = {
-    *BASE, *DYNAMICS, "videos", "connection", "servers", "remote", "worlds", "objectives", "negatives", "config",
-    "rundir", "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
+    *BASE, *DYNAMICS, "videos", "connection", "servers", "completions_api", "remote", "worlds", "objectives",
+    "negatives", "config", "rundir", "metrics", "shipped", "judging", "overrides", "report", "schema", "cli",
 }  # fmt: skip
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -19,6 +19,7 @@ pytest.importorskip("openai", reason="the server extra is not installed: pip ins
 from pydantic import ValidationError
 
 from cwdpo import errors
+from cwdpo.completions_api import Ask, Reply
 from cwdpo.config import parse_recipe
 from cwdpo.errors import FileError, MissingPackageError, ServerError
 from cwdpo.files.reading import read_jsonl
@@ -29,7 +30,7 @@ from cwdpo.onpolicy.pool import FILE, Pool
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.onpolicy.samples import PromptSamples, sort_samples
 from cwdpo.records import Completion, Example, ImageRef, Message, Sample
-from cwdpo.remote import Ask, Client, Reply, ServerSettings
+from cwdpo.remote import Client, ServerSettings
 from cwdpo.rundir import RunDir
 from fake_server import Fake, to
 
@@ -279,8 +280,8 @@ def test_a_server_sees_the_picture_that_training_sees(tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
 
+    from cwdpo.completions_api import data_uri
     from cwdpo.records import ImageRef
-    from cwdpo.remote import data_uri
 
     def sent(image: Image.Image, name: str) -> tuple[bytes, ImageRef]:
         image.save(tmp_path / name)

@@ -15,12 +15,13 @@ pytest.importorskip("openai", reason="the server extra is not installed: pip ins
 from pydantic import ValidationError
 
 from cwdpo import servers
+from cwdpo.completions_api import Ask
 from cwdpo.config import load_recipe
 from cwdpo.errors import ServerError
 from cwdpo.files.reading import read_jsonl
 from cwdpo.onpolicy.preferences import make_preferences, on_servers
 from cwdpo.records import Message
-from cwdpo.remote import Ask, Client, ServerSettings
+from cwdpo.remote import Client, ServerSettings
 from cwdpo.stage.listener import Listener
 from fake_server import Fake, seeded
 from paths import RECIPES

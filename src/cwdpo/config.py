@@ -154,7 +154,22 @@ class Recipe(Settings):
                 "train.max_tokens_per_batch: the rows of a round are not known before the round, so its batches cannot "
                 "be counted; with negatives.on_policy_fraction leave it out, and set train.batch_size"
             )
+        if self.negatives.sampler.serve_adapter:
+            self._has_an_adapter_to_serve()
         return self
+
+    def _has_an_adapter_to_serve(self) -> None:
+        model, key = self.model, "negatives.sampler.serve_adapter"
+        if model.tune != "lora":
+            raise ValueError(f"{key}: the policy has no adapter: set model.tune to lora, or leave it out")
+        for name, value in (
+            ("modules_to_save", model.lora.modules_to_save),
+            ("use_dora", model.lora.use_dora),
+        ):
+            if value:
+                raise ValueError(
+                    f"{key}: vLLM loads adapters without model.lora.{name}: leave out one of the two"
+                )
 
     @model_validator(mode="after")
     def _can_be_streamed(self) -> Recipe:

@@ -65,6 +65,15 @@ class Connection:
         finally:
             self._end()
 
+    def send(self, path: str, **body: Any) -> bytes:
+        """Post a request of another kind, ``path`` being relative to the address; see :meth:`post`."""
+        http = importlib.import_module("httpx2")
+        try:
+            client = self._client.with_options(max_retries=0)
+            return bytes(client.post(path, body=body, cast_to=http.Response).content)
+        finally:
+            self._end()
+
     def check(self) -> str | None:
         """Request the list of models, which costs a server nothing.
 

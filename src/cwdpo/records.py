@@ -361,6 +361,8 @@ class Sample:
         mean_logp: log-likelihood per token under the policy at temperature 1, in nats; ``None`` for greedy responses
             and for servers.
         right: whether the judge calls it right; ``None`` without a judgement.
+        engine_tokens, engine_mean_logp: number of tokens and log-likelihood per token (nats) that a server reports;
+            ``None`` if it does not, and for samples of this process.
     """
 
     text: str
@@ -368,3 +370,5 @@ class Sample:
     n_tokens: int | None = None
     mean_logp: float | None = None
     right: bool | None = None
+    engine_tokens: int | None = None
+    engine_mean_logp: float | None = None

@@ -7,9 +7,8 @@ package does retries, back-off and ``Retry-After``. Does not import torch.
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import hashlib
-import io
 import json
 import os
 import threading
@@ -21,15 +20,14 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from cwdpo.completions_api import Ask, Reply, messages_of, read_reply
 from cwdpo.connection import Connection
 from cwdpo.errors import FileError, ServerError, optional_package
-from cwdpo.files.reading import ends_whole, parse_json, read_jsonl
+from cwdpo.files.reading import ends_whole, read_jsonl
 from cwdpo.files.writing import open_to_append, write_text
-from cwdpo.records import TOOLS, VIDEO, ImageRef, Message
 from cwdpo.registry import Settings
 from cwdpo.servers import GivenUpError, Server, Servers
 
-_MIME = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif"}
 _LETTERS_PER_TOKEN = 4
 
 
@@ -86,24 +84,11 @@ class ServerSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request: a conversation with images, and settings of sampling. ``draw`` numbers repeated requests."""
+class Adapter:
+    """A LoRA adapter that servers load under a name: its folder, which they must be able to read."""
 
-    messages: tuple[Message, ...]
-    images: tuple[ImageRef, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 256
-    draw: int = 0
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A server's response, and whether it ended with an end token (``stop``) or was cut (``length``)."""
-
-    text: str
-    ended: bool
+    name: str
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -130,14 +115,22 @@ class Client:
     Args:
         settings: the servers.
         store: JSONL file of answers; created if it does not exist. ``None``: answers are not stored.
+        adapter: requested in place of the settings' model. A server that does not know it is told to load it.
 
     Raises:
         MissingPackageError: the ``openai`` package is not installed.
     """
 
-    def __init__(self, settings: ServerSettings, store: Path | None = None) -> None:
+    def __init__(
+        self, settings: ServerSettings, store: Path | None = None, adapter: Adapter | None = None
+    ) -> None:
         openai = optional_package("openai", "asking a server", "pip install 'cwdpo[server]'")
-        self.settings, self.store = settings, store
+        if adapter is not None:
+            settings = settings.model_copy(update={"model": adapter.name})
+        self.settings, self.store, self._adapter = settings, store, adapter
+        self._unknown, self._refused = openai.NotFoundError, openai.APIStatusError
+        self._loading = {url: threading.Lock() for url in settings.urls}
+        self._loads = dict.fromkeys(settings.urls, 0)
         # The user's own server may need no key, but the package does.
         self._key = os.environ.get(settings.api_key_env) or "none"
         self._lock = threading.Lock()
@@ -241,24 +234,66 @@ class Client:
 
     def _keys(self, ask: Ask, images: Sequence[str], places: Iterable[str | None]) -> list[str]:
         parts = [
-            self.settings.model, self.settings.extra_body, [asdict(m) for m in ask.messages], images,
+            self.settings.model, _extra(self.settings, ask), [asdict(m) for m in ask.messages], images,
             ask.temperature, ask.top_p, ask.max_tokens, ask.draw, ask.seed,
         ]  # fmt: skip
         rest = json.dumps(parts)[1:]
         texts = (f"[{json.dumps(place)}, {rest}" for place in places)
         return [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts]
 
+    def close(self) -> None:
+        """Let the servers unload the adapter; one that does not keeps it in memory, which harms nothing else."""
+        if self._adapter is None:
+            return
+        for server in self.servers.servers:
+            with contextlib.suppress(*self._failures):
+                server.line.send("/unload_lora_adapter", lora_name=self._adapter.name)
+
     def _send(self, server: Server, ask: Ask) -> Reply:
+        loads = self._loads[server.url]
+        try:
+            return self._asked(server, ask)
+        except self._unknown:
+            if self._adapter is None:
+                raise
+        # At the first request, and at a server that was started again meanwhile.
+        self._load(server, loads)
+        return self._asked(server, ask)
+
+    def _load(self, server: Server, loads: int) -> None:
+        assert self._adapter is not None
+        with self._loading[server.url]:
+            if self._loads[server.url] != loads:  # another thread was faster
+                return
+            self._loads[server.url] += 1
+            try:
+                server.line.send(
+                    "/load_lora_adapter", lora_name=self._adapter.name, lora_path=str(self._adapter.folder)
+                )
+            except self._refused as error:
+                if "already been loaded" in str(error):  # by a run that was killed
+                    return
+                remedy = (
+                    "start vLLM with --enable-lora, --max-lora-rank of at least model.lora.r, and the variable "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and let it read the run folder"
+                )
+                raise ServerError(
+                    f"{server.url}: does not load the adapter {self._adapter.folder} ({self._said(error)}): {remedy}"
+                ) from None
+
+    def _asked(self, server: Server, ask: Ask) -> Reply:
         self._wait_for_turn(server.url)
         more: dict[str, Any] = {} if ask.seed is None else {"seed": ask.seed}
+        if ask.logprobs:
+            more["logprobs"] = True
         return read_reply(
             server.line.post(
                 model=self.settings.model,
-                messages=_messages(ask),
+                messages=messages_of(ask),
                 temperature=ask.temperature,
                 top_p=ask.top_p,
                 max_tokens=ask.max_tokens,
-                extra_body=self.settings.extra_body or None,
+                extra_body=_extra(self.settings, ask) or None,
                 **more,
             )
         )
@@ -266,7 +301,8 @@ class Client:
     def _keep(self, key: str, reply: Reply) -> None:
         self._known[key] = reply
         if self.store is not None:
-            row = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n"
+            known = {name: value for name, value in asdict(reply).items() if value is not None}
+            row = json.dumps({"key": key, **known}, ensure_ascii=False) + "\n"
             self.store.parent.mkdir(parents=True, exist_ok=True)
             with open_to_append(self.store) as file:
                 file.write(row)
@@ -317,23 +353,8 @@ class Client:
         return said[:400]
 
 
-def read_reply(body: bytes) -> Reply:
-    """Parse a server's answer.
-
-    Raises:
-        ValueError: it is not a chat completion.
-    """
-    try:
-        choice = parse_json(body, "the answer")["choices"][0]
-        text, ended = choice["message"]["content"] or "", choice.get("finish_reason") == "stop"
-        # Single surrogates are replaced: tokenizers and files refuse them.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    except (FileError, LookupError, TypeError, AttributeError) as error:
-        start = body[:120].decode(errors="replace")
-        raise ValueError(
-            f"the answer is not a chat completion ({type(error).__name__}: {str(error)[:100]}): {start!r}"
-        ) from None
-    return Reply(text.strip(), ended)
+def _extra(settings: ServerSettings, ask: Ask) -> dict[str, Any]:
+    return {**settings.extra_body, **({"add_special_tokens": True} if ask.bos else {})}
 
 
 def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Reply]:
@@ -342,46 +363,7 @@ def _stored(store: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Repl
         raise FileError(
             f"{store}: line {number}: is not a stored answer: remove that line, and it is requested again"
         )
+    n_tokens, mean_logp = row.get("n_tokens"), row.get("mean_logp")
+    if isinstance(n_tokens, int) and isinstance(mean_logp, float):
+        return key, Reply(text, ended, n_tokens, mean_logp)
     return key, Reply(text, ended)
-
-
-def _messages(ask: Ask) -> list[dict[str, Any]]:
-    """Messages in OpenAI's format; each image is a data URI at its place in the text.
-
-    Raises:
-        ServerError: the prompt has tools or a video, which are not sent.
-    """
-    if any(VIDEO in m.parts for m in ask.messages):
-        raise ServerError(
-            "a prompt with a video is not sent to a server: leave such rows out, or sample here"
-        )
-    if any(m.more or m.role == TOOLS for m in ask.messages):
-        raise ServerError("a prompt with tools is not sent to a server: leave such rows out, or sample here")
-    images = iter(ask.images)
-    return [
-        {
-            "role": m.role,
-            "content": [
-                {"type": "text", "text": part}
-                if isinstance(part, str)
-                else {"type": "image_url", "image_url": {"url": data_uri(next(images))}}
-                for part in m.parts
-            ],
-        }
-        for m in ask.messages
-    ]
-
-
-def data_uri(image: ImageRef) -> str:
-    """The image as ``data:image/...;base64,...``; encodings other than JPEG, PNG and GIF are converted to PNG.
-
-    Images with 16 bits per channel or transparency are converted too: a server would decode them differently than
-    training does.
-    """
-    data = image.encoded()
-    mime = next((m for start, m in _MIME.items() if data.startswith(start)), None)
-    if mime is None or image.is_altered():
-        buffer = io.BytesIO()
-        image.open().save(buffer, "PNG")
-        data, mime = buffer.getvalue(), "image/png"
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from cwdpo.completions_api import read_reply
 from cwdpo.config import load_recipe, parse_recipe
 from cwdpo.data.images import ImageFolder
 from cwdpo.data.problems import RowError
@@ -30,7 +31,7 @@ from cwdpo.models.checkpoint import adapter_base, check_folder
 from cwdpo.monitor.responses import read_probe_file, stored_responses
 from cwdpo.negatives.lexicon import load_lexicon
 from cwdpo.records import SAMPLING
-from cwdpo.remote import Client, ServerSettings, read_reply
+from cwdpo.remote import Client, ServerSettings
 from cwdpo.report.render import render_report
 from cwdpo.rundir import RunDir
 from paths import RECIPES

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from cwdpo.completions_api import Ask, messages_of
 from cwdpo.config import load_recipe
 from cwdpo.data.contents import video_digest
 from cwdpo.data.read.reader import ReadResult, read_examples
@@ -26,7 +27,6 @@ from cwdpo.onpolicy.preferences import _write_jsonl, _write_parquet, trl_rows
 from cwdpo.onpolicy.record import shown_pairs
 from cwdpo.pipeline.inputs import of_rows
 from cwdpo.records import VIDEO, Example, Message, VideoRef, VideoSampling
-from cwdpo.remote import Ask, _messages
 from cwdpo.videos import decoded
 from paths import ROOT
 from videos import grey, greys, write_video
@@ -342,7 +342,7 @@ def test_another_row_of_the_same_video_gives_no_negative(folder: Path) -> None:
 def test_videos_are_not_sent_to_servers(folder: Path) -> None:
     (example,) = read(folder, {"video": "a.mp4", "prompt": "Q", **PAIR}).examples
     with pytest.raises(ServerError, match="a prompt with a video is not sent to a server"):
-        _messages(Ask(example.prompt))
+        messages_of(Ask(example.prompt))
     judge = object.__new__(VlmJudge)
     with pytest.raises(ServerError, match=r"train\.jsonl:1: a prompt with a video is not sent to a judge"):
         judge._ask(example, "Which?")

@@ -128,6 +128,7 @@ def test_the_shipped_rules_cover_the_list_and_read_what_exists() -> None:
         "stage1_too_strong", "saturated_loss", "stale_negatives", "pairs_nearly_equal", "overfitting", "noisy_probes",
     }  # fmt: skip
     assert asked <= {r.name for r in rules}
+    from cwdpo.onpolicy.agreement import APART, GAP
     from cwdpo.trainer.gradient import gradient_metrics
 
     ones = dict.fromkeys(
@@ -137,7 +138,7 @@ def test_the_shipped_rules_cover_the_list_and_read_what_exists() -> None:
     trained = {f"train/{n}" for n in gradient_metrics(ones)} | {
         "train/cooling/weight_p10", "train/cooling/weight_p90", "train/cooling/weight_mean",
         "train/cooling/fraction_between", "train/logps_mean/chosen", "train/rewards/accuracies",
-        "train/updates/kept",
+        "train/updates/kept", GAP, APART,
     }  # fmt: skip
     for r in rules:
         assert all(text.strip() for text in (r.title, r.advice, r.source)), r.name

@@ -221,7 +221,8 @@ def test_both_orders_decide(first: str, second: str, verdict: str) -> None:
 def test_both_orders_are_asked_and_the_transcript_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cwdpo.remote import Client, Reply
+    from cwdpo.completions_api import Reply
+    from cwdpo.remote import Client
 
     asked: list[str] = []
 

@@ -81,6 +81,18 @@ def test_every_round_has_fresh_samples_and_the_asked_share(whole: Path) -> None:
     assert any([s["text"] for s in r["samples"]] != again[r["id"]] for r in both)
 
 
+def test_samples_of_this_process_agree_with_training(whole: Path) -> None:
+    """Sampling and scoring are different code: the same tokens have the same log-probabilities."""
+    found = [row for row in read_jsonl(whole / "readings.jsonl") if row["name"].startswith("engine_")]
+    assert [(row["name"], row["step"]) for row in found] == [
+        (name, step) for step in (0, 5, 10) for name in ("engine_gap", "engine_apart")
+    ]
+    for row in found:
+        assert row["n"] > 5
+        # Some texts of this hot little model are not encoded as the tokens that were drawn.
+        assert 0 <= row["value"] < (1e-5 if row["name"] == "engine_gap" else 0.4), row
+
+
 def test_negatives_are_samples_that_the_judge_found_wrong(whole: Path) -> None:
     from cwdpo.worlds.shapes import Scene, judge
 
@@ -367,7 +379,7 @@ def test_rounds_that_do_not_fit_are_refused() -> None:
                 "rounds": 2,
                 "sampler": {"server": {"base_url": "http://x/v1", "model": "m"}},
             },
-            "set sampler.serve_folder",
+            "set sampler.serve_adapter",
         ),
     ],
 )

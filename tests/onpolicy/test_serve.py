@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cwdpo.completions_api import Ask
 from cwdpo.config import ModelSettings, parse_recipe
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.errors import ServerError
@@ -17,7 +18,7 @@ from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.onpolicy.pool import FILE, Pool
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.records import Example
-from cwdpo.remote import Ask, Client, ServerSettings
+from cwdpo.remote import Client, ServerSettings
 from cwdpo.rundir import RunDir
 from server import needs_server
 

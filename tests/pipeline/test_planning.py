@@ -25,7 +25,7 @@ from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.read.reader import read_examples
 from cwdpo.models.hollow import hollow_model
-from cwdpo.models.load import Policy, adopt, load_policy
+from cwdpo.models.load import EMBEDDED, Policy, adopt, load_policy
 from cwdpo.models.settings import ModelSettings
 from cwdpo.models.tiny import TinyModelSettings, init_model
 from cwdpo.models.vision_cache import keep_vision_features
@@ -324,6 +324,24 @@ def test_the_plan_of_a_run_adds_up(checkpoint: Path, data: Path) -> None:
     assert second.reference == pytest.approx(second.forward / 2 * 3)  # three rows, and a step has two
     assert plan.hours == pytest.approx((first.total + second.total) / (2 * 0.5 * 100e12) / 3600)
     assert plan.cost == pytest.approx(3.0 * 2 * plan.hours)
+    assert plan.communication == plan.memory.parts["gradient buckets"], (
+        "an all-reduce of 2 sends 2 * 1/2 of them"
+    )
+    assert plan.seconds_to_send is None
+
+
+def test_what_fsdp2_sends_is_what_two_processes_sent() -> None:
+    """Counted in the collectives of two gloo processes that train the embedded model with checkpointing."""
+    gathered, reduced = 11_600_384, 3_755_520
+    settings = {"path": "embedded", "freeze": ["vision"]}
+    config = AutoConfig.from_pretrained(EMBEDDED)
+    for times in (1, 2):
+        tree = {
+            "model": settings, "data": {"path": "x.jsonl"}, "train": {"gradient_accumulation_steps": times},
+        }  # fmt: skip
+        sent = HollowRun(config, 2, sharded=True).communication(parse_recipe(tree))
+        # FSDP2 pads parameters whose first dimension cannot be divided: here 512 bytes in either direction.
+        assert sent == pytest.approx((times * gathered + reduced) / 2, abs=times * 1024)
 
 
 # --- the command ----------------------------------------------------------------------------------------

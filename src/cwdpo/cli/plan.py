@@ -37,6 +37,12 @@ def plan(
         float | None,
         typer.Option(min=0.1, help="10^12 dense bf16 operations per second; default: of --gpu"),
     ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="GB/s that a GPU sends to the others; default: that of --gpu in its usual servers"
+        ),
+    ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="number of GPUs, each with the whole model")] = 1,
     fsdp: Annotated[
         bool,
@@ -56,7 +62,7 @@ def plan(
     from cwdpo.config import load_recipe
     from cwdpo.pipeline.planning.gpus import gpu_of
 
-    chosen = gpu_of(gpu, gpu_memory, tflops)
+    chosen = gpu_of(gpu, gpu_memory, tflops, link)
     parsed = load_recipe(recipe, overrides or ())
     from cwdpo.pipeline.planning.run import Hardware, plan_run
 
@@ -94,6 +100,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield ""
     if plan.images is not None:
         yield from _images(plan.images)
+    if plan.communication:
+        seconds = plan.seconds_to_send
+        slow = (
+            "" if seconds is None else f": {_time(seconds)} at {chosen.link:g} GB/s, where nothing overlaps"
+        )
+        yield f"sends    at most {in_units(plan.communication)} from each GPU in a step{slow}"
     yield f"run      {_time(plan.hours * 3600)}{_cost(plan)}"
     for note in plan.notes:
         yield f"note     {note}"

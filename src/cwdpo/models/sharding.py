@@ -97,16 +97,32 @@ def most_gathered(model: nn.Module, *, trained: bool) -> int:
         model: not sharded; its layers are those of its class's ``_no_split_modules``.
         trained: whether the base's weights are trained.
     """
+    layers, rest = _layer_sizes(model)
+    return (3 if trained else 2) * rest + 3 * max(layers, default=0)
+
+
+def gathered_in_step(model: nn.Module) -> int:
+    """Upper bound of the bytes that FSDP2 gathers on a process for a micro-batch, its own part included.
+
+    Everything once for the forward pass, and every layer again for the backward pass. What is in no layer stays
+    gathered between the two. A frozen vision tower that is not computed again is gathered once only, so it may be less.
+    Measured in docs/distributed.md.
+    """
+    layers, rest = _layer_sizes(model)
+    return rest + 2 * sum(layers)
+
+
+def _layer_sizes(model: nn.Module) -> tuple[list[int], int]:
+    """Bytes of each layer that FSDP2 shards by itself, and of the rest."""
     names = _layer_classes(model)
     inside: set[int] = set()
-    largest = 0
+    layers = []
     for module in model.modules():  # outer modules come first
         own = {id(p): p for p in module.parameters()}
         if type(module).__name__ in names and not own.keys() <= inside:
             inside |= own.keys()
-            largest = max(largest, sum(map(_bytes, own.values())))
-    rest = sum(_bytes(p) for p in model.parameters() if id(p) not in inside)
-    return (3 if trained else 2) * rest + 3 * largest
+            layers.append(sum(map(_bytes, own.values())))
+    return layers, sum(_bytes(p) for p in model.parameters() if id(p) not in inside)
 
 
 def _layer_classes(model: nn.Module) -> set[str]:

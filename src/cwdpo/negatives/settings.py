@@ -28,6 +28,28 @@ class SamplerSettings(Settings):
         description="before each round, write the policy to the run folder and request that folder's path as the "
         "server's model (transformers serve loads it)",
     )
+    serve_adapter: bool = Field(
+        False,
+        description="before each round, write the policy's LoRA adapter to the run folder and load it at the server, "
+        "which serves the base (vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)",
+    )
+    logprobs: bool = Field(
+        True,
+        description="request log-probabilities with a server's samples in rounds; they are compared with the policy's",
+    )
+
+    @model_validator(mode="after")
+    def _served_one_way(self) -> SamplerSettings:
+        if self.serve_folder and self.serve_adapter:
+            raise ValueError("serve_folder and serve_adapter are both set: leave out one of the two")
+        if self.serve_adapter and self.server is None:
+            raise ValueError("serve_adapter needs server: the section with base_url and model")
+        return self
+
+    @property
+    def follows(self) -> bool:
+        """Whether the server gets the policy of each round."""
+        return self.serve_folder or self.serve_adapter
 
 
 WITHOUT_NEGATIVES = (
@@ -143,10 +165,10 @@ class NegativeSettings(Settings):
                     )
         if self.easy_cut is not None and self.hard_cut is not None and self.easy_cut >= self.hard_cut:
             raise ValueError("easy_cut must be below hard_cut")
-        fixed = self.sampler.server is not None and not self.sampler.serve_folder
-        if fixed and rounds > 1:
+        if self.sampler.server is not None and not self.sampler.follows and rounds > 1:
             raise ValueError(
-                "sampler.server serves the same model in every round; with rounds > 1 set sampler.serve_folder"
+                "sampler.server serves the same model in every round; with rounds > 1 set sampler.serve_adapter "
+                "(vLLM) or sampler.serve_folder (transformers serve)"
             )
         return self
 

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cwdpo.completions_api import Ask
 from cwdpo.negatives.base import known_true, normalised
 from cwdpo.records import Completion, Example, Message
-from cwdpo.remote import Ask, Client, ServerSettings
+from cwdpo.remote import Client, ServerSettings
 
 _ASKED = 4
 _LONGEST = 8

@@ -26,13 +26,16 @@ from cwdpo.monitor.window import added_share
 from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import seeded
 from cwdpo.negatives.settings import NegativeSettings
+from cwdpo.onpolicy.agreement import measure_agreement
 from cwdpo.onpolicy.blend import BlendCounts, blend
 from cwdpo.onpolicy.plan import RoundPlan
 from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.record import FILE, negatives_by_origin, shown_pairs
 from cwdpo.onpolicy.sampler import ANSWERS, Sampler, build_sampler
 from cwdpo.onpolicy.samples import PromptSamples, outside, sort_samples
+from cwdpo.onpolicy.served import adapter_of, check_served_parts
 from cwdpo.records import Example
+from cwdpo.remote import Adapter
 from cwdpo.stage.calibration import calibrate, calibration_row, negative_mean_logps
 from cwdpo.stage.prepare import encode, keep_negatives, with_reference_values
 from cwdpo.stage.stage import Stage
@@ -100,16 +103,23 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.plan = RoundPlan.of(stage.steps(examples), self.settings.rounds, stage.prompts_per_step)
         self.data = RoundData(self.plan.per_round * self.plan.batch)
         self._judge = judge_for(self.settings.judge, examples)
+        if self.settings.sampler.serve_adapter:
+            check_served_parts(stage.policy.model)
         self._pool: Pool | None = None
         # Needed even for one round: on resume the policy is no longer the reference.
         self._start = Weights.of(stage.policy.model) if stage.objective.needs_reference else None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Prepare the round of this epoch."""
-        self.begin(state.global_step // self.plan.per_round)
+        round_, inside = divmod(state.global_step, self.plan.per_round)
+        self.begin(round_, fresh=not inside)
 
-    def begin(self, round_: int) -> None:
+    def begin(self, round_: int, *, fresh: bool = True) -> None:
         """Sample, choose negatives, score them with the reference, and put the examples into :attr:`data`.
+
+        Args:
+            round_: the round, from 0.
+            fresh: whether the policy is the one of the round's start; not so in a run that is resumed within the round.
 
         Raises:
             DataError: no usable negative is left.
@@ -118,7 +128,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         order = self.plan.prompts(list(self.examples), round_, seed)
         examples = [self.examples[i] for i in dict.fromkeys(order)]
         settings = self._settings_of(round_, step)
-        drawn = self._sample(examples, settings, round_, step)
+        drawn = self._sample(examples, settings, round_, step, fresh)
         sampled = {e.id: sort_samples(e, drawn[e.id], settings) for e in examples if e.id in drawn}
         need = self.stage.objective.needs_negatives
         mixed, counts = blend(examples, sampled, settings, seed, round_, need=need)
@@ -142,30 +152,36 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         return self.settings.model_copy(update={"on_policy_fraction": min(max(share, 0.0), 1.0)})
 
     def _sample(
-        self, examples: Sequence[Example], settings: NegativeSettings, round_: int, step: int
+        self, examples: Sequence[Example], settings: NegativeSettings, round_: int, step: int, fresh: bool
     ) -> dict[str, PromptSamples]:
         if settings.fraction(round_) == 0 and not settings.on_policy_chosen:
             return {}
         stage = self.stage
         self._pool = self._pool or Pool(stage.run, stage.recipe, stage.encoder, self._judge)
         model = stage.current_model()
+        sampler = self._sampler(model, round_)
         with spent_on("sampling"), stage.autocast(model):
-            return self._pool.fill(
-                examples, self._sampler(model, round_), round_, step,
+            drawn = self._pool.fill(
+                examples, sampler, round_, step,
                 lambda done, total: stage.listener.sampled(round_, done, total),
             )  # fmt: skip
+            sampler.close()
+            if fresh:
+                measure_agreement(stage, model, [drawn[e.id] for e in examples], self.examples, step)
+        return drawn
 
     def _sampler(self, model: Any, round_: int) -> Sampler:
-        run, served = self.stage.run, None
-        if self.settings.sampler.serve_folder:
+        run, settings = self.stage.run, self.settings.sampler
+        served: str | Adapter | None = None
+        if settings.follows:
             folder = (run.path / f"round{round_}").resolve()
-            served = str(folder)
             if not from_first(folder.is_dir(), "writing the round's model"):
                 if run.writes or is_sharded(model):
                     save_weights(model, folder if run.writes else None)
                 if run.writes:
                     self.stage.policy.processor.save_pretrained(folder)
-        return build_sampler(self.settings.sampler, model, self.stage.encoder, run.path / ANSWERS, served)
+            served = adapter_of(folder) if settings.serve_adapter else str(folder)
+        return build_sampler(settings, model, self.stage.encoder, run.path / ANSWERS, served)
 
     def _calibrate(self, examples: Sequence[Example]) -> None:
         """Calibrate the objective before the first round.

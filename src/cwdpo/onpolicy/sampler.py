@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
+from cwdpo.completions_api import Ask
 from cwdpo.config import Recipe
 from cwdpo.data.encode.encoder import EncodedPrompt, Encoder
 from cwdpo.errors import ServerError
@@ -19,11 +20,13 @@ from cwdpo.models.sample import Decoding, sample_batch
 from cwdpo.models.turns import in_turns
 from cwdpo.negatives.settings import SamplerSettings
 from cwdpo.records import Example, Sample
-from cwdpo.remote import Ask, Client
+from cwdpo.remote import Adapter, Client
 from cwdpo.stage.model import encoder_of
 from cwdpo.stage.stage import autocast
 
 ANSWERS = "answers.jsonl"
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Settings of vLLM's sampling under which a sample is one of the policy."""
 _ENOUGH = 4
 """Number of prompts whose samples must all be equal before we conclude that a server decodes greedily."""
 
@@ -43,6 +46,9 @@ class Sampler(Protocol):
 
     def __call__(self, examples: Sequence[Example], seed: int, round_: int) -> list[tuple[Sample, ...]]:
         """The samples of each example; they depend on the seed, the round and the example only."""
+
+    def close(self) -> None:
+        """Called when all prompts have been sampled."""
 
 
 class BatchSampler(Protocol):
@@ -84,6 +90,9 @@ class LocalSampler:
             for own in drawn
         ]
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
 
 def loaded_sampler(recipe: Recipe) -> tuple[Encoder, LocalSampler, AbstractContextManager[None]]:
     """The encoder of a recipe's model, its sampler in this process, and the precision to sample in."""
@@ -96,15 +105,38 @@ def loaded_sampler(recipe: Recipe) -> tuple[Encoder, LocalSampler, AbstractConte
 class ServerSampler:
     """Samples the model of one or several servers; these samples have no mean_logp.
 
-    The log-probabilities of other inference engines differ from those in training (vllm#12699), so they are not used.
+    The log-probabilities of other inference engines differ from those in training (vllm#12699). They are kept beside
+    the samples, and only compared with those (:mod:`cwdpo.onpolicy.agreement`).
+
+    Args:
+        settings: of the sampler.
+        store: file for the server's answers.
+        served: the model to request: a name, or an adapter of the server's base; default: the name in the settings.
+        encoder: of the policy; with an adapter, it says which prompts need the tokenizer's first token.
+        logprobs: request the log-probabilities of the samples.
     """
 
     together = False
 
-    def __init__(self, settings: SamplerSettings, store: Path, model: str | None = None) -> None:
-        assert settings.server is not None
-        server = settings.server if model is None else settings.server.model_copy(update={"model": model})
-        self.client, self.settings = Client(server, store), settings
+    def __init__(
+        self,
+        settings: SamplerSettings,
+        store: Path,
+        served: str | Adapter | None = None,
+        encoder: Encoder | None = None,
+        *,
+        logprobs: bool = False,
+    ) -> None:
+        server, adapter = settings.server, None
+        assert server is not None
+        if isinstance(served, Adapter):
+            adapter = served
+            # Otherwise vLLM takes them from the base's generation_config, and the samples are of another distribution.
+            server = server.model_copy(update={"extra_body": {**NEUTRAL, **server.extra_body}})
+        elif served is not None:
+            server = server.model_copy(update={"model": served})
+        self.client, self.settings, self._logprobs = Client(server, store, adapter), settings, logprobs
+        self._encoder = None if adapter is None else encoder
 
     def at_work(self) -> AbstractContextManager[None]:
         """Nothing: the server works."""
@@ -118,7 +150,9 @@ class ServerSampler:
         """The samples of each example; each sample is one request with its own seed, if the server supports seeds."""
         n = self.settings.samples
         answers = self.client.ask(self._asks(examples, seed, round_))
-        drawn = [Sample(a.text, a.ended) for a in answers]
+        drawn = [
+            Sample(a.text, a.ended, engine_tokens=a.n_tokens, engine_mean_logp=a.mean_logp) for a in answers
+        ]
         found = [tuple(drawn[start : start + n]) for start in range(0, len(drawn), n)]
         if n > 1 and len(found) >= _ENOUGH and all(len({d.text for d in own}) == 1 for own in found):
             raise ServerError(
@@ -128,6 +162,10 @@ class ServerSampler:
             )
         return found
 
+    def close(self) -> None:
+        """Let the servers unload the adapter."""
+        self.client.close()
+
     def _asks(self, examples: Sequence[Example], seed: int, round_: int) -> list[Ask]:
         return [self._ask(e, seed, round_, k) for e in examples for k in range(self.settings.samples)]
 
@@ -135,11 +173,26 @@ class ServerSampler:
         s = self.settings
         text = f"{seed}\0{round_}\0{example.id}\0{k}"
         own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
-        return Ask(example.prompt, example.images, s.temperature, s.top_p, s.max_new_tokens, k, own)
+        encoder = self._encoder
+        return Ask(
+            example.prompt,
+            example.images,
+            s.temperature,
+            s.top_p,
+            s.max_new_tokens,
+            k,
+            own,
+            self._logprobs,
+            bos=encoder is not None and encoder.adds_bos(example),
+        )
 
 
 def build_sampler(
-    settings: SamplerSettings, model: nn.Module, encoder: Encoder, store: Path, served: str | None = None
+    settings: SamplerSettings,
+    model: nn.Module,
+    encoder: Encoder,
+    store: Path,
+    served: str | Adapter | None = None,
 ) -> Sampler:
     """The sampler of the recipe.
 
@@ -148,8 +201,8 @@ def build_sampler(
         model: the policy, sampled in this process if no server is set.
         encoder: of the policy.
         store: file for the server's answers.
-        served: name of the model to request from the server; default: the name in its settings.
+        served: the model to request from the server; default: the name in its settings.
     """
     if settings.server is None:
         return LocalSampler(model, encoder, settings)
-    return ServerSampler(settings, store, served)
+    return ServerSampler(settings, store, served, encoder, logprobs=settings.logprobs)

@@ -160,6 +160,10 @@ class Encoder:
         """See :meth:`cwdpo.data.encode.prompts.PromptEncoder.text`."""
         return self.prompt.text(example)
 
+    def adds_bos(self, example: Example) -> bool:
+        """Whether the prompt begins with bos by the tokenizer, because the chat template writes none (LLaVA 1.5)."""
+        return self.prompt.adds_bos(self.prompt_text(example))
+
     @property
     def end_ids(self) -> frozenset[int]:
         """Ids at which a response ends; see :attr:`cwdpo.data.encode.template.ChatTemplate.stops`."""

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from pydantic import Field
 
+from cwdpo.completions_api import Ask
 from cwdpo.errors import ServerError, optional_package
 from cwdpo.files.writing import write_text
 from cwdpo.judging.base import WORTH, Judge, Verdict
 from cwdpo.records import Example, Message
-from cwdpo.remote import Ask, Client, ServerSettings
+from cwdpo.remote import Client, ServerSettings
 
 QUESTION = (
     "You see an image, a request about it, and two responses, A and B. Which response is better: more correct "

@@ -16,7 +16,7 @@ from cwdpo.errors import ModelError
 from cwdpo.models.hollow import hollow_model
 from cwdpo.models.load_sharded import why_not_sharded
 from cwdpo.models.memory import Memory
-from cwdpo.models.sharding import most_gathered
+from cwdpo.models.sharding import gathered_in_step, most_gathered
 from cwdpo.models.shared_attention import shares_prefix
 from cwdpo.models.vision_cache import keep_vision_features
 from cwdpo.objectives.base import Objective
@@ -99,6 +99,20 @@ class HollowRun:
             return {"weights": memory.weights}
         gathered = most_gathered(dry.model, trained=recipe.model.tune == "full")
         return {"weights": memory.weights // self.gpus, "gathered layers": gathered}
+
+    def communication(self, recipe: Recipe) -> int:
+        """Bytes that a GPU sends to the others in an optimizer step, at most.
+
+        Rings of N GPUs: gathering or reducing b bytes sends b (N - 1) / N, and an all-reduce does both. Under FSDP2 the
+        weights are gathered for every micro-batch, in their own dtype; gradients are reduced once a step.
+        """
+        dry, memory = self._of(recipe)
+        if not self.sharded:
+            sent = 2 * memory.gradients
+        else:
+            times = recipe.train.gradient_accumulation_steps
+            sent = times * gathered_in_step(dry.model) + memory.gradients
+        return sent * (self.gpus - 1) // self.gpus
 
     def step(self, recipe: Recipe, objective: Objective, batch: PromptBatch) -> StepCost:
         """The cost of a micro-batch; features of a frozen vision side are computed for it."""

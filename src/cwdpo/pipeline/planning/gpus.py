@@ -19,12 +19,15 @@ class Gpu:
         name: as in :data:`GPUS`, or ``custom``.
         memory_gib: the data sheet's number; drivers report it in GiB or a few percent less.
         tflops: 10^12 operations per second in bfloat16 on dense matrices; without bfloat16 units in float32.
+        link: 10^9 bytes per second that it sends to the GPUs beside it: NVLink (Infinity Fabric) where the card has it
+            in its usual servers, else PCIe; half of what data sheets give for both directions. ``None``: not known.
         bf16: whether it has bfloat16 units; without, torch emulates them slowly, and a recipe computes in float32.
     """
 
     name: str
     memory_gib: float
     tflops: float
+    link: float | None = None
     bf16: bool = True
 
     @property
@@ -42,26 +45,26 @@ GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
         # NVIDIA, data center: data sheets of the products; where they give numbers with sparsity, half of them.
-        Gpu("b200", 180, 2250),
-        Gpu("h200", 141, 989),
-        Gpu("h100", 80, 989),
-        Gpu("h100-pcie", 80, 756),
-        Gpu("h100-nvl", 94, 835),
-        Gpu("a100-80", 80, 312),
-        Gpu("a100-40", 40, 312),
-        Gpu("l40s", 48, 362),
-        Gpu("l4", 24, 121),
-        Gpu("a40", 48, 149.7),
-        Gpu("a10", 24, 125),
-        Gpu("t4", 16, 8.1, bf16=False),
+        Gpu("b200", 180, 2250, 900),
+        Gpu("h200", 141, 989, 450),
+        Gpu("h100", 80, 989, 450),
+        Gpu("h100-pcie", 80, 756, 64),
+        Gpu("h100-nvl", 94, 835, 300),
+        Gpu("a100-80", 80, 312, 300),
+        Gpu("a100-40", 40, 312, 300),
+        Gpu("l40s", 48, 362, 32),
+        Gpu("l4", 24, 121, 32),
+        Gpu("a40", 48, 149.7, 32),
+        Gpu("a10", 24, 125, 32),
+        Gpu("t4", 16, 8.1, 16, bf16=False),
         # NVIDIA, workstation and consumer: architecture white papers (bf16 with float32 accumulation).
-        Gpu("rtx6000-ada", 48, 364),
-        Gpu("a6000", 48, 154.8),
-        Gpu("5090", 32, 209.5),
-        Gpu("4090", 24, 165.2),
-        Gpu("3090", 24, 71),
+        Gpu("rtx6000-ada", 48, 364, 32),
+        Gpu("a6000", 48, 154.8, 32),
+        Gpu("5090", 32, 209.5, 64),
+        Gpu("4090", 24, 165.2, 32),
+        Gpu("3090", 24, 71, 32),
         # AMD: data sheets.
-        Gpu("mi300x", 192, 1307),
+        Gpu("mi300x", 192, 1307, 448),
     )
 }
 
@@ -72,7 +75,12 @@ def in_units(size: float) -> str:
     return f"{size / unit:.2f} {name}"
 
 
-def gpu_of(name: str | None, memory_gib: float | None = None, tflops: float | None = None) -> Gpu:
+def gpu_of(
+    name: str | None,
+    memory_gib: float | None = None,
+    tflops: float | None = None,
+    link: float | None = None,
+) -> Gpu:
     """A GPU of the table, or one of given numbers, or one of the table with a number replaced.
 
     Raises:
@@ -83,7 +91,7 @@ def gpu_of(name: str | None, memory_gib: float | None = None, tflops: float | No
             raise RecipeError(
                 f"--gpu: name a GPU, or give both --gpu-memory and --tflops; known: {', '.join(GPUS)}"
             )
-        return Gpu("custom", memory_gib, tflops)
+        return Gpu("custom", memory_gib, tflops, link)
     known = GPUS.get(name.lower())
     if known is None:
         raise RecipeError(
@@ -94,4 +102,5 @@ def gpu_of(name: str | None, memory_gib: float | None = None, tflops: float | No
         known,
         memory_gib=known.memory_gib if memory_gib is None else memory_gib,
         tflops=known.tflops if tflops is None else tflops,
+        link=known.link if link is None else link,
     )

@@ -104,7 +104,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run."""
+    """The plan of a run; ``communication``: bytes that a GPU sends in an optimizer step, at most."""
 
     hardware: Hardware
     source: str
@@ -118,7 +118,14 @@ class Plan:
     remedies: tuple[Remedy, ...]
     stages: tuple[StagePlan, ...]
     images: Images | None
+    communication: int
     notes: tuple[str, ...]
+
+    @property
+    def seconds_to_send(self) -> float | None:
+        """Seconds of a step that sending takes, if it does not overlap with anything."""
+        link = self.hardware.gpu.link
+        return None if link is None else self.communication / (link * 1e9)
 
     @property
     def possible(self) -> bool:
@@ -149,7 +156,7 @@ class Plan:
             seconds = self.hardware.seconds
             own |= {"step": stage.step, "total": stage.total, "seconds_of_a_step": seconds(stage.step)}
             own["hours"] = seconds(stage.total) / 3600
-        return {**shown, "hours": self.hours, "cost": self.cost}
+        return {**shown, "hours": self.hours, "cost": self.cost, "seconds_to_send": self.seconds_to_send}
 
 
 def plan_run(recipe: Recipe, hardware: Hardware, rows: int = 256) -> Plan:
@@ -188,7 +195,7 @@ def _planned(asked: Recipe, hardware: Hardware, config: Any, data: RunData) -> P
     return Plan(
         hardware, model.path, model.tune, dtype_of(config, model), model.quantization, hollow.shared(recipe),
         sum(len(stage.sample) for stage in data.stages), memory, fits, tuple(tried), stages, images,
-        _notes(recipe, hardware),
+        hollow.communication(recipe), _notes(recipe, hardware),
     )  # fmt: skip
 
 
