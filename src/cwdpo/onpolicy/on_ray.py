@@ -190,7 +190,8 @@ class RaySampler:
         except Exception as error:
             raise ServerError(
                 f"--ray-address {self.options.address}: no Ray is reached ({_line(error)}); give the HOST:PORT that "
-                "`ray start --head` printed, or auto on a machine of the cluster"
+                "`ray start --head` printed, or auto on a machine of the cluster; if it asks for a token, set "
+                "RAY_AUTH_MODE=token"
             ) from error
         try:
             yield
