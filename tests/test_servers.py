@@ -164,6 +164,12 @@ def test_a_list_without_or_with_equal_addresses_is_refused(address: list[str]) -
         ServerSettings(base_url=address, model="m")
 
 
+@pytest.mark.parametrize("address", ["localhost:8000/v1", ["http://x/v1", "x:8001/v1"]])
+def test_an_address_without_its_scheme_is_refused_at_once(address: str | list[str]) -> None:
+    with pytest.raises(ValidationError, match="begins with http:// or https://"):
+        ServerSettings(base_url=address, model="m")
+
+
 class Killed(BaseException):
     """Stands in for a kill."""
 

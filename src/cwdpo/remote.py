@@ -59,9 +59,12 @@ class ServerSettings(Settings):
 
     @field_validator("base_url")
     @classmethod
-    def _is_some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    def _are_addresses(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not isinstance(value, str) and (not value or len(set(value)) < len(value)):
             raise ValueError("allowed: an address, or a list of different addresses")
+        for url in (value,) if isinstance(value, str) else value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is no address: it begins with http:// or https://")
         return value
 
     @property
