@@ -289,7 +289,7 @@ except SystemExit as exit:
 JUDGED_RECIPES = """
 from cwdpo.config import parse_recipe
 from cwdpo.judging.base import JUDGES
-server = {"base_url": "x", "model": "m"}
+server = {"base_url": "http://x/v1", "model": "m"}
 needs = {"metric": {"metric": "bleu4"}, "reward_model": {"path": "x"}, "vlm": {"server": server}}
 for name in ("auto", "none", *JUDGES.names()):
     parse_recipe({"data": {"path": "x"}, "negatives": {"judge": {"name": name, **needs.get(name, {})}}})
