@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
+from cwdpo.config import parse_recipe
 from cwdpo.judging.base import JUDGES
 from cwdpo.lab import answers
 from cwdpo.lab.ablate import ablate
 from cwdpo.lab.answers import Asked
+from cwdpo.lab.cell import CellJob
+from cwdpo.lab.gallery import gallery
 from cwdpo.lab.grid import CellResult
 from cwdpo.lab.outcome import figures_of
+from cwdpo.lab.plan import Plan
 from cwdpo.lab.spec import RECIPE, Decodings
 from cwdpo.records import Completion, Example, Message
+from cwdpo.report._study import mark
 from cwdpo.worlds.shapes import ShapesSettings, materialise
 from small_study import TINY, study
 
@@ -78,22 +83,47 @@ def test_the_columns_of_a_study_on_other_data() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_whole_small_study_on_rows_of_ones_own(tmp_path: Path) -> None:
-    """Captions with references and images in a folder that data.image_root names; a judge, temperatures, the base."""
-    files = materialise(
-        ShapesSettings(seed=3, train=24, validation=8, test=6, questions=0.0), tmp_path / "world"
-    )
+def own_rows(tmp_path: Path, **parts: int) -> Path:
+    """Rows of one's own: the world's without the scenes, in another folder than their images."""
+    files = materialise(ShapesSettings(seed=3, questions=0.0, **parts), tmp_path / "world")
     own = tmp_path / "rows"
     own.mkdir()
     for part, path in files.items():
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        kept = [  # without the scene, so that the world's judge does not know them
+        kept = [
             {"id": r["id"], "images": r["images"], "prompt": r["prompt"], "chosen": r["chosen"],
              "rejected": r["rejected"], "references": [r["chosen"][0]["content"][0]["text"]]}
             for r in rows
         ]  # fmt: skip
         (own / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return own
+
+
+def test_the_page_shows_prompts_that_are_answered_differently(tmp_path: Path) -> None:
+    own = own_rows(tmp_path, train=1, validation=1, test=3)
+    recipe = parse_recipe({"data": {"path": "x.jsonl", "image_root": str(tmp_path / "world")}})
+    planned = Plan()
+    said = {"cw_dpo": ["same", "one", ""], "dpo": ["same", "another", ""]}
+    results = {}
+    for name, texts in said.items():
+        key = f"{name}-seed0"
+        planned.cells[key] = CellJob(key, recipe, tmp_path / key, own / "test.jsonl", "stage2")
+        results[key] = CellResult(key, "done", {"greedy": texts}, None, 1.0)
+    found = gallery(tmp_path, study(), planned, results, 0)
+    (picture,) = found.pictures
+    assert [(c.label, c.text, c.all_correct) for c in picture.captions] == [
+        ("CW-DPO", "one", None),
+        ("DPO", "another", None),
+    ]
+    assert (tmp_path / picture.image).is_file()
+    assert mark(picture.captions[0]) == "", "nobody judged it"
+    assert gallery(tmp_path, study(), planned, {}, 0).pictures == ()
+
+
+@pytest.mark.slow
+def test_a_whole_small_study_on_rows_of_ones_own(tmp_path: Path) -> None:
+    """Captions with references and images in a folder that data.image_root names; a judge, temperatures, the base."""
+    own = own_rows(tmp_path, train=24, validation=8, test=6)
     recipe = tmp_path / "recipe.yaml"
     data = {
         "path": str(own / "train.jsonl"), "validation_path": str(own / "validation.jsonl"),

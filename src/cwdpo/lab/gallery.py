@@ -1,4 +1,4 @@
-"""Test images of the embedded world with the captions of some variants, and what is wrong in them."""
+"""Test images with the captions of some variants, and, for the embedded world, what is wrong in them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from cwdpo.worlds.shapes import OPENERS, true_captions
 
 IMAGES = 6
 """Number of test images whose captions are shown."""
+VARIANTS = 5
+"""Number of variants whose answers are shown, if the study names none, for data that is not from the world."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Gallery:
 def gallery(out: Path, study: Study, planned: Plan, results: Mapping[str, CellResult], seed: int) -> Gallery:
     """The first test images whose captions the judge does not mark alike, with the captions at temperature 1.
 
-    Before them the first image for which some captions are sentences of the world and others are not.
+    Before them the first image for which some captions are sentences of the world and others are not. Of other data,
+    the first images to which not all variants give the same greedy answer, with these answers.
 
     Args:
         out: the study's folder.
@@ -41,15 +44,18 @@ def gallery(out: Path, study: Study, planned: Plan, results: Mapping[str, CellRe
         results: the finished ones; others have no captions.
         seed: whose captions.
     """
-    names = study.pictured or study.shown
+    first = next(iter([*planned.cells.values(), *planned.late.values()]), None)
+    if first is None:
+        return Gallery()
+    test = held_rows(first.test, first.recipe)
+    world = all_judgeable(test)
+    names = study.pictured or study.shown or (() if world else tuple(study.variants)[:VARIANTS])
     keys = {name: f"{name}-seed{seed}" for name in names}
     labels = {name: study.label(name) for name in names}
     if BASE in results:
         keys, labels = {"": BASE, **keys}, {"": "before training", **labels}
-    first = planned.job(next(iter(keys.values()))) if keys else None
-    test = held_rows(first.test, first.recipe) if first else []
-    if not all_judgeable(test):
-        return Gallery()
+    if not world:
+        return _answers(out, test, keys, labels, results)
     written: list[list[Caption]] = [[] for _ in test]
     for name, key in keys.items():
         texts = results[key].figures.get("sampled", []) if key in results else []
@@ -67,7 +73,30 @@ def gallery(out: Path, study: Study, planned: Plan, results: Mapping[str, CellRe
     return Gallery(tuple(_picture(test[i], written[i], out) for i in chosen), note)
 
 
-def _kind(caption: Caption) -> tuple[bool, bool]:
+def _answers(
+    out: Path,
+    test: Sequence[Example],
+    keys: Mapping[str, str],
+    labels: Mapping[str, str],
+    results: Mapping[str, CellResult],
+) -> Gallery:
+    """The greedy answers of the finished cells to the first prompts with an image file to which they differ."""
+    said = {name: results[key].figures.get("greedy") for name, key in keys.items() if key in results}
+    known = {name: texts for name, texts in said.items() if texts}
+    differ = (i for i in range(len(test)) if len({texts[i] for texts in known.values()}) > 1)
+    shown = [i for i in differ if test[i].images and test[i].images[0].path is not None][:IMAGES]
+    pictures = tuple(
+        Picture(
+            os.path.relpath(str(test[i].images[0].path), out),
+            (*test[i].references, test[i].chosen.text)[0],
+            tuple(Caption(labels[name], texts[i], name=name) for name, texts in known.items()),
+        )
+        for i in shown
+    )
+    return Gallery(pictures, "Greedy answers to the first test prompts to which not all of these are equal.")
+
+
+def _kind(caption: Caption) -> tuple[bool | None, bool]:
     return caption.all_correct, caption.ill_formed
 
 

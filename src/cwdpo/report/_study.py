@@ -312,6 +312,8 @@ def mark(caption: Caption) -> str:
     >>> mark(Caption("x", "a dog", all_correct=False, wrong=1, hallucinated=0, omitted=2, ill_formed=False))
     '1 wrong, 2 omitted'
     """
+    if caption.all_correct is None:
+        return ""
     if caption.all_correct or caption.ill_formed:
         return "all correct" if caption.all_correct else "ill-formed"
     counts = {"wrong": caption.wrong, "hallucinated": caption.hallucinated, "omitted": caption.omitted}

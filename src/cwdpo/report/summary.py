@@ -141,7 +141,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Caption:
-    """The caption of an image by one variant, and the world judge's result.
+    """The caption of an image by one variant, and the world judge's result; for other data there is none.
 
     ``parts``: the text in pieces; ``True`` marks those in which it differs from the true caption that is most like it.
     ``name``: the variant; empty for the starting model.
@@ -149,11 +149,11 @@ class Caption:
 
     label: str
     text: str
-    all_correct: bool
-    wrong: int
-    hallucinated: int
-    omitted: int
-    ill_formed: bool
+    all_correct: bool | None = None
+    wrong: int = 0
+    hallucinated: int = 0
+    omitted: int = 0
+    ill_formed: bool = False
     parts: tuple[tuple[str, bool], ...] = ()
     name: str = ""
 
