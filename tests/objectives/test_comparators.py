@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from cwdpo.config import parse_recipe
 from cwdpo.errors import DataError
 from cwdpo.objectives.base import OBJECTIVES, Scored, ScoredPairs, StepTotals
+from cwdpo.rundir import RunDir
 from cwdpo.scoring.token_stats import DETAILS
+from cwdpo.stage.splits import prepare_data
 
 # Three prompts; the first has two negatives, the second one, the third none.
 CHOSEN, CHOSEN_TOKENS, CHOSEN_REFERENCE = [-3.0, -4.5, -2.0], [4, 5, 2], [-3.5, -4.0, -2.5]
@@ -329,3 +334,19 @@ def test_the_collision_term_is_the_log_of_the_sum_of_squares(model, encoder, exa
     full = distributions(model, batch).double()
     wanted = (full.exp() ** 2).sum(-1).log()
     torch.testing.assert_close(tokens.stats["collision"][tokens.mask].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["madpo", "uni_dpo", {"name": "uni_dpo", "eta": 0.0}, "dpo"])
+def test_missing_margins_are_said_before_anything_is_trained(objective: Any, tmp_path: Path) -> None:
+    data = {
+        "world": {"seed": 3, "train": 6, "validation": 2, "test": 0, "questions": 0.0},
+        "stage1_fraction": 0.5,
+    }
+    recipe = parse_recipe({"data": data, "stage2": {"objective": objective}})
+    if objective in ("madpo", "uni_dpo"):
+        with pytest.raises(
+            DataError, match=rf"train\.jsonl:\d+: {objective}: a negative has no made.reward_margin"
+        ):
+            prepare_data(recipe, RunDir(tmp_path / "run"))
+    else:
+        assert prepare_data(recipe, RunDir(tmp_path / "run")).stage2

@@ -208,6 +208,10 @@ class Objective(Component):
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
         """Compute the loss of one micro-batch."""
 
+    def without_margin(self) -> str | None:
+        """What is wrong, and to do, if a negative has no ``made.reward_margin``; ``None`` if the loss needs none."""
+        return None
+
     def keeps(self, reference_mean_logp: float) -> bool:
         """Whether to train on a negative, given its mean_logp under the reference model (nats per token)."""
         del reference_mean_logp

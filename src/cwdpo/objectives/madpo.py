@@ -39,6 +39,13 @@ class Madpo(Objective):
     rate: float = Field(1.0, gt=0)
     tau: float = Field(TAU, gt=0)
 
+    def without_margin(self) -> str:
+        """What to do."""
+        return (
+            "madpo: a negative has no made.reward_margin: write the margins first, with `cwdpo margins RUN --data DATA "
+            "--out FILE`, where RUN was trained with dpo on the same data"
+        )
+
     def __call__(self, pairs: ScoredPairs) -> ObjectiveOutput:
         """Loss over P pairs of B prompts.
 
@@ -47,10 +54,7 @@ class Madpo(Objective):
         """
         h = pairs.rejected.reward_margin
         if h is None:
-            raise DataError(
-                "madpo: a negative has no made.reward_margin: write the margins first, with "
-                "`cwdpo margins RUN --data DATA --out FILE`, where RUN was trained with dpo on the same data"
-            )
+            raise DataError(self.without_margin())
         low = 1 / self.c_max if self.c_min is None else self.c_min
         turn = (self.c_max - 1) / (1 - low) * (self.rate * (h.abs() - self.tau)).exp()
         c = low + (self.c_max - low) / (1 + turn)

@@ -75,14 +75,22 @@ class UniDpo(Objective):
             parts={"loss/preference": pairs.mean_over_prompts(per_pair).detach()},
         )
 
+    def without_margin(self) -> str | None:
+        """What to do; ``None`` with ``eta`` 0."""
+        return (
+            None
+            if self.eta == 0
+            else (
+                "uni_dpo: a negative has no made.reward_margin: give the columns score_chosen and score_rejected, or "
+                "set eta: 0, which gives all pairs the same quality"
+            )
+        )
+
     def _quality(self, pairs: ScoredPairs) -> Tensor:
         """[P] the weight of each pair's difference of scores."""
         h = pairs.rejected.reward_margin
         if self.eta == 0:
             return pairs.rejected.sum_logp.detach().new_full(pairs.rejected.sum_logp.shape, 0.5)
         if h is None:
-            raise DataError(
-                "uni_dpo: a negative has no made.reward_margin: give the columns score_chosen and score_rejected, or "
-                "set eta: 0, which gives all pairs the same quality"
-            )
+            raise DataError(self.without_margin() or "")
         return (self.eta * h).sigmoid().to(pairs.rejected.sum_logp.dtype)

@@ -19,6 +19,7 @@ from cwdpo.files.stored import Stored, select
 from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import Gentle, attach_negatives
 from cwdpo.negatives.settings import WITHOUT_NEGATIVES
+from cwdpo.objectives.base import Objective
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
 
@@ -98,15 +99,29 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         run.append("notes.jsonl", ({"stage": "read", "note": note} for note in notes))
     stage2 = parts["stage2"]
     if recipe.negatives.on_policy_fraction is None:  # else each round makes its own
-        stage2 = with_negatives(
-            stage2, recipe, run, need=recipe.stage2.build().needs_negatives, gentle="none"
-        )
+        objective = recipe.stage2.build()
+        stage2 = with_negatives(stage2, recipe, run, need=objective.needs_negatives, gentle="none")
+        check_margins(stage2, objective)
     return Splits(
         with_negatives(parts["stage1"], recipe, run, need=False),
         stage2,
         with_negatives(in_turn(validation), recipe, run, need=False),
         tuple(notes),
     )
+
+
+def check_margins(examples: Sequence[Example], objective: Objective) -> None:
+    """Check, before anything is trained, that every negative has what the objective of stage 2 needs.
+
+    Raises:
+        DataError: a negative has no reward margin, and the objective needs them.
+    """
+    problem = objective.without_margin()
+    if problem is None:
+        return
+    for example in examples:
+        if any(c.made.get("reward_margin") is None for c in example.rejected):
+            raise DataError(f"{example.where or example.id}: {problem}")
 
 
 def _on_disk(data: DataSettings, run: RunDir) -> DataSettings:
