@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,10 @@ def recipe_tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     def write(name: str, n: int, row: Callable[[int], dict[str, Any]]) -> str:
         (folder / name).mkdir()
         for i in range(n):
-            Image.effect_noise((48, 48), 20 + i).convert("RGB").save(folder / name / f"{i}.png")
+            noise = random.Random(f"{name} {i} mixed").randbytes(
+                48 * 48
+            )  # the same in every run: images decide the split
+            Image.frombytes("L", (48, 48), noise).convert("RGB").save(folder / name / f"{i}.png")
         lines = (json.dumps({"id": str(i), "images": [f"{i}.png"], **row(i)}) + "\n" for i in range(n))
         (folder / name / "rows.jsonl").write_text("".join(lines))
         return str(folder / name / "rows.jsonl")

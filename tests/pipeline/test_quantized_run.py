@@ -108,11 +108,11 @@ def test_the_run_is_evaluated_and_sampled_from_as_it_was_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from cwdpo.evaluation import run as evaluation
-    from cwdpo.onpolicy import preferences
+    from cwdpo.onpolicy import sampler
 
     _, trained = finished
     loaded: list[Any] = []
-    for module in (evaluation, preferences):
+    for module in (evaluation, sampler):
         real = module.load_policy
 
         def remembered(*given: Any, real: Any = real, **named: Any) -> Any:

@@ -68,7 +68,7 @@ class Asked:
             figures |= {
                 f"{m.name}@{name}": _mean([own[i].value for own in each]) for i, m in enumerate(measured)
             }
-            if self.judge is not None:
+            if self.judge is not None and not known:
                 self._score(figures, f"judge_score@{name}", drawn)
         return figures
 
