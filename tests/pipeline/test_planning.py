@@ -369,8 +369,13 @@ def test_the_command_needs_no_weights(
     assert "costs" in said.out
     found = json.loads(run("plan", recipe, "--gpu", "4090", "--json").out)
     assert found["memory"]["total"] == sum(found["memory"]["parts"].values())
-    assert found["hardware"]["gpu"] == {"name": "4090", "memory_gib": 24.0, "tflops": 165.2, "bf16": True}
+    gpu = {"name": "4090", "memory_gib": 24.0, "tflops": 165.2, "link": 32, "bf16": True}
+    assert found["hardware"]["gpu"] == gpu
+    assert (found["communication"], found["seconds_to_send"]) == (0, 0)
     assert found["images"]["workers"] > 0
+    several = run("plan", recipe, "--gpu", "h100", "--gpus", "2", "--fsdp", "--link", "0.1", "--rows", "8")
+    assert "sends    at most" in several.out
+    assert "at 0.1 GB/s, where nothing overlaps" in several.out
     old = run("plan", recipe, "--gpu", "t4", "train.bf16=true", "--rows", "8")
     assert "8.1 TFLOP/s in float32" in old.out
     assert "t4 has no bfloat16 units: in float32" in old.out
