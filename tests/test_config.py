@@ -22,9 +22,11 @@ from cwdpo.objectives.cw_dpo import CwDpo
 from cwdpo.objectives.sft_constrained import SftConstrained
 from cwdpo.schema import recipe_schema
 
+EXAMPLES = sorted((paths.ROOT / "examples").glob("*/*.yaml"))
+STUDIES = [path for path in EXAMPLES if "variants" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 RECIPES = [
     *sorted(paths.RECIPES.glob("**/*.yaml")),
-    *sorted((paths.ROOT / "examples").glob("*/*.yaml")),
+    *(path for path in EXAMPLES if path not in STUDIES),
     paths.ROOT / "src/cwdpo/lab/recipe.yaml",
 ]
 STAGE = {"objective": "dpo", "learning_rate": 1e-5}
@@ -85,6 +87,17 @@ def test_a_recipe_is_frozen() -> None:
 def test_shipped_recipes_parse(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_studies_of_the_examples_fit_their_recipe(path: Path) -> None:
+    """The recipe lies beside the study, and is named in its first lines."""
+    from cwdpo.lab.spec import load_study
+
+    study = load_study(str(path))
+    named = path.read_text(encoding="utf-8").partition("cwdpo ablate ")[2].split()[0]
+    for variant in study.variants.values():
+        parse_recipe(yaml.safe_load((path.parent / named).read_text(encoding="utf-8")), variant.set)
 
 
 def test_there_are_shipped_recipes() -> None:
