@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from torch import nn
 
+from cwdpo.models.turns import in_turns
 from cwdpo.monitor.instruments import at_once
-from cwdpo.monitor.probe_pass import ProbeSet
 from cwdpo.monitor.probe_set import as_chosen
 from cwdpo.onpolicy.samples import PromptSamples
 from cwdpo.records import Example, Reading, Sample
+from cwdpo.scoring.pairs import reference_pass
 from cwdpo.stage.stage import Stage
+from cwdpo.waiting import from_first
 
 GAP = "engine_gap"
 """Name of the reading: median over samples of abs(difference of the mean log-probabilities), nats per token."""
@@ -46,24 +49,20 @@ def measure_agreement(
         examples: the prompts by id.
         step: the optimizer step at which the round begins.
     """
-    if any(row["name"] == GAP and row["step"] == step for row in stage.run.readings()):
+    measured = any(row["name"] == GAP and row["step"] == step for row in stage.run.readings())
+    if from_first(measured, "reading what was measured"):
         return  # by the run that is resumed here
-    asked, texts, told = list[Example](), list[str](), list[Told]()
-    for row in drawn:
-        known = ((sample, _told(sample)) for sample in row.samples if sample.ended and sample.text.strip())
-        sample, said = next(((s, t) for s, t in known if t is not None), (None, None))
-        if sample is not None and said is not None and len(asked) < PROMPTS:
-            asked.append(examples[row.id])
-            texts.append(sample.text)
-            told.append(said)
-    rows = as_chosen(stage.encoder, asked, texts, "on_policy")
+    found = ((examples[row.id], compared) for row in drawn if (compared := _compared(row)) is not None)
+    asked = list(islice(found, PROMPTS))
+    prompts, texts = [example for example, _ in asked], [text for _, (text, _) in asked]
+    rows = as_chosen(stage.encoder, prompts, texts, "on_policy")
     if not rows or len(rows) < len(asked):
         return
-    held = ProbeSet(rows, model, at_once(stage)).at_start()
-    pairs = zip(told, held.n_tokens.tolist(), held.sum_logp.tolist(), strict=True)
-    stage.run.append_readings(
-        stage.name, agreement([(one, Told(n, total / n)) for one, n, total in pairs], step)
-    )
+    with in_turns(model):  # the policy stands in for the reference
+        scored = [row.chosen for row in reference_pass(model, rows, batch_size=at_once(stage))]
+    trained = [Told(len(c.ids), c.reference_mean_logp or 0.0) for c in scored]
+    pairs = list(zip((told for _, (_, told) in asked), trained, strict=True))
+    stage.run.append_readings(stage.name, agreement(pairs, step))
 
 
 def agreement(pairs: Sequence[tuple[Told, Told]], step: int) -> list[Reading]:
@@ -79,6 +78,12 @@ def agreement(pairs: Sequence[tuple[Told, Told]], step: int) -> list[Reading]:
         Reading(GAP, statistics.median(gaps), len(pairs), "nats/token", step, "train"),
         Reading(APART, sum(apart) / len(apart), len(pairs), "", step, "train"),
     ]
+
+
+def _compared(row: PromptSamples) -> tuple[str, Told] | None:
+    """A prompt's first sample that has ended and whose log-probability is known; ``None`` if it has none."""
+    whole = (sample for sample in row.samples if sample.ended and sample.text.strip())
+    return next(((sample.text, told) for sample in whole if (told := _told(sample)) is not None), None)
 
 
 def _told(sample: Sample) -> Told | None:

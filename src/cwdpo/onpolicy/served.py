@@ -18,7 +18,10 @@ _WEIGHTS = "adapter_model.safetensors"
 def adapter_of(folder: Path) -> Adapter:
     """The adapter in a folder. Its name has a digest of its weights: a name stands for the same weights always."""
     weights = folder / _WEIGHTS
-    digest = hashlib.blake2b(weights.read_bytes(), digest_size=6).hexdigest() if weights.is_file() else ""
+    digest = ""
+    if weights.is_file():
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()[:12]
     return Adapter(f"{folder.parent.name}-{folder.name}-{digest}", folder)
 
 
