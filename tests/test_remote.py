@@ -183,12 +183,11 @@ def test_the_pool_through_a_server_resumes_without_asking_again(
         if number > 10 and failing.is_set():
             handler.fail(400)
             return True
-        return every_trouble(handler, number) if number < 10 else False
+        # no stalls: they need a short timeout, and a loaded machine then asks again what is being answered
+        return number < 10 and number % 6 != 4 and every_trouble(handler, number)
 
     server = serve(trouble)
-    sampler = SamplerSettings(
-        samples=2, batch_size=3, server=to(server, timeout=0.3, retries=12, concurrency=2)
-    )
+    sampler = SamplerSettings(samples=2, batch_size=3, server=to(server, retries=12, concurrency=2))
     negatives = {"on_policy_fraction": 1.0, "sampler": sampler.model_dump()}
     recipe = parse_recipe({"data": {"path": "x.jsonl"}, "negatives": negatives})
     run, some = RunDir(tmp_path), list({e.id: e for e in examples}.values())[:8]

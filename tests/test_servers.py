@@ -100,7 +100,7 @@ def test_a_server_that_comes_back_is_used_again(serve: Serve) -> None:
         return seeded(handler, number)
 
     first = serve(trouble)
-    client = Client(to(first, late, concurrency=1, retries=20))
+    client = Client(to(first, late, concurrency=1, retries=20, timeout=10.0))
     assert len(client.ask(asks(12))) == 12
     assert [s.answered for s in client.servers.servers] == [5, 7]
 
