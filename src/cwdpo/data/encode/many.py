@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.data.encode.embedded import check_embedded
@@ -129,6 +130,4 @@ class ManyPrompts:
 
 
 def _expanded(values: Sequence[int], times: Sequence[int]) -> tuple[int, ...]:
-    return tuple(
-        v for value, n in zip(values, times, strict=True) for v in ((value,) if n == 1 else (value,) * n)
-    )
+    return tuple(chain.from_iterable(map(repeat, values, times)))

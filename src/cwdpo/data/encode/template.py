@@ -84,7 +84,8 @@ class ChatTemplate:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.checkpoint = checkpoint or CheckpointTokens()
         self._renderer = Renderer(processor)
-        self._foreseen: dict[tuple[Any, str | None], str] = {}
+        self._foreseen: dict[tuple[int, str | None], str] = {}
+        self._numbers: dict[tuple[Message, ...], int] = {}
         self._styles: dict[str, Style | str] = {}
 
     @property
@@ -232,28 +233,38 @@ class ChatTemplate:
         prompt, tools = without_tools(example.prompt)
         turns = [*prompt, *([] if response is None else [Message("assistant", (response,))])]
         self._check_tools(where, prompt, tools)
-        for turn in turns:
-            style = self._style(turn.role)
-            if style not in ("blocks", "text"):
-                raise RefusedRowError(
-                    where, "template-refuses", "", f"the chat template takes no {turn.role} turn ({style})",
-                    "leave such turns out, or set another chat template",
-                )  # fmt: skip
-        return turns, tools
+        return [self._checked(where, turn) for turn in turns], tools
+
+    def _checked(self, where: str, turn: Message) -> Message:
+        """The turn; an error if the template does not take its role."""
+        style = self._style(turn.role)
+        if style not in ("blocks", "text"):
+            raise RefusedRowError(
+                where, "template-refuses", "", f"the chat template takes no {turn.role} turn ({style})",
+                "leave such turns out, or set another chat template",
+            )  # fmt: skip
+        return turn
 
     def foresee(self, texts: Iterable[tuple[Example, Iterable[str]]]) -> None:
         """Render prompts and responses together; later calls take the results, until other rows are named."""
-        orders: dict[tuple[Any, str | None], Order] = {}
+        orders: dict[tuple[int, str | None], Order] = {}
+        numbers: dict[tuple[Message, ...], int] = {}
         for example, said in texts if self.is_there else ():
-            for response in (None, *said):
-                with contextlib.suppress(DataError):  # rendering it alone reports the error
-                    turns, tools = self._turns_of(example, response)
-                    orders[example.prompt, response] = [*map(self._as_chat, turns)], response is None, tools
+            with contextlib.suppress(DataError):  # rendering it alone reports the error
+                number = numbers.setdefault(example.prompt, len(numbers))
+                turns, tools = self._turns_of(example, None)
+                chat = [*map(self._as_chat, turns)]
+                orders[number, None] = chat, True, tools
+                for response in said:
+                    answer = self._checked(example.where or example.id, Message("assistant", (response,)))
+                    orders[number, response] = [*chat, self._as_chat(answer)], False, tools
         found = zip(orders, self._renderer.many(list(orders.values())), strict=True)
+        self._numbers = numbers
         self._foreseen = {key: text for key, text in found if text is not None}
 
     def _render_row(self, example: Example, response: str | None) -> str:
-        if (known := self._foreseen.get((example.prompt, response))) is not None:
+        number = self._numbers.get(example.prompt, -1)
+        if (known := self._foreseen.get((number, response))) is not None:
             return known
         if not self.is_there:
             return self._bare(example, response)
