@@ -7,7 +7,9 @@ completion together are the ids of the joined text, and generation starts from e
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from cwdpo.data.encode.embedded import check_embedded
 from cwdpo.data.encode.encoded_prompt import EncodedPrompt as EncodedPrompt
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.prompts import PromptEncoder
+from cwdpo.data.encode.render import Asked
 from cwdpo.data.encode.span import differing_span
 from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
 from cwdpo.errors import DataError
@@ -213,10 +216,9 @@ class Encoder:
 
     def _foreseen(self, examples: Iterable[Example], negatives: NegativeSet) -> Iterator[Example]:
         """The examples; what encoding them takes is made before, for many of them together."""
-        source = iter(examples)
-        while some := list(islice(source, TOGETHER)):
-            said = [(e, [e.chosen.text, *(c.text for c in offered(e, negatives))]) for e in some]
-            self.template.foresee(said)
+        for said, asked, texts in self._rendered(examples, negatives):
+            self.template.foresee(asked, texts)
+            some = [example for example, _ in said]
             parts: dict[tuple[int, str], tuple[str, str]] = {}
             for example, responses in said:
                 with contextlib.suppress(DataError):  # encoding the row reports the error
@@ -230,6 +232,21 @@ class Encoder:
         self._named, self._foreseen_parts = [], {}
         self.prompt.tails.forget()
         self.prompt.foresee(())
+
+    def _rendered(
+        self, examples: Iterable[Example], negatives: NegativeSet
+    ) -> Iterator[tuple[_Said, Asked, list[str | None]]]:
+        """Examples with their responses, and the renderer's texts: it renders the next ones while these are used."""
+        source, before = iter(examples), deque[tuple[_Said, Asked, Future[list[str | None]]]]()
+        with ThreadPoolExecutor(1) as pool:
+            while some := list(islice(source, TOGETHER)):
+                said = [(e, [e.chosen.text, *(c.text for c in offered(e, negatives))]) for e in some]
+                asked = self.template.asked(said)
+                before.append((said, asked, pool.submit(self.template.rendered, asked)))
+                if len(before) > 1:
+                    yield _arrived(*before.popleft())
+            while before:
+                yield _arrived(*before.popleft())
 
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
         """Encode one example with the negatives of its stage; negatives with the same ids as chosen are left out.
@@ -309,6 +326,15 @@ class Encoder:
                 problems.append(f"{example.where or example.id}: no negative for this stage")
                 continue
             yield number, example, encoded
+
+
+_Said = list[tuple[Example, list[str]]]
+
+
+def _arrived(
+    said: _Said, asked: Asked, texts: Future[list[str | None]]
+) -> tuple[_Said, Asked, list[str | None]]:
+    return said, asked, texts.result()
 
 
 def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:

@@ -91,7 +91,8 @@ class ManyPrompts:
             processor = encoder.expansions.stand_in(
                 Written(tuple(t for row in rows for t in row.texts), base=base)
             )
-            more = {"images": [[blank((2, 2))] * len(row.texts) for row in rows]}
+            nothing = blank((2, 2))
+            more = {"images": [[nothing] * len(row.texts) for row in rows]}
         try:
             outputs = dict(processor(text=[row.text for row in rows], add_special_tokens=bos, **more))
         except Exception:  # a row that the processor refuses: each is encoded alone
