@@ -66,7 +66,7 @@ def without_addresses(problems: list[str]) -> list[str]:
 def test_together_as_alone(
     processor: Any, examples: list[Example], monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    monkeypatch.setattr(encoding, "PART", together)
+    monkeypatch.setattr(encoding, "TOGETHER", together)
     monkeypatch.setattr(many, "CHECKED", 2)
     rows = mixed(examples)
     wanted, problems = alone(Encoder(processor), rows)
