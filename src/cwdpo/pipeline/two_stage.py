@@ -12,6 +12,7 @@ from transformers import set_seed
 from cwdpo.arguments import check_trackers
 from cwdpo.clock import Clock, running, spent_on
 from cwdpo.config import Recipe, load_recipe
+from cwdpo.copies import copied, send_copies
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.load import Policy, load_policy
@@ -80,7 +81,12 @@ def train_two_stage(
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
     start_run(run, recipe, resume=resume, accept_changes=accept_changes)
     try:
-        with running(Clock()), started_trackers(recipe, run, listener.note) as trackers:
+        with (
+            running(Clock()),
+            copied(run.path, listener.note),
+            started_trackers(recipe, run, listener.note) as trackers,
+        ):
+            send_copies()
             _train(recipe, run, listener, trackers, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
@@ -98,7 +104,7 @@ def _train(
 ) -> None:
     listener.phase("reading data")
     # The main process writes the embedded world and the small model, which the others read.
-    with first_alone("reading data, loading the model"):
+    with first_alone("reading data, loading the model", send_copies):
         with spent_on("data"):
             splits = prepare_data(recipe, run)
         for note in (*_notes(recipe), *splits.notes):
