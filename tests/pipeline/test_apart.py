@@ -52,8 +52,7 @@ def test_a_run_without_a_shared_disk_is_the_run_with_one_and_resumes(mode: str, 
     recipe.write_text(RECIPE)
     launch(tmp_path / "twin", recipe, 2, mode)
     first, second = tmp_path / "0" / "run", tmp_path / "1" / "run"
-    said = apart(mode, recipe, tmp_path, "stage2/checkpoint-4", codes=(1, 9))
-    assert "another process of the run ended" in said[0]
+    apart(mode, recipe, tmp_path, "stage2/checkpoint-4", codes=(1, 9))
     checkpoint = first / "stage2" / "checkpoint-4"
     assert (checkpoint / "rng_state_1.pth").is_file()
     assert any(checkpoint.rglob("__1_*.distcp")) == (mode == "fsdp2")
