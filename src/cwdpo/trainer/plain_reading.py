@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,28 @@ _NAMES = {
 """What the table of contents of torch's own writer names; dtypes come in addition."""
 
 
+def _member(kind: Any, name: Any) -> Any:
+    """In place of ``getattr``, which Python 3.11.0 to 3.11.3 write for the member of an enumeration.
+
+    Raises:
+        UnpicklingError: it is no member.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(
+            "it calls getattr, which a checkpoint of torch does for a memory format only"
+        )
+    return kind[name]
+
+
 class _Table(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """A name of :data:`_NAMES`, or a dtype.
+        """A name of :data:`_NAMES`, a dtype, or :func:`_member`.
 
         Raises:
             UnpicklingError: it is another one.
         """
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of torch does")
