@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 def load_parts(state: dict[str, Any], folder: Path, *, partial: bool = False) -> None:
-    """``torch.distributed.checkpoint.load`` that runs nothing; all processes call it together.
+    """``torch.distributed.checkpoint.load`` that runs nothing; all processes call it together, or one alone.
 
     Args:
         state: filled in place.
@@ -107,7 +108,12 @@ def load_parts(state: dict[str, Any], folder: Path, *, partial: bool = False) ->
     """
     planner = PlainPlanner(allow_partial_load=partial)
     try:
-        dcp.load(state, storage_reader=PlainReader(folder), planner=planner)
+        with warnings.catch_warnings():
+            # One process that puts the parts together is what is meant.
+            warnings.filterwarnings(
+                "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+            )
+            dcp.load(state, storage_reader=PlainReader(folder), planner=planner)
     except CheckpointException as error:  # no Exception: it would pass every `except Exception`
         found = next(iter(error.failures.values()))[0]
         raise pickle.UnpicklingError(f"{type(found).__name__}: {found}") from None
