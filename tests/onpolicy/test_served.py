@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,15 @@ from torch import nn
 from cwdpo.config import parse_recipe
 from cwdpo.dynamics.diagnose import diagnose_rows
 from cwdpo.errors import RecipeError, ServerError
-from cwdpo.negatives.settings import SamplerSettings
+from cwdpo.models.load import load_policy
+from cwdpo.models.settings import ModelSettings
+from cwdpo.negatives.settings import NegativeSettings, SamplerSettings
 from cwdpo.onpolicy.agreement import Told, agreement
+from cwdpo.onpolicy.rounds import Rounds
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.onpolicy.served import adapter_of, check_served_parts
 from cwdpo.records import Completion, Example, Message
+from cwdpo.rundir import RunDir
 from fake_server import Fake
 
 Serve = Callable[..., Fake]
@@ -203,3 +209,25 @@ def test_agreement_by_hand() -> None:
     assert not diagnose_rows([{"stage": "stage2", **vars(reading)} for reading in (near, none)], [])
     _, counted = agreement([(Told(4, -1.0), Told(5, -1.0))], step=0)
     assert counted.value == 1.0, "another number of tokens"
+
+
+def test_a_folder_that_a_kill_left_unfinished_is_not_served(model_folder: Path, tmp_path: Path) -> None:
+    kills: list[Exception] = [KeyError("killed")]
+
+    class Processor:
+        def save_pretrained(self, folder: Path) -> None:
+            if kills:
+                raise kills.pop()
+            (folder / "processor_config.json").write_text("{}")
+
+    policy = load_policy(ModelSettings(path=str(model_folder), device="cpu"))
+    settings = NegativeSettings.model_validate(
+        {"on_policy_fraction": 1.0, "rounds": 2, "sampler": {"server": SERVER, "serve_folder": True}}
+    )
+    stage = SimpleNamespace(run=RunDir(tmp_path), policy=replace(policy, processor=Processor()), encoder=None)
+    rounds: Any = SimpleNamespace(stage=stage, settings=settings)
+    with pytest.raises(KeyError, match="killed"):
+        Rounds._sampler(rounds, policy.model, 1)
+    assert not (tmp_path / "round1").exists()
+    Rounds._sampler(rounds, policy.model, 1)
+    assert {"model.safetensors", "processor_config.json"} < {p.name for p in (tmp_path / "round1").iterdir()}
