@@ -21,6 +21,7 @@ from cwdpo.onpolicy.agreement import Told, agreement
 from cwdpo.onpolicy.rounds import Rounds
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.onpolicy.served import adapter_of, check_served_parts
+from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.records import Completion, Example, Message
 from cwdpo.rundir import RunDir
 from fake_server import Fake
@@ -191,6 +192,21 @@ def test_an_adapter_on_the_vision_tower_is_refused() -> None:
         check_served_parts(model)
     model["vision_tower"].requires_grad_(False)
     check_served_parts(model)
+
+
+def test_it_is_refused_before_anything_is_trained(
+    model_folder: Path, world_folder: Path, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(
+        {
+            "model": {"path": str(model_folder), "device": "cpu", "tune": "lora", "freeze": []},
+            "data": {"path": str(world_folder / "train.jsonl")},
+            "negatives": {"on_policy_fraction": 1, "sampler": {"server": SERVER, "serve_adapter": True}},
+        }
+    )
+    with pytest.raises(RecipeError, match="layers of the vision"):
+        train_two_stage(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "stage1").exists()
 
 
 def test_agreement_by_hand() -> None:

@@ -31,7 +31,7 @@ from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.record import FILE, negatives_by_origin, shown_pairs
 from cwdpo.onpolicy.sampler import ANSWERS, Sampler, build_sampler
 from cwdpo.onpolicy.samples import PromptSamples, outside, sort_samples
-from cwdpo.onpolicy.served import adapter_of, check_served_parts
+from cwdpo.onpolicy.served import adapter_of
 from cwdpo.records import Example
 from cwdpo.remote import Adapter
 from cwdpo.stage.calibration import calibrate, calibration_row, negative_mean_logps
@@ -102,8 +102,6 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.plan = RoundPlan.of(stage.steps(examples), self.settings.rounds, stage.prompts_per_step)
         self.data = RoundData(self.plan.per_round * self.plan.batch)
         self._judge = judge_for(self.settings.judge, examples)
-        if self.settings.sampler.serve_adapter:
-            check_served_parts(stage.policy.model)
         self._pool: Pool | None = None
         # Needed even for one round: on resume the policy is no longer the reference.
         self._start = Weights.of(stage.policy.model) if stage.objective.needs_reference else None

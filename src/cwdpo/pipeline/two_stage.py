@@ -19,6 +19,7 @@ from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.load_sharded import load_sharded
 from cwdpo.models.packages import check_packages
 from cwdpo.models.turns import silent_rows_from
+from cwdpo.onpolicy.served import check_served_parts
 from cwdpo.pipeline.finish import evaluate_policy, result_of
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
@@ -116,6 +117,8 @@ def _train(
             policy = _loaded(listener, partial(load_policy, settings))
     if accelerator is not None:
         policy = _loaded(listener, partial(load_sharded, settings, accelerator))
+    if recipe.negatives.sampler.serve_adapter:
+        check_served_parts(policy.model)
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = encoder_of(policy, recipe)
     silent_rows_from(policy.model, lambda: pictured_prompts(encoder, splits))
