@@ -1,5 +1,6 @@
-"""Several processes take the steps of one: DDP, FSDP2 and ZeRO on gloo, two processes, and nobody waits for ever.
+"""Several processes take the steps of one: DDP, FSDP2 and ZeRO on gloo, and nobody waits for ever.
 
+There are two processes, or as many as ``CWDPO_PROCESSES`` says (2 or 4); the largest differences are printed.
 ZeRO is tested where DeepSpeed is installed (``make test-deepspeed``).
 """
 
@@ -26,6 +27,7 @@ from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import load_policy
 from cwdpo.models.saved import load_weights
 from cwdpo.objectives.base import OBJECTIVES, StepTotals
+from cwdpo.pipeline.export import export
 from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
@@ -53,13 +55,15 @@ def worker():
     return module
 
 
-SCENARIOS = worker().SCENARIOS
+SCENARIOS, PROCESSES = worker().SCENARIOS, worker().PROCESSES
+BATCH = f"train.batch_size={16 // PROCESSES}"
+"""Rows of a step on each process, where one process takes 16."""
 EQUAL = sorted(set(SCENARIOS) - {"nan", "unreadable", "unreadable_by_workers"})
 
 
-def launch(*arguments: str, codes: Sequence[int] = (0, 0)) -> list[str]:
-    """Start two of the worker's processes; their outputs."""
-    return together([sys.executable, str(WORKER), *arguments], codes=codes)
+def launch(*arguments: str, codes: Sequence[int] | None = None) -> list[str]:
+    """Start the worker's processes; their outputs."""
+    return together([sys.executable, str(WORKER), *arguments], world=PROCESSES, codes=codes)
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +81,20 @@ def with_zero_gradients(world_folder, model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MODES)
 def in_two(request, world_folder, model_folder, tmp_path_factory):
-    """Mode, folder, and per rank what every scenario gave: all of them in one pair of processes."""
+    """Mode, folder, and per rank what every scenario gave: all of them in one set of processes."""
     folder = tmp_path_factory.mktemp(request.param)
     # DeepSpeed cannot skip an update: tests/trainer/test_guard.py.
     names = [name for name in SCENARIOS if not (name == "spike" and request.param in ZERO)]
     launch(request.param, str(world_folder), str(model_folder), str(folder), *names)
-    return request.param, folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return (
+        request.param,
+        folder,
+        [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)],
+    )
+
+
+def farthest(found: Sequence[float], expected: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
 
 
 def losses(result) -> list[float]:
@@ -92,7 +104,7 @@ def losses(result) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_take_the_steps_of_one(in_two, alone, name, request) -> None:
-    mode, _, (first, second) = in_two
+    mode, _, (first, *others) = in_two
     if name not in first:
         pytest.skip("DeepSpeed cannot skip an update")
     one, two = alone[name], first[name]
@@ -104,7 +116,8 @@ def test_two_processes_take_the_steps_of_one(in_two, alone, name, request) -> No
     assert len(found) == SCENARIOS[name].arguments.get("max_steps", 6)
     assert max(expected) - min(expected) > 1e-4, "nothing was learned, so nothing was compared"
     assert found == pytest.approx(expected, abs=1e-5, rel=0)
-    assert one["skipped"] == two["skipped"] == second[name]["skipped"]
+    print(f"{mode}, {name}: loss {farthest(found, expected):.1e}")
+    assert all(other[name]["skipped"] == one["skipped"] for other in (first, *others))
     assert bool(one["skipped"]) == (name == "spike")
     # Metrics are averaged over the same rows, each counted once. Only the padding is that of smaller batches.
     for a, b in zip(one["logs"], two["logs"], strict=True):
@@ -113,15 +126,15 @@ def test_two_processes_take_the_steps_of_one(in_two, alone, name, request) -> No
             measured.pop("rewards/accuracies", None)
         assert {k: b[k] for k in measured} == pytest.approx(measured, abs=1e-4, rel=1e-4)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-3, abs=1e-3)
-    assert two["weights"] == second[name]["weights"]
+    assert all(other[name]["weights"] == two["weights"] for other in others)
 
 
 @pytest.mark.slow
 def test_held_out_rows_are_scored_by_shares(in_two, alone) -> None:
-    """Seven rows on two processes: each pair once, in the order of the rows; a sharded model is refused."""
+    """Seven rows on several processes: each pair once, in the order of the rows; a sharded model is refused."""
     mode, _, results = in_two
     one, found = alone["uneven"]["held_out"], [result["uneven"]["held_out"] for result in results]
-    assert found[0] == found[1]
+    assert all(other == found[0] for other in found)
     if mode != "ddp":
         assert "a sharded model" in found[0]["error"]
         return
@@ -138,12 +151,12 @@ def test_held_out_rows_are_scored_by_shares(in_two, alone) -> None:
 def test_a_nan_on_one_process_stops_both_and_names_the_row(in_two, alone, model_folder) -> None:
     _, folder, results = in_two
     texts = [result["nan"]["error"] for result in results]
-    assert texts[0] == texts[1]
+    assert len({*texts}) == 1
     assert texts[0].startswith("NonFiniteError: step 3: the loss is nan on examples train-00011;")
     report = json.loads((folder / "nan" / "nonfinite.json").read_text())
     (batch,) = report["micro_batches"]
     assert [e["id"] for e in batch["examples"] if not e["finite"]] == ["train-00011"]
-    assert len(batch["examples"]) == 4, "the batch of the process that saw it"
+    assert len(batch["examples"]) == 8 // PROCESSES, "the batch of the process that saw it"
     assert sorted(p.name for p in (folder / "nan").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     load_weights(worker().random_model(model_folder), folder / "nan" / "checkpoint-2")
     assert losses(results[0]["nan"]) == pytest.approx(losses(alone["nan"]), abs=1e-5)
@@ -158,9 +171,9 @@ def test_an_image_that_one_process_cannot_read_stops_both(in_two) -> None:
 
 @pytest.mark.slow
 def test_an_image_that_a_worker_of_one_process_cannot_read_stops_both(in_two) -> None:
-    _, _, (first, second) = in_two
+    _, _, (first, *others) = in_two
     text = first["unreadable_by_workers"]["error"]
-    assert text == second["unreadable_by_workers"]["error"]
+    assert all(other["unreadable_by_workers"]["error"] == text for other in others)
     assert text.startswith("DataError: ")
     assert "train.jsonl:12: images: cannot be decoded (" in text
 
@@ -194,6 +207,17 @@ def test_a_sharded_run_resumes_and_ends_as_undisturbed(tmp_path, mode) -> None:
     shutil.rmtree(done / "model")  # the last checkpoint is of the last step: it is loaded, not trained
     launch(mode, "-", "-", str(done), "resume", str(recipe))
     assert (done / "model" / "model.safetensors").read_bytes() == wanted["model/model.safetensors"]
+    exported_alike(done, "stage2/checkpoint-6", tmp_path / "exported")
+
+
+def exported_alike(run: Path, last: str, out: Path) -> None:
+    """The last checkpoint, exported by one process, has the weights of the final model."""
+    done = export(run / last, out, merge=False)
+    assert done.checkpoint == last
+    (name,) = (path.name for path in out.glob("*.safetensors"))
+    found, wanted = (load_file(folder / name) for folder in (out, run / "model"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.slow
@@ -217,16 +241,18 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
     if tune == "lora" and mode != "ddp":
         small += ["probes.prompts=5"]  # also where rows cannot be divided evenly
     recipe = str(ROOT / "recipes" / "tiny.yaml")
-    launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small)
+    launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small, BATCH)
     module = worker()
     one = module.train_two_stage(
         module.load_recipe(recipe, [*small, "train.batch_size=16"]), tmp_path / "one"
     )
     two = RunDir.open(tmp_path / "two")
+    figures = {}
     for stage in ("stage1", "stage2"):
         a, b = ([r["loss"] for r in run.metrics() if r["stage"] == stage] for run in (one, two))
         assert len(a) == 4
         assert b == pytest.approx(a, abs=1e-5, rel=0)
+        figures[f"loss of {stage}"] = farthest(a, b)
     readings = [
         {(r["stage"], r["step"], r["name"]): r["value"] for r in run.readings()} for run in (one, two)
     ]
@@ -238,22 +264,27 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
     fine = [{k: v for k, v in found.items() if k[2] != "length/correlation"} for found in known]
     assert fine[1] == pytest.approx(fine[0], abs=1e-4, rel=1e-4)
     assert known[1] == pytest.approx(known[0], abs=0.02)
+    figures["readings"] = farthest([fine[1][k] for k in fine[0]], list(fine[0].values()))
     load_policy(_settings(tmp_path / "two" / "model"))
     for folder in ("stage1/model", "model"):
         (name,) = (p.name for p in (one.path / folder).glob("*.safetensors"))
         a, b = (load_file(run.path / folder / name) for run in (one, two))
         assert a.keys() == b.keys()
-        assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-5
+        figures[folder] = max(float((a[n] - b[n]).abs().max()) for n in a)
+        assert figures[folder] < 1e-5
     drawn = [run.json("calibration.json")["mean_logps"] for run in (one, two)]
     assert drawn[1] == pytest.approx(drawn[0], abs=1e-5)
+    figures["calibration"] = farthest(drawn[1], drawn[0])
     sampled = [
         {(r["round"], r["id"]): [s["text"] for s in r["samples"]] for r in run.rows("pool.jsonl")}
         for run in (one, two)
     ]
     assert sampled[1] == sampled[0]
     assert bool(sampled[0]) == (tune == "lora")
+    print(f"{mode}, {tune}:", ", ".join(f"{name} {value:.1e}" for name, value in figures.items()))
     texts = [[[r["text"] for r in row["responses"]] for row in run.samples()] for run in (one, two)]
     assert texts[1] == texts[0]
+    exported_alike(two.path, "stage2/checkpoint-4", tmp_path / "exported")
 
 
 @pytest.mark.slow
@@ -263,7 +294,7 @@ def test_nobody_gives_up_on_a_first_process_that_works_alone(tmp_path) -> None:
         "calibration.samples=10", "evaluation.prompts=4", "evaluation.batch_size=2", "train.save_steps=1",
         "probes.every=2",
     ]  # fmt: skip
-    first, second = launch(
+    first, second, *_ = launch(
         "ddp", "-", "-", str(tmp_path / "run"), "slow", str(ROOT / "recipes" / "tiny.yaml"), *small
     )
     assert "the training's own group: " in second, (
@@ -278,7 +309,7 @@ def test_nobody_gives_up_on_a_first_process_that_works_alone(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_dies_alone_ends_the_others(tmp_path) -> None:
-    first, second = launch("ddp", "-", "-", str(tmp_path), "dies", codes=[9, 0])
+    first, second, *_ = launch("ddp", "-", "-", str(tmp_path), "dies", codes=[9, *[0] * (PROCESSES - 1)])
     assert (
         "ProcessError: process 1: another process of the run ended while this one waited (a test)" in second
     )
@@ -311,7 +342,7 @@ def test_two_processes_stop_and_steer_as_one_does(tmp_path, mode) -> None:
     assert max(margins[s] for s in (0, 2, 4)) < margins[6]
     stop = f"stop=[margin > {(margins[6] + max(margins[s] for s in (0, 2, 4))) / 2}]"
     one = alone(tmp_path / "one", stop)
-    launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small, stop)
+    launch(mode, "-", "-", str(tmp_path / "two"), "recipe", recipe, *small, BATCH, stop)
     two = RunDir.open(tmp_path / "two")
     for run in (one, two):
         stopped = run.json("stopped-stage2.json")
