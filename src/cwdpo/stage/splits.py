@@ -81,10 +81,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         )
     keys = SplitKeys.of(train)
     if data.validation_path is None:
-        share = data.validation_fraction
-        index = keys.parts({"train": 1 - share, "validation": share}, recipe.seed)
-        train, validation = select(train, index["train"]), select(train, index["validation"])
-        keys = keys.select(index["train"])
+        train, keys, validation = _held_out(train, keys, data.validation_fraction, recipe.seed)
     else:
         validation = read(data.validation_path, data)
     if not validation:
@@ -111,6 +108,15 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         with_negatives(in_turn(validation), recipe, run, need=False),
         tuple(notes),
     )
+
+
+def _held_out(
+    examples: Sequence[Example], keys: SplitKeys, share: float, seed: int
+) -> tuple[Sequence[Example], SplitKeys, Sequence[Example]]:
+    """The rows to train on with their keys, and a share for validation."""
+    index = keys.parts({"train": 1 - share, "validation": share}, seed)
+    kept = index["train"]
+    return select(examples, kept), keys.select(kept), select(examples, index["validation"])
 
 
 def check_margins(examples: Sequence[Example], objective: Objective) -> None:
