@@ -64,11 +64,16 @@ class Lexicon:
     keep: set[Phrase] = field(default_factory=set)
     longest: int = 1
 
-    def matches(self, text: Words) -> Iterator[tuple[int, int, list[Swap]]]:
+    def matches(self, text: Words) -> list[Match]:
         """Word ranges ``[first, last)`` of ``text`` that may be replaced, each with its swaps.
 
         Ranges do not overlap: at each word the longest phrase is used, even if it is one to keep.
         """
+        if text.matched is None or text.matched[0] is not self:  # several kinds of edits ask for them
+            text.matched = self, list(self._matches(text))
+        return text.matched[1]
+
+    def _matches(self, text: Words) -> Iterator[Match]:
         first = 0
         while first < len(text.lower):
             length, swaps = self._longest_at(text, first)
@@ -82,10 +87,16 @@ class Lexicon:
             if phrase in self.keep:
                 return length, []
             swaps = self.swaps.get(phrase, [])
-            fitting = [s for s in swaps if text.fits(s.context, first, first + length)]
+            contexts = {id(s.context): s.context for s in swaps}  # many swaps share one
+            fits = {key: text.fits(one, first, first + length) for key, one in contexts.items()}
+            fitting = [s for s in swaps if fits[id(s.context)]]
             if fitting:
                 return length, fitting
         return 1, []
+
+
+Match = tuple[int, int, list[Swap]]
+"""Words ``[first, last)`` that may be replaced, and by what."""
 
 
 class Words:
@@ -100,13 +111,18 @@ class Words:
         gaps = (text[end:start] for end, (start, _) in zip(ends, self.spans[1:], strict=True))
         self._joined = [gap.isspace() for gap in gaps] + [False] if found else []
         self._found: dict[frozenset[Phrase], bool] = {}
+        self._begins, self._lasts = list(range(len(found))), list(range(len(found)))
+        for i, joined in enumerate(self._joined[:-1]):
+            if joined:
+                self._begins[i + 1] = self._begins[i]
+        for i in range(len(found) - 2, -1, -1):
+            if self._joined[i]:
+                self._lasts[i] = self._lasts[i + 1]
+        self.matched: tuple[Lexicon, list[Match]] | None = None
 
     def run(self, first: int) -> int:
         """How many words, starting with ``first``, follow each other with only white space in between."""
-        last = first
-        while self._joined[last]:
-            last += 1
-        return last - first + 1
+        return self._lasts[first] - first + 1
 
     def contains(self, phrases: frozenset[Phrase], first: int = 0, last: int | None = None) -> bool:
         """Whether any of ``phrases`` occurs among the words ``[first, last)``."""
@@ -128,10 +144,7 @@ class Words:
         if self._found[context.without]:
             return False
         # `left` and `right` are the words before and after, up to the nearest punctuation.
-        begin = first
-        while begin > 0 and self._joined[begin - 1]:
-            begin -= 1
-        left = self.lower[begin:first]
+        left = self.lower[self._begins[first] : first]
         right = self.lower[last : last + self.run(last - 1) - 1]
         if context.before is not None and not _in(context.before, right, from_left=True):
             return False
