@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "clock": set(),
     "versions": set(),
     "waiting": {"errors"},
+    "copies": {"errors", "files", "waiting"},
     "registry": {"errors", "files"},
     "files": {"errors"},
     "hub": {"errors"},
@@ -92,6 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {
         *RUNNING,
         "arguments",
+        "copies",
         "data_settings",
         "overrides",
         "monitor",

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,10 @@ class ImageRef:
     data: bytes | None = field(default=None, repr=False)
     edit: ImageEdit | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Paths are read back as the same objects: making one costs as much as the rest of a stored row."""
+        return _image, (None if self.path is None else str(self.path), self.data, self.edit)
+
     def encoded(self) -> bytes:
         """The encoded bytes (JPEG, PNG, ...): as stored, or a PNG of the edited image."""
         if self.edit is None:
@@ -118,6 +122,15 @@ class ImageRef:
         with Image.open(io.BytesIO(self.stored()), formats=image_formats()) as image:
             opened = as_rgb(ImageOps.exif_transpose(image))
         return opened if self.edit is None else self.edit.applied(opened)
+
+
+def _image(path: str | None, data: bytes | None, edit: ImageEdit | None) -> ImageRef:
+    return ImageRef(None if path is None else _path(path), data, edit)
+
+
+@lru_cache(maxsize=4096)
+def _path(text: str) -> Path:
+    return Path(text)
 
 
 FORMATS = (

@@ -24,6 +24,7 @@ The files::
     model/             the final model with its processor
     report.html
     .lock              locked by the process that works in the folder; contains its id
+    .copy              only in a copy of the folder: where the run is (cwdpo.copies)
     recipe.1.yaml ...  older recipes, after accepted changes of the recipe
 
 Names that begin with a dot and end in .tmp or .old are incomplete files; a resumed run removes them.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -55,7 +55,7 @@ def wait_for_all(what: str) -> None:
         ProcessError: another process ended.
     """
     if several():
-        with _waiting(what):
+        with waiting(what):
             dist.barrier(group=_group())
 
 
@@ -68,7 +68,7 @@ def from_first(value: T, what: str) -> T:
     if not several():
         return value
     values = [value]
-    with _waiting(what):
+    with waiting(what):
         dist.broadcast_object_list(values, src=0, group=_group())
     return values[0]
 
@@ -82,7 +82,7 @@ def of_all(values: list[T], what: str) -> list[T]:
     if not several():
         return values
     parts: list[Any] = [None] * dist.get_world_size()
-    with _waiting(what):
+    with waiting(what):
         dist.all_gather_object(parts, values, group=_group())
     return [value for part in parts for value in part]
 
@@ -96,14 +96,18 @@ def largest(value: int, what: str) -> int:
     if not several():
         return value
     found = torch.tensor(value)
-    with _waiting(what):
+    with waiting(what):
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_group())
     return int(found)
 
 
 @contextmanager
-def first_alone(what: str) -> Iterator[None]:
+def first_alone(what: str, then: Callable[[], None] = lambda: None) -> Iterator[None]:
     """The first process runs the block; then the others do.
+
+    Args:
+        what: what the first one does, for messages.
+        then: called by all processes between the two.
 
     Raises:
         ProcessError: another process ended.
@@ -111,9 +115,17 @@ def first_alone(what: str) -> Iterator[None]:
     first = not several() or dist.get_rank() == 0
     if not first:
         wait_for_all(what)
+        then()
     yield
     if first:
         wait_for_all(what)
+        then()
+
+
+def group_of(ranks: Sequence[int]) -> Any:
+    """A group of some processes that waits as long; ``None`` on the others. All processes call this together."""
+    group = dist.new_group(list(ranks), backend="gloo", timeout=PATIENCE)
+    return group if dist.get_rank() in ranks else None
 
 
 def _group() -> Any:
@@ -125,8 +137,12 @@ def _group() -> Any:
 
 
 @contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    """Say every minute that this process waits; turn the error of a lost connection into ours."""
+def waiting(what: str) -> Iterator[None]:
+    """Say every minute that this process waits.
+
+    Raises:
+        ProcessError: in place of the error of a lost connection.
+    """
     done = threading.Event()
 
     def tell() -> None:

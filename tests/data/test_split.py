@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwdpo.data.split import _named, _text_key, split_by_image
+from cwdpo.data.split import SplitKeys, _named, _text_key, split_by_image
 from cwdpo.errors import DataError
 from cwdpo.files.stored import Stored
 from cwdpo.records import Completion, Example, ImageRef, Message
@@ -127,3 +127,13 @@ def test_groups_are_those_of_a_plain_search(pictures: list[list[int]], seed: int
     fractions = {"a": 0.25, "b": 0.25, "c": 0.5}
     assert list(ids(split_by_image(examples, fractions, seed)).values()) == wanted
     assert list(ids(split_by_image(Stored(examples), fractions, seed)).values()) == wanted
+
+
+def test_a_part_is_split_by_the_keys_that_were_read_before(tmp_path: Path) -> None:
+    examples = [example(str(i), bytes([i % 7]), *([bytes([9])] if i % 5 == 0 else [])) for i in range(40)]
+    keys, halves = SplitKeys.of(examples), {"a": 0.5, "b": 0.5}
+    first = keys.parts(halves, 1)["a"]
+    again = keys.select(first).parts(halves, 2)
+    wanted = split_by_image([examples[i] for i in first], halves, 2)
+    assert {name: [examples[first[i]].id for i in places] for name, places in again.items()} == ids(wanted)
+    assert SplitKeys.of([]).parts(halves, 0)["a"].tolist() == []

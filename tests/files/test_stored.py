@@ -6,14 +6,15 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cwdpo.errors import DataError
 from cwdpo.files import stored
-from cwdpo.files.stored import Stored, select
-from cwdpo.records import Completion, Example, ImageRef, Message
+from cwdpo.files.stored import Chosen, Stored, select
+from cwdpo.records import Completion, Example, ImageEdit, ImageRef, Message
 
 
 def example(i: int) -> Example:
@@ -73,3 +74,25 @@ def test_forked_processes_read_at_the_same_time(monkeypatch) -> None:
             wrong(k)
         children.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+
+
+def test_records_that_are_kept_are_not_written_again() -> None:
+    source: Stored[Example] = Stored(example(i) for i in range(6))
+    chosen = Chosen(source.select([5, 3, 1]))
+    chosen.keep(1)
+    chosen.append(example(9))
+    chosen.keep(0)
+    assert list(chosen.records) == [example(3), example(9), example(5)]
+    assert chosen.records._file is source._file
+    assert list(source) == [example(i) for i in range(6)]
+    plain = Chosen([example(2), example(4)])
+    plain.keep(1)
+    assert list(plain.records) == [example(4)]
+
+
+def test_the_same_path_is_read_back_as_the_same_object() -> None:
+    """Making a path costs more than reading a record."""
+    image = ImageRef(path=Path("a/b.png"), edit=ImageEdit(noise=0.5))
+    kept: Stored[ImageRef] = Stored([image, ImageRef(path=Path("a/b.png")), ImageRef(data=b"x")])
+    assert list(kept) == [image, ImageRef(path=Path("a/b.png")), ImageRef(data=b"x")]
+    assert kept[0].path is kept[1].path

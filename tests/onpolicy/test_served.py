@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,16 @@ from torch import nn
 from cwdpo.config import parse_recipe
 from cwdpo.dynamics.diagnose import diagnose_rows
 from cwdpo.errors import RecipeError, ServerError
-from cwdpo.negatives.settings import SamplerSettings
+from cwdpo.models.load import load_policy
+from cwdpo.models.settings import ModelSettings
+from cwdpo.negatives.settings import NegativeSettings, SamplerSettings
 from cwdpo.onpolicy.agreement import Told, agreement
+from cwdpo.onpolicy.rounds import Rounds
 from cwdpo.onpolicy.sampler import ServerSampler
 from cwdpo.onpolicy.served import adapter_of, check_served_parts
+from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.records import Completion, Example, Message
+from cwdpo.rundir import RunDir
 from fake_server import Fake
 
 Serve = Callable[..., Fake]
@@ -187,6 +194,21 @@ def test_an_adapter_on_the_vision_tower_is_refused() -> None:
     check_served_parts(model)
 
 
+def test_it_is_refused_before_anything_is_trained(
+    model_folder: Path, world_folder: Path, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(
+        {
+            "model": {"path": str(model_folder), "device": "cpu", "tune": "lora", "freeze": []},
+            "data": {"path": str(world_folder / "train.jsonl")},
+            "negatives": {"on_policy_fraction": 1, "sampler": {"server": SERVER, "serve_adapter": True}},
+        }
+    )
+    with pytest.raises(RecipeError, match="layers of the vision"):
+        train_two_stage(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "stage1").exists()
+
+
 def test_agreement_by_hand() -> None:
     """Gaps of 0.1, 0.3 and 8 nats per token: the median is 0.3; the third sample has other tokens."""
     pairs = [
@@ -203,3 +225,25 @@ def test_agreement_by_hand() -> None:
     assert not diagnose_rows([{"stage": "stage2", **vars(reading)} for reading in (near, none)], [])
     _, counted = agreement([(Told(4, -1.0), Told(5, -1.0))], step=0)
     assert counted.value == 1.0, "another number of tokens"
+
+
+def test_a_folder_that_a_kill_left_unfinished_is_not_served(model_folder: Path, tmp_path: Path) -> None:
+    kills: list[Exception] = [KeyError("killed")]
+
+    class Processor:
+        def save_pretrained(self, folder: Path) -> None:
+            if kills:
+                raise kills.pop()
+            (folder / "processor_config.json").write_text("{}")
+
+    policy = load_policy(ModelSettings(path=str(model_folder), device="cpu"))
+    settings = NegativeSettings.model_validate(
+        {"on_policy_fraction": 1.0, "rounds": 2, "sampler": {"server": SERVER, "serve_folder": True}}
+    )
+    stage = SimpleNamespace(run=RunDir(tmp_path), policy=replace(policy, processor=Processor()), encoder=None)
+    rounds: Any = SimpleNamespace(stage=stage, settings=settings)
+    with pytest.raises(KeyError, match="killed"):
+        Rounds._sampler(rounds, policy.model, 1)
+    assert not (tmp_path / "round1").exists()
+    Rounds._sampler(rounds, policy.model, 1)
+    assert {"model.safetensors", "processor_config.json"} < {p.name for p in (tmp_path / "round1").iterdir()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cwdpo.config import stored_model
 from cwdpo.data.encode.collate import collate
 from cwdpo.data.encode.encoder import Encoder
 from cwdpo.data.read.reader import read_examples
-from cwdpo.errors import ModelError, RunDirError
+from cwdpo.errors import FileError, ModelError, RunDirError
+from cwdpo.files.checksums import write_checksums
 from cwdpo.models.load import Policy, adopt, load_policy
 from cwdpo.models.merge import rounding
 from cwdpo.models.settings import LoraSettings, ModelSettings
@@ -198,6 +201,43 @@ def test_a_full_fine_tuning_is_compared_and_may_be_rounded(
     assert rounded.rounding.share > 0.5  # a thousandth is below bf16's step
     assert rounded.mean > 1e-4
     assert "--dtype float32 keeps them" in "\n".join(rounded.lines())
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_checkpoint_is_exported_as_a_final_model_is(
+    tune: str, tied: dict[str, Path], world_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    policy, _ = trained(tied["float32"], "language model", world_folder, run)
+    recipe, modules = run / "recipe.yaml", KINDS["language model"]["target_modules"]
+    settings = {"full": "full", "lora": f"lora, lora: {{r: 4, alpha: 8, target_modules: '{modules}'}}"}[tune]
+    recipe.write_text(recipe.read_text().replace("tune: lora", f"tune: {settings}"))
+    if tune == "full":
+        policy = load_policy(stored_model(recipe))
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.mul_(1.01)
+    shutil.rmtree(run / "model")
+    place = run / "stage2" / "checkpoint-7"
+    place.mkdir(parents=True)
+    policy.model.save_pretrained(place)  # as the Trainer does
+    write_checksums(place)
+    with pytest.raises(
+        RunDirError, match=r"no final model yet: .*give one of its checkpoints \(.*checkpoint-7\)"
+    ):
+        export(run, tmp_path / "none", merge=False)
+    with pytest.raises(RunDirError, match=r"checkpoint-8: no such checkpoint; there are .*checkpoint-7$"):
+        export(place.with_name("checkpoint-8"), tmp_path / "none", merge=False)
+    found = export(place, tmp_path / "out", merge=False)
+    assert (found.checkpoint, found.form) == ("stage2/checkpoint-7", {"lora": "adapter"}.get(tune, tune))
+    assert found.lines()[0] == "These are the weights of stage2/checkpoint-7, not of the final model."
+    (name,) = (path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    written, wanted = load_file(tmp_path / "out" / name), load_file(place / name)
+    assert all(torch.equal(written[key], wanted[key]) for key in wanted)
+    assert not list(tmp_path.glob(".out*"))
+    (place / name).write_bytes(b"damaged")
+    with pytest.raises(FileError, match="export another one"):
+        export(place, tmp_path / "more", merge=False)
 
 
 def test_an_export_that_says_something_else_is_not_written(

@@ -27,6 +27,7 @@ from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import load_policy
 from cwdpo.models.saved import load_weights
 from cwdpo.objectives.base import OBJECTIVES, StepTotals
+from cwdpo.pipeline.export import export
 from cwdpo.rundir import RunDir
 from cwdpo.scoring import plain
 from cwdpo.scoring.pairs import reference_pass, scored_pairs
@@ -206,6 +207,17 @@ def test_a_sharded_run_resumes_and_ends_as_undisturbed(tmp_path, mode) -> None:
     shutil.rmtree(done / "model")  # the last checkpoint is of the last step: it is loaded, not trained
     launch(mode, "-", "-", str(done), "resume", str(recipe))
     assert (done / "model" / "model.safetensors").read_bytes() == wanted["model/model.safetensors"]
+    exported_alike(done, "stage2/checkpoint-6", tmp_path / "exported")
+
+
+def exported_alike(run: Path, last: str, out: Path) -> None:
+    """The last checkpoint, exported by one process, has the weights of the final model."""
+    done = export(run / last, out, merge=False)
+    assert done.checkpoint == last
+    (name,) = (path.name for path in out.glob("*.safetensors"))
+    found, wanted = (load_file(folder / name) for folder in (out, run / "model"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.slow
@@ -272,6 +284,7 @@ def test_a_whole_two_stage_run_of_two_processes_equals_one(tmp_path, mode, tune)
     print(f"{mode}, {tune}:", ", ".join(f"{name} {value:.1e}" for name, value in figures.items()))
     texts = [[[r["text"] for r in row["responses"]] for row in run.samples()] for run in (one, two)]
     assert texts[1] == texts[0]
+    exported_alike(two.path, "stage2/checkpoint-4", tmp_path / "exported")
 
 
 @pytest.mark.slow

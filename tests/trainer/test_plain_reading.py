@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from cwdpo.errors import FileError
 from cwdpo.trainer.checkpoints import checkpoint_to_resume
@@ -65,6 +66,28 @@ def test_a_table_of_contents_that_runs_something_is_refused(saved: Path, tmp_pat
     (saved / ".metadata").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(pickle.UnpicklingError, match="no table of contents, but dict"):
         PlainReader(saved).read_metadata()
+
+
+class Asks:
+    """What Python 3.11.0 to 3.11.3 write for the member of an enumeration, or of something else."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.kind, self.name)
+
+
+def test_members_of_enumerations_are_read_as_every_python_writes_them(saved: Path) -> None:
+    table, one = PlainReader(saved).read_metadata(), _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    table.planner_data = Asks(_MEM_FORMAT_ENCODING, one.name)
+    (saved / ".metadata").write_bytes(pickle.dumps(table))
+    assert PlainReader(saved).read_metadata().planner_data is one
+    for kind, name in ((_MEM_FORMAT_ENCODING, "__class__"), (type(table), "__init__")):
+        table.planner_data = Asks(kind, name)
+        (saved / ".metadata").write_bytes(pickle.dumps(table))
+        with pytest.raises(pickle.UnpicklingError, match="it calls getattr"):
+            PlainReader(saved).read_metadata()
 
 
 def test_a_value_that_runs_something_is_refused(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def compare(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="a finished run")],
+    run: Annotated[Path, typer.Argument(help="a finished run, or a checkpoint: RUN/stage2/checkpoint-40")],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or not exist")],
     merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into the base model")] = False,
     dtype: Annotated[
@@ -196,13 +196,14 @@ def export(
     ] = False,
     code: Code = None,
 ) -> None:
-    """Write the final model, with a card, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM.
+    """Write the final model, or a checkpoint, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM.
 
     The folder is loaded again and compared with the trained policy first; the difference is printed.
     """
     if push is None and (private or with_report):
         raise typer.BadParameter("it needs --push", param_hint="--private" if private else "--with-report")
     from cwdpo.pipeline.export import export as write
+    from cwdpo.pipeline.export import run_of
     from cwdpo.pipeline.hub import make_repository, push_folder
 
     repository = None if push is None else make_repository(push, private=private)
@@ -210,7 +211,7 @@ def export(
     typer.echo("\n".join((str(done.path), *done.lines())))
     if repository is not None:
         typer.echo(
-            f"pushed to {push_folder(done.path, repository, run / 'report.html' if with_report else None)}"
+            f"pushed to {push_folder(done.path, repository, run_of(run)[0] / 'report.html' if with_report else None)}"
         )
 
 

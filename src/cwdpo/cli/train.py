@@ -71,12 +71,13 @@ def train(
     if gpu is not None or gpus > 1:
         raise typer.BadParameter("it is for --dry-run", param_hint="--gpu, --gpus")
     folder = out or Path("runs") / parsed.name
-    if resume and not auto_resume and not folder.is_dir():
+    first = os.environ.get("RANK", "0") == "0"  # the others may find what it began, or see no folder at all
+    if resume and not auto_resume and first and not folder.is_dir():
         raise RunDirError(f"{folder}: no run to continue; leave out --resume to start one, or correct --out")
     resume = resume or auto_resume
     if accept_changes and not resume:
         raise typer.BadParameter("it needs --resume", param_hint="--accept-changes")
-    if not resume and os.environ.get("RANK", "0") == "0":  # the other processes may find what the first began
+    if not resume and first:
         RunDir(folder).refuse_begun()  # now: torch and transformers take seconds to load
     check_trackers(parsed.train.report_to)
     from cwdpo.pipeline.two_stage import train_two_stage

@@ -28,6 +28,7 @@ _BLOCKS = {
     "image_url": (*_PICTURE_KEYS, "image_url"),
     "video": _VIDEO_KEYS,
 }
+_READ = {kind: frozenset((*keys, *_HARMLESS)) for kind, keys in _BLOCKS.items()}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def block_parts(row: Row, block: Any, key: str, style: Style) -> tuple[Part, ...
             "sound and tools are not read: leave such rows out",
         )
     for name, value in block.items():
-        if present(value) and name not in (*_BLOCKS[kind], *_HARMLESS):
+        if name not in _READ[kind] and present(value):
             remedy = "set model.processor_options instead" if name in _BLOCK_SETTINGS else "remove the key"
             if kind == "video":
                 remedy = "remove the key; fps, max_frames and max_pixels of all videos are set in data.video"

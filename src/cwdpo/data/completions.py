@@ -18,6 +18,7 @@ _SCORES = (
     ("chosen-rating", "rejected-rating"), ("chosen_reward", "rejected_reward"),
 )  # fmt: skip
 _MARGINS = ("margin", "reward_margin")
+_SCORED = frozenset((*(key for pair in _SCORES for key in pair), *_MARGINS))
 
 
 def completion_of(value: Any, key: str) -> Completion:
@@ -60,9 +61,11 @@ def margins_of(values: Mapping[str, Any], n: int) -> tuple[frozenset[str], list[
     Raises:
         RowError: there are two sources of margins, only one of two scores, or a value that is not a finite number.
     """
+    if not n or _SCORED.isdisjoint(values):  # most rows
+        return frozenset(), []
     pairs = [pair for pair in _SCORES if any(values.get(key) is not None for key in pair)]
     single = [key for key in _MARGINS if values.get(key) is not None]
-    if not n or not (pairs or single):
+    if not (pairs or single):
         return frozenset(), []
     if len(pairs) + len(single) > 1:
         keys = [*(key for pair in pairs for key in pair), *single]

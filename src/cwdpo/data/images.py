@@ -58,7 +58,7 @@ class ImageFolder:
         # Only a digest of each good file is kept, so that a million images fit in memory; refused files with a reason.
         self._good = DigestMap()
         self._refused: dict[Path, tuple[str, str, str]] = {}
-        self._resolved: dict[str, Path] = {}
+        self._taken: dict[str, ImageRef] = {}  # the good files that were named last
 
     def take(self, value: Any, key: str) -> ImageRef:
         """The image of a value.
@@ -90,6 +90,8 @@ class ImageFolder:
 
     def _from_text(self, text: str, key: str) -> ImageRef:
         """The image of a path, or of the image itself as a data URI or in base64."""
+        if (taken := self._taken.get(text)) is not None:
+            return taken
         if text.startswith("data:"):
             data = from_data_uri(text)
             if data is None:
@@ -115,12 +117,10 @@ class ImageFolder:
         return ImageRef(data=data)
 
     def _from_path(self, text: str, key: str) -> ImageRef:
-        path = self._resolved.get(text)
-        if path is None:
-            path = remember(self._resolved, text, path_inside(self.root, text, key, "image", IMAGE_FORMS))
+        path = path_inside(self.root, text, key, "image", IMAGE_FORMS)
         digest = digest8(bytes(path))
         if self._good.get(digest) is not None:
-            return ImageRef(path=path)
+            return remember(self._taken, text, ImageRef(path=path))
         if path not in self._refused:
             try:
                 self._check_file(path, text, key)
@@ -128,7 +128,7 @@ class ImageFolder:
                 remember(self._refused, path, (error.kind, error.message, error.remedy))
             else:
                 self._good.add(digest)
-                return ImageRef(path=path)
+                return remember(self._taken, text, ImageRef(path=path))
         kind, message, remedy = self._refused[path]
         raise RowError(kind, key, message, remedy)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -35,24 +36,64 @@ def split_by_image(
     Raises:
         DataError: the fractions are invalid, or an image cannot be read.
     """
+    keys = SplitKeys.of(examples)
+    return {name: select(examples, index) for name, index in keys.parts(fractions, seed).items()}
+
+
+@dataclass(frozen=True)
+class SplitKeys:
+    """What examples are split by: their :func:`content_keys`, one after the other, and how many each example has."""
+
+    found: bytes
+    counts: Any
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> SplitKeys:
+        """The keys of examples.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        found, counts = bytearray(), array("q")
+        for example in examples:
+            own = content_keys(example)
+            found += b"".join(own)
+            counts.append(len(own))
+        return cls(bytes(found), np.array(counts, dtype=np.int64))
+
+    def select(self, index: Any) -> SplitKeys:
+        """The keys of the examples at these places."""
+        chosen = np.zeros(len(self.counts), dtype=bool)
+        chosen[index] = True
+        keys = np.frombuffer(self.found, dtype="V17")[np.repeat(chosen, self.counts)]
+        return SplitKeys(keys.tobytes(), self.counts[chosen])
+
+    def parts(self, fractions: Mapping[str, float], seed: int) -> dict[str, Any]:
+        """The places of the examples of each part, in their order; see :func:`split_by_image`."""
+        _check(fractions)
+        shares, names = list(fractions.values()), list(fractions)
+        if not len(self.counts):
+            return {name: np.zeros(0, dtype=np.int64) for name in names}
+        keys, group = _groups(self)
+        groups = np.unique(group)
+        salt = f"{seed}:".encode()
+        drawn = [blake2b(salt + _named(keys[17 * i : 17 * i + 17]), digest_size=16).digest() for i in groups]
+        rank = np.empty(len(keys) // 17, dtype=np.int64)
+        rank[groups[np.argsort(np.array(drawn, dtype="S16"))]] = np.arange(len(groups))
+        # Cut at the cumulative sum, so that rounding errors do not add up and no group is left over.
+        ends = [round(math.fsum(shares[: i + 1]) * len(groups)) for i in range(len(names) - 1)] + [
+            len(groups)
+        ]
+        part = np.searchsorted(ends, rank[group], side="right")
+        return {name: np.flatnonzero(part == i) for i, name in enumerate(names)}
+
+
+def _check(fractions: Mapping[str, float]) -> None:
     if not fractions or not all(math.isfinite(f) and f >= 0 for f in fractions.values()):
         raise DataError(f"split fractions {dict(fractions)}; allowed: one or more, each at least 0")
     if not math.isclose(math.fsum(fractions.values()), 1.0, abs_tol=1e-6):
         total = math.fsum(fractions.values())
         raise DataError(f"split fractions {dict(fractions)} sum to {total:g}; allowed: 1; adjust one of them")
-    shares, names = list(fractions.values()), list(fractions)
-    if not examples:
-        return {name: [] for name in names}
-    keys, group = _groups(examples)
-    groups = np.unique(group)
-    salt = f"{seed}:".encode()
-    drawn = [blake2b(salt + _named(keys[17 * i : 17 * i + 17]), digest_size=16).digest() for i in groups]
-    rank = np.empty(len(keys) // 17, dtype=np.int64)
-    rank[groups[np.argsort(np.array(drawn, dtype="S16"))]] = np.arange(len(groups))
-    # Cut at the cumulative sum, so that rounding errors do not add up and no group is left over.
-    ends = [round(math.fsum(shares[: i + 1]) * len(groups)) for i in range(len(names) - 1)] + [len(groups)]
-    part = np.searchsorted(ends, rank[group], side="right")
-    return {name: select(examples, np.flatnonzero(part == i)) for i, name in enumerate(names)}
 
 
 def content_keys(example: Example) -> list[bytes]:
@@ -88,7 +129,7 @@ _PREFIXES = {b"i": b"image:", b"t": b"text:", b"v": b"video:"}
 """What a key is made of, by its first byte; 16 bytes of a digest follow. They have the order of their names."""
 
 
-def _groups(examples: Sequence[Example]) -> tuple[bytes, Any]:
+def _groups(split: SplitKeys) -> tuple[bytes, Any]:
     """All different keys of 17 bytes, in order, and for each example the number of its group's key.
 
     That is the smallest key of all examples connected by common images or videos.
@@ -96,14 +137,9 @@ def _groups(examples: Sequence[Example]) -> tuple[bytes, Any]:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    found, counts = bytearray(), array("q")
-    for example in examples:
-        own = content_keys(example)
-        found += b"".join(own)
-        counts.append(len(own))
     # 'S' ignores trailing zeros, which does no harm: all keys have the same length.
-    keys, number = np.unique(np.frombuffer(bytes(found), dtype="S17"), return_inverse=True)
-    n_keys = np.frombuffer(counts, dtype=np.int64)
+    keys, number = np.unique(np.frombuffer(split.found, dtype="S17"), return_inverse=True)
+    n_keys = split.counts
     first = number[np.cumsum(n_keys) - n_keys]
     edges = coo_array((np.ones(len(number)), (np.repeat(first, n_keys), number)), (len(keys), len(keys)))
     _, label = connected_components(edges, directed=False)

@@ -34,6 +34,8 @@ PLACEHOLDERS = (
 
 def placeholder_in(text: str) -> str | None:
     """The first placeholder for an image, video or audio in a text; ``None`` if there is none."""
+    if "<" not in text and "[" not in text:  # as all of them do; most texts have neither
+        return None
     return next((p for p in PLACEHOLDERS if p in text), None)
 
 
@@ -83,6 +85,8 @@ def split_tags(text: str) -> list[str | Place | None]:
     >>> split_tags("<image>\\nWhat is it?")
     [None, 'What is it?']
     """
+    if "<" not in text:
+        return [text]
     parts: list[str | Place | None] = []
     pieces = re.split(f"({IMAGE_TAG}|{VIDEO_TAG})", text)  # texts and tags in turn
     for i, piece in enumerate(pieces):

@@ -15,6 +15,8 @@ from cwdpo.records import TOOLS, Message
 _TOOL = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
 _CALL = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
 
+_CALLING = frozenset(("tool_calls", "function_call", "tool_call_id"))
+
 
 def tools_of(row: Row) -> tuple[Message, ...]:
     """The row's tools as the first message of its prompt (role :data:`cwdpo.records.TOOLS`); nothing without tools.
@@ -51,6 +53,8 @@ def more_of(message: Mapping[str, Any], role: str, where: str) -> str:
     Raises:
         RowError: such a key in another turn, or a call without name or with arguments that are no object.
     """
+    if role != "tool" and _CALLING.isdisjoint(message):  # most turns
+        return ""
     keys = [k for k in ("tool_calls", "function_call", "tool_call_id") if present(message.get(k))]
     allowed = {"assistant": "tool_calls", "tool": "tool_call_id"}.get(role)
     if wrong := [key for key in keys if key != allowed]:
@@ -73,9 +77,7 @@ def more_of(message: Mapping[str, Any], role: str, where: str) -> str:
         if not isinstance(calls, list):
             raise wrong_type(f"{where}.tool_calls", calls, f"a list of {_CALL}")
         more = {"tool_calls": [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]}
-    text = json.dumps(more, ensure_ascii=False)
-    plain_text(text, where)
-    return text if more else ""
+    return plain_text(json.dumps(more, ensure_ascii=False), where) if more else ""
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,9 +141,9 @@ def tags_agree(value: Any, key: str, n_images: int, n_videos: int = 0) -> bool:
     Raises:
         RowError: the prompt has tags and the row has images (videos), but their numbers differ.
     """
-    agree = []
+    agree, texts = [], list(_texts(value))
     for tag, medium, there in ((IMAGE_TAG, "image", n_images), (VIDEO_TAG, "video", n_videos)):
-        n = _tags(value, tag)
+        n = sum(text.count(tag) for text in texts)
         if n and there and n != there:
             raise RowError(
                 f"{medium}-count",
@@ -156,15 +156,17 @@ def tags_agree(value: Any, key: str, n_images: int, n_videos: int = 0) -> bool:
     return bool(agree) and all(agree)
 
 
-def _tags(value: Any, tag: str) -> int:
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a prompt."""
     if isinstance(value, str):
-        return value.count(tag)
-    if isinstance(value, list):
-        return sum(_tags(one, tag) for one in value)
-    if isinstance(value, dict):
-        text = value.get("text") if value.get("type") == "text" else None
-        return _tags(value.get("content"), tag) + _tags(text, tag)
-    return 0
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, dict):
+        yield from _texts(value.get("content"))
+        if value.get("type") == "text":
+            yield from _texts(value.get("text"))
 
 
 def answer(row: Row, value: Any, key: str, prompt: Sequence[Turn] = ()) -> str:

@@ -42,6 +42,10 @@ class Stored(Sequence[T], Generic[T]):
         """Add a record at the end."""
         self._places.append(self._file.add(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
 
+    def add_from(self, other: Stored[T], index: int) -> None:
+        """Add a record of another view of the same file."""
+        self._places.append(other._places[index])
+
     def select(self, index: Iterable[int]) -> Stored[T]:
         """The records at these places, in this order, as a view."""
         places = self._places
@@ -77,6 +81,32 @@ class Stored(Sequence[T], Generic[T]):
 
     def __repr__(self) -> str:
         return f"Stored({len(self)} records)"
+
+
+class Chosen(Generic[T]):
+    """Some records of a sequence, as they are or changed; those that are not changed are not written again.
+
+    Args:
+        source: the sequence.
+
+    Attributes:
+        records: the records so far.
+    """
+
+    def __init__(self, source: Sequence[T]) -> None:
+        self._source = source
+        self.records: Stored[T] = source.select(()) if isinstance(source, Stored) else Stored()
+
+    def keep(self, index: int) -> None:
+        """Add a record of the source."""
+        if isinstance(self._source, Stored):
+            self.records.add_from(self._source, index)
+        else:
+            self.records.append(self._source[index])
+
+    def append(self, record: T) -> None:
+        """Add another record."""
+        self.records.append(record)
 
 
 def select(records: Sequence[T], index: Iterable[int]) -> Sequence[T]:

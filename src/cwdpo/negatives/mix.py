@@ -10,12 +10,13 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Literal, get_args, overload
 
 from cwdpo.errors import RecipeError, nearest
-from cwdpo.files.stored import Stored, select
+from cwdpo.files.stored import Chosen, select
 from cwdpo.negatives.base import NEGATIVES, NegativeSource, identity
 from cwdpo.records import Completion, Example
 
@@ -80,14 +81,13 @@ def attach_negatives(
     for name in (*shares, "perturb"):
         if name not in built:
             built[name] = NEGATIVES.build(name)
-    ids = [e.id for e in examples]
-    pool = select(examples, sorted(range(len(ids)), key=ids.__getitem__))
+    pool = _Pool(examples)
     makes_gentle = gentle == "perturb" or (gentle == "auto" and any(not e.gentle for e in examples))
     for name in {**shares, **({"perturb": 1.0} if makes_gentle else {})}:
         built[name].prepare(pool)
     counts = MixCounts(examples=len(examples))
-    kept: Stored[Example] = Stored()
-    for example in examples:
+    kept = Chosen(examples)
+    for i, example in enumerate(examples):
         if per_prompt is None:
             drawn = [("dataset", completion) for completion in example.rejected]
         else:
@@ -101,8 +101,37 @@ def attach_negatives(
         soft = _gentle(example, pool, built["perturb"], gentle, seed)
         counts.without_gentle += not soft
         counts.gentle_by_kind.update(str(g.made.get("edit") or g.kind or "unnamed") for g in soft)
-        kept.append(replace(example, rejected=tuple(c for _, c in drawn), gentle=soft))
-    return kept, counts
+        rejected = tuple(c for _, c in drawn)
+        if (rejected, soft) == (example.rejected, example.gentle):
+            kept.keep(i)
+        else:
+            kept.append(replace(example, rejected=rejected, gentle=soft))
+    return kept.records, counts
+
+
+class _Pool(Sequence[Example]):
+    """The examples sorted by id; most mixes never look at them, so they are sorted when somebody does."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    @cached_property
+    def _sorted(self) -> Sequence[Example]:
+        ids = [e.id for e in self._examples]
+        return select(self._examples, sorted(range(len(ids)), key=ids.__getitem__))
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        return self._sorted[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._sorted)
 
 
 def _checked(mix: Mapping[str, float], per_prompt: int | None, gentle: str) -> dict[str, float]:

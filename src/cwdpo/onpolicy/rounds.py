@@ -20,8 +20,6 @@ from cwdpo.data.encode.encoded_rows import reference_means
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import DataError, RecipeError
 from cwdpo.judging.base import judge_for
-from cwdpo.models.sharding import is_sharded
-from cwdpo.models.write import save_weights
 from cwdpo.monitor.window import added_share
 from cwdpo.negatives.image_side import with_image_negatives
 from cwdpo.negatives.mix import seeded
@@ -33,10 +31,11 @@ from cwdpo.onpolicy.pool import Pool
 from cwdpo.onpolicy.record import FILE, negatives_by_origin, shown_pairs
 from cwdpo.onpolicy.sampler import ANSWERS, Sampler, build_sampler
 from cwdpo.onpolicy.samples import PromptSamples, outside, sort_samples
-from cwdpo.onpolicy.served import adapter_of, check_served_parts
+from cwdpo.onpolicy.served import adapter_of
 from cwdpo.records import Example
 from cwdpo.remote import Adapter
 from cwdpo.stage.calibration import calibrate, calibration_row, negative_mean_logps
+from cwdpo.stage.model import save_model
 from cwdpo.stage.prepare import encode, keep_negatives, with_reference_values
 from cwdpo.stage.stage import Stage
 from cwdpo.trainer.weights import Weights
@@ -103,8 +102,6 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.plan = RoundPlan.of(stage.steps(examples), self.settings.rounds, stage.prompts_per_step)
         self.data = RoundData(self.plan.per_round * self.plan.batch)
         self._judge = judge_for(self.settings.judge, examples)
-        if self.settings.sampler.serve_adapter:
-            check_served_parts(stage.policy.model)
         self._pool: Pool | None = None
         # Needed even for one round: on resume the policy is no longer the reference.
         self._start = Weights.of(stage.policy.model) if stage.objective.needs_reference else None
@@ -176,10 +173,7 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         if settings.follows:
             folder = (run.path / f"round{round_}").resolve()
             if not from_first(folder.is_dir(), "writing the round's model"):
-                if run.writes or is_sharded(model):
-                    save_weights(model, folder if run.writes else None)
-                if run.writes:
-                    self.stage.policy.processor.save_pretrained(folder)
+                save_model(replace(self.stage.policy, model=model), folder, run)
             served = adapter_of(folder) if settings.serve_adapter else str(folder)
         return build_sampler(settings, model, self.stage.encoder, run.path / ANSWERS, served)
 

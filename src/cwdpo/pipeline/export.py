@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,7 @@ class Exported:
     (chosen and rejected responses). ``rounding`` counts weights that the dtype rounds back to the base's value;
     ``None`` if nothing is rounded, or the base is not available. ``quantized`` is how the base was quantized in
     training; ``on_whole_base`` are the largest and the mean difference if the adapter is put on the base without
-    quantization.
+    quantization. ``checkpoint`` is its name in the run, if it is not the final model.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Exported:
     rounding: Rounding | None = None
     quantized: str | None = None
     on_whole_base: tuple[float, float] | None = None
+    checkpoint: str | None = None
 
     def lines(self) -> list[str]:
         """Sentences for the user."""
@@ -72,6 +75,8 @@ class Exported:
             if self.rounded
             else f"{compared} (allowed: {MOST:g})."
         ]
+        if self.checkpoint is not None:
+            lines.insert(0, f"These are the weights of {self.checkpoint}, not of the final model.")
         lines += self._of_quantization()
         if self.rounding is not None and self.rounding.moved:
             lines.append(
@@ -107,7 +112,7 @@ def export(
     data: str | None = None,
     code: Sequence[str] = (),
 ) -> Exported:
-    """Write the final model of ``run`` to ``out`` and compare it with the trained policy.
+    """Write the final model of a run, or a checkpoint, to ``out`` and compare it with the trained policy.
 
     The model of full fine-tuning is written unchanged. For a LoRA run, ``merge`` merges the adapter into the base's
     weights in float32, so that ``AutoModelForImageTextToText``, lmms-eval and vLLM load the folder without peft;
@@ -115,7 +120,8 @@ def export(
     of the family's hub checkpoints.
 
     Args:
-        run: folder of a finished run.
+        run: folder of a finished run, or of a checkpoint in a run (``RUN/stage2/checkpoint-40``). A checkpoint that
+            several processes wrote in parts is put together on this one.
         out: a new or empty folder.
         merge: see above.
         dtype: dtype of the weights; default: as trained, and float32 for a merged adapter. For a narrower dtype, the
@@ -125,38 +131,103 @@ def export(
 
     Raises:
         RunDirError: the run is not finished, ``out`` is not empty, or no row to compare on can be read.
+        FileError: model or checkpoint is damaged.
         ModelError: the model cannot be loaded, the adapter cannot be merged, or the written model differs too much.
     """
-    folder = RunDir.open(run)
-    model = folder.path / "model"
-    if not model.is_dir():
-        raise RunDirError(f"{run}: no final model yet: finish the run with cwdpo train --resume")
-    refuse_damage(model, "finish the run again: remove the folder, then cwdpo train --resume")
+    place, checkpoint = run_of(run)
+    folder = RunDir.open(place)
     if out.exists() and any(out.iterdir()):
         raise RunDirError(f"{out} is not empty: choose another --out, or remove it first")
-    form: Form = "full"
-    if (model / "adapter_config.json").is_file():
-        form = "merged" if merge else "adapter"
-        if dtype and not merge:
-            raise RunDirError(f"{run}: --dtype is for full weights, but an adapter is copied: add --merge")
-    settings = stored_model(folder.path / "recipe.yaml", code)
     clear_unfinished(out)
-    with new_folder(out) as temporary:
-        found = _write(folder, temporary, form, dtype, data, settings)
+    with new_folder(out) as temporary, _model_of(folder, checkpoint, out, code) as (model, settings):
+        form: Form = "full"
+        if (model / "adapter_config.json").is_file():
+            form = "merged" if merge else "adapter"
+            if dtype and not merge:
+                raise RunDirError(
+                    f"{run}: --dtype is for full weights, but an adapter is copied: add --merge"
+                )
+        found = _write(_Trained(folder, model, settings), temporary, form, dtype, data)
+        if checkpoint is not None:
+            found = replace(found, checkpoint=checkpoint.relative_to(place).as_posix())
         card = model_card(folder.path, form)
         write_text(temporary / CARD, card + "\n## Export\n\n" + " ".join(found.lines()) + "\n")
     return replace(found, path=out)
 
 
-def _write(
-    run: RunDir, out: Path, form: Form, dtype: str | None, data: str | None, settings: ModelSettings
-) -> Exported:
+@dataclass(frozen=True)
+class _Trained:
+    """A run, the folder of the model that is exported, and the section ``model`` of the recipe."""
+
+    run: RunDir
+    model: Path
+    settings: ModelSettings
+
+
+def run_of(folder: Path) -> tuple[Path, Path | None]:
+    """The run of a folder, and the folder if it is a checkpoint of the run."""
+    if folder.parent.name in ("stage1", "stage2") and folder.name.startswith("checkpoint-"):
+        return folder.parent.parent, folder
+    return folder, None
+
+
+@contextmanager
+def _model_of(
+    run: RunDir, checkpoint: Path | None, out: Path, code: Sequence[str]
+) -> Iterator[tuple[Path, ModelSettings]]:
+    """The folder of the final model, or one beside ``out`` with the weights of a checkpoint, which is removed again.
+
+    Raises:
+        RunDirError: there is none.
+        FileError: it is damaged.
+    """
+    model = run.path / "model"
+    if checkpoint is None:
+        if not model.is_dir():
+            raise RunDirError(
+                f"{run.path}: no final model yet: finish the run with cwdpo train --resume, or give one of its "
+                f"checkpoints ({', '.join(_checkpoints(run)) or 'there is none'})"
+            )
+        refuse_damage(model, "finish the run again: remove the folder, then cwdpo train --resume")
+        yield model, stored_model(run.path / "recipe.yaml", code)
+        return
+    if not checkpoint.is_dir():
+        raise RunDirError(
+            f"{checkpoint}: no such checkpoint; there are {', '.join(_checkpoints(run)) or 'none'}"
+        )
+    refuse_damage(checkpoint, "export another one")
+    settings = stored_model(run.path / "recipe.yaml", code)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
+        _write_checkpoint(run, checkpoint, settings, Path(beside))
+        yield Path(beside), settings
+
+
+def _checkpoints(run: RunDir) -> list[str]:
+    return sorted(str(path) for path in run.path.glob("stage[12]/checkpoint-*"))
+
+
+def _write_checkpoint(run: RunDir, checkpoint: Path, settings: ModelSettings, folder: Path) -> None:
+    """Write the weights of a checkpoint, also of one in parts, as a final model is written."""
+    from cwdpo.trainer.checkpoints import readable
+    from cwdpo.trainer.plain_reading import refuse_pickles
+    from cwdpo.trainer.sharded import load_checkpoint
+
+    with readable(checkpoint, "what DeepSpeed wrote"):
+        refuse_pickles(checkpoint)
+    base = str(run.path / "init") if settings.path == "init" else settings.path
+    policy = load_policy(settings.model_copy(update={"path": base, "device": "cpu"}))
+    load_checkpoint(policy.model, checkpoint)
+    save_weights(policy.model, folder)
+    policy.processor.save_pretrained(folder)
+
+
+def _write(trained: _Trained, out: Path, form: Form, dtype: str | None, data: str | None) -> Exported:
     """Write the folder, load it again, and compare."""
     import torch
 
-    model = run.path / "model"
+    model, settings = trained.model, trained.settings
     policy = _load(settings, model, tune="full" if form == "full" else "lora")
-    rows = _rows(run, policy, data)
+    rows = _rows(trained.run, policy, data)
     wanted = _log_probabilities(policy, rows)
     stored = _stored_dtype(model) if form == "full" else "float32"
     named = dtype or stored

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from cwdpo.stage.splits import Splits
 from cwdpo.waiting import from_first
 
 FILE = "inputs.json"
+_as_json = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
 def check_inputs(run: RunDir, splits: Splits, policy: Policy, *, resume: bool, accept_changes: bool) -> None:
@@ -90,14 +90,14 @@ def _texts(row: Example) -> str:
 
     parts = [
         row.id,
-        [asdict(message) for message in row.prompt],
+        [{"role": m.role, "parts": m.parts, "more": m.more} for m in row.prompt],
         said(row.chosen),
         [said(c) for c in row.rejected],
         [said(c) for c in row.gentle],
         row.references,
         row.extra,
     ]
-    return json.dumps(parts, sort_keys=True, default=str)
+    return _as_json(parts)
 
 
 def _image(image: ImageRef) -> str:

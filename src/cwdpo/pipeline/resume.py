@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo.config import Recipe, code_names, parse_recipe, read_tree
+from cwdpo.copies import refuse_copy
 from cwdpo.errors import CwdpoError, FileError, RecipeError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.writing import write_text
@@ -35,7 +36,7 @@ def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_chang
         accept_changes: continue although the recipe or files were changed.
 
     Raises:
-        RunDirError: another process works in the folder, or it contains a run and ``resume`` is not set.
+        RunDirError: another process works in the folder, it contains a run and ``resume`` is not set, or it is a copy.
         FileError: a file differs from its stored checksum, and ``accept_changes`` is not set.
         RecipeError: the recipe differs from the run's, and ``accept_changes`` is not set.
     """
@@ -43,6 +44,7 @@ def start_run(run: RunDir, recipe: Recipe, *, resume: bool = False, accept_chang
     if run.writes:
         try:
             run.lock()
+            refuse_copy(run.path)
             _enter(run, recipe, resume, accept_changes)
         except (CwdpoError, OSError) as error:
             run.unlock()

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cwdpo.arguments import TrainSettings
+from cwdpo.copies import fetch_written
 from cwdpo.data.encode.encoded_rows import EncodedRows
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.errors import RecipeError
@@ -160,8 +161,12 @@ def make_trainer(
     more: dict[str, Any] = {}
     if signals.curriculum is not None:
         more["select"] = signals.curriculum.select
-    if signals.stopping is not None:
-        more["add_to_checkpoint"] = signals.stopping.add_to_checkpoint
+
+    def add_to_checkpoint(folder: Path) -> None:
+        if signals.stopping is not None:
+            signals.stopping.add_to_checkpoint(folder)
+        fetch_written(folder)
+
     options = TrainerOptions(
         group_by_length=train.group_by_length,
         max_tokens_per_batch=train.max_tokens_per_batch,
@@ -171,6 +176,7 @@ def make_trainer(
         guard=Guard(run.path / stage.name, train.spike_factor, train.spike_window),
         on_log=on_log,
         before_checkpoint=run.sync,
+        add_to_checkpoint=add_to_checkpoint,
         **more,
     )
     trainer = PreferenceTrainer(

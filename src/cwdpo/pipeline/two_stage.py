@@ -12,12 +12,14 @@ from transformers import set_seed
 from cwdpo.arguments import check_trackers
 from cwdpo.clock import Clock, running, spent_on
 from cwdpo.config import Recipe, load_recipe
+from cwdpo.copies import copied, send_copies
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.models.adapter import with_adapter_settings
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.load_sharded import load_sharded
 from cwdpo.models.packages import check_packages
 from cwdpo.models.turns import silent_rows_from
+from cwdpo.onpolicy.served import check_served_parts
 from cwdpo.pipeline.finish import evaluate_policy, result_of
 from cwdpo.pipeline.inputs import check_inputs
 from cwdpo.pipeline.resume import start_run
@@ -80,7 +82,12 @@ def train_two_stage(
     run = RunDir(out or Path("runs") / recipe.name, writes=state.is_main_process)
     start_run(run, recipe, resume=resume, accept_changes=accept_changes)
     try:
-        with running(Clock()), started_trackers(recipe, run, listener.note) as trackers:
+        with (
+            running(Clock()),
+            copied(run.path, listener.note),
+            started_trackers(recipe, run, listener.note) as trackers,
+        ):
+            send_copies()
             _train(recipe, run, listener, trackers, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
@@ -98,7 +105,7 @@ def _train(
 ) -> None:
     listener.phase("reading data")
     # The main process writes the embedded world and the small model, which the others read.
-    with first_alone("reading data, loading the model"):
+    with first_alone("reading data, loading the model", send_copies):
         with spent_on("data"):
             splits = prepare_data(recipe, run)
         for note in (*_notes(recipe), *splits.notes):
@@ -110,6 +117,8 @@ def _train(
             policy = _loaded(listener, partial(load_policy, settings))
     if accelerator is not None:
         policy = _loaded(listener, partial(load_sharded, settings, accelerator))
+    if recipe.negatives.sampler.serve_adapter:
+        check_served_parts(policy.model)
     check_inputs(run, splits, policy, resume=resume, accept_changes=accept_changes)
     encoder = encoder_of(policy, recipe)
     silent_rows_from(policy.model, lambda: pictured_prompts(encoder, splits))

@@ -12,7 +12,7 @@ from cwdpo.config import Recipe
 from cwdpo.data.mixture import Amount, in_turn, mixed
 from cwdpo.data.problems import printable
 from cwdpo.data.read.reader import read_examples
-from cwdpo.data.split import split_by_image
+from cwdpo.data.split import SplitKeys
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError
 from cwdpo.files.stored import Stored, select
@@ -79,16 +79,16 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         train = Stored(
             replace(e, source=name, id=f"{name}/{e.id}") for name, path, own in named for e in read(path, own)
         )
+    keys = SplitKeys.of(train)
     if data.validation_path is None:
-        share = data.validation_fraction
-        parts = split_by_image(train, {"train": 1 - share, "validation": share}, recipe.seed)
-        train, validation = parts["train"], parts["validation"]
+        train, keys, validation = _held_out(train, keys, data.validation_fraction, recipe.seed)
     else:
         validation = read(data.validation_path, data)
     if not validation:
         notes.append(_without_validation(recipe))
     stage1 = stage1_share(recipe)
-    parts = split_by_image(train, {"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
+    index = keys.parts({"stage1": stage1, "stage2": 1 - stage1}, recipe.seed)
+    parts = {name: select(train, places) for name, places in index.items()}
     if data.sources:
         amounts = {s.title: Amount(1.0 if s.repeat is None else s.repeat, s.weight) for s in data.sources}
         parts = {name: mixed(examples, amounts, recipe.seed) for name, examples in parts.items()}
@@ -108,6 +108,15 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         with_negatives(in_turn(validation), recipe, run, need=False),
         tuple(notes),
     )
+
+
+def _held_out(
+    examples: Sequence[Example], keys: SplitKeys, share: float, seed: int
+) -> tuple[Sequence[Example], SplitKeys, Sequence[Example]]:
+    """The rows to train on with their keys, and a share for validation."""
+    index = keys.parts({"train": 1 - share, "validation": share}, seed)
+    kept = index["train"]
+    return select(examples, kept), keys.select(kept), select(examples, index["validation"])
 
 
 def check_margins(examples: Sequence[Example], objective: Objective) -> None:
@@ -174,10 +183,11 @@ def with_negatives(
         gentle=gentle or settings.gentle,
         sources=settings.build_sources(),
     )
-    if len(attached) < len(examples):
+    all_have_one = len(attached) == len(examples)
+    if not all_have_one:
         attached = Stored(_with_the_others(examples, attached))
     every = with_image_negatives(attached, settings, recipe.seed)
-    if not need:
+    if not need or all_have_one:
         return every
     paired = select(every, [i for i, e in enumerate(every) if e.rejected])
     if examples and not paired:

@@ -49,7 +49,8 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
     Attributes:
         before_checkpoint: called on the process that saves, before the folder is renamed, to sync other files that a
             resumed run needs (logged rows).
-        add_to_checkpoint: called on every process with the temporary folder, to add files to it.
+        add_to_checkpoint: called on every process with the temporary folder, to add files to it, or to fetch those that
+            other processes wrote on another disk.
     """
 
     before_checkpoint: Callable[[], None] = staticmethod(lambda: None)
@@ -73,8 +74,8 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # All processes write to the same temporary folder.
-        aside = from_first(temporary_name(folder / name), "beginning a checkpoint")
+        # All processes write to the same temporary folder; without a shared disk, each to its own of that name.
+        aside = folder / from_first(temporary_name(folder / name).name, "beginning a checkpoint")
         self._writing = aside
         try:
             super()._save_checkpoint(model, trial)
@@ -96,6 +97,10 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder / name))
         wait_for_all("finishing a checkpoint")
+        if not self.args.should_save:
+            shutil.rmtree(
+                aside, ignore_errors=True
+            )  # one of its own: the first process fetched what it needs
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         with readable(checkpoint, "the state of the optimizer or of the learning rate schedule"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,28 @@ _NAMES = {
 """What the table of contents of torch's own writer names; dtypes come in addition."""
 
 
+def _member(kind: Any, name: Any) -> Any:
+    """In place of ``getattr``, which Python 3.11.0 to 3.11.3 write for the member of an enumeration.
+
+    Raises:
+        UnpicklingError: it is no member.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(
+            "it calls getattr, which a checkpoint of torch does for a memory format only"
+        )
+    return kind[name]
+
+
 class _Table(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """A name of :data:`_NAMES`, or a dtype.
+        """A name of :data:`_NAMES`, a dtype, or :func:`_member`.
 
         Raises:
             UnpicklingError: it is another one.
         """
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of torch does")
@@ -79,7 +96,7 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 def load_parts(state: dict[str, Any], folder: Path, *, partial: bool = False) -> None:
-    """``torch.distributed.checkpoint.load`` that runs nothing; all processes call it together.
+    """``torch.distributed.checkpoint.load`` that runs nothing; all processes call it together, or one alone.
 
     Args:
         state: filled in place.
@@ -91,7 +108,12 @@ def load_parts(state: dict[str, Any], folder: Path, *, partial: bool = False) ->
     """
     planner = PlainPlanner(allow_partial_load=partial)
     try:
-        dcp.load(state, storage_reader=PlainReader(folder), planner=planner)
+        with warnings.catch_warnings():
+            # One process that puts the parts together is what is meant.
+            warnings.filterwarnings(
+                "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+            )
+            dcp.load(state, storage_reader=PlainReader(folder), planner=planner)
     except CheckpointException as error:  # no Exception: it would pass every `except Exception`
         found = next(iter(error.failures.values()))[0]
         raise pickle.UnpicklingError(f"{type(found).__name__}: {found}") from None

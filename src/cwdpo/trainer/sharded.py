@@ -46,11 +46,8 @@ class ShardedTraining(CompleteCheckpoints):
         if is_sharded(self.model):
             with readable(checkpoint, "its weights"):
                 self._load_from_checkpoint(str(checkpoint), self.model)
-        elif deepspeed_parts(checkpoint):
-            with readable(checkpoint, "what DeepSpeed wrote"):
-                _load_of_deepspeed(self.model, checkpoint)
         else:
-            load_weights(self.model, checkpoint)
+            load_checkpoint(self.model, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint of all weights, with the parameter names that its model family uses on disk.
@@ -81,11 +78,53 @@ class ShardedTraining(CompleteCheckpoints):
             )
 
 
-def _load_of_deepspeed(model: nn.Module, checkpoint: Path) -> None:
-    """Load what is trained from DeepSpeed's own files: ZeRO-3 leaves the copy of the weights beside them empty.
+def load_checkpoint(model: nn.Module, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint into a whole model, also if several processes wrote their parts of it.
 
-    ``checkpoint_to_resume`` has searched them for pickles.
+    What DeepSpeed wrote must have been searched for pickles before (``checkpoint_to_resume``, ``refuse_pickles``).
+
+    Raises:
+        FileError: the checkpoint cannot be read.
+        ModelError: it does not fit the model.
     """
+    parts = checkpoint / f"{FSDP_MODEL_NAME}_0"
+    if parts.is_dir():
+        with readable(checkpoint, "its weights"):
+            refuse_values(parts)
+            _join_parts(model, parts)
+    elif deepspeed_parts(checkpoint):
+        with readable(checkpoint, "what DeepSpeed wrote"):
+            _load_of_deepspeed(model, checkpoint)
+    else:
+        load_weights(model, checkpoint)
+
+
+def _join_parts(model: nn.Module, parts: Path) -> None:
+    """Load what accelerate stored of a sharded model (of a LoRA run, its adapter) into a whole one.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapter = hasattr(model, "peft_config")
+    places: dict[str, Tensor] = get_peft_model_state_dict(model) if adapter else model.state_dict()
+    stored = {name.removeprefix("model.") for name in PlainReader(parts).read_metadata().state_dict_metadata}
+    values = {name: place for name, place in places.items() if name in stored}
+    # A tied head has two names and one place; it is stored once.
+    filled = {place.data_ptr() for place in values.values()}
+    left_over = sorted(stored - values.keys()) + [
+        name for name, place in places.items() if place.data_ptr() not in filled
+    ]
+    if left_over:
+        raise ValueError(f"it does not fit the model: {', '.join(left_over[:3])}")
+    load_parts({"model": values}, parts)
+    if adapter:
+        set_peft_model_state_dict(model, values)
+
+
+def _load_of_deepspeed(model: nn.Module, checkpoint: Path) -> None:
+    """Load what is trained from DeepSpeed's own files: ZeRO-3 leaves the copy of the weights beside them empty."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it describes what it does

@@ -26,7 +26,7 @@ def reader(processor: Any) -> Encoder:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "TOGETHER", 8)
+    monkeypatch.setattr(encoding, "PART", 8)
     monkeypatch.setattr(encoding, "FEWEST", 2)
 
 

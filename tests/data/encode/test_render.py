@@ -197,3 +197,63 @@ def test_garbage_of_the_parent_is_not_collected_in_the_child() -> None:
         assert "hello" in Renderer(Collects("hello"))(CHAT, generation=True)
     finally:
         gc.enable()
+
+
+class Many(Templated):
+    """Takes several conversations, as transformers' processors do; counts the calls in its text."""
+
+    calls = 0
+
+    def apply_chat_template(self, chat: Any, tokenize: bool, add_generation_prompt: bool) -> Any:
+        self.calls += 1
+        many = isinstance(chat[0], list)
+        texts = [
+            super(Many, self).apply_chat_template(one, tokenize, add_generation_prompt)
+            for one in (chat if many else [chat])
+        ]
+        return texts if many else texts[0]
+
+
+def said(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+CONTENT = "{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
+REFUSES = "{% if messages[0].content == 'b' %}{{ raise_exception('no b') }}{% endif %}" + CONTENT
+
+
+def test_conversations_are_rendered_together_as_alone() -> None:
+    processor = Many(CONTENT)
+    together = render._Together(processor)
+    orders: list[render.Order] = [(said("a"), True, []), (said("b"), False, []), (said("c"), True, [])]
+    wanted = [{"text": text} for text in ("a>", "b", "c>")]
+    assert together(orders) == wanted
+    processor.calls = 0
+    assert together(orders) == wanted
+    assert processor.calls == 2
+    assert together([(said("a"), True, [{"name": "f"}])] * 2) == []
+    assert Renderer(processor).many(orders) == ["a>", "b", "c>"]
+
+
+def test_one_that_is_refused_does_not_refuse_the_others() -> None:
+    orders: list[render.Order] = [(said(text), False, []) for text in "abc"]
+    assert render._Together(Many(REFUSES))(orders) == []
+    assert Renderer(Many(REFUSES)).many(orders) == ["a", None, "c"]
+
+
+def test_a_processor_that_takes_one_conversation_at_a_time() -> None:
+    orders: list[render.Order] = [(said(text), False, []) for text in "abc"]
+    assert Renderer(Templated(CONTENT)).many(orders) == ["a", "b", "c"]
+
+
+def test_a_processor_that_renders_several_in_another_way_is_found_out() -> None:
+    class Other(Many):
+        def apply_chat_template(self, chat: Any, tokenize: bool, add_generation_prompt: bool) -> Any:
+            found = super().apply_chat_template(chat, tokenize, add_generation_prompt)
+            return [text.upper() for text in found] if isinstance(found, list) else found
+
+    orders: list[render.Order] = [(said(text), False, []) for text in "abc"]
+    together = render._Together(Other(CONTENT))
+    assert together(orders) == []
+    assert together(orders) == []
+    assert Renderer(Other(CONTENT)).many(orders) == ["a", "b", "c"]

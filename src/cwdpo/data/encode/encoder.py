@@ -7,7 +7,9 @@ completion together are the ids of the joined text, and generation starts from e
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from cwdpo.data.encode.embedded import check_embedded
 from cwdpo.data.encode.encoded_prompt import EncodedPrompt as EncodedPrompt
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.prompts import PromptEncoder
+from cwdpo.data.encode.render import Asked
 from cwdpo.data.encode.span import differing_span
 from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
 from cwdpo.errors import DataError
@@ -150,7 +153,10 @@ class Encoder:
     def _set(self, prompt: PromptEncoder, max_length: int | None) -> None:
         self.prompt, self.max_length = prompt, max_length
         self.processor, self.template, self.tokenizer = prompt.processor, prompt.template, prompt.tokenizer
-        self._known: dict[str, list[int]] = {}
+        self._named: list[
+            Example
+        ] = []  # keeps the places in memory, by which parts are found, of these examples
+        self._foreseen_parts: dict[tuple[int, str], tuple[str, str]] = {}
 
     def forget(self) -> None:
         """Empty the caches of prompts and images."""
@@ -192,38 +198,55 @@ class Encoder:
         Raises:
             DataError: the response has no tokens besides the end token.
         """
-        (prompt, tail), end = self._parts(example, text), self.template.end
-        before, joined = self._ids(prompt), self._ids(prompt + tail)
-        ids = joined[len(before) :] if joined[: len(before)] == before else self._ids(tail)
+        found = self._foreseen_parts.get((id(example), text))
+        prompt, tail = found or self._parts(example, self.prompt_text(example), text)
+        ids, end = self.prompt.tails(prompt, tail), self.template.end
         ids = ids if end.closing else [*ids, end.token]
         if len(ids) < 2:
             raise DataError(f"{example.where or example.id}: a response without tokens: {text!r}")
         check_embedded(self.template, example, ids, frozenset())
         return tuple(ids)
 
-    def _parts(self, example: Example, text: str) -> tuple[str, str]:
+    def _parts(self, example: Example, prompt: str, text: str) -> tuple[str, str]:
         """The prompt, and what follows it in a conversation with the response."""
-        prompt = self.prompt_text(example)
         tail = self.template.continuation(example, prompt, text)
         # Tokenizers join a final space with the next word: the space is moved from the prompt to the completion.
-        return prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + tail
+        bare = prompt.rstrip(" ")
+        return bare, prompt[len(bare) :] + tail
 
     def _foreseen(self, examples: Iterable[Example], negatives: NegativeSet) -> Iterator[Example]:
         """The examples; what encoding them takes is made before, for many of them together."""
-        source = iter(examples)
-        while some := list(islice(source, TOGETHER)):
-            said = [(e, [e.chosen.text, *(c.text for c in offered(e, negatives))]) for e in some]
-            self.template.foresee(said)
-            texts: dict[str, None] = {}
+        for said, asked, texts in self._rendered(examples, negatives):
+            self.template.foresee(asked, texts)
+            some = [example for example, _ in said]
+            parts: dict[tuple[int, str], tuple[str, str]] = {}
             for example, responses in said:
                 with contextlib.suppress(DataError):  # encoding the row reports the error
-                    for prompt, tail in (self._parts(example, text) for text in responses):
-                        texts |= {prompt: None, prompt + tail: None}
-            every = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-            self._known = dict(zip(texts, every, strict=True))
+                    prompt = self.prompt_text(example)
+                    for text in responses:
+                        parts[id(example), text] = self._parts(example, prompt, text)
+            self._named, self._foreseen_parts = some, parts
+            self.prompt.tails.foresee(parts.values())
             self.prompt.foresee(some)
             yield from some
-        self._known = {}
+        self._named, self._foreseen_parts = [], {}
+        self.prompt.tails.forget()
+        self.prompt.foresee(())
+
+    def _rendered(
+        self, examples: Iterable[Example], negatives: NegativeSet
+    ) -> Iterator[tuple[_Said, Asked, list[str | None]]]:
+        """Examples with their responses, and the renderer's texts: it renders the next ones while these are used."""
+        source, before = iter(examples), deque[tuple[_Said, Asked, Future[list[str | None]]]]()
+        with ThreadPoolExecutor(1) as pool:
+            while some := list(islice(source, TOGETHER)):
+                said = [(e, [e.chosen.text, *(c.text for c in offered(e, negatives))]) for e in some]
+                asked = self.template.asked(said)
+                before.append((said, asked, pool.submit(self.template.rendered, asked)))
+                if len(before) > 1:
+                    yield _arrived(*before.popleft())
+            while before:
+                yield _arrived(*before.popleft())
 
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
         """Encode one example with the negatives of its stage; negatives with the same ids as chosen are left out.
@@ -304,11 +327,14 @@ class Encoder:
                 continue
             yield number, example, encoded
 
-    def _ids(self, text: str) -> list[int]:
-        known = self._known.get(text)
-        return (
-            known if known is not None else list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        )
+
+_Said = list[tuple[Example, list[str]]]
+
+
+def _arrived(
+    said: _Said, asked: Asked, texts: Future[list[str | None]]
+) -> tuple[_Said, Asked, list[str | None]]:
+    return said, asked, texts.result()
 
 
 def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:

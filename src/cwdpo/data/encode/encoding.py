@@ -27,6 +27,8 @@ from cwdpo.data.encode.encoder import TOGETHER, Encoder, NegativeSet
 from cwdpo.data.encode.reading import HERE, dead_worker
 from cwdpo.records import Example
 
+PART = 4 * TOGETHER
+"""Examples that are encoded at one place."""
 FEWEST = 4096
 """Examples from which on workers encode them; fewer are ready before a worker has started."""
 _AHEAD = 2
@@ -83,7 +85,7 @@ def encoded_batches(
     parts = _Parts(encoder, examples, how, problems)
     workers = encoder.prompt.workers if len(examples) >= FEWEST else None
     waiting: deque[tuple[int, Future[_Encoded | None] | None]] = deque()
-    for first in range(0, len(examples), TOGETHER):
+    for first in range(0, len(examples), PART):
         sent = workers.call(_encode, parts.order(first)) if workers and parts.settled else None
         waiting.append((first, sent))
         while len(waiting) > (_AHEAD * workers.n if workers and sent else 0):
@@ -94,7 +96,7 @@ def encoded_batches(
 
 @dataclass
 class _Parts:
-    """The examples in parts of :data:`TOGETHER`, each named by the place of its first example.
+    """The examples in parts of :data:`PART`, each named by the place of its first example.
 
     Attributes:
         settled: whether the last part that was encoded here taught nothing new; then workers may encode.
@@ -107,7 +109,7 @@ class _Parts:
     settled: bool = False
 
     def __getitem__(self, first: int) -> Sequence[Example]:
-        return self.examples[first : first + TOGETHER]
+        return self.examples[first : first + PART]
 
     def order(self, first: int) -> bytes:
         """What a worker gets, as bytes: tensors in it would else go through shared memory."""

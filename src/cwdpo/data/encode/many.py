@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.data.encode.embedded import check_embedded
@@ -90,7 +91,8 @@ class ManyPrompts:
             processor = encoder.expansions.stand_in(
                 Written(tuple(t for row in rows for t in row.texts), base=base)
             )
-            more = {"images": [[blank((2, 2))] * len(row.texts) for row in rows]}
+            nothing = blank((2, 2))
+            more = {"images": [[nothing] * len(row.texts) for row in rows]}
         try:
             outputs = dict(processor(text=[row.text for row in rows], add_special_tokens=bos, **more))
         except Exception:  # a row that the processor refuses: each is encoded alone
@@ -129,6 +131,4 @@ class ManyPrompts:
 
 
 def _expanded(values: Sequence[int], times: Sequence[int]) -> tuple[int, ...]:
-    return tuple(
-        v for value, n in zip(values, times, strict=True) for v in ((value,) if n == 1 else (value,) * n)
-    )
+    return tuple(chain.from_iterable(map(repeat, values, times)))

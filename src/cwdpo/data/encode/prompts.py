@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.data.contents import ImageContent, image_content, video_digest
+from cwdpo.data.contents import ImageContent, image_content
 from cwdpo.data.encode.clips import (
     check_apart,
     check_taken,
     settings_of,
     video_inputs,
-    video_settings,
 )
 from cwdpo.data.encode.embedded import check_embedded
 from cwdpo.data.encode.encoded_prompt import EncodedPrompt
 from cwdpo.data.encode.expand import NOT_FOR_THE_MODEL, Expansions, Sizes, Written, blank, sizes_of
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.many import ManyPrompts
+from cwdpo.data.encode.picture_digest import picture_digest
 from cwdpo.data.encode.reading import Coming, Job, Workers
 from cwdpo.data.encode.template import ChatTemplate
+from cwdpo.data.encode.tokens import Tails
 from cwdpo.data.inside import remember
 from cwdpo.errors import DataError
-from cwdpo.records import Example
+from cwdpo.records import Example, ImageRef
 from cwdpo.versions import version_of
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class PromptEncoder:
         self.workers = Workers(self, workers) if workers else None
         self.learns = True
         self._many, self._foreseen = ManyPrompts(self), dict[tuple[Any, ...], Result]()
+        self._contents: dict[tuple[ImageRef, ...], list[ImageContent]] = {}
+        self.tails = Tails(template)
         self._on_disk = on_disk
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,9 +142,10 @@ class PromptEncoder:
             DataError: the template refuses it, or it has a video, and the processor takes none.
         """
         check_taken(self.processor, example)
-        if example.prompt not in self._texts:
-            return remember(self._texts, example.prompt, self.template.prompt(example))
-        return self._texts[example.prompt]
+        known = self._texts.get(example.prompt)
+        return (
+            remember(self._texts, example.prompt, self.template.prompt(example)) if known is None else known
+        )
 
     def __call__(self, example: Example) -> EncodedPrompt:
         """Encode the prompt; the result is cached, because several stages use it.
@@ -155,34 +158,24 @@ class PromptEncoder:
             DataError: an image or video cannot be decoded, or the processor refuses the prompt.
         """
         key = _key(example)
-        if key not in self._prompts:
-            return remember(self._prompts, key, self._encoded_prompt(example))
-        return self._prompts[key]
+        known = self._prompts.get(key)
+        return remember(self._prompts, key, self._encoded_prompt(example, key)) if known is None else known
 
-    def _encoded_prompt(self, example: Example) -> EncodedPrompt:
+    def _encoded_prompt(self, example: Example, key: tuple[Any, ...]) -> EncodedPrompt:
         contents: list[ImageContent] = []
         with contextlib.suppress(DataError):  # decoding the images reports it
-            contents = [image_content(image) for image in example.images]
-        known = self._foreseen.get(_key(example))
+            contents = self._contents_of(example)
+        known = self._foreseen.get(key)
         ids, per_token, images = known or self._sized(example, sizes_of(contents)) or self._process(example)
         if not (images or contents):
             return EncodedPrompt(ids, per_token)
         if len(contents) < len(example.images):  # the processor could read them after all
-            contents = [image_content(image) for image in example.images]
-        files = [c.digest.hex() for c in contents]
-        if example.videos:
-            files += [
-                video_settings(self.processor),
-                *(video_digest(video).hex() for video in example.videos),
-            ]
-        # What else a reference says (all but its place) changes the pixels, so it is part of the digest.
-        said = [repr(replace(image, path=None, data=None)) for image in example.images]
-        said += [repr(replace(video, path=None, data=None)) for video in example.videos]
-        digest = _digest(self.image_settings, *files, *said)
+            contents = self._contents_of(example)
+        digest = picture_digest(self.image_settings, self.processor, example, contents)
         if self.workers is not None:
             self.workers.warm_up()
         if images:
-            self._keep(_key(example), images)
+            self._keep(key, images)
             if self._on_disk is not None:
                 self._on_disk.put(ImageCache.key(digest, ids, per_token), images)
         return EncodedPrompt(
@@ -192,14 +185,28 @@ class PromptEncoder:
     def foresee(self, examples: Sequence[Example]) -> None:
         """Encode together what can be; :meth:`__call__` then takes the results, until the next examples are named."""
         wanted = {_key(e): e for e in examples if not e.videos}
-        found = self._many(e for key, e in wanted.items() if key not in self._prompts)
-        self._foreseen = {_key(example): result for example, result in found}
+        keys = {id(e): key for key, e in wanted.items() if key not in self._prompts}
+        self._contents = {}
+        for images in {example.images: None for example in examples}:
+            with contextlib.suppress(DataError):  # encoding the row alone reports the error
+                self._contents[images] = [*map(image_content, images)]
+        found = self._many(e for e in wanted.values() if id(e) in keys)
+        self._foreseen = {keys[id(example)]: result for example, result in found}
+
+    def _contents_of(self, example: Example) -> list[ImageContent]:
+        """What the row's image files hold; those of the examples that were named last are not looked at again.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        known = self._contents.get(example.images)
+        return [*map(image_content, example.images)] if known is None else known
 
     def written(self, example: Example) -> Written | None:
         """What the processor writes for the row's images, if that is known."""
         if not example.images:
             return Written(())
-        contents = [image_content(image) for image in example.images]
+        contents = self._contents_of(example)
         sizes = sizes_of(contents)
         known = self._from_sizes and len(sizes) == len(contents)
         return self.expansions.of(sizes) if known else None
@@ -366,10 +373,6 @@ class PromptEncoder:
 def _key(example: Example) -> tuple[Any, ...]:
     """What an encoded prompt depends on."""
     return example.images, example.videos, example.prompt
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _opened(example: Example) -> list[Image]:

@@ -18,10 +18,12 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cwdpo.errors import DataError, ModelError
+from cwdpo.records import Message
 
 SECONDS = 10.0
 """Processor time for one rendering."""
@@ -34,6 +36,17 @@ MOST_CHARACTERS = 2**24
 
 Order = tuple[list[dict[str, Any]], bool, list[Any]]
 """A conversation, whether it ends with the start of a response, and the tools."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Conversations to render together.
+
+    ``numbers``: of each prompt. ``orders``: by the prompt's number and the response; ``None`` for the prompt alone.
+    """
+
+    numbers: Mapping[tuple[Message, ...], int]
+    orders: Mapping[tuple[int, str | None], Order]
 
 
 class Renderer:
@@ -219,7 +232,7 @@ def _serve(processor: Any, orders: int, answers: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
     _limit_memory()
-    parent = os.getppid()
+    parent, together = os.getppid(), _Together(processor)
     with os.fdopen(orders, "rb", buffering=0) as file:
         while True:
             # Other children of the parent may keep the pipe open when the parent is killed.
@@ -228,18 +241,56 @@ def _serve(processor: Any, orders: int, answers: int) -> None:
                     return
             if not (head := _read(file, 4)):
                 return
-            found = []
-            for chat, generation, tools in json.loads(_read(file, struct.unpack("!I", head)[0])):
-                try:
-                    text = _rendered(processor, chat, generation, tools)
-                    if len(text) > MOST_CHARACTERS:
-                        return
-                    found.append({"text": text})
-                except MemoryError:
-                    return
-                except Exception as error:  # templates can raise any error
-                    found.append({"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+            orders_ = json.loads(_read(file, struct.unpack("!I", head)[0]))
+            try:
+                found = together(orders_) or [_answer_of(processor, *order) for order in orders_]
+            except MemoryError:
+                return
+            if any(len(one.get("text", "")) > MOST_CHARACTERS for one in found):
+                return
             _write(answers, json.dumps(found).encode())
+
+
+def _answer_of(
+    processor: Any, chat: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Any]
+) -> dict[str, str]:
+    """The text of one conversation, or the template's error."""
+    try:
+        return {"text": _rendered(processor, chat, generation, tools)}
+    except MemoryError:
+        raise
+    except Exception as error:  # templates can raise any error
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+
+
+class _Together:
+    """Renders conversations with few calls of the processor, as long as the first ones are those of single calls."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor, self._usable, self._checked = processor, True, False
+
+    def __call__(self, orders: Sequence[Order]) -> list[dict[str, str]]:
+        """The texts; empty if each conversation must be rendered alone, as where one is refused."""
+        if len(orders) < 2 or not self._usable or any(tools or not chat for chat, _, tools in orders):
+            return []
+        found: list[Any] = [None] * len(orders)
+        try:
+            for generation in (False, True):
+                places = [i for i, order in enumerate(orders) if order[1] is generation]
+                texts = self._processor.apply_chat_template(
+                    [orders[i][0] for i in places], tokenize=False, add_generation_prompt=generation
+                )  # fmt: skip
+                self._usable = isinstance(texts, list) and len(texts) == len(places)
+                for i, text in zip(places, texts if self._usable else (), strict=False):
+                    found[i] = {"text": str(text)}
+        except MemoryError:
+            raise
+        except Exception:  # of one conversation: rendering it alone gives the error
+            return []
+        if self._usable and not self._checked:
+            self._checked = True
+            self._usable = found == [_answer_of(self._processor, *order) for order in orders]
+        return found if self._usable else []
 
 
 def _read(file: Any, size: int) -> bytes:

@@ -8,38 +8,18 @@ text unchanged.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from cwdpo.data.encode.ends import TurnEnd, without_ends
-from cwdpo.data.encode.render import Order, Renderer
+from cwdpo.data.encode.probe_turns import ANSWERS, CALLS, PROBE, TOOL
+from cwdpo.data.encode.render import Asked, Order, Renderer
 from cwdpo.errors import DataError, ModelError
 from cwdpo.records import VIDEO, Example, Message, Place, without_tools
 
-PROBE = 'it\'s "so"\nand so'
-"""If a template prints it as part of a list or as JSON, its quotes or its line break are escaped."""
 Style = Literal["blocks", "text"]
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "zq_tool",
-        "description": "zq description",
-        "parameters": {
-            "type": "object",
-            "properties": {"zq_key": {"type": "string", "description": "zq meaning"}},
-            "required": ["zq_key"],
-        },
-    },
-}
-"""A tool whose words no template holds."""
-_CALL = {
-    "type": "function", "id": "zqzqzqzq0", "function": {"name": "zq_tool", "arguments": {"zq_key": "zq value"}},
-}  # fmt: skip
-_CALLS = Message("assistant", (), json.dumps({"tool_calls": [_CALL]}))
-_ANSWERS = json.dumps({"name": "zq_tool", "tool_call_id": "zqzqzqzq0"})
 
 
 class RefusedRowError(DataError):
@@ -84,7 +64,8 @@ class ChatTemplate:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.checkpoint = checkpoint or CheckpointTokens()
         self._renderer = Renderer(processor)
-        self._foreseen: dict[tuple[Any, str | None], str] = {}
+        self._foreseen: dict[tuple[int, str | None], str] = {}
+        self._numbers: Mapping[tuple[Message, ...], int] = {}
         self._styles: dict[str, Style | str] = {}
 
     @property
@@ -232,28 +213,46 @@ class ChatTemplate:
         prompt, tools = without_tools(example.prompt)
         turns = [*prompt, *([] if response is None else [Message("assistant", (response,))])]
         self._check_tools(where, prompt, tools)
-        for turn in turns:
-            style = self._style(turn.role)
-            if style not in ("blocks", "text"):
-                raise RefusedRowError(
-                    where, "template-refuses", "", f"the chat template takes no {turn.role} turn ({style})",
-                    "leave such turns out, or set another chat template",
-                )  # fmt: skip
-        return turns, tools
+        return [self._checked(where, turn) for turn in turns], tools
 
-    def foresee(self, texts: Iterable[tuple[Example, Iterable[str]]]) -> None:
-        """Render prompts and responses together; later calls take the results, until other rows are named."""
-        orders: dict[tuple[Any, str | None], Order] = {}
+    def _checked(self, where: str, turn: Message) -> Message:
+        """The turn; an error if the template does not take its role."""
+        style = self._style(turn.role)
+        if style not in ("blocks", "text"):
+            raise RefusedRowError(
+                where, "template-refuses", "", f"the chat template takes no {turn.role} turn ({style})",
+                "leave such turns out, or set another chat template",
+            )  # fmt: skip
+        return turn
+
+    def asked(self, texts: Iterable[tuple[Example, Iterable[str]]]) -> Asked:
+        """What to render of rows and responses, for :meth:`foresee`."""
+        orders: dict[tuple[int, str | None], Order] = {}
+        numbers: dict[tuple[Message, ...], int] = {}
         for example, said in texts if self.is_there else ():
-            for response in (None, *said):
-                with contextlib.suppress(DataError):  # rendering it alone reports the error
-                    turns, tools = self._turns_of(example, response)
-                    orders[example.prompt, response] = [*map(self._as_chat, turns)], response is None, tools
-        found = zip(orders, self._renderer.many(list(orders.values())), strict=True)
+            with contextlib.suppress(DataError):  # rendering it alone reports the error
+                number = numbers.setdefault(example.prompt, len(numbers))
+                turns, tools = self._turns_of(example, None)
+                chat = [*map(self._as_chat, turns)]
+                orders[number, None] = chat, True, tools
+                for response in said:
+                    answer = self._checked(example.where or example.id, Message("assistant", (response,)))
+                    orders[number, response] = [*chat, self._as_chat(answer)], False, tools
+        return Asked(numbers, orders)
+
+    def rendered(self, asked: Asked) -> list[str | None]:
+        """The texts of all orders, from one message to the renderer. May be called in another thread."""
+        return self._renderer.many(list(asked.orders.values()))
+
+    def foresee(self, asked: Asked, texts: Sequence[str | None]) -> None:
+        """Take these results in later calls, until others are named."""
+        found = zip(asked.orders, texts, strict=True)
+        self._numbers = asked.numbers
         self._foreseen = {key: text for key, text in found if text is not None}
 
     def _render_row(self, example: Example, response: str | None) -> str:
-        if (known := self._foreseen.get((example.prompt, response))) is not None:
+        number = self._numbers.get(example.prompt, -1)
+        if (known := self._foreseen.get((number, response))) is not None:
             return known
         if not self.is_there:
             return self._bare(example, response)
@@ -293,13 +292,13 @@ class ChatTemplate:
     @cached_property
     def _prints_tools(self) -> bool:
         """Whether names, descriptions and parameters of tools reach the prompt."""
-        return self._prints(_turns("user"), [_TOOL], ("zq_tool", "zq description", "zq_key", "zq meaning"))
+        return self._prints(_turns("user"), [TOOL], ("zq_tool", "zq description", "zq_key", "zq meaning"))
 
     @cached_property
     def _prints_calls(self) -> bool:
         """Whether an assistant turn's calls reach the prompt: name, argument and value."""
-        turns = [*_turns("user"), _CALLS, Message("tool", ("a",), _ANSWERS), *_turns("assistant", "user")]
-        return self._prints(turns, [_TOOL], ("zq_tool", "zq_key", "zq value")) and self._prints(
+        turns = [*_turns("user"), CALLS, Message("tool", ("a",), ANSWERS), *_turns("assistant", "user")]
+        return self._prints(turns, [TOOL], ("zq_tool", "zq_key", "zq value")) and self._prints(
             turns, [], ("zq_tool", "zq_key", "zq value")
         )
 
@@ -340,7 +339,7 @@ class ChatTemplate:
                 turn = Message(role, (PROBE,))
                 opening = _turns(*before)
                 if role == "tool":  # what it gave to a call
-                    opening, turn = [*_turns("user"), _CALLS], Message(role, (PROBE,), _ANSWERS)
+                    opening, turn = [*_turns("user"), CALLS], Message(role, (PROBE,), ANSWERS)
                 try:
                     text = self._chat([*opening, turn, *_turns(*after)], generation=False)
                 except DataError as error:
