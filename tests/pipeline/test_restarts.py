@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,23 +13,30 @@ from pathlib import Path
 import pytest
 
 from chaos.commands import RECIPE, contents, difference
+from paths import TESTS
 
 KILLS = int(os.environ.get("CWDPO_RESTARTS", "1"))
-"""Kills of each process, at instants spread over the run."""
-BEGINS = (
-    "recipe.yaml",
-    "metrics.jsonl",
-    "stage1/checkpoint-4",
-    "calibration.json",
-    "stage2/checkpoint-4",
-    "model",
-)
+"""Killed runs of each kind, at instants spread over the run, of the first and the second process in turn."""
+INSTANTS = (
+    "recipe.yaml", "init", "inputs.json", "encoded/stage1.arrow", "stage1", "readings.jsonl", "metrics.jsonl",
+    "stage1/.checkpoint-4.*.tmp", "stage1/checkpoint-4", "stage1/model", "calibration.json", "pool.jsonl",
+    "reference", "rounds.jsonl", "stage2/.checkpoint-2.*.tmp", "stage2/checkpoint-4", "stage2/checkpoint-6",
+    "model", "samples.jsonl", "summary.json",
+)  # fmt: skip
+"""Names that appear in a run folder one after the other, in all phases of a run."""
+KINDS = [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora")]
+WHEN = re.compile(r"/\.metadata$")
+"""torch stores the time in the description of a sharded checkpoint."""
 
 
-def launched(recipe: Path, out: Path) -> subprocess.Popen[str]:
+def launched(kind: tuple[str, str], recipe: Path, out: Path) -> subprocess.Popen[str]:
+    mode, tune = kind
+    program = (
+        ["-m", "cwdpo"] if mode == "ddp" else [str(TESTS / "process_worker.py"), mode, "-", "-", "-", "cwdpo"]
+    )
     command = [
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "3",
-        "-m", "cwdpo", "train", str(recipe), "--out", str(out), "--auto-resume",
+        *program, "train", str(recipe), "--out", str(out), "--auto-resume", f"model.tune={tune}",
     ]  # fmt: skip
     # Without the last one, accelerate's processes on CPUs meet the addresses of the attempt before, and wait for ever.
     more = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -54,10 +62,10 @@ def process_of(rank: int, launcher: int) -> int | None:
     return None
 
 
-def kill_when(begun: Path, rank: int, launcher: subprocess.Popen[str]) -> None:
+def kill_when(out: Path, begun: str, rank: int, launcher: subprocess.Popen[str]) -> None:
     """Kill one process as soon as a name is in the run folder."""
     until = time.monotonic() + 300
-    while not begun.exists():
+    while not any(out.glob(begun)):
         assert launcher.poll() is None, "the run ended before"
         assert time.monotonic() < until, f"{begun} did not appear"
         time.sleep(0.01)
@@ -66,19 +74,34 @@ def kill_when(begun: Path, rank: int, launcher: subprocess.Popen[str]) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
-def test_a_killed_process_is_restarted_and_the_run_ends_as_undisturbed(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    assert launched(recipe, tmp_path / "twin").wait(600) == 0, (tmp_path / "twin.log").read_text()[-3000:]
-    wanted = contents(tmp_path / "twin")
-    for number in range(2 * KILLS):
-        rank, begun = number % 2, BEGINS[(2 + number + number // 2) % len(BEGINS)]
-        out = tmp_path / f"{number}-{rank}"
-        launcher = launched(recipe, out)
-        kill_when(out / begun, rank, launcher)
+def ended(launcher: subprocess.Popen[str], out: Path) -> dict[str, bytes]:
+    """What a run left that must not differ."""
+    try:
         assert launcher.wait(600) == 0, out.with_suffix(".log").read_text()[-3000:]
-        assert not difference(contents(out), wanted), (rank, begun)
+    finally:
+        launcher.terminate()  # it ends its processes
+        launcher.wait()
+    return {name: data for name, data in contents(out).items() if not WHEN.search(name)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_a_killed_process_is_restarted_and_the_run_ends_as_undisturbed(kind, tmp_path: Path) -> None:
+    recipe, twin = tmp_path / "recipe.yaml", tmp_path / "twin"
+    recipe.write_text(RECIPE)
+    wanted = ended(launched(kind, recipe, twin), twin)
+    first = KINDS.index(kind) % 2  # the two sharded kinds are killed at other instants
+    for number in range(KILLS):
+        rank, begun = (
+            number % 2,
+            INSTANTS[(first + (2 * number + 1) * len(INSTANTS) // (2 * KILLS)) % len(INSTANTS)],
+        )
+        out = tmp_path / f"{number}-{rank}"
+        launcher = launched(kind, recipe, out)
+        kill_when(out, begun, rank, launcher)
+        assert not difference(ended(launcher, out), wanted), (rank, begun)
+        assert out.with_suffix(".log").read_text().count("reading data") == 2, "it was started again"
+        print(f"{kind}: process {rank} killed at {begun}", flush=True)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from cwdpo.config import parse_recipe
 from cwdpo.errors import DataError, ModelError, RecipeError, RunDirError
 from cwdpo.files.reading import read_jsonl
 from cwdpo.models.load import freeze, load_policy
+from cwdpo.pipeline import two_stage
 from cwdpo.pipeline.two_stage import train_two_stage
 from cwdpo.rundir import RunDir
+from cwdpo.trainer.trainer import PreferenceTrainer
 
 
 def recipe(world: Path, folder: Path, /, **changes):
@@ -37,9 +40,32 @@ def recipe(world: Path, folder: Path, /, **changes):
     return parse_recipe(tree)
 
 
+OPTIMIZERS: list[tuple[str, bool]] = []
+"""Of the run ``finished``, in order: an optimizer was made, or a model saved; whether one is in memory."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, world_folder, model_folder) -> RunDir:
-    return train_two_stage(recipe(world_folder, model_folder), tmp_path_factory.mktemp("runs") / "small")
+    made = []
+    create, save = PreferenceTrainer.create_optimizer, two_stage.save_model
+
+    def creating(self, model=None):
+        OPTIMIZERS.append(("made", any(ref() is not None for ref in made)))
+        made.append(weakref.ref(create(self, model)))
+        return made[-1]()
+
+    def saving(*args):
+        OPTIMIZERS.append(("saved", any(ref() is not None for ref in made)))
+        save(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "create_optimizer", creating)
+        patch.setattr(two_stage, "save_model", saving)
+        return train_two_stage(recipe(world_folder, model_folder), tmp_path_factory.mktemp("runs") / "small")
+
+
+def test_the_optimizer_of_a_stage_is_gone_when_it_ends(finished) -> None:
+    assert OPTIMIZERS == [("made", False), ("saved", False)] * 2
 
 
 def test_a_run_says_where_its_time_went(finished) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,20 @@ def check_arguments(train: TrainSettings) -> None:
 def run_stage(stage: Stage) -> None:
     """Train ``stage.policy.model``, in place; if it was sharded, it is replaced by the joined model.
 
+    Afterwards nothing of its trainer is in memory.
+
     Raises:
         DataError: too many examples cannot be used.
         NonFiniteError: the loss is not finite any more; nothing was updated.
     """
+    _run(stage)
+    # The trainer and what refers to it form circles, which Python would only free some time later: until then the
+    # optimizer's state, with AdamW twice the size of the weights, would be kept beside the next stage's.
+    stage.trainer = None
+    gc.collect()
+
+
+def _run(stage: Stage) -> None:
     with idle_adapters_off(stage.policy.model):
         parts, rows = _prepared(stage)
         with stage.autocast():

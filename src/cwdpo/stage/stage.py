@@ -64,7 +64,7 @@ class Stage:
         reference_model: a reference model other than the policy at the start.
         stream: with ``data.streaming``, reads the windows after ``examples``, which are the first one.
         in_force: the current objective; calibrated when the stage is prepared.
-        trainer: ``None`` until it is created; under FSDP2 it has the weights.
+        trainer: ``None`` until it is created and after the stage; under FSDP2 it has the weights.
     """
 
     name: StageName
