@@ -24,7 +24,7 @@ INSTANTS = (
     "model", "samples.jsonl", "summary.json",
 )  # fmt: skip
 """Names that appear in a run folder one after the other, in all phases of a run."""
-KINDS = [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora")]
+KINDS = [("ddp", "full"), ("fsdp2", "lora"), ("fsdp2", "full")]
 WHEN = re.compile(r"/\.metadata$")
 """torch stores the time in the description of a sharded checkpoint."""
 
@@ -85,7 +85,8 @@ def ended(launcher: subprocess.Popen[str], out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+# The whole sharded model by hand: that it resumes, tests/pipeline/test_processes.py shows every time.
+@pytest.mark.parametrize("kind", KINDS[: None if "CWDPO_RESTARTS" in os.environ else 2], ids="-".join)
 def test_a_killed_process_is_restarted_and_the_run_ends_as_undisturbed(kind, tmp_path: Path) -> None:
     recipe, twin = tmp_path / "recipe.yaml", tmp_path / "twin"
     recipe.write_text(RECIPE)
