@@ -32,11 +32,11 @@ from cwdpo.waiting import from_first, group_of, of_all, several, wait_for_all, w
 
 MARK = ".copy"
 """A file of this name marks a copy; it says where the run is."""
-WHAT = "copying the run folder"
+_WHAT = "copying the run folder"
 _CHUNK = 2**26
 """Bytes that are sent at once."""
-Listing = Mapping[str, tuple[int, str] | None]
-"""Size and digest of files by name; ``None`` of folders."""
+_Listing = Mapping[str, dict[str, Any] | None]
+"""Size and digest of files (:meth:`Running.entry`) by name; ``None`` of folders."""
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,24 @@ def copied(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
 def _find(folder: Path, note: Callable[[str], None]) -> _Copies | None:
     rank = dist.get_rank()
     # Anybody's first look is at a new name: what a network disk remembers of older looks does not count.
-    token = from_first(f".shared.{secrets.token_hex(8)}.tmp", WHAT)
+    token = from_first(f".shared.{secrets.token_hex(8)}.tmp", _WHAT)
     mine = folder / f"{token}.{rank}.tmp"
     if rank == 0:
         (folder / token).touch()
-    wait_for_all(WHAT)
+    wait_for_all(_WHAT)
     sees = (folder / token).is_file()
     folder.mkdir(parents=True, exist_ok=True)
     begun = any(_files(folder, folders=True)) and not (folder / MARK).is_file()
     if not sees:
         mine.touch()
-    wait_for_all(WHAT)
+    wait_for_all(_WHAT)
     # A network disk may show the first process's file late. Writing to its folder as to a copy would be damage.
-    here = from_first([(folder / f"{token}.{r}.tmp").is_file() for r in range(dist.get_world_size())], WHAT)
-    wait_for_all(WHAT)
+    here = from_first([(folder / f"{token}.{r}.tmp").is_file() for r in range(dist.get_world_size())], _WHAT)
+    wait_for_all(_WHAT)
     for path in (mine, *([folder / token] if rank == 0 else [])):
         path.unlink(missing_ok=True)
     place = (socket.gethostname(), str(folder.resolve()))
-    found = of_all([(rank, sees or here[rank], place, begun)], WHAT)
+    found = of_all([(rank, sees or here[rank], place, begun)], _WHAT)
     apart: dict[tuple[str, str], tuple[int, bool]] = {}
     for other, shared, where, filled in found:
         if not shared:
@@ -147,9 +147,9 @@ def send_copies() -> None:
     if copies is None:
         return
     if copies.group is not None:
-        with waiting(WHAT):
+        with waiting(_WHAT):
             _send_copies(copies)
-    wait_for_all(WHAT)
+    wait_for_all(_WHAT)
 
 
 def _send_copies(copies: _Copies) -> None:
@@ -160,7 +160,7 @@ def _send_copies(copies: _Copies) -> None:
             clear_pieces(folder)
     every: list[Any] = [None] * len(copies.ranks)
     dist.all_gather_object(every, _names(copies.folder), group=copies.group)
-    wanted: Listing = every[0]
+    wanted: _Listing = every[0]
     if not first:
         _make_room(copies.folder, every[copies.ranks.index(dist.get_rank())], wanted)
     to_all = partial(dist.broadcast, src=0, group=copies.group)
@@ -168,13 +168,13 @@ def _send_copies(copies: _Copies) -> None:
         if entry is None or all(other.get(name) == entry for other in every):
             continue
         if first:
-            _send(copies.folder / name, entry[0], to_all)
+            _send(copies.folder / name, entry["bytes"], to_all)
         else:
             with replacing(copies.folder / name) as temporary:
-                _receive(temporary, entry[0], to_all)
+                _receive(temporary, entry["bytes"], to_all)
 
 
-def _make_room(folder: Path, have: Listing, wanted: Listing) -> None:
+def _make_room(folder: Path, have: _Listing, wanted: _Listing) -> None:
     """Remove what a copy has and the run has not, and make the run's folders."""
     for name in sorted(have, reverse=True):  # what is in a folder before the folder
         if name in wanted and (have[name] is None) == (wanted[name] is None):
@@ -198,11 +198,11 @@ def fetch_written(folder: Path) -> None:
     copies = _current.get()
     if copies is None:
         return
-    wait_for_all(WHAT)  # every process has written
+    wait_for_all(_WHAT)  # every process has written
     if copies.group is not None:
-        with waiting(WHAT):
+        with waiting(_WHAT):
             _fetch_written(copies, folder)
-    wait_for_all(WHAT)
+    wait_for_all(_WHAT)
 
 
 def _fetch_written(copies: _Copies, folder: Path) -> None:
@@ -243,18 +243,12 @@ def _lengths(size: int) -> Iterator[int]:
         yield min(_CHUNK, size - start)
 
 
-def _names(folder: Path) -> Listing:
+def _names(folder: Path) -> _Listing:
     """Everything in a run folder but what belongs to the process that works in it, folders before their contents."""
-    found: dict[str, tuple[int, str] | None] = {}
-    for path in _files(folder, folders=True):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir():
-            found[name] = None
-        else:
-            running = Running()
-            digest = running.read_on(path)
-            found[name] = (running.size, digest)
-    return found
+    return {
+        path.relative_to(folder).as_posix(): None if path.is_dir() else Running().entry(path)
+        for path in _files(folder, folders=True)
+    }
 
 
 def _files(folder: Path, *, folders: bool = False) -> Iterator[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
 from cwdpo.files.checksums import refuse_damage
 from cwdpo.files.reading import read_object
-from cwdpo.files.writing import clear_unfinished, copy_folder, new_folder, write_text
+from cwdpo.files.writing import clear_unfinished, copy_folder, new_folder, temporary_name, write_text
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.merge import Rounding, merge, rounding, rounding_of_adapter
 from cwdpo.models.quantization import quantization_of
@@ -197,9 +197,13 @@ def _model_of(
         )
     refuse_damage(checkpoint, "export another one")
     settings = stored_model(run.path / "recipe.yaml", code)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
-        _write_checkpoint(run, checkpoint, settings, Path(beside))
-        yield Path(beside), settings
+    beside = temporary_name(out)  # the next export removes what a kill leaves of it
+    beside.mkdir()
+    try:
+        _write_checkpoint(run, checkpoint, settings, beside)
+        yield beside, settings
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _checkpoints(run: RunDir) -> list[str]:

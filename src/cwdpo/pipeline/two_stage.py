@@ -87,7 +87,6 @@ def train_two_stage(
             copied(run.path, listener.note),
             started_trackers(recipe, run, listener.note) as trackers,
         ):
-            send_copies()
             _train(recipe, run, listener, trackers, resume=resume, accept_changes=accept_changes)
     finally:
         run.unlock()
@@ -104,7 +103,7 @@ def _train(
     accept_changes: bool,
 ) -> None:
     listener.phase("reading data")
-    # The main process writes the embedded world and the small model, which the others read.
+    # The main process writes the embedded world and the small model, which the others read; nothing was read before.
     with first_alone("reading data, loading the model", send_copies):
         with spent_on("data"):
             splits = prepare_data(recipe, run)

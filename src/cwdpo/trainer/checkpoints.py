@@ -98,9 +98,8 @@ class CompleteCheckpoints(Trainer):  # type: ignore[misc]
                 self._push_from_checkpoint(str(folder / name))
         wait_for_all("finishing a checkpoint")
         if not self.args.should_save:
-            shutil.rmtree(
-                aside, ignore_errors=True
-            )  # one of its own: the first process fetched what it needs
+            # One of its own, without a shared disk: the first process fetched what it needs.
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         with readable(checkpoint, "the state of the optimizer or of the learning rate schedule"):

@@ -7,9 +7,8 @@ completion together are the ids of the joined text, and generation starts from e
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from cwdpo.data.encode.embedded import check_embedded
 from cwdpo.data.encode.encoded_prompt import EncodedPrompt as EncodedPrompt
 from cwdpo.data.encode.image_cache import ImageCache
 from cwdpo.data.encode.prompts import PromptEncoder
+from cwdpo.data.encode.reading import read_ahead
 from cwdpo.data.encode.render import Asked
 from cwdpo.data.encode.span import differing_span
 from cwdpo.data.encode.template import ChatTemplate, CheckpointTokens, RefusedRowError
@@ -153,9 +153,8 @@ class Encoder:
     def _set(self, prompt: PromptEncoder, max_length: int | None) -> None:
         self.prompt, self.max_length = prompt, max_length
         self.processor, self.template, self.tokenizer = prompt.processor, prompt.template, prompt.tokenizer
-        self._named: list[
-            Example
-        ] = []  # keeps the places in memory, by which parts are found, of these examples
+        # Parts are found by an example's place in memory, so the examples are kept as long as their parts.
+        self._named: list[Example] = []
         self._foreseen_parts: dict[tuple[int, str], tuple[str, str]] = {}
 
     def forget(self) -> None:
@@ -235,18 +234,19 @@ class Encoder:
 
     def _rendered(
         self, examples: Iterable[Example], negatives: NegativeSet
-    ) -> Iterator[tuple[_Said, Asked, list[str | None]]]:
+    ) -> Iterator[tuple[list[tuple[Example, list[str]]], Asked, list[str | None]]]:
         """Examples with their responses, and the renderer's texts: it renders the next ones while these are used."""
-        source, before = iter(examples), deque[tuple[_Said, Asked, Future[list[str | None]]]]()
+        source = iter(examples)
+        groups = iter(lambda: list(islice(source, TOGETHER)), [])
         with ThreadPoolExecutor(1) as pool:
-            while some := list(islice(source, TOGETHER)):
+
+            def begun(some: list[Example]) -> Any:
                 said = [(e, [e.chosen.text, *(c.text for c in offered(e, negatives))]) for e in some]
                 asked = self.template.asked(said)
-                before.append((said, asked, pool.submit(self.template.rendered, asked)))
-                if len(before) > 1:
-                    yield _arrived(*before.popleft())
-            while before:
-                yield _arrived(*before.popleft())
+                return said, asked, pool.submit(self.template.rendered, asked)
+
+            for said, asked, texts in read_ahead(groups, begun, len):
+                yield said, asked, texts.result()
 
     def encode(self, example: Example, negatives: NegativeSet = "rejected") -> EncodedExample:
         """Encode one example with the negatives of its stage; negatives with the same ids as chosen are left out.
@@ -326,15 +326,6 @@ class Encoder:
                 problems.append(f"{example.where or example.id}: no negative for this stage")
                 continue
             yield number, example, encoded
-
-
-_Said = list[tuple[Example, list[str]]]
-
-
-def _arrived(
-    said: _Said, asked: Asked, texts: Future[list[str | None]]
-) -> tuple[_Said, Asked, list[str | None]]:
-    return said, asked, texts.result()
 
 
 def _encoded(completion: Completion, ids: Sequence[int], span: tuple[int, int]) -> EncodedCompletion:

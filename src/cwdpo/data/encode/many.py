@@ -11,7 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, repeat, starmap
 from typing import TYPE_CHECKING, Any
 
 from cwdpo.data.encode.embedded import check_embedded
@@ -131,4 +131,4 @@ class ManyPrompts:
 
 
 def _expanded(values: Sequence[int], times: Sequence[int]) -> tuple[int, ...]:
-    return tuple(chain.from_iterable(map(repeat, values, times)))
+    return tuple(chain.from_iterable(starmap(repeat, zip(values, times, strict=True))))
