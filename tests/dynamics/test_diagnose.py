@@ -181,7 +181,23 @@ def test_a_drift_that_few_tokens_carry_is_none() -> None:
     assert diagnose_rows(readings("kl", kl, low=0.01, high=0.09), []) == []
     (found,) = diagnose_rows(readings("kl", kl, low=0.03, high=0.07), [])
     assert (found.name, found.first_step) == ("reference_drift", 10)
-    assert found.evidence[1] == "kl (lower end of its 95% interval): 0.03 at step 10, above 0.02"
+    assert found.evidence[1] == (
+        "kl (lower end of its 95% interval): 0.03 at step 10, above 0.0201 (0.067 of the entropy)"
+    )
+
+
+def test_what_is_drift_is_a_share_of_the_entropy_at_the_start() -> None:
+    moved = readings("kl", {0: 0.0, 10: 0.3}, low=0.2, high=0.4)
+    fallen = readings("delta_logp/chosen", {0: 0.0, 10: -0.1})
+    trained = metrics("gradient/rejected_share", [0.5] * 20)
+
+    def names(entropy: dict[int, float]) -> set[str]:
+        return {f.name for f in diagnose_rows([*moved, *fallen, *readings("entropy", entropy)], trained)}
+
+    assert names({}) == names({0: 0.3}) == names({0: 0.1}) == {"likelihood_displacement", "reference_drift"}
+    assert names({0: 1.4, 10: 5.0}) == {"likelihood_displacement", "reference_drift"}  # 0.067 of 1.4 is 0.094
+    assert names({0: 2.0, 10: 0.1}) == {"reference_drift"}  # 0.133 of 2.0 is 0.266
+    assert names({0: 2.4, 10: 0.1}) == set()
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_thresholds_that_cost_healthy_runs_are_not_chosen() -> None:
         trajectory("b", "hot", [0.8, 0.7, 0.6], [0.0, -0.025, -0.025]),
     ]
     chosen, _ = stopping.choose(runs)
-    assert chosen == "chosen_delta < -0.02"
+    assert chosen == DEFAULT_STOP[0]
     strict = [parse_rule("chosen_delta < -0.01")]
     assert stopping.outcome(runs, strict)["healthy"]["worst_cost"] == pytest.approx(0.05)
 

@@ -49,6 +49,8 @@ def test_a_rule_is_read(text: str, reading: str, comparison: str, threshold: flo
         ("kl < nan", "not a finite number"),
         ("kl < inf", "not a finite number"),
         ("kl < x", "not a finite number"),
+        ("kl < 1 of nll", "is not a rule"),
+        ("kl < of entropy", "is not a rule"),
     ],
 )
 def test_what_is_no_rule_is_refused_in_the_recipe(text: str, said: str) -> None:
@@ -65,6 +67,12 @@ def test_the_first_rule_that_holds_speaks_and_a_missing_value_never_does() -> No
     found = first_violation(rules, readings)
     assert found is not None
     assert found.words() == "kl > 0.04: kl was 0.05 (n = 9) at step 30"
+    share = [parse_rule("kl > 0.133 of entropy")]
+    assert first_violation(share, readings, entropy=0.5) is None
+    found = first_violation(share, readings, entropy=0.3)
+    assert found is not None
+    assert found.words() == "kl > 0.133 of entropy (0.0399): kl was 0.05 (n = 9) at step 30"
+    assert first_violation(share, readings) == first_violation(share, readings, entropy=0.1) == found
     assert first_violation(rules, {"kl": Reading("kl", 0.04, 9)}) is None
     assert first_violation(rules, {}) is None
 

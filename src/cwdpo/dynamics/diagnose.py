@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cwdpo.dynamics.rules import THRESHOLDS
+from cwdpo.dynamics.rules import THRESHOLDS, in_nats
 from cwdpo.dynamics.series import Series, View
 from cwdpo.errors import RecipeError
 from cwdpo.registry import Settings, explain
@@ -27,6 +27,7 @@ class Condition(Settings):
         series: name of a reading, or ``train/`` and the name of a training metric.
         view, window: see :meth:`Series.viewed`.
         above, below: the bound, a number or a name of :data:`cwdpo.dynamics.rules.THRESHOLDS`.
+        of: ``entropy``: the bound is a share of the policy's entropy at the start of the stage.
         after: share of the stage's steps that the condition skips.
     """
 
@@ -34,6 +35,7 @@ class Condition(Settings):
     view: View = "value"
     above: float | None = None
     below: float | None = None
+    of: Literal["entropy"] | None = None
     after: float = Field(0.0, ge=0, le=1)
     window: int = Field(1, ge=1)
 
@@ -50,19 +52,24 @@ class Condition(Settings):
 
     @property
     def threshold(self) -> float:
-        """The bound."""
+        """The bound as it is given."""
         return self.above if self.above is not None else float(self.below)  # type: ignore[arg-type]
 
-    def holds(self, value: float) -> bool:
+    def bound(self, entropy: float | None = None) -> float:
+        """The bound in the series' unit; ``entropy``: at the start of the stage, nats per token."""
+        return in_nats(self.threshold, entropy) if self.of else self.threshold
+
+    def holds(self, value: float, entropy: float | None = None) -> bool:
         """Whether a number is above, or below, the bound."""
-        return value > self.threshold if self.above is not None else value < self.threshold
+        bound = self.bound(entropy)
+        return value > bound if self.above is not None else value < bound
 
     def scaled(self, factor: float) -> Condition:
         """The condition with its bound multiplied by a factor, for choosing thresholds."""
         name = "above" if self.above is not None else "below"
         return self.model_copy(update={name: self.threshold * factor})
 
-    def words(self, value: float, step: int) -> str:
+    def words(self, value: float, step: int, entropy: float | None = None) -> str:
         """The observed number and the bound, in one line."""
         view = {
             "value": "", "change": " since the start of the stage", "fall": " below its highest",
@@ -70,7 +77,8 @@ class Condition(Settings):
             "low": " (lower end of its 95% interval)", "n": " (n)",
         }[self.view]  # fmt: skip
         sign = "above" if self.above is not None else "below"
-        return f"{self.series}{view}: {value:.4g} at step {step}, {sign} {self.threshold:g}"
+        share = f" ({self.threshold:g} of the entropy)" if self.of else ""
+        return f"{self.series}{view}: {value:.4g} at step {step}, {sign} {self.bound(entropy):.3g}{share}"
 
 
 class FindingRule(Settings):
@@ -146,6 +154,7 @@ def load_rules(text: str | None = None, where: str = "rules.yaml") -> list[Findi
 def apply(rule: FindingRule, series: Series) -> Finding | None:
     """The finding of a rule in a run, or ``None``; a condition on a series that was not recorded never holds."""
     seen = [dict(_counted(c, series, rule.stage)) for c in rule.when]
+    entropy = series.entropy(rule.stage)
     steps = sorted({step for values in seen for step in values})
     held: list[tuple[int, list[tuple[int, float]]]] = []
     for step in steps:
@@ -154,12 +163,12 @@ def apply(rule: FindingRule, series: Series) -> Finding | None:
         if any(s is None for s in latest):
             continue
         now = [(s, values[s]) for s, values in zip(latest, seen, strict=True) if s is not None]
-        if all(c.holds(value) for c, (_, value) in zip(rule.when, now, strict=True)):
+        if all(c.holds(value, entropy) for c, (_, value) in zip(rule.when, now, strict=True)):
             held.append((step, now))
     if not held:
         return None
     first, now = held[0]
-    evidence = tuple(c.words(value, step) for c, (step, value) in zip(rule.when, now, strict=True))
+    evidence = tuple(c.words(value, step, entropy) for c, (step, value) in zip(rule.when, now, strict=True))
     return Finding(
         rule.name,
         rule.title,

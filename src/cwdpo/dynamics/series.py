@@ -56,6 +56,10 @@ class Series:
         """The last step for which a stage recorded anything; 0 if it recorded nothing."""
         return max((max(points) for (own, _), points in self._found.items() if own == stage), default=0)
 
+    def entropy(self, stage: str) -> float | None:
+        """The policy's entropy at the first measurement of a stage, nats per token; ``None`` if it was not measured."""
+        return next((point.value for point in self.points(stage, "entropy")), None)
+
     def viewed(self, stage: str, name: str, view: View = "value", window: int = 1) -> list[tuple[int, float]]:
         """A series as ``(step, number)``, after a transformation.
 

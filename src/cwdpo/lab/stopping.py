@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cwdpo.dynamics.rules import DEFAULT_STOP, Rule, parse_rule
+from cwdpo.dynamics.series import Series
 from cwdpo.evaluation.intervals import mean_interval
 from cwdpo.lab.trace import Traced, halves
 
@@ -23,8 +24,9 @@ ALLOWED_COST = 0.005
 def stopped(run: Traced, rules: Sequence[Rule]) -> int:
     """Index in the trace at which the rules would have left the run: before the first violation, or at the end."""
     readings = {(r["name"], r["step"]): r["value"] for r in run.readings if r["stage"] == "stage2"}
+    entropy = Series(run.readings, ()).entropy("stage2")
     for i, (step, _) in enumerate(run.trace):
-        if any(rule.holds(readings.get((rule.reading, step))) for rule in rules):
+        if any(rule.holds(readings.get((rule.reading, step)), entropy) for rule in rules):
             return max(i - 1, 0)
     return len(run.trace) - 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from cwdpo.dynamics.rules import Rule, Violation, first_violation, parse_rule
+from cwdpo.dynamics.series import Series
 from cwdpo.monitor.instruments import ProbeCallback
 from cwdpo.trainer.weights import Weights
 from cwdpo.waiting import from_first
@@ -40,6 +42,11 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._file = "healthy-0.safetensors"
         self._every_process = False
 
+    @cached_property
+    def entropy(self) -> float | None:
+        """At the start of the stage, nats per token; read from the run, because a resumed stage begins later."""
+        return Series(self.stage.run.readings(), ()).entropy(self.stage.name)
+
     def state(self) -> dict[str, Any]:
         """The state for ``trainer_state.json``; the weights are in a file next to it."""
         return {"args": {}, "attributes": {"healthy_step": self.healthy_step}}
@@ -67,7 +74,7 @@ class Stopping(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.probes.last_step != state.global_step:
             return
         # All processes follow the first one: their readings may differ in the last bits, but none may stop alone.
-        found = from_first(first_violation(self.rules, self.probes.last), "the rules to stop")
+        found = from_first(first_violation(self.rules, self.probes.last, self.entropy), "the rules to stop")
         if found is not None:
             self._stop(found, model, control)
         elif self.healthy is not None:

@@ -62,7 +62,6 @@ class Lexicon:
 
     swaps: dict[Phrase, list[Swap]] = field(default_factory=dict)
     keep: set[Phrase] = field(default_factory=set)
-    longest: int = 1
 
     def matches(self, text: Words) -> list[Match]:
         """Word ranges ``[first, last)`` of ``text`` that may be replaced, each with its swaps.
@@ -81,15 +80,29 @@ class Lexicon:
                 yield first, first + length, swaps
             first += length
 
+    @functools.cached_property
+    def _lengths(self) -> dict[str, list[int]]:
+        """For each word, how long the phrases are that begin with it; the longest first."""
+        found: dict[str, set[int]] = {}
+        for phrase in itertools.chain(self.swaps, self.keep):
+            found.setdefault(phrase[0], set()).add(len(phrase))
+        return {word: sorted(lengths, reverse=True) for word, lengths in found.items()}
+
     def _longest_at(self, text: Words, first: int) -> tuple[int, list[Swap]]:
-        for length in range(min(self.longest, text.run(first)), 0, -1):
+        for length in self._lengths.get(text.lower[first], ()):
             phrase = text.lower[first : first + length]
+            if length > text.run(first):
+                continue
             if phrase in self.keep:
                 return length, []
-            swaps = self.swaps.get(phrase, [])
-            contexts = {id(s.context): s.context for s in swaps}  # many swaps share one
-            fits = {key: text.fits(one, first, first + length) for key, one in contexts.items()}
-            fitting = [s for s in swaps if fits[id(s.context)]]
+            fits: dict[int, bool] = {}  # many swaps share a context
+            fitting = []
+            for swap in self.swaps.get(phrase, ()):
+                key = id(swap.context)
+                if key not in fits:
+                    fits[key] = text.fits(swap.context, first, first + length)
+                if fits[key]:
+                    fitting.append(swap)
             if fitting:
                 return length, fitting
         return 1, []
@@ -128,7 +141,7 @@ class Words:
         """Whether any of ``phrases`` occurs among the words ``[first, last)``."""
         words = self.lower[first:last]
         starts = _by_first_word(phrases)
-        return any(
+        return not starts.keys().isdisjoint(words) and any(
             phrase == words[i : i + len(phrase)]
             for i, word in enumerate(words)
             if word in starts
@@ -150,9 +163,9 @@ class Words:
             return False
         if context.after is not None and not _in(context.after, left, from_left=False):
             return False
-        if _in(context.not_before, right, from_left=True):
+        if context.not_before and _in(context.not_before, right, from_left=True):
             return False
-        return not _in(context.not_after, left, from_left=False)
+        return not (context.not_after and _in(context.not_after, left, from_left=False))
 
 
 def _in(phrases: frozenset[Phrase], words: Phrase, *, from_left: bool) -> bool:
@@ -193,7 +206,6 @@ def load_lexicon(extension: str = "") -> Lexicon:
         lexicon.keep |= file.phrases("keep", file.tree.get("keep", []), lists)
         for source, swap in file.swaps(lists, synonyms):
             lexicon.swaps.setdefault(source, []).append(swap)
-    lexicon.longest = max(map(len, itertools.chain(lexicon.swaps, lexicon.keep)))
     return lexicon
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwdpo.dynamics.diagnose import Finding, diagnose_rows
-from cwdpo.dynamics.rules import CHOSEN_FALL, KL_DRIFT
+from cwdpo.dynamics.rules import CHOSEN_FALL, KL_DRIFT, in_nats
 from cwdpo.dynamics.series import Point, Series
 from cwdpo.report._page import Folder, Panels
 from cwdpo.report._text import finite, number, plain
 from cwdpo.report.figures import Line
 
-# label, series, limit, unit, help text
+# label, series, limit, unit, help text; the first two limits are shares of the entropy
 GAUGES = (
     ("Δ log p of chosen", "delta_logp/chosen", CHOSEN_FALL, "nats/token", "chosen must not become less likely"),
     ("KL to the reference", "kl", KL_DRIFT, "nats/token", "how far the policy is from the start of stage 2"),
@@ -45,6 +45,7 @@ def dynamics(
 ) -> dict[str, Any]:
     """The values for the template: findings, gauges, and the charts that show squeezing."""
     series = Series(readings, metrics)
+    entropy = series.entropy("stage2")
     findings = diagnose_rows(readings, metrics)
     panels = Panels(names)
     types = [n for n in series.names("stage2") if n.startswith("delta_logp/")]
@@ -57,7 +58,7 @@ def dynamics(
         "Chosen and the policy's most likely tokens",
         "nats per token since the start: chosen must not fall while the other rises",
         squeeze,
-        limit=CHOSEN_FALL,
+        limit=in_nats(CHOSEN_FALL, entropy),
     )
     panels.add(
         "Δ log p by response type", "nats per token since the start",
@@ -68,7 +69,7 @@ def dynamics(
         "nats per token, on chosen",
         [_line(series, "kl", "KL", 0)],
         legend=False,
-        limit=KL_DRIFT,
+        limit=in_nats(KL_DRIFT, entropy),
     )
     shares = ("rejected_share", "easy_share", "vulnerable", "saturated")
     panels.add(
@@ -82,7 +83,7 @@ def dynamics(
         "gravest": findings[0].severity if findings else "",
         "findings": [_shown(f) for f in findings],
         "stops": [plain(s.get("reason")) for s in stops],
-        "gauges": [g for row in GAUGES if (g := _gauge(series, *row)) is not None],
+        "gauges": [g for row in GAUGES if (g := _gauge(series, entropy, *row)) is not None],
         "panels": panels.found,
         "cost": _cost(folder),
         "step": series.last_step("stage2"),
@@ -94,10 +95,14 @@ def _line(series: Series, name: str, label: str, slot: int, *, change: bool = Fa
     return Line(label, slot, [float(s) for s, _ in seen], [v for _, v in seen])
 
 
-def _gauge(series: Series, label: str, name: str, limit: float, unit: str, text: str) -> Gauge | None:
+def _gauge(
+    series: Series, entropy: float | None, label: str, name: str, limit: float, unit: str, text: str
+) -> Gauge | None:
     points: list[Point] = series.points("stage2", name)
     if not points:
         return None
+    if limit in (CHOSEN_FALL, KL_DRIFT):
+        limit = in_nats(limit, entropy)
     last = points[-1]
     ratio = max(last.value / limit, 0.0)
     n = f", n = {last.n}" if last.n else ""

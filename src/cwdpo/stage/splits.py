@@ -103,7 +103,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
         stage2 = with_negatives(stage2, recipe, run, need=objective.needs_negatives, gentle="none")
         check_margins(stage2, objective)
     return Splits(
-        with_negatives(parts["stage1"], recipe, run, need=False),
+        with_negatives(parts["stage1"], recipe, run, need=False, gentle=gentle_of_stage1(recipe)),
         stage2,
         with_negatives(in_turn(validation), recipe, run, need=False),
         tuple(notes),
@@ -164,6 +164,11 @@ def stage1_share(recipe: Recipe) -> float:
     if not recipe.stage2.enabled:
         return 1.0
     return recipe.data.stage1_fraction if recipe.stage1.enabled else 0.0
+
+
+def gentle_of_stage1(recipe: Recipe) -> Gentle | None:
+    """Where stage 1's gentle negatives come from, if not from the recipe's setting: plain SFT has no use for any."""
+    return None if recipe.stage1.build().uses_negatives else "none"
 
 
 def with_negatives(

@@ -20,7 +20,7 @@ from cwdpo.errors import DataError, RecipeError
 from cwdpo.files.stored import Stored
 from cwdpo.records import Example
 from cwdpo.rundir import RunDir
-from cwdpo.stage.splits import Splits, stage1_share, with_negatives
+from cwdpo.stage.splits import Splits, gentle_of_stage1, stage1_share, with_negatives
 from cwdpo.stage.stage import StageName
 from cwdpo.waiting import processes
 
@@ -193,7 +193,8 @@ class StageStream:
     def with_negatives(self, window: StageWindow) -> Sequence[Example]:
         """The examples of a window with the negatives of the recipe's mix, drawn among the window's examples."""
         if self.name == "stage1":
-            return with_negatives(window.examples, self._recipe, self._run, need=False)
+            gentle = gentle_of_stage1(self._recipe)
+            return with_negatives(window.examples, self._recipe, self._run, need=False, gentle=gentle)
         needed = self._recipe.stage2.build().needs_negatives
         return with_negatives(window.examples, self._recipe, self._run, need=needed, gentle="none")
 

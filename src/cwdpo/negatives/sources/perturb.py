@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, PrivateAttr
 
@@ -24,6 +24,18 @@ _VOWEL_SOUND = re.compile(
 EditKind = Kind | Literal["swap", "negation"]
 DEFAULT_KINDS: tuple[EditKind, ...] = (*KINDS, "swap")
 """Without negation: captions rarely contain one, so a policy could learn to spot the word without the image."""
+
+
+class _Place(NamedTuple):
+    """An edit that may be made of the words ``[first, last)``; :func:`_edit_at` makes it.
+
+    ``to`` is the new phrase, or the index of the word that exchanges its place with ``first``.
+    """
+
+    kind: EditKind
+    first: int
+    last: int
+    to: str | int
 
 
 @dataclass(frozen=True)
@@ -108,39 +120,49 @@ class PerturbNegatives(NegativeSource):
 
     def _ordered(self, example: Example, rng: random.Random) -> Iterator[Edit]:
         """Every allowed edit, alternating between kinds (in random order) and, within a kind, between words."""
-        found = edits(example, load_lexicon(self.lexicon))
-        by_kind: list[list[Edit]] = []
+        words = Words(example.chosen.text)
+        found = _places(words, example, load_lexicon(self.lexicon))
+        by_kind: list[list[_Place]] = []
         for kind in dict.fromkeys(self.kinds):
-            places: dict[int, list[Edit]] = {}
-            for edit in found:
-                if edit.kind == kind:
-                    places.setdefault(edit.word, []).append(edit)
-            by_kind.append(_turns(list(places.values()), rng))
+            at: dict[int, list[_Place]] = {}
+            for place in found:
+                if place.kind == kind:
+                    at.setdefault(place.first, []).append(place)
+            by_kind.append(_turns(list(at.values()), rng))
         rng.shuffle(by_kind)
         for turn in range(max(map(len, by_kind), default=0)):
-            yield from (queue[turn] for queue in by_kind if turn < len(queue))
+            yield from (_edit_at(words, queue[turn]) for queue in by_kind if turn < len(queue))
 
 
 def edits(example: Example, lexicon: Lexicon) -> list[Edit]:
     """All edits of the chosen response that ``lexicon`` allows and that no reference makes true."""
     words = Words(example.chosen.text)
+    return [_edit_at(words, place) for place in _places(words, example, lexicon)]
+
+
+def _places(words: Words, example: Example, lexicon: Lexicon) -> list[_Place]:
+    """What :func:`edits` makes; a caption of 60 words has more than 100, of which one is used."""
     references = [Words(text) for text in example.references]
-    found: list[Edit] = []
+    found: list[_Place] = []
     for first, last, swaps in lexicon.matches(words):
         for swap in swaps:
             # The window includes the replaced word, so a word is never replaced by its synonym.
             near = words.contains(swap.means, max(0, first - _NEIGHBOURS), last + _NEIGHBOURS)
             if not near and not any(reference.contains(swap.means) for reference in references):
-                found.append(_edit(words, first, last, swap.kind, swap.to))
-    for i, j in exchanges(words, references, lexicon):
-        left = _edit(words, i, i + 1, "swap", words.lower[j])
-        right = _edit(words, j, j + 1, "swap", words.lower[i])
-        new = left.new + words.text[left.end : right.start] + right.new
-        found.append(Edit("swap", left.start, right.end, words.text[left.start : right.end], new, i))
-    found += [
-        _edit(words, *denied[:2], "negation", denied[2]) for denied in negations(words, references, lexicon)
-    ]
+                found.append(_Place(swap.kind, first, last, swap.to))
+    found += [_Place("swap", i, i + 1, j) for i, j in exchanges(words, references, lexicon)]
+    found += [_Place("negation", *denied) for denied in negations(words, references, lexicon)]
     return found
+
+
+def _edit_at(words: Words, place: _Place) -> Edit:
+    kind, i, last, to = place
+    if isinstance(to, str):
+        return _edit(words, i, last, kind, to)
+    left = _edit(words, i, last, kind, words.lower[to])
+    right = _edit(words, to, to + 1, kind, words.lower[i])
+    new = left.new + words.text[left.end : right.start] + right.new
+    return Edit(kind, left.start, right.end, words.text[left.start : right.end], new, i)
 
 
 def _edit(words: Words, first: int, last: int, kind: EditKind, to: str) -> Edit:
@@ -163,7 +185,7 @@ def _cased(new: str, old: str) -> str:
     return new[:1].upper() + new[1:] if old[:1].isupper() else new
 
 
-def _turns(places: list[list[Edit]], rng: random.Random) -> list[Edit]:
+def _turns(places: list[list[_Place]], rng: random.Random) -> list[_Place]:
     """The edits of all places in random order, alternating between the places."""
     rng.shuffle(places)
     for place in places:
