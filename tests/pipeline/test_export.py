@@ -240,6 +240,51 @@ def test_a_checkpoint_is_exported_as_a_final_model_is(
         export(place, tmp_path / "more", merge=False)
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_the_last_checkpoints_are_averaged(
+    tune: str, tied: dict[str, Path], world_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    policy, _ = trained(tied["float32"], "language model", world_folder, run)
+    recipe, modules = run / "recipe.yaml", KINDS["language model"]["target_modules"]
+    settings = {"full": "full", "lora": f"lora, lora: {{r: 4, alpha: 8, target_modules: '{modules}'}}"}[tune]
+    recipe.write_text(recipe.read_text().replace("tune: lora", f"tune: {settings}"))
+    if tune == "full":
+        policy = load_policy(stored_model(recipe))
+    steps = (2, 4, 10, 12)
+    for step in steps:
+        place = run / "stage2" / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.001 * step)
+        policy.model.save_pretrained(place)
+        write_checksums(place)
+    found = export(run, tmp_path / "out", merge=False, average=3)
+    assert found.averaged == tuple(f"stage2/checkpoint-{step}" for step in (4, 10, 12))
+    assert found.lines()[0].startswith(
+        "These weights are the mean of stage2/checkpoint-4, stage2/checkpoint-10,"
+    )
+    (name,) = (path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    written = load_file(tmp_path / "out" / name)
+    each = [load_file(run / "stage2" / f"checkpoint-{step}" / name) for step in (4, 10, 12)]
+    for key, value in written.items():
+        torch.testing.assert_close(value, sum(one[key] for one in each) / 3, rtol=1e-6, atol=1e-7)
+    (run / "stopped-stage2.json").write_text('{"rolled_back_to": 10}')
+    again = export(run, tmp_path / "again", merge=False, average=2)
+    assert again.averaged == ("stage2/checkpoint-4", "stage2/checkpoint-10"), (
+        "the stage went back from step 12"
+    )
+    with pytest.raises(RunDirError, match="has 3 checkpoints to average, 4 were asked for; allowed: 1 to 3"):
+        export(run, tmp_path / "none", merge=False, average=4)
+    with pytest.raises(RunDirError, match="name the run, not one of them"):
+        export(run / "stage2" / "checkpoint-4", tmp_path / "none", merge=False, average=2)
+    shutil.rmtree(run / "stage2")
+    with pytest.raises(RunDirError, match=r"no checkpoints to average: set train\.save_steps"):
+        export(run, tmp_path / "none", merge=False, average=2)
+
+
 def test_an_export_that_says_something_else_is_not_written(
     tied: dict[str, Path], world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

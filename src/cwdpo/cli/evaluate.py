@@ -194,6 +194,12 @@ def export(
             "--with-report", help="with --push: upload report.html too; it shows images of the data"
         ),
     ] = False,
+    average: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="the mean of the run's last N checkpoints, not the final model"
+        ),
+    ] = None,
     code: Code = None,
 ) -> None:
     """Write the final model, or a checkpoint, as a folder for AutoModelForImageTextToText, lmms-eval and vLLM.
@@ -207,7 +213,7 @@ def export(
     from cwdpo.pipeline.hub import make_repository, push_folder
 
     repository = None if push is None else make_repository(push, private=private)
-    done = write(run, out, merge=merge, dtype=dtype, data=data, code=code or ())
+    done = write(run, out, merge=merge, dtype=dtype, data=data, code=code or (), average=average)
     typer.echo("\n".join((str(done.path), *done.lines())))
     if repository is not None:
         typer.echo(

@@ -48,7 +48,8 @@ class Exported:
     (chosen and rejected responses). ``rounding`` counts weights that the dtype rounds back to the base's value;
     ``None`` if nothing is rounded, or the base is not available. ``quantized`` is how the base was quantized in
     training; ``on_whole_base`` are the largest and the mean difference if the adapter is put on the base without
-    quantization. ``checkpoint`` is its name in the run, if it is not the final model.
+    quantization. ``checkpoint`` is its name in the run, if it is not the final model; ``averaged`` the names of several
+    whose mean it is.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Exported:
     quantized: str | None = None
     on_whole_base: tuple[float, float] | None = None
     checkpoint: str | None = None
+    averaged: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Sentences for the user."""
@@ -77,6 +79,8 @@ class Exported:
         ]
         if self.checkpoint is not None:
             lines.insert(0, f"These are the weights of {self.checkpoint}, not of the final model.")
+        if self.averaged:
+            lines.insert(0, f"These weights are the mean of {', '.join(self.averaged)}.")
         lines += self._of_quantization()
         if self.rounding is not None and self.rounding.moved:
             lines.append(
@@ -111,8 +115,9 @@ def export(
     dtype: str | None = None,
     data: str | None = None,
     code: Sequence[str] = (),
+    average: int | None = None,
 ) -> Exported:
-    """Write the final model of a run, or a checkpoint, to ``out`` and compare it with the trained policy.
+    """Write the final model of a run, a checkpoint or the mean of several to ``out``, and compare it with that policy.
 
     The model of full fine-tuning is written unchanged. For a LoRA run, ``merge`` merges the adapter into the base's
     weights in float32, so that ``AutoModelForImageTextToText``, lmms-eval and vLLM load the folder without peft;
@@ -128,18 +133,26 @@ def export(
             result tells how much the rounding changes.
         data: rows to compare on; default: the run's held-out rows, or else its training rows.
         code: code of the model that may run, of what the run's recipe names (:func:`cwdpo.config.stored_model`).
+        average: export the mean of the weights of this many checkpoints of the run's last stage, the latest ones (MaP,
+            arXiv 2510.09295). Of adapters the factors are averaged.
 
     Raises:
-        RunDirError: the run is not finished, ``out`` is not empty, or no row to compare on can be read.
+        RunDirError: the run is not finished, or has fewer checkpoints than ``average``; ``out`` is not empty, or no row
+            to compare on can be read.
         FileError: model or checkpoint is damaged.
         ModelError: the model cannot be loaded, the adapter cannot be merged, or the written model differs too much.
     """
     place, checkpoint = run_of(run)
     folder = RunDir.open(place)
+    chosen = [checkpoint] if checkpoint is not None else []
+    if average is not None:
+        if checkpoint is not None:
+            raise RunDirError(f"{run}: the mean of checkpoints is a run's: name the run, not one of them")
+        chosen = _latest(folder, average)
     if out.exists() and any(out.iterdir()):
         raise RunDirError(f"{out} is not empty: choose another --out, or remove it first")
     clear_unfinished(out)
-    with new_folder(out) as temporary, _model_of(folder, checkpoint, out, code) as (model, settings):
+    with new_folder(out) as temporary, _model_of(folder, chosen, out, code) as (model, settings):
         form: Form = "full"
         if (model / "adapter_config.json").is_file():
             form = "merged" if merge else "adapter"
@@ -148,8 +161,11 @@ def export(
                     f"{run}: --dtype is for full weights, but an adapter is copied: add --merge"
                 )
         found = _write(_Trained(folder, model, settings), temporary, form, dtype, data)
+        names = tuple(one.relative_to(place).as_posix() for one in chosen)
         if checkpoint is not None:
-            found = replace(found, checkpoint=checkpoint.relative_to(place).as_posix())
+            found = replace(found, checkpoint=names[0])
+        elif names:
+            found = replace(found, averaged=names)
         card = model_card(folder.path, form)
         write_text(temporary / CARD, card + "\n## Export\n\n" + " ".join(found.lines()) + "\n")
     return replace(found, path=out)
@@ -173,16 +189,16 @@ def run_of(folder: Path) -> tuple[Path, Path | None]:
 
 @contextmanager
 def _model_of(
-    run: RunDir, checkpoint: Path | None, out: Path, code: Sequence[str]
+    run: RunDir, checkpoints: Sequence[Path], out: Path, code: Sequence[str]
 ) -> Iterator[tuple[Path, ModelSettings]]:
-    """The folder of the final model, or one beside ``out`` with the weights of a checkpoint, which is removed again.
+    """The folder of the final model, or one beside ``out`` with the mean of checkpoints, which is removed again.
 
     Raises:
         RunDirError: there is none.
         FileError: it is damaged.
     """
     model = run.path / "model"
-    if checkpoint is None:
+    if not checkpoints:
         if not model.is_dir():
             raise RunDirError(
                 f"{run.path}: no final model yet: finish the run with cwdpo train --resume, or give one of its "
@@ -191,16 +207,17 @@ def _model_of(
         refuse_damage(model, "finish the run again: remove the folder, then cwdpo train --resume")
         yield model, stored_model(run.path / "recipe.yaml", code)
         return
-    if not checkpoint.is_dir():
-        raise RunDirError(
-            f"{checkpoint}: no such checkpoint; there are {', '.join(_checkpoints(run)) or 'none'}"
-        )
-    refuse_damage(checkpoint, "export another one")
+    for checkpoint in checkpoints:
+        if not checkpoint.is_dir():
+            raise RunDirError(
+                f"{checkpoint}: no such checkpoint; there are {', '.join(_checkpoints(run)) or 'none'}"
+            )
+        refuse_damage(checkpoint, "export another one")
     settings = stored_model(run.path / "recipe.yaml", code)
     beside = temporary_name(out)  # the next export removes what a kill leaves of it
     beside.mkdir()
     try:
-        _write_checkpoint(run, checkpoint, settings, beside)
+        _write_checkpoints(run, checkpoints, settings, beside)
         yield beside, settings
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -210,17 +227,51 @@ def _checkpoints(run: RunDir) -> list[str]:
     return sorted(str(path) for path in run.path.glob("stage[12]/checkpoint-*"))
 
 
-def _write_checkpoint(run: RunDir, checkpoint: Path, settings: ModelSettings, folder: Path) -> None:
-    """Write the weights of a checkpoint, also of one in parts, as a final model is written."""
+def _latest(run: RunDir, n: int) -> list[Path]:
+    """The last ``n`` checkpoints of the run's last stage, without those that a stop rule went back from.
+
+    Raises:
+        RunDirError: there are not so many.
+    """
+    for stage in ("stage2", "stage1"):
+        found = {int(path.name.rpartition("-")[2]): path for path in run.path.glob(f"{stage}/checkpoint-*")}
+        if not found:
+            continue
+        stopped = run.path / f"stopped-{stage}.json"
+        last = int(read_object(stopped)["rolled_back_to"]) if stopped.is_file() else max(found)
+        kept = [found[step] for step in sorted(found) if step <= last]
+        if n < 1 or n > len(kept):
+            raise RunDirError(
+                f"{run.path}: {stage} has {len(kept)} checkpoints to average, {n} were asked for; allowed: 1 to "
+                f"{len(kept)}. train.save_steps says how often one is written, train.save_total_limit how many stay"
+            )
+        return kept[-n:]
+    raise RunDirError(f"{run.path}: no checkpoints to average: set train.save_steps when training")
+
+
+def _write_checkpoints(
+    run: RunDir, checkpoints: Sequence[Path], settings: ModelSettings, folder: Path
+) -> None:
+    """Write the mean of checkpoints, also of ones in parts, as a final model is written."""
+
     from cwdpo.trainer.checkpoints import readable
     from cwdpo.trainer.plain_reading import refuse_pickles
     from cwdpo.trainer.sharded import load_checkpoint
 
-    with readable(checkpoint, "what DeepSpeed wrote"):
-        refuse_pickles(checkpoint)
     base = str(run.path / "init") if settings.path == "init" else settings.path
     policy = load_policy(settings.model_copy(update={"path": base, "device": "cpu"}))
-    load_checkpoint(policy.model, checkpoint)
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    total: dict[str, torch.Tensor] = {}
+    for checkpoint in checkpoints:
+        with readable(checkpoint, "what DeepSpeed wrote"):
+            refuse_pickles(checkpoint)
+        load_checkpoint(policy.model, checkpoint)
+        if len(checkpoints) > 1:
+            for name, parameter in trained.items():
+                value = parameter.detach().double()
+                total[name] = total[name] + value if name in total else value
+    for name, value in total.items():
+        trained[name].data.copy_(value / len(checkpoints))
     save_weights(policy.model, folder)
     policy.processor.save_pretrained(folder)
 
