@@ -21,7 +21,7 @@ class Asked:
     Attributes:
         encoder: of the policies.
         test: P examples.
-        metrics: names of the metrics.
+        metrics: names of the metrics, or mappings with ``name`` and settings.
         judge: scores the answers; ``None``: there are no scores.
         decodings: temperatures at which the answers are sampled in addition to the greedy ones.
         how: length and batch size of the samples.
@@ -29,7 +29,7 @@ class Asked:
 
     encoder: Encoder
     test: Sequence[Example]
-    metrics: tuple[str, ...]
+    metrics: tuple[str | dict[str, Any], ...]
     judge: Judge | None = None
     decodings: Decodings | None = None
     how: Drawing = WORLD
@@ -86,7 +86,7 @@ class Asked:
 
     def _measured(self, texts: Sequence[str]) -> list[Measured]:
         answers = [Answer(e, text) for e, text in zip(self.test, texts, strict=True)]
-        return [m for name in self.metrics for m in METRICS.build(name)(answers)]
+        return [m for spec in self.metrics for m in METRICS.build(spec)(answers)]
 
     def _score(self, figures: dict[str, Any], name: str, drawn: Sequence[Sequence[str]]) -> list[list[float]]:
         """Add the judge's mean score of samples [samples][P], and its mean for each prompt; the scores [P][samples].

@@ -75,7 +75,7 @@ class CellJob:
     folder: Path
     test: Path
     stage: StageOfCell
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str | dict[str, Any], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     first: Path | None = None
     decodings: Decodings | None = None
@@ -224,7 +224,7 @@ def fingerprint(job: CellJob) -> dict[str, str]:
         "train": digest(Path(str(recipe.data.path))),
         "test": digest(job.test),
         "stage": job.stage,
-        "metrics": " ".join(job.metrics),
+        "metrics": " ".join(m if isinstance(m, str) else json.dumps(m, sort_keys=True) for m in job.metrics),
         "judge": json.dumps(dict(job.judge), sort_keys=True),
         "decodings": job.decodings.model_dump_json() if job.decodings else "",
         "options": json.dumps(dict(job.options), sort_keys=True)

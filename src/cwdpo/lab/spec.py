@@ -14,6 +14,7 @@ from cwdpo.errors import FileError, RecipeError, nearest
 from cwdpo.files.yamlfile import read_yaml
 from cwdpo.judging.base import AUTO, JudgeSpec
 from cwdpo.lab.worlds import HELD_OUT_SEED, Rejected, Validation
+from cwdpo.metrics.base import METRICS
 from cwdpo.registry import Settings, explain
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
@@ -115,7 +116,7 @@ class Study(Settings):
         first_seed: the first seed.
         decodings: further temperatures for the answers to the test prompts.
         score: weights of figures; a sweep chooses by their weighted sum, which is also a figure of the tables.
-        metrics, judge: metrics and judge for data that is not from the embedded world; with a judge there are win
+        metrics, judge: metrics (names, or ``{name: ..., setting: ...}``) and judge for data that is not from the embedded world; with a judge there are win
             rates.
         analysis: judge the policy at every measurement, and analyse these trajectories: the findings of the diagnosis
             (``findings``) or the effect of early stopping (``stopping``).
@@ -145,9 +146,16 @@ class Study(Settings):
         "greedy_correct": 1.0,
         "ill_formed": -1.0,
     }
-    metrics: tuple[str, ...] = ("cider", "bleu4", "length", "diversity")
+    metrics: tuple[str | dict[str, Any], ...] = ("cider", "bleu4", "length", "diversity")
     judge: JudgeSpec = Field(default_factory=lambda: {"name": AUTO})
     analysis: Literal["findings", "stopping"] | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _buildable(cls, metrics: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        for spec in metrics:
+            METRICS.build(spec)
+        return metrics
 
     @field_validator("variants")
     @classmethod
