@@ -123,6 +123,11 @@ def test_a_study_that_cannot_be_understood(tmp_path: Path) -> None:
     file.write_text("name: s\nfull: ../a\nvariants: {../a: {}}\n")
     with pytest.raises(RecipeError, match="names a folder"):
         load_study(file)
+    file.write_text("name: s\nfull: a\nvariants: {a: {}}\nmetrics: [cidre]\n")
+    with pytest.raises(RecipeError, match=r"unknown metric 'cidre'; did you mean 'cider'\?"):
+        load_study(file)
+    file.write_text("name: s\nfull: a\nvariants: {a: {}}\nmetrics: [length, {name: cider, tokenizer: ptb}]\n")
+    assert load_study(file).metrics == ("length", {"name": "cider", "tokenizer": "ptb"})
     for text in (b"name: s", b"chosen: {a: 'x=1'}", b"\xff"):
         file.write_bytes(text)
         with pytest.raises(RecipeError, match=r"not the chosen\.yaml of a sweep"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_figures_by_hand() -> None:
     assert 0 < found["pictures"]["greedy_score"][1] < 1
     assert found["judge_score@0.5"] == pytest.approx(sum(found["pictures"]["judge_score@0.5"]) / 2)
     assert "judge_score" not in asked().figures(None), "no scores without a judge"
+
+
+@pytest.mark.usefixtures("written")
+def test_a_metric_of_a_study_may_have_settings(tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("dog, dogs\ncat\n")
+    found = asked()
+    for example in found.test:
+        example.extra["objects"] = ["dog"]  # type: ignore[index]
+    chair = replace(found, metrics=({"name": "chair", "synonyms": str(words)},)).figures(None)
+    assert chair["chair_i"] == 1 / 2, "of a dog and a cat"
 
 
 def test_the_columns_of_a_study_on_other_data() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cwdpo.errors import FileError, RecipeError, nearest
+from cwdpo.errors import CwdpoError, FileError, RecipeError, nearest
 from cwdpo.files.yamlfile import read_yaml
 from cwdpo.judging.base import AUTO, JudgeSpec
 from cwdpo.lab.worlds import HELD_OUT_SEED, Rejected, Validation
@@ -116,8 +116,8 @@ class Study(Settings):
         first_seed: the first seed.
         decodings: further temperatures for the answers to the test prompts.
         score: weights of figures; a sweep chooses by their weighted sum, which is also a figure of the tables.
-        metrics, judge: metrics (names, or ``{name: ..., setting: ...}``) and judge for data that is not from the embedded world; with a judge there are win
-            rates.
+        metrics, judge: metrics (names, or ``{name: ..., setting: ...}``) and judge for data that is not from the
+            embedded world; with a judge there are win rates.
         analysis: judge the policy at every measurement, and analyse these trajectories: the findings of the diagnosis
             (``findings``) or the effect of early stopping (``stopping``).
     """
@@ -154,7 +154,10 @@ class Study(Settings):
     @classmethod
     def _buildable(cls, metrics: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
         for spec in metrics:
-            METRICS.build(spec)
+            try:
+                METRICS.build(spec)
+            except CwdpoError as error:  # said with the file and the key
+                raise ValueError(str(error)) from None
         return metrics
 
     @field_validator("variants")
