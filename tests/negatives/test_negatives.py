@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -452,6 +452,22 @@ def test_gentle_negatives() -> None:
     three = {"perturb": PerturbNegatives(per_example=3)}
     kept, _ = attach_negatives([bare], mix, None, seed=1, gentle="perturb", sources=three)
     assert len(kept[0].gentle) == 3
+
+
+def test_only_the_first_examples_get_negatives() -> None:
+    class Asking(PerturbNegatives):
+        def prepare(self, examples: Sequence[Example]) -> None:
+            asked.extend(e.id for e in examples)
+
+    asked: list[str] = []
+    mix, sources = {"perturb": 1.0}, {"perturb": Asking()}
+    every, _ = attach_negatives(POOL, mix, 1, seed=3, gentle="perturb")
+    some, counts = attach_negatives(POOL, mix, 1, seed=3, gentle="perturb", sources=sources, first=2)
+    assert list(some[:2]) == list(every[:2])
+    assert list(some[2:]) == list(POOL[2:])
+    assert asked == [e.id for e in POOL[:2]], "a writer is paid for these only"
+    assert counts.by_source == {"perturb": 2}
+    assert list(attach_negatives(POOL, mix, 1, seed=3, gentle="perturb", first=len(POOL))[0]) == list(every)
 
 
 @pytest.mark.parametrize(

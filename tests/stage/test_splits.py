@@ -25,10 +25,14 @@ def test_stage_1_gets_gentle_negatives_if_its_loss_uses_them(
             "negatives": {"gentle": "perturb"},
             "stage1": {"objective": objective, "steps": 1},
             "stage2": {"steps": 1},
+            "probes": {"prompts": 3},
         }
     )
     splits = prepare_data(recipe, RunDir(tmp_path))
     assert splits.stage1
     assert any(e.gentle for e in splits.stage1) == some
-    assert any(e.gentle for e in splits.validation), "for the probes"
+    made = [bool(e.gentle) and "source" in e.gentle[0].made for e in splits.validation]
+    assert made[:3] == [True] * 3, "for the probes"
+    assert len(made) > 3
+    assert not any(made[3:])
     assert not any(e.gentle for e in splits.stage2)

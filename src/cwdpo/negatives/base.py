@@ -21,7 +21,7 @@ class NegativeSource(Component, ABC):
     image_side: ClassVar[bool] = False
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Called once with all examples, before the first call of :meth:`completions`; does nothing by default."""
+        """Called once, with the examples that get negatives, before the first :meth:`completions`; may do nothing."""
 
     @abstractmethod
     def completions(self, example: Example, pool: Sequence[Example], rng: random.Random) -> list[Completion]:

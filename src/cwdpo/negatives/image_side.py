@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cwdpo.files.stored import Stored, select
+from cwdpo.files.stored import Chosen, select
 from cwdpo.negatives.base import NEGATIVES
 from cwdpo.negatives.mix import draw_negatives
 from cwdpo.negatives.settings import NegativeSettings
@@ -14,7 +14,7 @@ from cwdpo.records import Completion, Example, ImageEdit
 
 
 def with_image_negatives(
-    examples: Sequence[Example], settings: NegativeSettings, seed: int
+    examples: Sequence[Example], settings: NegativeSettings, seed: int, *, first: int | None = None
 ) -> Sequence[Example]:
     """Add ``image_per_prompt`` negatives of ``image_mix`` to the ``rejected`` of each example that has images.
 
@@ -22,6 +22,7 @@ def with_image_negatives(
         examples: examples of one split; ``image_swap`` takes images from them.
         settings: the recipe's; without ``image_mix`` nothing changes.
         seed: together with the example's id, decides all random choices.
+        first: only so many examples get any, the first ones.
     """
     shares = {name: share for name, share in settings.image_mix.items() if share > 0}
     if not shares:
@@ -32,11 +33,14 @@ def with_image_negatives(
     pool = select(examples, sorted(range(len(ids)), key=ids.__getitem__))
     for source in sources.values():
         source.prepare(pool)
-    changed: Stored[Example] = Stored()
-    for example in examples:
+    changed = Chosen(examples)
+    for i, example in enumerate(examples):
+        if first is not None and i >= first:
+            changed.keep(i)
+            continue
         drawn = draw_negatives(example, pool, shares, sources, settings.image_per_prompt, seed)
         changed.append(replace(example, rejected=(*example.rejected, *(c for _, c in drawn))))
-    return changed
+    return changed.records
 
 
 def edited(

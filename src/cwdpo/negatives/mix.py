@@ -55,6 +55,7 @@ def attach_negatives(
     gentle: str = "auto",
     *,
     sources: Mapping[str, NegativeSource] | None = None,
+    first: int | None = None,
 ) -> tuple[Sequence[Example], MixCounts]:
     """Set ``rejected`` and ``gentle`` of the examples; returns them in the same order, with counts.
 
@@ -71,6 +72,7 @@ def attach_negatives(
             for examples that have none, ``none`` leaves them out.
         sources: sources with settings, by their name in ``mix``. ``perturb`` also generates the gentle negatives.
             Sources that are missing here are built with their default settings.
+        first: only so many examples get negatives, the first ones; the others stay as they are.
 
     Raises:
         RecipeError: an invalid share, ``per_prompt`` or ``gentle``.
@@ -82,12 +84,16 @@ def attach_negatives(
         if name not in built:
             built[name] = NEGATIVES.build(name)
     pool = _Pool(examples)
-    makes_gentle = gentle == "perturb" or (gentle == "auto" and any(not e.gentle for e in examples))
+    some: Sequence[Example] = pool if first is None or first >= len(examples) else examples[:first]
+    makes_gentle = gentle == "perturb" or (gentle == "auto" and any(not e.gentle for e in some))
     for name in {**shares, **({"perturb": 1.0} if makes_gentle else {})}:
-        built[name].prepare(pool)
+        built[name].prepare(some)
     counts = MixCounts(examples=len(examples))
     kept = Chosen(examples)
     for i, example in enumerate(examples):
+        if first is not None and i >= first:
+            kept.keep(i)
+            continue
         if per_prompt is None:
             drawn = [("dataset", completion) for completion in example.rejected]
         else:

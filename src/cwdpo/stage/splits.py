@@ -105,7 +105,7 @@ def prepare_data(recipe: Recipe, run: RunDir) -> Splits:
     return Splits(
         with_negatives(parts["stage1"], recipe, run, need=False, gentle=gentle_of_stage1(recipe)),
         stage2,
-        with_negatives(in_turn(validation), recipe, run, need=False),
+        with_negatives(in_turn(validation), recipe, run, need=False, first=recipe.probes.prompts),
         tuple(notes),
     )
 
@@ -172,11 +172,18 @@ def gentle_of_stage1(recipe: Recipe) -> Gentle | None:
 
 
 def with_negatives(
-    examples: Sequence[Example], recipe: Recipe, run: RunDir, *, need: bool, gentle: Gentle | None = None
+    examples: Sequence[Example],
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    need: bool,
+    gentle: Gentle | None = None,
+    first: int | None = None,
 ) -> Sequence[Example]:
     """Attach negatives with the recipe's mix; unless ``need``, examples without a negative are kept.
 
-    ``gentle`` is used in place of the recipe's setting: stage 2 has no use for gentle negatives.
+    ``gentle`` is used in place of the recipe's setting: stage 2 has no use for gentle negatives. Only the ``first`` so
+    many get any: of held-out rows, those that the probes score.
     """
     settings = recipe.negatives
     per_prompt = settings.per_prompt or (None if set(settings.mix) == {"dataset"} else 1)
@@ -187,11 +194,12 @@ def with_negatives(
         recipe.seed,
         gentle=gentle or settings.gentle,
         sources=settings.build_sources(),
+        first=first,
     )
     all_have_one = len(attached) == len(examples)
     if not all_have_one:
         attached = Stored(_with_the_others(examples, attached))
-    every = with_image_negatives(attached, settings, recipe.seed)
+    every = with_image_negatives(attached, settings, recipe.seed, first=first)
     if not need or all_have_one:
         return every
     paired = select(every, [i for i, e in enumerate(every) if e.rejected])

@@ -242,7 +242,7 @@ def streamed(recipe: Recipe, run: RunDir) -> Splits:
     return Splits(
         parts.get("stage1", []),
         parts.get("stage2", []),
-        with_negatives(validation, recipe, run, need=False),
+        with_negatives(validation, recipe, run, need=False, first=recipe.probes.prompts),
         tuple(notes),
         streams,
     )
