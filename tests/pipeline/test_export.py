@@ -229,7 +229,7 @@ def test_a_checkpoint_is_exported_as_a_final_model_is(
     with pytest.raises(RunDirError, match=r"checkpoint-8: no such checkpoint; there are .*checkpoint-7$"):
         export(place.with_name("checkpoint-8"), tmp_path / "none", merge=False)
     found = export(place, tmp_path / "out", merge=False)
-    assert (found.checkpoint, found.form) == ("stage2/checkpoint-7", {"lora": "adapter"}.get(tune, tune))
+    assert (found.checkpoints, found.form) == (("stage2/checkpoint-7",), {"lora": "adapter"}.get(tune, tune))
     assert found.lines()[0] == "These are the weights of stage2/checkpoint-7, not of the final model."
     (name,) = (path.name for path in (tmp_path / "out").glob("*.safetensors"))
     written, wanted = load_file(tmp_path / "out" / name), load_file(place / name)
@@ -262,7 +262,7 @@ def test_the_last_checkpoints_are_averaged(
         policy.model.save_pretrained(place)
         write_checksums(place)
     found = export(run, tmp_path / "out", merge=False, average=3)
-    assert found.averaged == tuple(f"stage2/checkpoint-{step}" for step in (4, 10, 12))
+    assert found.checkpoints == tuple(f"stage2/checkpoint-{step}" for step in (4, 10, 12))
     assert found.lines()[0].startswith(
         "These weights are the mean of stage2/checkpoint-4, stage2/checkpoint-10,"
     )
@@ -273,7 +273,7 @@ def test_the_last_checkpoints_are_averaged(
         torch.testing.assert_close(value, sum(one[key] for one in each) / 3, rtol=1e-6, atol=1e-7)
     (run / "stopped-stage2.json").write_text('{"rolled_back_to": 10}')
     again = export(run, tmp_path / "again", merge=False, average=2)
-    assert again.averaged == ("stage2/checkpoint-4", "stage2/checkpoint-10"), (
+    assert again.checkpoints == ("stage2/checkpoint-4", "stage2/checkpoint-10"), (
         "the stage went back from step 12"
     )
     with pytest.raises(RunDirError, match="has 3 checkpoints to average, 4 were asked for; allowed: 1 to 3"):

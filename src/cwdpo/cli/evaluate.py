@@ -209,7 +209,7 @@ def export(
     if push is None and (private or with_report):
         raise typer.BadParameter("it needs --push", param_hint="--private" if private else "--with-report")
     from cwdpo.pipeline.export import export as write
-    from cwdpo.pipeline.export import run_of
+    from cwdpo.pipeline.export_source import run_of
     from cwdpo.pipeline.hub import make_repository, push_folder
 
     repository = None if push is None else make_repository(push, private=private)

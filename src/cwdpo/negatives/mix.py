@@ -46,6 +46,14 @@ class MixCounts:
     by_kind: Counter[str] = field(default_factory=Counter)
     gentle_by_kind: Counter[str] = field(default_factory=Counter)
 
+    def add(self, drawn: Sequence[tuple[str, Completion]], soft: Sequence[Completion], asked: int) -> None:
+        """Count an example's negatives, each with its source, and its gentle negatives; ``asked``: ``per_prompt``."""
+        self.short += len(drawn) < asked
+        self.by_source.update(name for name, _ in drawn)
+        self.by_kind.update(completion.kind or "unnamed" for _, completion in drawn)
+        self.without_gentle += not soft
+        self.gentle_by_kind.update(str(g.made.get("edit") or g.kind or "unnamed") for g in soft)
+
 
 def attach_negatives(
     examples: Sequence[Example],
@@ -79,10 +87,8 @@ def attach_negatives(
         UnknownComponentError: a name in ``mix`` that is not a source.
     """
     shares = _checked(mix, per_prompt, gentle)
-    built = dict(sources or {})
-    for name in (*shares, "perturb"):
-        if name not in built:
-            built[name] = NEGATIVES.build(name)
+    missing = {*shares, "perturb"} - set(sources or ())
+    built = {**{name: NEGATIVES.build(name) for name in missing}, **(sources or {})}
     pool = _Pool(examples)
     some: Sequence[Example] = pool if first is None or first >= len(examples) else examples[:first]
     makes_gentle = gentle == "perturb" or (gentle == "auto" and any(not e.gentle for e in some))
@@ -101,12 +107,8 @@ def attach_negatives(
         if not drawn:
             counts.dropped += 1
             continue
-        counts.by_source.update(name for name, _ in drawn)
-        counts.by_kind.update(completion.kind or "unnamed" for _, completion in drawn)
-        counts.short += per_prompt is not None and len(drawn) < per_prompt
         soft = _gentle(example, pool, built["perturb"], gentle, seed)
-        counts.without_gentle += not soft
-        counts.gentle_by_kind.update(str(g.made.get("edit") or g.kind or "unnamed") for g in soft)
+        counts.add(drawn, soft, per_prompt or 0)
         rejected = tuple(c for _, c in drawn)
         if (rejected, soft) == (example.rejected, example.gentle):
             kept.keep(i)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwdpo.config import stored_data, stored_model
+from cwdpo.config import stored_data
 from cwdpo.data.encode.encoder import EncodedExample
 from cwdpo.data.read.reader import read_examples
 from cwdpo.data.read.rows import open_source
@@ -17,13 +15,13 @@ from cwdpo.data.read.source import Source
 from cwdpo.data_settings import DataSettings
 from cwdpo.errors import DataError, ModelError, RunDirError
 from cwdpo.files.checksums import FILE as CHECKSUMS
-from cwdpo.files.checksums import refuse_damage
 from cwdpo.files.reading import read_object
-from cwdpo.files.writing import clear_unfinished, copy_folder, new_folder, temporary_name, write_text
+from cwdpo.files.writing import clear_unfinished, copy_folder, new_folder, write_text
 from cwdpo.models.load import Policy, load_policy
 from cwdpo.models.merge import Rounding, merge, rounding, rounding_of_adapter
 from cwdpo.models.quantization import quantization_of
 from cwdpo.models.write import save_weights
+from cwdpo.pipeline.export_source import checkpoints_of, model_of, run_of
 from cwdpo.report.model_card import Form, model_card
 from cwdpo.rundir import RunDir
 
@@ -48,8 +46,7 @@ class Exported:
     (chosen and rejected responses). ``rounding`` counts weights that the dtype rounds back to the base's value;
     ``None`` if nothing is rounded, or the base is not available. ``quantized`` is how the base was quantized in
     training; ``on_whole_base`` are the largest and the mean difference if the adapter is put on the base without
-    quantization. ``checkpoint`` is its name in the run, if it is not the final model; ``averaged`` the names of several
-    whose mean it is.
+    quantization. ``checkpoints`` are the names of those whose mean it is; none: it is the final model.
     """
 
     path: Path
@@ -63,8 +60,7 @@ class Exported:
     rounding: Rounding | None = None
     quantized: str | None = None
     on_whole_base: tuple[float, float] | None = None
-    checkpoint: str | None = None
-    averaged: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Sentences for the user."""
@@ -77,10 +73,11 @@ class Exported:
             if self.rounded
             else f"{compared} (allowed: {MOST:g})."
         ]
-        if self.checkpoint is not None:
-            lines.insert(0, f"These are the weights of {self.checkpoint}, not of the final model.")
-        if self.averaged:
-            lines.insert(0, f"These weights are the mean of {', '.join(self.averaged)}.")
+        if self.checkpoints:
+            names = ", ".join(self.checkpoints)
+            mean = f"These weights are the mean of {names}."
+            one = f"These are the weights of {names}, not of the final model."
+            lines.insert(0, mean if len(self.checkpoints) > 1 else one)
         lines += self._of_quantization()
         if self.rounding is not None and self.rounding.moved:
             lines.append(
@@ -142,17 +139,12 @@ def export(
         FileError: model or checkpoint is damaged.
         ModelError: the model cannot be loaded, the adapter cannot be merged, or the written model differs too much.
     """
-    place, checkpoint = run_of(run)
-    folder = RunDir.open(place)
-    chosen = [checkpoint] if checkpoint is not None else []
-    if average is not None:
-        if checkpoint is not None:
-            raise RunDirError(f"{run}: the mean of checkpoints is a run's: name the run, not one of them")
-        chosen = _latest(folder, average)
+    folder = RunDir.open(run_of(run)[0])
+    chosen = checkpoints_of(run, average)
     if out.exists() and any(out.iterdir()):
         raise RunDirError(f"{out} is not empty: choose another --out, or remove it first")
     clear_unfinished(out)
-    with new_folder(out) as temporary, _model_of(folder, chosen, out, code) as (model, settings):
+    with new_folder(out) as temporary, model_of(folder, chosen, out, code) as (model, settings):
         form: Form = "full"
         if (model / "adapter_config.json").is_file():
             form = "merged" if merge else "adapter"
@@ -161,11 +153,7 @@ def export(
                     f"{run}: --dtype is for full weights, but an adapter is copied: add --merge"
                 )
         found = _write(_Trained(folder, model, settings), temporary, form, dtype, data)
-        names = tuple(one.relative_to(place).as_posix() for one in chosen)
-        if checkpoint is not None:
-            found = replace(found, checkpoint=names[0])
-        elif names:
-            found = replace(found, averaged=names)
+        found = replace(found, checkpoints=tuple(f"{one.parent.name}/{one.name}" for one in chosen))
         card = model_card(folder.path, form)
         write_text(temporary / CARD, card + "\n## Export\n\n" + " ".join(found.lines()) + "\n")
     return replace(found, path=out)
@@ -178,102 +166,6 @@ class _Trained:
     run: RunDir
     model: Path
     settings: ModelSettings
-
-
-def run_of(folder: Path) -> tuple[Path, Path | None]:
-    """The run of a folder, and the folder if it is a checkpoint of the run."""
-    if folder.parent.name in ("stage1", "stage2") and folder.name.startswith("checkpoint-"):
-        return folder.parent.parent, folder
-    return folder, None
-
-
-@contextmanager
-def _model_of(
-    run: RunDir, checkpoints: Sequence[Path], out: Path, code: Sequence[str]
-) -> Iterator[tuple[Path, ModelSettings]]:
-    """The folder of the final model, or one beside ``out`` with the mean of checkpoints, which is removed again.
-
-    Raises:
-        RunDirError: there is none.
-        FileError: it is damaged.
-    """
-    model = run.path / "model"
-    if not checkpoints:
-        if not model.is_dir():
-            raise RunDirError(
-                f"{run.path}: no final model yet: finish the run with cwdpo train --resume, or give one of its "
-                f"checkpoints ({', '.join(_checkpoints(run)) or 'there is none'})"
-            )
-        refuse_damage(model, "finish the run again: remove the folder, then cwdpo train --resume")
-        yield model, stored_model(run.path / "recipe.yaml", code)
-        return
-    for checkpoint in checkpoints:
-        if not checkpoint.is_dir():
-            raise RunDirError(
-                f"{checkpoint}: no such checkpoint; there are {', '.join(_checkpoints(run)) or 'none'}"
-            )
-        refuse_damage(checkpoint, "export another one")
-    settings = stored_model(run.path / "recipe.yaml", code)
-    beside = temporary_name(out)  # the next export removes what a kill leaves of it
-    beside.mkdir()
-    try:
-        _write_checkpoints(run, checkpoints, settings, beside)
-        yield beside, settings
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _checkpoints(run: RunDir) -> list[str]:
-    return sorted(str(path) for path in run.path.glob("stage[12]/checkpoint-*"))
-
-
-def _latest(run: RunDir, n: int) -> list[Path]:
-    """The last ``n`` checkpoints of the run's last stage, without those that a stop rule went back from.
-
-    Raises:
-        RunDirError: there are not so many.
-    """
-    for stage in ("stage2", "stage1"):
-        found = {int(path.name.rpartition("-")[2]): path for path in run.path.glob(f"{stage}/checkpoint-*")}
-        if not found:
-            continue
-        stopped = run.path / f"stopped-{stage}.json"
-        last = int(read_object(stopped)["rolled_back_to"]) if stopped.is_file() else max(found)
-        kept = [found[step] for step in sorted(found) if step <= last]
-        if n < 1 or n > len(kept):
-            raise RunDirError(
-                f"{run.path}: {stage} has {len(kept)} checkpoints to average, {n} were asked for; allowed: 1 to "
-                f"{len(kept)}. train.save_steps says how often one is written, train.save_total_limit how many stay"
-            )
-        return kept[-n:]
-    raise RunDirError(f"{run.path}: no checkpoints to average: set train.save_steps when training")
-
-
-def _write_checkpoints(
-    run: RunDir, checkpoints: Sequence[Path], settings: ModelSettings, folder: Path
-) -> None:
-    """Write the mean of checkpoints, also of ones in parts, as a final model is written."""
-
-    from cwdpo.trainer.checkpoints import readable
-    from cwdpo.trainer.plain_reading import refuse_pickles
-    from cwdpo.trainer.sharded import load_checkpoint
-
-    base = str(run.path / "init") if settings.path == "init" else settings.path
-    policy = load_policy(settings.model_copy(update={"path": base, "device": "cpu"}))
-    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    total: dict[str, torch.Tensor] = {}
-    for checkpoint in checkpoints:
-        with readable(checkpoint, "what DeepSpeed wrote"):
-            refuse_pickles(checkpoint)
-        load_checkpoint(policy.model, checkpoint)
-        if len(checkpoints) > 1:
-            for name, parameter in trained.items():
-                value = parameter.detach().double()
-                total[name] = total[name] + value if name in total else value
-    for name, value in total.items():
-        trained[name].data.copy_(value / len(checkpoints))
-    save_weights(policy.model, folder)
-    policy.processor.save_pretrained(folder)
 
 
 def _write(trained: _Trained, out: Path, form: Form, dtype: str | None, data: str | None) -> Exported:
