@@ -203,17 +203,22 @@ def test_a_full_fine_tuning_is_compared_and_may_be_rounded(
     assert "--dtype float32 keeps them" in "\n".join(rounded.lines())
 
 
+def checkpointed(tune: str, base: Path, world: Path, run: Path) -> Policy:
+    """A trained policy, and a run folder whose recipe says how its checkpoints are read."""
+    policy, _ = trained(base, "language model", world, run)
+    recipe, modules = run / "recipe.yaml", KINDS["language model"]["target_modules"]
+    settings = {"full": "full", "lora": f"lora, lora: {{r: 4, alpha: 8, target_modules: '{modules}'}}"}[tune]
+    recipe.write_text(recipe.read_text().replace("tune: lora", f"tune: {settings}"))
+    return policy if tune == "lora" else load_policy(stored_model(recipe))
+
+
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_checkpoint_is_exported_as_a_final_model_is(
     tune: str, tied: dict[str, Path], world_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    policy, _ = trained(tied["float32"], "language model", world_folder, run)
-    recipe, modules = run / "recipe.yaml", KINDS["language model"]["target_modules"]
-    settings = {"full": "full", "lora": f"lora, lora: {{r: 4, alpha: 8, target_modules: '{modules}'}}"}[tune]
-    recipe.write_text(recipe.read_text().replace("tune: lora", f"tune: {settings}"))
+    policy = checkpointed(tune, tied["float32"], world_folder, run)
     if tune == "full":
-        policy = load_policy(stored_model(recipe))
         with torch.no_grad():
             for parameter in policy.model.parameters():
                 parameter.mul_(1.01)
@@ -245,12 +250,7 @@ def test_the_last_checkpoints_are_averaged(
     tune: str, tied: dict[str, Path], world_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    policy, _ = trained(tied["float32"], "language model", world_folder, run)
-    recipe, modules = run / "recipe.yaml", KINDS["language model"]["target_modules"]
-    settings = {"full": "full", "lora": f"lora, lora: {{r: 4, alpha: 8, target_modules: '{modules}'}}"}[tune]
-    recipe.write_text(recipe.read_text().replace("tune: lora", f"tune: {settings}"))
-    if tune == "full":
-        policy = load_policy(stored_model(recipe))
+    policy = checkpointed(tune, tied["float32"], world_folder, run)
     steps = (2, 4, 10, 12)
     for step in steps:
         place = run / "stage2" / f"checkpoint-{step}"

@@ -16,23 +16,28 @@ from cwdpo.files.writing import temporary_name
 from cwdpo.models.load import load_policy
 from cwdpo.models.write import save_weights
 from cwdpo.rundir import RunDir
+from cwdpo.trainer.checkpoints import checkpoints, readable, step_named
+from cwdpo.trainer.plain_reading import refuse_pickles
+from cwdpo.trainer.sharded import load_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
     from cwdpo.models.settings import ModelSettings
 
+STAGES = ("stage1", "stage2")
+
 
 def run_of(folder: Path) -> tuple[Path, Path | None]:
     """The run of a folder, and the folder if it is a checkpoint of the run."""
-    if folder.parent.name in ("stage1", "stage2") and folder.name.startswith("checkpoint-"):
+    if folder.parent.name in STAGES and folder.name.startswith("checkpoint-"):
         return folder.parent.parent, folder
     return folder, None
 
 
 @contextmanager
 def model_of(
-    run: RunDir, checkpoints: Sequence[Path], out: Path, code: Sequence[str]
+    run: RunDir, chosen: Sequence[Path], out: Path, code: Sequence[str]
 ) -> Iterator[tuple[Path, ModelSettings]]:
     """The folder of the final model, or one beside ``out`` with the mean of checkpoints, which is removed again.
 
@@ -41,33 +46,32 @@ def model_of(
         FileError: it is damaged.
     """
     model = run.path / "model"
-    if not checkpoints:
+    if not chosen:
         if not model.is_dir():
             raise RunDirError(
                 f"{run.path}: no final model yet: finish the run with cwdpo train --resume, or give one of its "
-                f"checkpoints ({', '.join(_checkpoints(run)) or 'there is none'})"
+                f"checkpoints ({_names(run) or 'there is none'})"
             )
         refuse_damage(model, "finish the run again: remove the folder, then cwdpo train --resume")
         yield model, stored_model(run.path / "recipe.yaml", code)
         return
-    for checkpoint in checkpoints:
+    for checkpoint in chosen:
         if not checkpoint.is_dir():
-            raise RunDirError(
-                f"{checkpoint}: no such checkpoint; there are {', '.join(_checkpoints(run)) or 'none'}"
-            )
+            raise RunDirError(f"{checkpoint}: no such checkpoint; there are {_names(run) or 'none'}")
         refuse_damage(checkpoint, "export another one")
     settings = stored_model(run.path / "recipe.yaml", code)
     beside = temporary_name(out)  # the next export removes what a kill leaves of it
     beside.mkdir()
     try:
-        _write_checkpoints(run, checkpoints, settings, beside)
+        _write_mean(run, chosen, settings, beside)
         yield beside, settings
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _checkpoints(run: RunDir) -> list[str]:
-    return sorted(str(path) for path in run.path.glob("stage[12]/checkpoint-*"))
+def _names(run: RunDir) -> str:
+    """All checkpoints of a run, for error messages."""
+    return ", ".join(str(path) for stage in STAGES for path in checkpoints(run.path / stage))
 
 
 def checkpoints_of(folder: Path, average: int | None) -> list[Path]:
@@ -90,13 +94,14 @@ def _latest(run: RunDir, n: int) -> list[Path]:
     Raises:
         RunDirError: there are not so many.
     """
-    for stage in ("stage2", "stage1"):
-        found = {int(path.name.rpartition("-")[2]): path for path in run.path.glob(f"{stage}/checkpoint-*")}
-        if not found:
+    for stage in reversed(STAGES):
+        kept = checkpoints(run.path / stage)
+        if not kept:
             continue
         stopped = run.path / f"stopped-{stage}.json"
-        last = int(read_object(stopped)["rolled_back_to"]) if stopped.is_file() else max(found)
-        kept = [found[step] for step in sorted(found) if step <= last]
+        if stopped.is_file():
+            last = int(read_object(stopped)["rolled_back_to"])
+            kept = [path for path in kept if step_named(path) <= last]
         if n < 1 or n > len(kept):
             raise RunDirError(
                 f"{run.path}: {stage} has {len(kept)} checkpoints to average, {n} were asked for; allowed: 1 to "
@@ -106,28 +111,21 @@ def _latest(run: RunDir, n: int) -> list[Path]:
     raise RunDirError(f"{run.path}: no checkpoints to average: set train.save_steps when training")
 
 
-def _write_checkpoints(
-    run: RunDir, checkpoints: Sequence[Path], settings: ModelSettings, folder: Path
-) -> None:
+def _write_mean(run: RunDir, chosen: Sequence[Path], settings: ModelSettings, folder: Path) -> None:
     """Write the mean of checkpoints, also of ones in parts, as a final model is written."""
-
-    from cwdpo.trainer.checkpoints import readable
-    from cwdpo.trainer.plain_reading import refuse_pickles
-    from cwdpo.trainer.sharded import load_checkpoint
-
     base = str(run.path / "init") if settings.path == "init" else settings.path
     policy = load_policy(settings.model_copy(update={"path": base, "device": "cpu"}))
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     total: dict[str, torch.Tensor] = {}
-    for checkpoint in checkpoints:
+    for checkpoint in chosen:
         with readable(checkpoint, "what DeepSpeed wrote"):
             refuse_pickles(checkpoint)
         load_checkpoint(policy.model, checkpoint)
-        if len(checkpoints) > 1:
+        if len(chosen) > 1:
             for name, parameter in trained.items():
                 value = parameter.detach().double()
                 total[name] = total[name] + value if name in total else value
     for name, value in total.items():
-        trained[name].data.copy_(value / len(checkpoints))
+        trained[name].data.copy_(value / len(chosen))
     save_weights(policy.model, folder)
     policy.processor.save_pretrained(folder)

@@ -13,7 +13,7 @@ from cwdpo.report._page import Folder, Panels
 from cwdpo.report._text import finite, number, plain
 from cwdpo.report.figures import Line
 
-# label, series, limit, unit, help text; the first two limits are shares of the entropy
+# label, series, limit, unit, help text
 GAUGES = (
     ("Δ log p of chosen", "delta_logp/chosen", CHOSEN_FALL, "nats/token", "chosen must not become less likely"),
     ("KL to the reference", "kl", KL_DRIFT, "nats/token", "how far the policy is from the start of stage 2"),
@@ -22,6 +22,8 @@ GAUGES = (
     ("Saturated pairs", "train/gradient/saturated", 0.7, "share", "a above 0.99: nothing left to learn from them"),
     ("Vulnerable pairs", "train/gradient/vulnerable", 0.7, "share", "a from 0.8 to 0.99: small loss, large residuals"),
 )  # fmt: skip
+_OF_ENTROPY = ("delta_logp/chosen", "kl")
+"""Series whose limit is a share of the entropy."""
 _FULL = 1.5
 """A gauge is full at this many times its limit."""
 
@@ -101,7 +103,7 @@ def _gauge(
     points: list[Point] = series.points("stage2", name)
     if not points:
         return None
-    if limit in (CHOSEN_FALL, KL_DRIFT):
+    if name in _OF_ENTROPY:
         limit = in_nats(limit, entropy)
     last = points[-1]
     ratio = max(last.value / limit, 0.0)

@@ -145,7 +145,7 @@ def _written_at(checkpoint: Path) -> tuple[int, str]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete ``checkpoint-N`` of a stage; ``None`` if there is none."""
-    return max(_checkpoints(folder), key=_number, default=None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
@@ -173,7 +173,7 @@ def _refuse_damaged(newest: Path) -> None:
     problems = damage(newest) or _lacking(newest)
     if not problems:
         return
-    older = sorted((p for p in _checkpoints(newest.parent) if p != newest), key=_number, reverse=True)
+    older = (p for p in reversed(checkpoints(newest.parent)) if p != newest)
     whole = next((p for p in older if not (damage(p) or _lacking(p))), None)
     remedy = (
         f"remove the folder, and --resume continues from {whole.name}, which is not damaged"
@@ -193,11 +193,14 @@ def _lacking(checkpoint: Path) -> list[str]:
     return [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete ``checkpoint-N`` of a stage, by their steps."""
+    found = (p for p in folder.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name))
+    return sorted(found, key=step_named)
 
 
-def _number(checkpoint: Path) -> int:
+def step_named(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.split("-")[1])
 
 
